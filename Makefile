@@ -1,0 +1,57 @@
+# The project's commands. `make demo` needs git, make, Python 3.11 or newer, and pip.
+
+PYTHON      ?= $(shell command -v python3.11 || command -v python3)
+TEST_EXTRAS ?= test
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --quiet --no-input --disable-pip-version-check
+PINS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test check bench wheel clean
+
+help:  ## List these commands
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.base  ## Plan the quickstart scenario and write its report
+	$(BIN)/hybridsd-sim plan scenarios/quickstart.yaml
+
+test: $(VENV)/.test  ## Run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.test  ## Lint, check types and layers, then run the tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict hybridsd_sim
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.test  ## Run the benchmarks
+	$(BIN)/python -m pytest tests/benchmarks $(PYTEST_ARGS)
+
+wheel: $(VENV)/.test  ## Build the source distribution and the wheel into dist/
+	$(BIN)/hatchling build
+
+clean:  ## Remove the environment and everything that was built
+	rm -rf $(VENV) build dist .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find executors hybridsd_sim tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Some distributions ship Python without ensurepip; there the system's pip puts a pip into the environment.
+$(BIN)/activate:
+	@echo "$(PYTHON) -m venv $(VENV)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --quiet --disable-pip-version-check --python $(BIN)/python install pip; }
+
+# The stamps say what is installed; a change of the ranges or of the pins installs again.
+$(VENV)/.base: $(PINS) | $(BIN)/activate
+	$(PIP) install --editable . --constraint constraints.txt
+	@touch $@
+
+$(VENV)/.test: $(PINS) Makefile | $(BIN)/activate
+	$(PIP) install --editable '.[$(TEST_EXTRAS)]' --constraint constraints.txt
+	@touch $(VENV)/.base $@

@@ -1,0 +1,1 @@
+"""Runs plans on real hardware and measures what they cost; needs the extra `executors`."""

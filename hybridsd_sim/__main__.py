@@ -1,0 +1,6 @@
+"""`python -m hybridsd_sim` is the command `hybridsd-sim`."""
+
+from hybridsd_sim.cli import main
+
+if __name__ == "__main__":
+    main()

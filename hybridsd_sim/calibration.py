@@ -1,0 +1,158 @@
+"""How fast a device computes, fitted from its own rows: seconds a FLOP, seconds an operation, and how sure that is.
+
+The law of one UNet evaluation round on one device is
+
+    seconds = max(flop * seconds_per_flop + ops * seconds_per_op,  ops * launch_s_per_op)
+
+The first term is arithmetic, the second the part of every kernel that does not shrink with its shape, the bound what
+the host needs to launch eager kernels (eager SD 1.5 takes 44 to 53 ms on V100, RTX 3090 and A100 alike). The two
+per-operation constants belong to the runtime (catalogue `runtimes`); `seconds_per_flop` is solved from each step row of
+the device. A device without rows gets the datasheet peak times the catalogue's efficiency, with a wider interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import log
+from typing import Any
+
+from hybridsd_sim.errors import MissingDataError, Problem
+from hybridsd_sim.plan import Kind
+from hybridsd_sim.profiles import CostRow, Profiles, Runtime
+from hybridsd_sim.unet import work
+
+SPREAD_SAME_MODEL = 0.15
+"""Relative half-width (90%) when the same model was timed on the device at another size or batch. Modelled."""
+SPREAD_OTHER_MODEL = 0.30
+"""The same when only other models were timed on the device. Modelled."""
+SPREAD_OTHER_RUNTIME = 0.40
+"""The same when the device was timed under another runtime. Modelled."""
+SPREAD_DATASHEET = 0.60
+"""The same when the device was never timed. Modelled."""
+DOMAIN_FACTOR = 3.0
+"""A round of FLOPs lies inside what was timed up to this factor beyond the smallest and the largest timed one."""
+LEAST_ARITHMETIC = 0.2
+"""Least share of a timed step that is taken to be arithmetic, whatever the runtime's per-operation constant says."""
+LAUNCH_BOUND = 1.15
+"""Rows within this factor of their launch floor say nothing about arithmetic speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """The law's parameters for one (device, runtime), as seen from one asked (model, size).
+
+    `spread` is the relative half-width of the 90% interval. `within` tells whether the FLOPs asked for lie inside the
+    range that was timed, give or take `DOMAIN_FACTOR`.
+    """
+
+    seconds_per_flop: float
+    seconds_per_op: float
+    launch_s_per_op: float
+    spread: float
+    kind: Kind
+    sources: tuple[str, ...]
+    note: str
+    within: bool
+
+    def seconds(self, flop: float, ops: float) -> float:
+        """Seconds of one round of `flop` floating-point operations in `ops` kernel launches."""
+        return max(flop * self.seconds_per_flop + ops * self.seconds_per_op, ops * self.launch_s_per_op)
+
+
+@dataclass(frozen=True, slots=True)
+class _Anchor:
+    """One timed step row with the arithmetic speed that the law gives it."""
+
+    row: CostRow
+    config: Mapping[str, Any]
+    flop: float
+    seconds_per_flop: float
+
+
+def speed_of(
+    profiles: Profiles, device: str, runtime: str, *, model: str, flop: float, prefer: Sequence[str] = ()
+) -> Speed:
+    """The device's speed law for a round of `flop` of `model`, from its nearest rows, else from its datasheet.
+
+    `prefer` names sources to use before others. Raises `MissingDataError` when neither rows nor a datasheet peak exist.
+    """
+    law = profiles.runtime(runtime)
+    anchors = _anchors(profiles, device)
+    if not anchors:
+        return _datasheet_speed(profiles, device, law)
+    config = profiles.model(model).config
+    nearest = min(anchors, key=lambda anchor: _distance(anchor, runtime, config, flop, prefer))
+    comparable = [anchor.flop for anchor in anchors if anchor.row.runtime == nearest.row.runtime]
+    return Speed(
+        seconds_per_flop=nearest.seconds_per_flop,
+        seconds_per_op=law.seconds_per_op,
+        launch_s_per_op=law.launch_s_per_op,
+        spread=_spread(nearest, runtime, config),
+        kind="modelled",
+        sources=(nearest.row.source,),
+        note=_note(nearest.row, device, runtime),
+        within=nearest.row.runtime == runtime and _holds(comparable, flop),
+    )
+
+
+def _holds(timed: Sequence[float], flop: float) -> bool:
+    return min(timed) / DOMAIN_FACTOR <= flop <= max(timed) * DOMAIN_FACTOR
+
+
+@lru_cache(maxsize=1024)
+def _anchors(profiles: Profiles, device: str) -> tuple[_Anchor, ...]:
+    """The device's one-GPU step rows that say something about arithmetic: launch-bound ones do not."""
+    rows = [row for row in profiles.cost_rows(device=device) if row.degree == 1]
+    anchors = (_anchor(profiles, row) for row in rows)
+    return tuple(anchor for anchor in anchors if anchor is not None)
+
+
+def _anchor(profiles: Profiles, row: CostRow) -> _Anchor | None:
+    law, model = profiles.runtime(row.runtime), profiles.model(row.model)
+    calls = -(-row.latents // law.max_unet_batch) if law.max_unet_batch else 1
+    ops = model.ops * calls
+    if row.seconds_median < LAUNCH_BOUND * ops * law.launch_s_per_op:
+        return None
+    flop = 2.0 * work(model.layers(row.height_px, row.width_px)).macs * row.latents
+    arithmetic = max(row.seconds_median - ops * law.seconds_per_op, LEAST_ARITHMETIC * row.seconds_median)
+    return _Anchor(row, model.config, flop, arithmetic / flop)
+
+
+def _distance(
+    anchor: _Anchor, runtime: str, config: Mapping[str, Any], flop: float, prefer: Sequence[str]
+) -> tuple[bool, bool, bool, float]:
+    row = anchor.row
+    not_preferred = not any(name in row.source for name in prefer)
+    return not_preferred, row.runtime != runtime, anchor.config != config, abs(log(anchor.flop / flop))
+
+
+def _spread(anchor: _Anchor, runtime: str, config: Mapping[str, Any]) -> float:
+    if anchor.row.runtime != runtime:
+        return SPREAD_OTHER_RUNTIME
+    return SPREAD_SAME_MODEL if anchor.config == config else SPREAD_OTHER_MODEL
+
+
+def _note(row: CostRow, device: str, runtime: str) -> str:
+    timed = f"{row.model} at {row.height_px}x{row.width_px} px under {row.runtime}"
+    return f"scaled by FLOPs and launches from {device} {timed} to {runtime}"
+
+
+def _datasheet_speed(profiles: Profiles, device: str, law: Runtime) -> Speed:
+    peak = profiles.peak_flop_per_s(device)
+    if peak is None:
+        known = sorted({row.device for row in profiles.cost_rows(component="step")})
+        rule = "no timed step and no datasheet peak, so its speed is unknown"
+        raise MissingDataError(Problem("device", device, rule, f"Timed devices: {', '.join(known)}."))
+    return Speed(
+        seconds_per_flop=1.0 / (peak * law.efficiency),
+        seconds_per_op=law.seconds_per_op,
+        launch_s_per_op=law.launch_s_per_op,
+        spread=SPREAD_DATASHEET,
+        kind="modelled",
+        sources=(law.source,),
+        note=f"{device} was never timed: datasheet peak x {law.efficiency:g}",
+        within=False,
+    )
+

@@ -1,0 +1,137 @@
+"""A capacity plan and the plans it was compared with: the types, and their figures by simulation or by formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hybridsd_sim.candidates import Candidate
+from hybridsd_sim.metrics import Verdict
+from hybridsd_sim.plan import Deployment
+from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.simulate import SimResult
+from hybridsd_sim.sizing import Sizer, Sizing
+
+Interval = tuple[float, float, float]
+"""A value with the ends of its 95% interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A capacity plan with its figures: (value, low, high) at 95% where it was simulated, by formula otherwise.
+
+    `policy` is `planned` for a simulated plan and `analytic` for one by formula alone.
+    """
+
+    name: str
+    deployment: Deployment | None
+    policy: str
+    usd_per_hour: float | None
+    latency_p95_s: Interval
+    slo_attainment: Interval
+    quality: float | None
+    gpu_seconds_per_image: float | None
+    edge_energy_j_per_image: float | None
+    feasible: bool
+    reason: str
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class CapacityPlan:
+    """The answer: what to rent and how to serve each class, what it was compared with, and the evidence."""
+
+    scenario: Scenario
+    feasible: bool
+    explanation: tuple[str, ...]
+    deployment: Deployment
+    chosen: Mapping[str, Candidate]
+    chosen_result: SimResult
+    frontier: tuple[Evaluated, ...]
+    baselines: tuple[Evaluated, ...]
+    baseline_results: Mapping[str, SimResult]
+    alternatives: tuple[Evaluated, ...]
+    evidence: tuple[Evaluated, ...]
+    switch_curve: Mapping[str, tuple[Candidate, ...]]
+    refusals: Mapping[tuple[str, str], int]
+    profiles_digest: str
+
+    @property
+    def replicas_opt(self) -> Mapping[str, int]:
+        """Nodes to rent in each pool."""
+        return self.deployment.replicas
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        return self.chosen_result.usd_per_hour
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.chosen_result.verdict
+
+
+def evaluated(name: str, deployment: Deployment, result: SimResult, sizing: Sizing) -> Evaluated:
+    """The figures of a simulated plan."""
+    everyone = result.summary.xs("all", level="request_class").iloc[0]
+
+    def interval(figure: str) -> Interval:
+        return tuple(float(everyone[f"{figure}{end}"]) for end in ("", "_low", "_high"))  # type: ignore[return-value]
+
+    feasible = result.verdict.feasible
+    return Evaluated(
+        name=name,
+        deployment=deployment,
+        policy="planned",
+        usd_per_hour=result.usd_per_hour,
+        latency_p95_s=interval("latency_p95_s"),
+        slo_attainment=interval("slo_attainment"),
+        quality=_known(everyone["quality_mean"]),
+        gpu_seconds_per_image=_known(everyone["gpu_seconds_per_image"]),
+        edge_energy_j_per_image=_known(everyone["edge_energy_j_per_image"]),
+        feasible=feasible.ok,
+        reason=feasible.reason,
+        labels={cls: option.plan.label for cls, option in sizing.chosen.items()},
+    )
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def analytic(name: str, sizing: Sizing, sizer: Sizer) -> Evaluated:
+    """The figures of a plan by formula alone."""
+    p95 = sizer.quantile(sizing, 0.95)
+    total = sum(sizer.rates[cls][0] for cls in sizing.chosen)
+    mean = {cls: sizer.rates[cls][0] / total for cls in sizing.chosen}
+    attained = sum(mean[cls] * got for cls, got in sizing.attainment.items())
+    energy = [(mean[cls], option.cost.edge_energy_j) for cls, option in sizing.chosen.items()]
+    return Evaluated(
+        name=name,
+        deployment=Deployment(dict(sizing.replicas), {cls: option.plan for cls, option in sizing.chosen.items()}),
+        policy="analytic",
+        usd_per_hour=sizing.usd_per_hour,
+        latency_p95_s=(p95, math.nan, math.nan),
+        slo_attainment=(attained, math.nan, math.nan),
+        quality=sizing.quality,
+        gpu_seconds_per_image=sum(mean[cls] * o.cost.gpu_seconds for cls, o in sizing.chosen.items()),
+        edge_energy_j_per_image=None if any(e is None for _, e in energy) else sum(w * (e or 0.0) for w, e in energy),
+        feasible=sizing.missed <= 1e-9,
+        reason="by formula",
+        labels={cls: option.plan.label for cls, option in sizing.chosen.items()},
+    )
+
+
+def same_figures(one: Evaluated, other: Evaluated) -> bool:
+    """Whether two plans cost, take and look the same."""
+    return all(abs(a - b) < 1e-9 for a, b in zip(_figures(one), _figures(other), strict=True))
+
+
+def dominates(one: Evaluated, other: Evaluated) -> bool:
+    mine, theirs = _figures(one), _figures(other)
+    return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
+
+def _figures(point: Evaluated) -> tuple[float, float, float]:
+    dollars = math.inf if point.usd_per_hour is None else point.usd_per_hour
+    return dollars, point.latency_p95_s[0], -(point.quality if point.quality is not None else -1.0)

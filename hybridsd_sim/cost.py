@@ -1,0 +1,404 @@
+"""The price of a plan when nobody else is there: seconds, dollars, joules, bytes and quality, by component.
+
+`price` walks the plan's components in order (text encoder, denoising stages, VAE decoder, delivery), puts a transfer
+wherever the next component runs on the other side of the access network, and returns parts that sum to the total. A gang
+holds all its GPUs from its first component to its last, so every cloud part is charged for the whole gang.
+
+What crosses the network: the prompt on the way up; at a switch step the latent, for multistep samplers the solver's
+history, and the text embedding unless the edge encodes the prompt itself (then both sides encode, and the edge does so
+while the cloud works); the latent alone before a VAE on the other side; the finished image on the way down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hybridsd_sim.calibration import Speed, speed_of
+from hybridsd_sim.errors import IllegalPlanError
+from hybridsd_sim.methods import Phase, find_method
+from hybridsd_sim.partition import Denoising, RankWork
+from hybridsd_sim.plan import Kind, Plan, Request, Site, Stage
+from hybridsd_sim.profiles import Component, CostRow, Profiles
+from hybridsd_sim.quality import Quality, quality_of
+from hybridsd_sim.transfers import (
+    PROMPT_BYTES,
+    SERIALISE_BYTES_PER_S,
+    exchange_s,
+    handover_bytes,
+    image_bytes,
+    latent_elements,
+    transfer_s,
+)
+from hybridsd_sim.unet import unet_units, work
+
+_KIND_ORDER: dict[Kind, int] = {"measured": 0, "quoted": 1, "modelled": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One component of a price: what, where, how long, and what it costs.
+
+    `devices` are GPUs (or the one edge device) held; 0 for a transfer. `low_s` and `high_s` bound the seconds at 90%.
+    `critical` parts add to the latency; the edge's own text encoding runs beside the cloud and does not. `usd` or
+    `energy_j` None means unknown, with the reason in `note`. `within` is false where the figure lies outside what was
+    measured or quoted for that device.
+    """
+
+    name: str
+    where: str
+    tier: str
+    seconds: float
+    low_s: float
+    high_s: float
+    devices: int = 0
+    usd: float | None = 0.0
+    energy_j: float | None = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    comm_bytes: float = 0.0
+    comm_exposed_s: float = 0.0
+    kind: Kind = "modelled"
+    sources: tuple[str, ...] = ()
+    note: str = ""
+    within: bool = True
+    critical: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanCost:
+    """What one request under one plan costs without contention. Every total is the sum of its parts."""
+
+    plan: Plan
+    request: Request
+    parts: tuple[Part, ...]
+    quality: Quality
+    flops: float
+    flops_without_attention_products: float
+
+    @property
+    def latency_s(self) -> float:
+        """Arrival to image."""
+        return sum(part.seconds for part in self.parts if part.critical)
+
+    @property
+    def denoise_parts(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.name.startswith("denoise"))
+
+    @property
+    def denoise_s(self) -> float:
+        """The UNet loop alone, which is what the papers time."""
+        return sum(part.seconds for part in self.denoise_parts)
+
+    @property
+    def interval_s(self) -> tuple[float, float]:
+        """90% interval of `denoise_s`."""
+        return sum(part.low_s for part in self.denoise_parts), sum(part.high_s for part in self.denoise_parts)
+
+    @property
+    def comm_exposed_s(self) -> float:
+        return sum(part.comm_exposed_s for part in self.denoise_parts)
+
+    @property
+    def compute_s(self) -> float:
+        return self.denoise_s - self.comm_exposed_s
+
+    @property
+    def comm_bytes(self) -> float:
+        """Bytes that one GPU receives from the others over the whole request."""
+        return sum(part.comm_bytes for part in self.parts)
+
+    @property
+    def gpu_seconds(self) -> float:
+        return sum(part.seconds * part.devices for part in self.parts if part.tier == "cloud")
+
+    @property
+    def usd(self) -> float | None:
+        return _total(part.usd for part in self.parts)
+
+    @property
+    def edge_energy_j(self) -> float | None:
+        return _total(part.energy_j for part in self.parts)
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(part.bytes_down for part in self.parts)
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(part.bytes_up for part in self.parts)
+
+    @property
+    def kind(self) -> Kind:
+        """The weakest kind among the parts that take time."""
+        kinds = [part.kind for part in self.parts if part.seconds > 0]
+        return max(kinds, key=_KIND_ORDER.__getitem__, default="modelled")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        found = (source for part in self.parts for source in part.sources)
+        return tuple(dict.fromkeys((*found, *self.quality.sources)))
+
+    @property
+    def unknowns(self) -> tuple[str, ...]:
+        """Why figures are None, for the reader."""
+        notes = [part.note for part in self.parts if part.note and (part.usd is None or part.energy_j is None)]
+        return tuple(dict.fromkeys([*notes, *([self.quality.note] if self.quality.clip is None else [])]))
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Parts whose figure lies outside what was timed, each with its reason."""
+        return tuple(f"{part.name} on {part.where}: {part.note}" for part in self.parts if not part.within)
+
+
+def _total(values: Iterator[float | None]) -> float | None:
+    known = list(values)
+    return None if any(value is None for value in known) else sum(value or 0.0 for value in known)
+
+
+def price(
+    plan: Plan, request: Request, profiles: Profiles, *, cold: bool = False, prefer: Sequence[str] = ()
+) -> PlanCost:
+    """The price of `request` under `plan` with nobody else there; `cold` adds the model load on every cloud site.
+
+    Where sources disagree, measured goes before quoted before modelled, then the newer one; `prefer` names sources (any
+    part of their text) that go before all others.
+    Transfers run at the network's median rates; the simulator prices sampled rates with `transfer_s`. Raises
+    `IllegalPlanError` for a plan its method cannot run, `MissingDataError` for devices that nobody timed.
+    """
+    pricer = _Pricer(plan, request, profiles, cold, prefer)
+    flop, bare = plan_flops(plan, request, profiles)
+    return PlanCost(
+        plan=plan,
+        request=request,
+        parts=tuple(pricer.parts()),
+        quality=quality_of(plan, profiles, wanted=request.model),
+        flops=flop,
+        flops_without_attention_products=bare,
+    )
+
+
+def plan_flops(plan: Plan, request: Request, profiles: Profiles) -> tuple[float, float]:
+    """FLOPs (2 x MACs) of all UNet evaluations of the request, guidance included: with and without attention products."""
+    flop = bare = 0.0
+    for stage in plan.stages:
+        total = work(profiles.model(stage.model).layers(request.height_px, request.width_px))
+        evaluations = stage.num_steps * request.unet_batch
+        flop += 2.0 * total.macs * evaluations
+        bare += 2.0 * total.macs_without_attention * evaluations
+    return flop, bare
+
+
+def denoising(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
+    """What `methods` needs to know about a stage of a request."""
+    model = profiles.model(stage.model)
+    size = (request.height_px, request.width_px)
+    return Denoising(
+        layers=model.layers(*size),
+        units=unet_units(model.config, *size),
+        num_steps=stage.num_steps,
+        latents=request.unet_batch,
+        guided=request.guided,
+        latent_elements=latent_elements(request),
+        family=model.latent_space,
+    )
+
+
+class _Pricer:
+    """Walks one plan's components in order and yields their parts."""
+
+    def __init__(self, plan: Plan, request: Request, profiles: Profiles, cold: bool, prefer: Sequence[str]) -> None:
+        self.plan, self.request, self.profiles, self.cold, self.prefer = plan, request, profiles, cold, prefer
+        self.gang = {site.name: 1 for site in plan.sites.values()}
+        for stage in plan.stages:
+            self.gang[stage.site.name] = max(self.gang[stage.site.name], stage.degree)
+
+    def parts(self) -> Iterator[Part]:
+        plan, encode, vae = self.plan, self.plan.sites[self.plan.text_encode_site], self.plan.sites[self.plan.vae_site]
+        first = plan.stages[0].site
+        at = "edge" if plan.network else first.tier
+        own_copy = encode.tier == "edge" and first.tier == "cloud"
+        if own_copy:
+            yield replace(self._text_encode(encode), name="text_encode_edge", critical=False)
+            encode = first
+        if at != encode.tier:
+            yield self._transfer("prompt_transfer", "cloud", PROMPT_BYTES)
+        yield from self._loads()
+        yield self._text_encode(encode)
+        at = encode.tier
+        for index, stage in enumerate(plan.stages):
+            if stage.site.tier != at:
+                yield from self._handover(index, stage, with_embedding=not own_copy)
+            yield from self._stage(stage)
+            at = stage.site.tier
+        if vae.tier != at:
+            latent = latent_elements(self.request) * self.request.num_images * 2
+            yield self._transfer("latent_transfer", vae.tier, latent)
+        yield self._vae_decode(vae)
+        if vae.tier == "cloud" and plan.network:
+            yield self._transfer("image_transfer", "edge", image_bytes(self.request))
+
+    def _loads(self) -> Iterator[Part]:
+        if not self.cold:
+            return
+        for site in self.plan.sites.values():
+            if site.tier == "cloud":
+                row = self.profiles.model_load(site.device)
+                yield self._held("model_load", site, row.seconds_median, _row_range(row), row.kind, (row.source,))
+
+    def _handover(self, index: int, stage: Stage, *, with_embedding: bool) -> Iterator[Part]:
+        model = self.profiles.model(stage.model)
+        if index == 0:
+            payload, name = model.text_embedding_bytes_fp16 * (2 if self.request.guided else 1), "embedding_transfer"
+        else:
+            payload = handover_bytes(self.request, model, with_embedding=with_embedding)
+            name = "handover"
+        yield self._transfer(name, stage.site.tier, payload)
+        seconds = payload / SERIALISE_BYTES_PER_S
+        yield self._held(f"{name}_parse", stage.site, seconds, (0.0, 10 * seconds), "modelled", (), "copy at 1 GB/s")
+
+    def _transfer(self, name: str, to_tier: str, payload: int) -> Part:
+        if self.plan.network is None:
+            return Part(name=name, where="no network", tier="network", seconds=0.0, low_s=0.0, high_s=0.0)
+        network = self.profiles.network(self.plan.network)
+        rates = network.down_bytes_per_s if to_tier == "edge" else network.up_bytes_per_s
+        times = [transfer_s(payload, rates.at(u), network.rtt_s.at(1 - u)) for u in (0.5, 0.95, 0.05)]
+        egress = self.profiles.egress_usd_per_gib() * payload / 2**30 if to_tier == "edge" else 0.0
+        return Part(
+            name=name, where=network.name, tier="network", seconds=times[0], low_s=times[1], high_s=times[2],
+            usd=egress, bytes_down=payload if to_tier == "edge" else 0, bytes_up=0 if to_tier == "edge" else payload,
+            kind=network.kind, sources=(network.source,),
+        )  # fmt: skip
+
+    def _text_encode(self, site: Site) -> Part:
+        encoders = self.profiles.model(self.plan.stages[0].model).text_encoders
+        prompts = 2 if self.request.guided else 1
+        return self._component("text_encode", site, [self.profiles.component(name) for name in encoders], prompts)
+
+    def _vae_decode(self, site: Site) -> Part:
+        return self._component("vae_decode", site, [self.profiles.component(self.plan.vae)], self.request.num_images)
+
+    def _component(self, name: str, site: Site, components: Sequence[Component], repeats: int) -> Part:
+        """A text encoder or VAE: from its own row where one fits, else scaled from the device's UNet speed."""
+        request = self.request
+        seconds = low = high = 0.0
+        kinds: list[Kind] = []
+        sources: list[str] = []
+        notes: list[str] = []
+        for component in components:
+            row = self.profiles.component_row(
+                site.device, site.runtime, component, request.height_px, request.width_px, prefer=self.prefer
+            )
+            if row is not None:
+                times = (row.seconds_median, *_row_range(row))
+                kinds.append(row.kind)
+                sources.append(row.source)
+            else:
+                speed = self._speed(site, self.plan.stages[-1].model, flop := component.flop(*self._size))
+                middle = speed.seconds(flop, component.ops)
+                times = (middle, middle * (1 - speed.spread), middle * (1 + speed.spread))
+                kinds.append("modelled")
+                sources += speed.sources
+                notes.append(f"{component.name} from the device's UNet speed: {speed.note}")
+            seconds, low, high = (a + b * repeats for a, b in zip((seconds, low, high), times, strict=True))
+        kind = max(kinds, key=_KIND_ORDER.__getitem__)
+        return self._held(name, site, seconds, (low, high), kind, tuple(dict.fromkeys(sources)), "; ".join(notes))
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.request.height_px, self.request.width_px
+
+    def _speed(self, site: Site, model: str, flop: float) -> Speed:
+        return speed_of(self.profiles, site.device, site.runtime, model=model, flop=flop, prefer=self.prefer)
+
+    def _stage(self, stage: Stage) -> Iterator[Part]:
+        job = denoising(stage, self.request, self.profiles)
+        method, options = find_method(stage.method), dict(stage.options)
+        problems = method.problems(job, stage.degree, options)
+        if problems:
+            raise IllegalPlanError(problems)
+        for phase in method.phases(job, stage.degree, options):
+            yield self._phase(stage, phase)
+
+    def _phase(self, stage: Stage, phase: Phase) -> Part:
+        name = "denoise_warmup" if phase.name == "warmup" else "denoise"
+        row = self._exact_row(stage, phase)
+        if row is not None:
+            seconds = row.seconds_median * phase.rounds * self._calls(stage.site, phase.work.latents)
+            low, high = (bound / row.seconds_median * seconds for bound in _row_range(row))
+            return self._held(name, stage.site, seconds, (low, high), row.kind, (row.source,))
+        return self._modelled_phase(name, stage, phase)
+
+    def _modelled_phase(self, name: str, stage: Stage, phase: Phase) -> Part:
+        flop = 2.0 * phase.work.macs
+        model = self.profiles.model(stage.model)
+        speed = self._speed(stage.site, stage.model, flop)
+        compute = speed.seconds(flop, model.ops * phase.work.ops_share * self._calls(stage.site, phase.work.latents))
+        exposed, low, high, sources = self._exposed(stage, phase.work, compute)
+        bounds = (
+            (compute * (1 - speed.spread) + low) * phase.rounds,
+            (compute * (1 + speed.spread) + high) * phase.rounds,
+        )
+        part = self._held(
+            name, stage.site, (compute + exposed) * phase.rounds, bounds, "modelled", (*speed.sources, *sources), speed.note
+        )
+        return replace(
+            part,
+            comm_bytes=phase.work.received_bytes * phase.rounds,
+            comm_exposed_s=exposed * phase.rounds,
+            within=speed.within,
+        )
+
+    def _exposed(self, stage: Stage, rank: RankWork, compute: float) -> tuple[float, float, float, tuple[str, ...]]:
+        """Exposed exchange of one round: middle, low, high seconds, and the interconnect's source."""
+        if rank.messages == 0:
+            return 0.0, 0.0, 0.0, ()
+        link = self.profiles.interconnect(stage.site.interconnect or self.profiles.gpu(stage.site.device).default_interconnect)
+        sharing = 1.0 if link.scales_with_devices else min(1.0, 2.0 / stage.degree)
+        rates = (link.bandwidth_bytes_per_s, link.bandwidth_high, link.bandwidth_low)
+        middle, low, high = (exchange_s(rank, rate * sharing, link.latency_s, compute) for rate in rates)
+        return middle, low, high, (link.source,)
+
+    def _calls(self, site: Site, latents: float) -> int:
+        limit = self.profiles.runtime(site.runtime).max_unet_batch
+        return -(-int(latents) // limit) if limit else 1
+
+    def _exact_row(self, stage: Stage, phase: Phase) -> CostRow | None:
+        """The timed row of this very step on one device, if there is one; multi-GPU steps are modelled or measured."""
+        if stage.degree != 1:
+            return None
+        return self.profiles.step_row(
+            stage.site.device, stage.site.runtime, stage.model, self._size,
+            latents=int(phase.work.latents), precision=stage.site.precision, prefer=self.prefer,
+        )  # fmt: skip
+
+    def _held(
+        self, name: str, site: Site, seconds: float, bounds: tuple[float, float], kind: Kind,
+        sources: tuple[str, ...], note: str = "",
+    ) -> Part:  # fmt: skip
+        """A part that holds a device (or the whole gang) for `seconds`, with its dollars or joules."""
+        devices = self.gang[site.name] if site.tier == "cloud" else 1
+        usd, energy, why = self._charge(site, seconds, devices)
+        return Part(
+            name=name, where=site.name, tier=site.tier, seconds=seconds, low_s=bounds[0], high_s=bounds[1],
+            devices=devices, usd=usd, energy_j=energy, kind=kind, sources=sources, note="; ".join(filter(None, (note, why))),
+        )  # fmt: skip
+
+    def _charge(self, site: Site, seconds: float, devices: int) -> tuple[float | None, float | None, str]:
+        if site.tier == "edge":
+            power = site.power_w or self.profiles.edge_device(site.device).power_w
+            return 0.0, None if power is None else power * seconds, "" if power else f"no power figure for {site.device}"
+        rate = site.usd_per_device_hour
+        if rate is None:
+            row = self.profiles.gpu_price(site.device, site.purchase, site.provider)
+            rate = None if row is None else row.usd
+        if rate is None:
+            return None, 0.0, f"no {site.purchase} price for {site.device}"
+        return rate * devices * seconds / 3600, 0.0, ""
+
+
+def _row_range(row: CostRow) -> tuple[float, float]:
+    """The row's 5th and 95th percentile; 10% to either side where the source gives none (modelled)."""
+    low = row.seconds_p05 if row.seconds_p05 is not None else 0.9 * row.seconds_median
+    high = row.seconds_p95 if row.seconds_p95 is not None else 1.1 * row.seconds_median
+    return low, high

@@ -1,0 +1,200 @@
+"""Why the answer is what it is: sentences for a person, made from the plan's own figures.
+
+Each function answers one question: what was chosen and what it saves, why this switch step, why not at the edge alone,
+why this degree and not on the other pool, and, where nothing holds, which constraint binds and what would lift it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hybridsd_sim.candidates import Candidate, CandidateSet
+from hybridsd_sim.capacity import CapacityPlan, Evaluated
+from hybridsd_sim.sizing import Sizer
+
+
+def explain(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
+    """Every sentence of a capacity plan, the most important first."""
+    if not plan.feasible:
+        yield f"No plan holds every promise: {plan.chosen_result.verdict.feasible.reason}"
+        yield from _lifts(plan, found, sizer)
+    yield from _rent(plan)
+    yield from _savings(plan)
+    for name, option in plan.chosen.items():
+        options = found.by_class[name]
+        yield from _why_switch(option, options)
+        yield from _why_not_edge(option, options, plan)
+        yield from _why_degree(option, options, plan)
+    yield from _unused_pools(plan, found, sizer)
+
+
+def _rent(plan: CapacityPlan) -> Iterator[str]:
+    rented = [f"{count} x {name}" for name, count in plan.replicas_opt.items() if count]
+    dollars = "an unknown price" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD an hour"
+    yield f"Rent {', '.join(rented)} for {dollars}." if rented else "Rent nothing: the edge does everything."
+
+
+def _savings(plan: CapacityPlan) -> Iterator[str]:
+    """What the chosen plan saves against the feasible baselines, and what it costs in quality."""
+    quality = next((one.quality for one in reversed(plan.evidence) if one.deployment == plan.deployment), None)
+    for baseline in plan.baselines:
+        if not baseline.feasible:
+            yield f"{baseline.name.capitalize()} does not hold: {baseline.reason}"
+            continue
+        if plan.usd_per_hour is None or not baseline.usd_per_hour:
+            continue
+        saved = 1.0 - plan.usd_per_hour / baseline.usd_per_hour
+        yield f"It costs {_percent(saved)} than {baseline.name} ({baseline.usd_per_hour:.2f} USD an hour){_loss(quality, baseline)}."
+
+
+def _percent(saved: float) -> str:
+    return f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
+
+
+def _loss(quality: float | None, baseline: Evaluated) -> str:
+    if quality is None or baseline.quality is None:
+        return ""
+    change = quality - baseline.quality
+    return f", with a CLIP score of {quality:.4f} against {baseline.quality:.4f} ({change:+.4f})"
+
+
+def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str]:
+    """Why not one step earlier: what the next earlier hand-over of the same kind would break."""
+    if not (option.cloud_steps and option.edge_steps):
+        return
+    small = option.plan.edge_stages[0].model
+    earlier = [
+        other
+        for other in options
+        if other.pool_index == option.pool_index
+        and other.degree == option.degree
+        and other.edge_steps
+        and 0 < other.cloud_steps < option.cloud_steps
+        and other.plan.edge_stages[0].model == small
+    ]
+    if not earlier:
+        return
+    other = max(earlier, key=lambda one: one.cloud_steps)
+    name = option.request_class
+    if not other.meets_floor and other.quality is not None and option.quality is not None:
+        floor = option.cost.request.quality_floor
+        yield (
+            f"{name}: handing over at step {other.cloud_steps} instead of {option.cloud_steps} would need fewer GPU-seconds, but its "
+            f"CLIP score of {other.quality:.4f} is under the floor of {floor}."
+        )
+    elif not other.meets_slo:
+        yield (
+            f"{name}: handing over at step {other.cloud_steps} takes {other.latency_s:.1f} s even on an idle fleet, over the "
+            f"SLO of {option.cost.request.slo_s:g} s."
+        )
+
+
+def _why_not_edge(option: Candidate, options: Sequence[Candidate], plan: CapacityPlan) -> Iterator[str]:
+    name = option.request_class
+    edge = [one for one in options if one.cloud_steps == 0]
+    if option.cloud_steps == 0:
+        yield f"{name}: the device alone holds every promise, so nothing is rented for it."
+        return
+    if not edge:
+        reasons = [reason for (cls, reason) in plan.refusals if cls == name and "memory" in reason]
+        yield f"{name}: the edge alone cannot: {reasons[0] if reasons else 'no model runs there'}."
+        return
+    best = max(edge, key=lambda one: (one.meets_floor, one.meets_slo, one.quality or 0.0, -one.latency_s))
+    yield f"{name}: the edge alone ({best.plan.stages[0].model}) {_edge_fault(best, plan)}."
+
+
+def _edge_fault(best: Candidate, plan: CapacityPlan) -> str:
+    request, spec = best.cost.request, plan.scenario.requests[best.request_class]
+    faults = []
+    if request.quality_floor is not None and (best.quality is None or best.quality < request.quality_floor):
+        score = "an unknown CLIP score" if best.quality is None else f"a CLIP score of {best.quality:.4f}"
+        faults.append(f"gives {score}, under the floor of {request.quality_floor}")
+    if not best.meets_slo:
+        faults.append(f"takes {best.latency_s:.1f} s, over the SLO of {request.slo_s:g} s")
+    limit = spec.edge_energy_j or plan.scenario.budget.edge_energy_j_per_image
+    energy = best.cost.edge_energy_j
+    if limit is not None and (energy is None or energy > limit):
+        used = "an unknown energy" if energy is None else f"{energy:.0f} J"
+        faults.append(f"uses {used} of {limit:g} J a picture")
+    return " and ".join(faults) if faults else "would hold, but is dearer at this load"
+
+
+def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityPlan) -> Iterator[str]:
+    """Why several GPUs: what one GPU would take; and why the other pools do not get the same gang."""
+    if option.degree <= 1:
+        return
+    name, pools = option.request_class, list(plan.scenario.pools)
+    slo = option.cost.request.slo_s
+    alone = [one for one in options if one.degree == 1 and one.pool_index == option.pool_index and one.cloud_steps == option.cloud_steps]
+    if alone:
+        yield (
+            f"{name}: one GPU takes {alone[0].latency_s:.1f} s, {option.plan.stages[0].method} on {option.degree} takes "
+            f"{option.latency_s:.1f} s; the SLO is {slo} s."
+        )
+    for index in {one.pool_index for one in options if one.pool_index not in (-1, option.pool_index)}:
+        rivals = [one for one in options if one.pool_index == index and one.degree > 1 and one.cloud_steps == option.cloud_steps]
+        if rivals:
+            best = min(rivals, key=lambda one: one.latency_s)
+            same = next((one for one in rivals if one.plan.stages[0].method == option.plan.stages[0].method and one.degree == option.degree), best)
+            yield (
+                f"{name}: on {pools[index]} the same gang takes {same.latency_s:.1f} s, of which {same.cost.comm_exposed_s:.1f} s are "
+                f"exchange that nothing hides (here {option.cost.comm_exposed_s:.1f} s); the fastest there takes {best.latency_s:.1f} s."
+            )
+
+
+def _unused_pools(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
+    """Why a pool is not rented: it is dearer for the same work, or nothing on it holds."""
+    for index, name in enumerate(plan.scenario.pools):
+        if plan.replicas_opt.get(name, 0):
+            continue
+        options = [one for each in found.by_class.values() for one in each if one.pool_index == index]
+        holding = [one for one in options if one.meets_floor and sizer.idle_attainment(one) >= sizer.wanted(one.request_class)]
+        if not holding:
+            yield f"Pool {name} is not rented: no plan on it holds a class's promises."
+            continue
+        cheapest = {one.request_class: one for one in sorted(holding, key=lambda one: -one.usd_or_inf)}
+        rivals = [(one, plan.chosen[cls]) for cls, one in cheapest.items() if plan.chosen[cls].cloud_steps]
+        if rivals:
+            one, chosen = rivals[0]
+            yield (
+                f"Pool {name} is not rented: its cheapest plan for {one.request_class} costs {1000 * one.usd_or_inf:.2f} USD per 1,000 "
+                f"requests in GPU time and egress against {1000 * chosen.usd_or_inf:.2f}."
+            )
+        else:
+            yield f"Pool {name} is not rented: no class needs it."
+
+
+def _lifts(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
+    """What would make an infeasible class feasible: the least change of each of its promises by itself."""
+    for name, spec in plan.scenario.requests.items():
+        options = found.by_class[name]
+        if not options:
+            reasons = [reason for (cls, reason) in plan.refusals if cls == name]
+            yield f"{name}: every plan was refused; the first reason: {reasons[0] if reasons else 'the search space is empty'}"
+            continue
+        if any(one.meets_floor and sizer.idle_attainment(one) >= sizer.wanted(name) for one in options):
+            continue
+        keeping = [one for one in options if one.meets_floor]
+        if keeping and spec.slo_s is not None:
+            fastest = min(keeping, key=lambda one: one.latency_s)
+            yield f"{name}: with an SLO of {fastest.latency_s:.1f} s instead of {spec.slo_s:g} s the {fastest.plan.label} would do on an idle fleet."
+        in_time = [one for one in options if one.meets_slo and one.quality is not None]
+        if in_time and spec.quality_floor is not None:
+            best = max(in_time, key=lambda one: one.quality or 0.0)
+            yield f"{name}: with a quality floor of {best.quality:.4f} instead of {spec.quality_floor} the {best.plan.label} would do."
+    yield from _budget_lift(plan)
+
+
+def _budget_lift(plan: CapacityPlan) -> Iterator[str]:
+    budget = plan.scenario.budget.usd_per_hour
+    if budget is not None and plan.usd_per_hour is not None and plan.usd_per_hour > budget:
+        yield f"A budget of {plan.usd_per_hour:.2f} USD an hour instead of {budget:g} would pay for the plan shown."
+    full = [
+        name
+        for name, spec in plan.scenario.pools.items()
+        if plan.replicas_opt.get(name, 0) >= spec.replicas_max
+    ]
+    for name in full:
+        yield f"Pool {name} is at its replicas_max of {plan.scenario.pools[name].replicas_max}; more nodes may lift the limit."
+
+

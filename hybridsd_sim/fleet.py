@@ -1,0 +1,279 @@
+"""The living side: cloud pools with gangs, queues and resident models, and edge fleets of owned or shared devices.
+
+A pool is a number of nodes with some GPUs each. A job takes all its GPUs on one node at once or waits; it holds them until
+its work is done. SimPy timeouts with callbacks carry the time; there is one event a job, because nothing can be decided
+between its start and its stop. Edge devices serve in order of arrival with known service times, so their start and stop
+follow from a free-at time and need no event at all.
+
+Queue disciplines of a pool (all in order of arrival unless said otherwise):
+
+- `fifo`: the head waits for its gang and everybody behind it waits too.
+- `gang_fifo`: a head that does not fit reserves the node that will be free soonest; those behind use the other nodes.
+- `backfill`: the same, and a later job may use the reserved node if it is done before the head could start.
+- `edf`: the highest priority, and among equals the earliest deadline, is the head.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import Generic, TypeVar
+
+import simpy
+from simpy.events import Timeout
+
+from hybridsd_sim.policies import PoolView
+
+NAN = float("nan")
+
+
+class Job:
+    """Work for a pool: GPUs, seconds, deadline; and, once it ran, when it was where.
+
+    `hold_s` is the work itself. `load_s` is what loading the model would add; a pool that holds it makes that 0.
+    """
+
+    __slots__ = (
+        "cloud_ready_s",
+        "cloud_start_s",
+        "cloud_stop_s",
+        "deadline_s",
+        "degree",
+        "hold_s",
+        "load_s",
+        "model_key",
+        "node",
+        "number",
+        "priority",
+        "work",
+    )
+
+    def __init__(self, number: int, degree: int, hold_s: float, deadline_s: float = float("inf")) -> None:
+        self.number = number
+        self.degree = degree
+        self.hold_s = hold_s
+        self.deadline_s = deadline_s
+        self.load_s = 0.0
+        self.model_key = 0
+        self.priority = 0
+        self.work = 0.0
+        self.cloud_ready_s = self.cloud_start_s = self.cloud_stop_s = NAN
+        self.node = -1
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.number}, {self.degree} GPUs, {self.hold_s:.3f} s)"
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+class Pool(Generic[JobT]):
+    """GPUs of one kind in nodes, with one queue. `done(job)` is called when a job's GPUs are free again.
+
+    `resident_models` limits how many models a node keeps; a job whose model is not there adds its `load_s`. None means
+    that every model fits and is loaded. The nodes, rented at time 0, serve from `cold_start_s` on.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        *,
+        nodes: int,
+        gpus_per_node: int,
+        discipline: str,
+        done: Callable[[JobT], None],
+        resident_models: int | None = None,
+        cold_start_s: float = 0.0,
+    ) -> None:
+        self.env = env
+        self.gpus_per_node = gpus_per_node
+        self.view = PoolView(nodes * gpus_per_node, 0)
+        self._nodes = nodes
+        self._done = done
+        self._by_free: list[dict[int, None]] = [{} for _ in range(gpus_per_node + 1)]
+        self._free = [gpus_per_node] * nodes
+        self._running: list[dict[int, JobT]] = [{} for _ in range(nodes)]
+        self._resident_models = resident_models
+        self._resident: list[dict[int, None]] = [{} for _ in range(nodes)]
+        self._queue: deque[JobT] = deque()
+        self._heap: list[tuple[int, float, int, JobT]] = []
+        self._order = count()
+        self._dispatch = {"fifo": self._dispatch_fifo, "edf": self._dispatch_edf}.get(discipline, self._dispatch_gangs)
+        self._by_deadline = discipline == "edf"
+        self._backfill = discipline == "backfill"
+        if cold_start_s > 0.0:
+            Timeout(env, cold_start_s).callbacks.append(lambda _: self._open())
+        else:
+            self._open()
+
+    def __repr__(self) -> str:
+        return f"Pool({self.view.busy_gpus} of {self.view.gpus} GPUs busy, {self.view.queued} waiting)"
+
+    def _open(self) -> None:
+        self._by_free[self.gpus_per_node] = dict.fromkeys(range(self._nodes))
+        self.view.largest_free = self.gpus_per_node if self._nodes else 0
+        self._dispatch()
+
+    def submit(self, job: JobT) -> None:
+        """Queue a job now; it starts at once if nobody waits and a node has room."""
+        job.cloud_ready_s = self.env.now
+        view = self.view
+        view.declared_work += job.work
+        if view.queued == 0 and (node := self._fit(job, ())) >= 0:
+            self._start(job, node)
+            return
+        view.queued += 1
+        view.backlog_gpu_s += job.degree * job.hold_s
+        if self._by_deadline:
+            heappush(self._heap, (-job.priority, job.deadline_s, next(self._order), job))
+        else:
+            self._queue.append(job)
+        self._dispatch()
+
+    def _fit(self, job: JobT, reserved: Iterable[int]) -> int:
+        """The fullest node that still has room, one that holds the model if residency matters; -1 if there is none."""
+        if self._resident_models is not None:
+            return self._fit_resident(job, reserved)
+        for bucket in self._by_free[job.degree :]:
+            for node in bucket:
+                if node not in reserved:
+                    return node
+        return -1
+
+    def _fit_resident(self, job: JobT, reserved: Iterable[int]) -> int:
+        fallback = -1
+        for bucket in self._by_free[job.degree :]:
+            for node in bucket:
+                if node in reserved:
+                    continue
+                if job.model_key in self._resident[node]:
+                    return node
+                fallback = node if fallback < 0 else fallback
+        return fallback
+
+    def _start(self, job: JobT, node: int) -> None:
+        now = self.env.now
+        job.load_s = self._touch_model(job, node)
+        hold = job.hold_s + job.load_s
+        job.node, job.cloud_start_s, job.cloud_stop_s = node, now, now + hold
+        self._running[node][job.number] = job
+        view = self.view
+        view.busy_gpus += job.degree
+        view.busy_until_gpu_s += job.degree * job.cloud_stop_s
+        self._move(node, -job.degree)
+        Timeout(self.env, hold, job).callbacks.append(self._stop)
+
+    def _touch_model(self, job: JobT, node: int) -> float:
+        """Seconds to load the job's model on the node: none if it is there; the least recently used one makes room."""
+        if self._resident_models is None:
+            return 0.0
+        resident = self._resident[node]
+        known = job.model_key in resident
+        if known:
+            del resident[job.model_key]
+        elif len(resident) >= self._resident_models:
+            del resident[next(iter(resident))]
+        resident[job.model_key] = None
+        return 0.0 if known else job.load_s
+
+    def _move(self, node: int, change: int) -> None:
+        free = self._free[node]
+        del self._by_free[free][node]
+        free += change
+        self._free[node] = free
+        self._by_free[free][node] = None
+        largest = self.gpus_per_node
+        while largest and not self._by_free[largest]:
+            largest -= 1
+        self.view.largest_free = largest
+
+    def _stop(self, event: simpy.Event) -> None:
+        job: JobT = event.value  # type: ignore[assignment]
+        view = self.view
+        view.busy_gpus -= job.degree
+        view.busy_until_gpu_s -= job.degree * job.cloud_stop_s
+        view.declared_work -= job.work
+        del self._running[job.node][job.number]
+        self._move(job.node, job.degree)
+        if view.queued:
+            self._dispatch()
+        self._done(job)
+
+    def _leave_queue(self, job: JobT, node: int) -> None:
+        self.view.queued -= 1
+        self.view.backlog_gpu_s -= job.degree * job.hold_s
+        self._start(job, node)
+
+    def _dispatch_fifo(self) -> None:
+        queue = self._queue
+        while queue and (node := self._fit(queue[0], ())) >= 0:
+            self._leave_queue(queue.popleft(), node)
+
+    def _dispatch_edf(self) -> None:
+        heap = self._heap
+        while heap and (node := self._fit(heap[0][3], ())) >= 0:
+            self._leave_queue(heappop(heap)[3], node)
+
+    def _dispatch_gangs(self) -> None:
+        """Start what fits, in order; each head that does not fit reserves the node it can have soonest."""
+        reserved: dict[int, float] = {}
+        waiting: list[JobT] = []
+        while self._queue and len(reserved) < self._nodes:
+            job = self._queue.popleft()
+            node = self._fit(job, reserved)
+            if node < 0 and self._backfill:
+                node = self._fit_before(job, reserved)
+            if node >= 0:
+                self._leave_queue(job, node)
+            else:
+                waiting.append(job)
+                self._reserve(job, reserved)
+        self._queue.extendleft(reversed(waiting))
+
+    def _fit_before(self, job: JobT, reserved: dict[int, float]) -> int:
+        """A reserved node that the job would have left before the reservation begins; -1 if there is none."""
+        stop = self.env.now + job.hold_s + job.load_s
+        return next((n for n, when in reserved.items() if self._free[n] >= job.degree and stop <= when), -1)
+
+    def _reserve(self, job: JobT, reserved: dict[int, float]) -> None:
+        open_nodes = [node for node in range(self._nodes) if node not in reserved]
+        when, node = min((self._free_at(node, job.degree), node) for node in open_nodes)
+        reserved[node] = when
+
+    def _free_at(self, node: int, degree: int) -> float:
+        """When the node will have `degree` GPUs free if nothing else starts there."""
+        free, when = self._free[node], self.env.now
+        for stop, gpus in sorted((job.cloud_stop_s, job.degree) for job in self._running[node].values()):
+            if free >= degree:
+                break
+            free, when = free + gpus, stop
+        return when
+
+
+class EdgeFleet:
+    """Edge devices of one kind. Owned: each request has its own user's device. Shared: the first free device serves."""
+
+    def __init__(self, replicas: int, *, shared: bool) -> None:
+        self.replicas = replicas
+        self._owned: dict[int, float] = {}
+        self._shared: list[tuple[float, int]] | None = [(0.0, device) for device in range(replicas)] if shared else None
+        if self._shared is not None:
+            heapify(self._shared)
+
+    def serve(self, ready_s: float, hold_s: float, draw: float) -> tuple[int, float]:
+        """Serve a request that is ready now, in order of readiness: the device that does it, and when it starts.
+
+        `draw` in [0, 1) picks the user's own device. Calls must come in order of `ready_s`.
+        """
+        if self._shared is not None:
+            free_at, device = heappop(self._shared)
+            start = free_at if free_at > ready_s else ready_s
+            heappush(self._shared, (start + hold_s, device))
+            return device, start
+        device = int(draw * self.replicas)
+        free_at = self._owned.get(device, 0.0)
+        start = free_at if free_at > ready_s else ready_s
+        self._owned[device] = start + hold_s
+        return device, start

@@ -1,0 +1,282 @@
+"""Parallel methods as the planner sees them: legal degrees, work per rank, bytes, overlap. One class each.
+
+A method says how the UNet evaluations of a stage are spread over `degree` GPUs: how many rounds there are, what the
+busiest rank computes in one round, what it receives, and behind how much of its own compute the exchange may hide. How
+long that takes on a given GPU and interconnect is the business of `calibration` and `cost`. Executors ask here what is
+legal, so a rule is stated once.
+
+Sources: DistriFusion (arXiv 2402.19481, code mit-han-lab/distrifuser), PCPP (arXiv 2412.02962, code xiuyuz/pcpp),
+AsyncDiff (arXiv 2406.06911, code czg1225/AsyncDiff).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from hybridsd_sim.errors import IllegalPlanError, Problem, unknown_name
+from hybridsd_sim.partition import (
+    Denoising,
+    RankWork,
+    component_work,
+    exchanged_layers,
+    halo_bytes,
+    kv_bytes,
+    stripe_work,
+    whole,
+)
+
+Option = bool | int | float | str
+
+SYNC_MODES = ("full_sync", "sync_gn", "corrected_async_gn", "stale_gn", "separate_gn", "no_sync")
+"""GroupNorm and exchange modes of DistriFusion's public code; the third is its default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """`steps` denoising steps that cost the same: `rounds` rounds of `work` (fewer rounds than steps under stride 2)."""
+
+    name: str
+    steps: int
+    rounds: int
+    work: RankWork
+
+
+class Method(ABC):
+    """A way to spread a stage over GPUs. Subclasses are registered under `name`."""
+
+    name: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Option]] = {}
+
+    def problems(self, job: Denoising, degree: int, options: Mapping[str, Option]) -> list[Problem]:
+        """Every reason why this method cannot run `job` at `degree`; empty when it can."""
+        strange = sorted(options.keys() - self.defaults.keys())
+        unknown = [unknown_name(f"{self.name} option", key, list(self.defaults)) for key in strange]
+        bad_degree = [] if degree >= 1 else [Problem("degree", str(degree), "counts GPUs, so it is at least 1")]
+        return [*unknown, *bad_degree] or self._rule_problems(job, degree, self._settings(job, options))
+
+    def phases(self, job: Denoising, degree: int, options: Mapping[str, Option]) -> tuple[Phase, ...]:
+        """The stage as phases of equal rounds; the steps sum to `job.num_steps`. Degree 1 of any method is `single`."""
+        if degree == 1:
+            return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, work=whole(job)),)
+        return tuple(phase for phase in self._phases(job, degree, self._settings(job, options)) if phase.steps)
+
+    def _settings(self, job: Denoising, options: Mapping[str, Option]) -> dict[str, Option]:
+        return {**self.defaults, **options}
+
+    @abstractmethod
+    def _rule_problems(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> list[Problem]: ...
+
+    @abstractmethod
+    def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]: ...
+
+
+class Single(Method):
+    """One GPU does everything."""
+
+    name = "single"
+
+    def _rule_problems(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> list[Problem]:
+        remedy = "Choose a parallel method or degree 1."
+        return [] if degree == 1 else [Problem("degree", str(degree), "single runs on exactly 1 GPU", remedy)]
+
+    def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]:
+        return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, work=whole(job)),)
+
+
+class CfgParallel(Method):
+    """Guidance parallelism: one GPU evaluates the prompt, the other the empty prompt; the noises are exchanged."""
+
+    name = "cfg_parallel"
+
+    def _rule_problems(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> list[Problem]:
+        if degree not in (1, 2):
+            return [Problem("degree", str(degree), "cfg_parallel has two branches, so it runs on 1 or 2 GPUs")]
+        return _guidance_problems(job, degree)
+
+    def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]:
+        half = replace(whole(job, job.latents / 2), received_bytes=job.noise_bytes() / 2, messages=1)
+        return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, work=half),)
+
+
+def _guidance_problems(job: Denoising, degree: int) -> list[Problem]:
+    if degree == 1 or job.guided:
+        return []
+    return [Problem("guidance_scale", "1 or less", "splitting guidance needs guidance", "Raise guidance_scale above 1.")]
+
+
+class PatchMethod(Method):
+    """Horizontal stripes, one a GPU: what DistriFusion and PCPP share."""
+
+    defaults: ClassVar[Mapping[str, Option]] = {
+        "warmup_steps": 5,
+        "sync_mode": "corrected_async_gn",
+        "guidance_split": False,
+    }
+
+    def _rule_problems(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> list[Problem]:
+        problems = [*_sync_mode_problems(settings), *_warmup_problems(settings)]
+        if settings["guidance_split"]:
+            problems += _guidance_problems(job, degree)
+            if degree % 2:
+                problems.append(Problem("degree", str(degree), "guidance_split needs an even number of GPUs"))
+        return problems or _stripe_problems(job, _branch(degree, settings))
+
+    def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]:
+        warmup = min(int(settings["warmup_steps"]), job.num_steps)
+        if settings["sync_mode"] == "full_sync":
+            warmup = job.num_steps
+        branch = _branch(degree, settings)
+        latents = job.latents / (2 if settings["guidance_split"] and degree > 1 else 1)
+        sync = self._synchronous(job, branch, latents, degree)
+        steady = self._steady(job, branch, latents, degree, settings)
+        rest = job.num_steps - warmup
+        return (
+            Phase(name="warmup", steps=warmup, rounds=warmup, work=sync),
+            Phase(name="steady", steps=rest, rounds=rest, work=steady),
+        )
+
+    def _synchronous(self, job: Denoising, branch: int, latents: float, degree: int) -> RankWork:
+        """A warm-up step: the stripe's share of every layer, attention over the whole image, everything gathered first."""
+        own = stripe_work(job, branch, latents, key_share=1.0)
+        traffic = kv_bytes(job, latents) * (branch - 1) / branch + halo_bytes(job, latents) * (branch - 1)
+        return replace(
+            own,
+            received_bytes=traffic + _noise_gather(job, degree),
+            messages=exchanged_layers(job) + 1 if branch > 1 else 1,
+        )
+
+    @abstractmethod
+    def _steady(
+        self, job: Denoising, branch: int, latents: float, degree: int, settings: Mapping[str, Option]
+    ) -> RankWork: ...
+
+
+class DistriFusion(PatchMethod):
+    """Displaced patch parallelism: neighbours' activations of the previous step, gathered behind a whole step."""
+
+    name = "distrifusion"
+
+    def _steady(
+        self, job: Denoising, branch: int, latents: float, degree: int, settings: Mapping[str, Option]
+    ) -> RankWork:
+        sync = self._synchronous(job, branch, latents, degree)
+        if settings["sync_mode"] == "no_sync":
+            return replace(sync, received_bytes=_noise_gather(job, degree), messages=1)
+        return replace(sync, window=1.0)
+
+
+class Pcpp(PatchMethod):
+    """Partially conditioned patch parallelism: attention sees a part of each neighbour's stripe only.
+
+    `partial` is that part (0.3 in the public code). `whole_stripes` sends neighbours the whole stripe as the public code
+    does; by default only the part that is used travels. A transfer hides behind one interval between self-attentions.
+    """
+
+    name = "pcpp"
+    defaults: ClassVar[Mapping[str, Option]] = {**PatchMethod.defaults, "partial": 0.3, "whole_stripes": False}
+
+    def _rule_problems(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> list[Problem]:
+        partial = settings["partial"]
+        in_range = isinstance(partial, int | float) and 0.0 <= partial <= 1.0
+        bad = [] if in_range else [Problem("partial", str(partial), "is a share of a neighbour's stripe, from 0 to 1")]
+        return [*bad, *super()._rule_problems(job, degree, settings)]
+
+    def _steady(
+        self, job: Denoising, branch: int, latents: float, degree: int, settings: Mapping[str, Option]
+    ) -> RankWork:
+        partial = float(settings["partial"])
+        neighbours = min(2, branch - 1)
+        own = stripe_work(job, branch, latents, key_share=min(1.0, (1 + neighbours * partial) / branch))
+        sent = 1.0 if settings["whole_stripes"] else partial
+        traffic = kv_bytes(job, latents) * neighbours * sent / branch + halo_bytes(job, latents) * (branch - 1)
+        attentions = sum(layer.op == "self_attention" for layer in job.layers)
+        return replace(
+            own,
+            received_bytes=traffic + _noise_gather(job, degree),
+            messages=exchanged_layers(job) + 1 if branch > 1 else 1,
+            window=1.0 / max(1, attentions),
+        )
+
+
+class AsyncDiff(Method):
+    """Asynchronous denoising: the UNet cut into N components that run side by side on one-step-old inputs.
+
+    N = degree - stride + 1. Every GPU holds the whole model; boundary tensors are broadcast and block. With stride 2, two
+    denoising steps share one round and an extra GPU predicts the noise of the first.
+    """
+
+    name = "asyncdiff"
+    defaults: ClassVar[Mapping[str, Option]] = {"stride": 1, "warmup_steps": 1}
+
+    def _settings(self, job: Denoising, options: Mapping[str, Option]) -> dict[str, Option]:
+        warmup = {"warmup_steps": 3 if job.family == "sdxl" else 1}
+        return {**self.defaults, **warmup, **options}
+
+    def _rule_problems(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> list[Problem]:
+        stride = settings["stride"]
+        if stride not in (1, 2):
+            return [Problem("stride", str(stride), "AsyncDiff has stride 1 or 2")]
+        components = degree - int(stride) + 1
+        if degree > 1 and components not in (2, 3, 4):
+            allowed = ", ".join(str(count + int(stride) - 1) for count in (2, 3, 4))
+            rule = f"components N = degree - stride + 1 must be 2, 3 or 4; here N = {components}"
+            return [Problem("degree", str(degree), rule, f"With stride {stride} choose a degree of {allowed}.")]
+        return _warmup_problems(settings)
+
+    def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]:
+        stride = int(settings["stride"])
+        warmup = min(int(settings["warmup_steps"]), job.num_steps)
+        rest = job.num_steps - warmup
+        rounds = -(-rest // stride)
+        steady = component_work(job, degree - stride + 1)
+        return (
+            Phase(name="warmup", steps=warmup, rounds=warmup, work=whole(job)),
+            Phase(name="steady", steps=rest, rounds=rounds, work=steady),
+        )
+
+
+def _branch(degree: int, settings: Mapping[str, Option]) -> int:
+    return degree // 2 if settings["guidance_split"] and degree > 1 else degree
+
+
+def _noise_gather(job: Denoising, degree: int) -> float:
+    return job.noise_bytes() * (degree - 1) / degree
+
+
+def _sync_mode_problems(settings: Mapping[str, Option]) -> list[Problem]:
+    mode = settings["sync_mode"]
+    return [] if mode in SYNC_MODES else [unknown_name("sync_mode", str(mode), SYNC_MODES)]
+
+
+def _warmup_problems(settings: Mapping[str, Option]) -> list[Problem]:
+    steps = settings["warmup_steps"]
+    if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0:
+        return []
+    return [Problem("warmup_steps", str(steps), "counts synchronous steps: an integer of at least 0")]
+
+
+def _stripe_problems(job: Denoising, branch: int) -> list[Problem]:
+    """Every activation's rows must divide evenly over the stripes (distrifuser issue 17: 12 rows on 8 GPUs fail)."""
+    rows = sorted({layer.rows for layer in job.layers if layer.rows})
+    uneven = [count for count in rows if count % branch]
+    if not uneven:
+        return []
+    fitting = [count for count in range(1, rows[0] + 1) if all(row % count == 0 for row in rows)]
+    rule = f"every activation's rows must divide by the stripes; {uneven[0]} rows do not divide by {branch}"
+    remedy = f"Stripe counts that fit this size: {', '.join(map(str, fitting))}."
+    return [Problem("degree", f"{branch} stripes", rule, remedy)]
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method for method in (Single(), CfgParallel(), DistriFusion(), Pcpp(), AsyncDiff())
+}
+
+
+def find_method(name: str) -> Method:
+    """The registered method of that name. Raises `IllegalPlanError` with the closest names for any other."""
+    if name not in METHODS:
+        raise IllegalPlanError(unknown_name("method", name, list(METHODS)))
+    return METHODS[name]

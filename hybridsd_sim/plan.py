@@ -1,0 +1,208 @@
+"""Request, Stage, Plan: what is asked for and how it is carried out. Types and their own consistency, nothing else.
+
+A plan is a tuple of stages; a stage is a half-open run of denoising steps `[start, stop)` done by one model, at one
+site, with one parallel method at one degree. Cloud-only, edge-only, Hybrid SD at switch step k, and any of them with a
+parallel cloud stage are the same type. A plan names everything needed to price it; what it costs and whether it is
+legal are other rooms' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from hybridsd_sim.errors import IllegalPlanError, Problem
+
+Kind = Literal["measured", "quoted", "modelled"]
+Tier = Literal["edge", "cloud"]
+Options = tuple[tuple[str, bool | int | float | str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What one user asks for: a picture (or several), how it is denoised, and what is promised about it.
+
+    `guidance_scale` above 1 means classifier-free guidance: two UNet evaluations a step. `slo_s` is counted from arrival
+    to image. `quality_floor` is a CLIP score in 0..1; None promises nothing.
+    """
+
+    model: str
+    height_px: int = 512
+    width_px: int = 512
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    num_images: int = 1
+    sampler: str = "ddim"
+    request_class: str = "request"
+    slo_s: float | None = None
+    quality_floor: float | None = None
+    priority: int = 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether every step evaluates the UNet for the prompt and for the empty prompt."""
+        return self.guidance_scale > 1.0
+
+    @property
+    def unet_batch(self) -> int:
+        """Latents per UNet call: images, doubled by classifier-free guidance."""
+        return self.num_images * (2 if self.guided else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A place where components run: one edge device, or one node of a cloud pool.
+
+    `device` names an edge device or a GPU of the catalogue. `usd_per_device_hour` None lets the profiles' default price
+    for `purchase` decide; edge devices that users own cost nothing. `power_w` replaces the catalogue's power of an edge
+    device.
+    """
+
+    name: str
+    tier: Tier
+    device: str
+    runtime: str = "eager"
+    precision: str = "fp16"
+    gpus_per_node: int = 1
+    interconnect: str | None = None
+    purchase: str = "on_demand"
+    provider: str | None = None
+    usd_per_device_hour: float | None = None
+    power_w: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A contiguous run of denoising steps `[start, stop)` by one model at one site, with one method at one degree.
+
+    `degree` is the number of GPUs. `options` are the method's own, sorted by key (`stride`, `partial`, `warmup_steps`,
+    `sync_mode`, `guidance_split`).
+    """
+
+    start: int
+    stop: int
+    model: str
+    site: Site
+    method: str = "single"
+    degree: int = 1
+    options: Options = ()
+
+    @property
+    def num_steps(self) -> int:
+        return self.stop - self.start
+
+    def option(self, key: str, default: Any) -> Any:
+        return dict(self.options).get(key, default)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where every component of a request runs: the stages in order, and the sites of the text encoder and the VAE.
+
+    `text_encode_site` and `vae_site` name the site of one of the stages or of `extra_sites`. `network` is the class of
+    the access network between the user's edge and the cloud; None leaves transfers out (a measurement inside one machine
+    room). `edge_encodes_prompt` follows from `text_encode_site`.
+    """
+
+    stages: tuple[Stage, ...]
+    text_encode_site: str
+    vae_site: str
+    vae: str = "autoencoder-kl"
+    network: str | None = None
+    extra_sites: tuple[Site, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        problems = [*self._stage_problems(), *self._site_problems()]
+        if problems:
+            raise IllegalPlanError(problems)
+
+    def _stage_problems(self) -> list[Problem]:
+        if not self.stages:
+            return [Problem("plan.stages", "()", "a plan needs at least one stage")]
+        problems = []
+        expected = 0
+        for index, stage in enumerate(self.stages):
+            if stage.start != expected or stage.stop <= stage.start:
+                rule = f"stages must be non-empty and follow one another; this one must start at {expected}"
+                problems.append(Problem(f"plan.stages[{index}]", f"[{stage.start}, {stage.stop})", rule))
+            expected = stage.stop
+        return problems
+
+    def _site_problems(self) -> list[Problem]:
+        known = self.sites
+        return [
+            Problem(f"plan.{field_name}", repr(name), "must name a site of the plan", f"Sites: {', '.join(known)}.")
+            for field_name, name in (("text_encode_site", self.text_encode_site), ("vae_site", self.vae_site))
+            if name not in known
+        ]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Every site of the plan by name, in the order of the stages."""
+        return {site.name: site for site in (*(stage.site for stage in self.stages), *self.extra_sites)}
+
+    @property
+    def num_inference_steps(self) -> int:
+        return self.stages[-1].stop
+
+    @property
+    def cloud_stages(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.site.tier == "cloud")
+
+    @property
+    def edge_stages(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.site.tier == "edge")
+
+    @property
+    def switch_step(self) -> int:
+        """Index of the first step done at the edge: 0 is edge-only, `num_inference_steps` is cloud-only."""
+        return next((stage.start for stage in self.stages if stage.site.tier == "edge"), self.num_inference_steps)
+
+    @property
+    def label(self) -> str:
+        """A short name that a person can read: `a100 distrifusion x4 k=10 -> snapdragon-8-elite`."""
+        stages = " -> ".join(_stage_label(stage, len(self.stages) > 1) for stage in self.stages)
+        decoded = "" if self.vae_site == self.stages[-1].site.name else f", decoded on {self.vae_site}"
+        return f"{stages}{decoded}" if self.vae == "autoencoder-kl" else f"{stages}{decoded} + {self.vae}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for JSON and YAML; `plan_from_dict` reads it back."""
+        return asdict(self)
+
+
+def _stage_label(stage: Stage, with_steps: bool) -> str:
+    how = "" if stage.degree == 1 else f" {stage.method} x{stage.degree}"
+    which = "".join(f" {key}={value}" for key, value in stage.options)
+    steps = f" [{stage.start},{stage.stop})" if with_steps else ""
+    return f"{stage.model} on {stage.site.name}{how}{which}{steps}"
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What is rented and how each request class is served: nodes per pool, one plan per class. Written as `plan.yaml`."""
+
+    replicas: Mapping[str, int]
+    plans: Mapping[str, Plan]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for YAML; `deployment_from_dict` reads it back."""
+        return {"replicas": dict(self.replicas), "plans": {name: plan.to_dict() for name, plan in self.plans.items()}}
+
+
+def deployment_from_dict(data: Mapping[str, Any]) -> Deployment:
+    """Read back what `Deployment.to_dict` wrote."""
+    return Deployment(dict(data["replicas"]), {name: plan_from_dict(plan) for name, plan in data["plans"].items()})
+
+
+def plan_from_dict(data: Mapping[str, Any]) -> Plan:
+    """Read back what `Plan.to_dict` wrote (lists for tuples allowed)."""
+    stages = tuple(_stage_from_dict(stage) for stage in data["stages"])
+    extra = tuple(Site(**site) for site in data.get("extra_sites", ()))
+    rest = {key: data[key] for key in ("text_encode_site", "vae_site", "vae", "network") if key in data}
+    return Plan(stages=stages, extra_sites=extra, **rest)
+
+
+def _stage_from_dict(data: Mapping[str, Any]) -> Stage:
+    options = tuple((key, value) for key, value in data.get("options", ()))
+    return Stage(**{**data, "site": Site(**data["site"]), "options": options})

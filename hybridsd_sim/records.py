@@ -1,0 +1,311 @@
+"""What happened, a row per request; the laws every run obeys; saving and loading with provenance.
+
+A `Records` holds one replication as one table of doubles, `COLUMNS` wide: twenty-odd machine words a request and
+nothing else, so that a million requests take about 200 MB. A `Book` fills it while a run is on; booking a request is
+one call. Names (classes, plans, pools) are kept beside it as tables that the integer columns index. NaN means "does not
+apply": a cloud-only request has no edge times.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from hybridsd_sim.errors import RunError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("request", "index in order of arrival"),
+    ("class_index", "request class, index into classes"),
+    ("plan_index", "plan, index into plans; -1 when rejected"),
+    ("status", "0 served, 1 unserved, 2 in flight at the horizon"),
+    ("reason", "why unserved, index into reasons; -1 when served"),
+    ("arrival_s", "the user asks"),
+    ("cloud_ready_s", "the request reaches the pool's queue"),
+    ("cloud_start_s", "the gang starts"),
+    ("cloud_stop_s", "the gang is free again"),
+    ("edge_ready_s", "everything the edge needs is there"),
+    ("edge_start_s", "the edge device starts"),
+    ("edge_stop_s", "the edge device is free again"),
+    ("finish_s", "the user has the picture"),
+    ("deadline_s", "arrival plus SLO; infinite without one"),
+    ("model_load_s", "part of the cloud time spent loading a model"),
+    ("transfer_s", "seconds on the access network"),
+    ("degree", "GPUs held; 0 without a cloud stage"),
+    ("pool_index", "pool, index into pools; -1 without"),
+    ("node", "node of the pool; -1 without"),
+    ("fleet_index", "edge fleet, index into fleets; -1 without an edge stage"),
+    ("device", "edge device of the fleet; -1 without"),
+    ("gpu_seconds", "GPUs times seconds held"),
+    ("usd", "metered: GPU-seconds at the pool's price, and egress"),
+    ("edge_energy_j", "joules of the edge device; NaN when nobody knows its power"),
+    ("bytes_down", "bytes to the edge"),
+    ("quality", "CLIP score of the plan in 0..1; NaN when nobody knows"),
+)
+"""Column names with their meaning; seconds count from the start of the run."""
+WIDTH = len(COLUMNS)
+INDEX = {name: position for position, (name, _) in enumerate(COLUMNS)}
+SERVED, UNSERVED, IN_FLIGHT = 0, 1, 2
+STATUS_NAMES = ("served", "unserved", "in flight")
+TOLERANCE_S = 1e-6
+"""Rounding that sums of seconds may show."""
+
+
+class Sink(Protocol):
+    """A caller's writer for streamed records: gets blocks of rows, `COLUMNS` wide, as they fill up."""
+
+    def write(self, rows: np.ndarray) -> None: ...
+
+
+@dataclass(slots=True)
+class Records:
+    """One replication: a block of rows and the names that its integer columns index."""
+
+    classes: tuple[str, ...]
+    pools: tuple[str, ...]
+    fleets: tuple[str, ...]
+    plans: tuple[str, ...]
+    reasons: tuple[str, ...]
+    replication: int = 0
+    table: np.ndarray = field(default_factory=lambda: np.empty((0, WIDTH)))
+
+    def rows(self) -> np.ndarray:
+        """All rows as an array of shape (requests, COLUMNS), in order of arrival."""
+        return self.table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def column(rows: np.ndarray, name: str) -> np.ndarray:
+    """One column of a block of rows by its name."""
+    return rows[:, INDEX[name]]
+
+
+def to_frame(records: Records, policy: str) -> pd.DataFrame:
+    """The replication as a table: names for indexes, integers for counts, units in the column names."""
+    import pandas as pd
+
+    rows = records.rows()
+    names: dict[str, tuple[str, Sequence[str]]] = {
+        "class_index": ("request_class", records.classes),
+        "plan_index": ("plan", records.plans),
+        "status": ("status", STATUS_NAMES),
+        "reason": ("reason", records.reasons),
+        "pool_index": ("pool", records.pools),
+        "fleet_index": ("fleet", records.fleets),
+    }
+    data: dict[str, Any] = {"policy": policy, "replication": records.replication}
+    for name, _ in COLUMNS:
+        values = column(rows, name)
+        if name in names:
+            new, known = names[name]
+            labels = pd.Index(list(known), dtype="object")
+            data[new] = pd.Categorical.from_codes(values.astype(np.int32), categories=labels)
+        else:
+            data[name] = values.astype(np.int64) if name in {"request", "degree", "node", "device"} else values
+    return pd.DataFrame(data)
+
+
+RAW = (
+    "request", "class_index", "plan_index", "status", "reason", "arrival_s", "cloud_ready_s", "cloud_start_s",
+    "cloud_stop_s", "edge_ready_s", "edge_start_s", "edge_stop_s", "finish_s", "deadline_s", "model_load_s",
+    "transfer_s", "node", "device",
+)  # fmt: skip
+"""The columns that a run must say of each request; the others follow from the plan."""
+TIMES = tuple(name for name in RAW if name.endswith("_s") and name not in {"deadline_s", "model_load_s", "transfer_s"})
+FLUSH_ROWS = 16384
+
+
+class PlanFacts(NamedTuple):
+    """What a plan says of every request it serves, so that rows need not repeat it while the run is on."""
+
+    label: str
+    degree: int
+    pool_index: int
+    fleet_index: int
+    usd: float
+    usd_per_gpu_s: float
+    edge_energy_j: float
+    bytes_down: int
+    quality: float
+
+
+class Book:
+    """Fills `Records` while a run is on: raw rows in a flat list, spread out into the table block by block."""
+
+    def __init__(self, records: Records, horizon_s: float, sink: Sink | None = None) -> None:
+        self._records, self._horizon_s, self._sink = records, horizon_s, sink
+        self._raw: list[float] = []
+        self._plans: list[PlanFacts] = []
+        self._count = 0
+
+    def add_plan(self, facts: PlanFacts) -> int:
+        """Enter a plan and return its `plan_index`."""
+        self._plans.append(facts)
+        return len(self._plans) - 1
+
+    def write(self, row: tuple[float, ...]) -> None:
+        """Book one request: its `RAW` columns."""
+        self._raw.extend(row)
+        if len(self._raw) >= FLUSH_ROWS * len(RAW):
+            self._flush()
+
+    def close(self) -> Records:
+        """Spread out what is left and return the records, in order of arrival."""
+        self._flush()
+        self._grow(self._count)  # a request booked twice leaves an empty row, which the laws refuse
+        self._records.plans = tuple(facts.label for facts in self._plans)
+        self._records.table = self._records.table[: self._count]
+        return self._records
+
+    def _flush(self) -> None:
+        if not self._raw:
+            return
+        raw = np.array(self._raw, dtype=np.float64).reshape(-1, len(RAW))
+        self._raw.clear()
+        rows = self._spread(raw)
+        if self._sink is not None:
+            self._sink.write(rows)
+        numbers = raw[:, 0].astype(np.int64)
+        self._count += len(rows)
+        self._grow(int(numbers.max(initial=-1)) + 1)
+        self._records.table[numbers] = rows
+
+    def _grow(self, needed: int) -> None:
+        table = self._records.table
+        if needed > len(table):
+            grown = np.full((max(needed, len(table) * 3 // 2), WIDTH), np.nan)
+            grown[: len(table)] = table
+            self._records.table = grown
+
+    def _spread(self, raw: np.ndarray) -> np.ndarray:
+        rows = np.full((len(raw), WIDTH), np.nan)
+        rows[:, [INDEX[name] for name in RAW]] = raw
+        late = column(rows, "status") == IN_FLIGHT
+        for name in TIMES:
+            times = column(rows, name)
+            times[late & (times > self._horizon_s)] = np.nan
+        column(rows, "model_load_s")[np.isnan(column(rows, "cloud_start_s"))] = 0.0  # drawn, but nothing was loaded yet
+        self._add_plan_columns(rows)
+        return rows
+
+    def _add_plan_columns(self, rows: np.ndarray) -> None:
+        which = column(rows, "plan_index").astype(np.int64)
+        facts = [*self._plans, PlanFacts("", 0, -1, -1, 0.0, 0.0, 0.0, 0, math.nan)]  # index -1: rejected
+        for name in ("degree", "pool_index", "fleet_index", "edge_energy_j", "bytes_down", "quality"):
+            rows[:, INDEX[name]] = np.array([getattr(plan, name) for plan in facts], dtype=np.float64)[which]
+        stop = np.where(np.isnan(column(rows, "cloud_stop_s")), self._horizon_s, column(rows, "cloud_stop_s"))
+        held = np.nan_to_num(stop - column(rows, "cloud_start_s")) * column(rows, "degree")
+        rows[:, INDEX["gpu_seconds"]] = held
+        load = np.nan_to_num(column(rows, "model_load_s")) * column(rows, "degree")
+        rate = np.array([plan.usd_per_gpu_s for plan in facts])[which]
+        rows[:, INDEX["usd"]] = np.array([plan.usd for plan in facts])[which] + load * rate
+
+
+def check_laws(records: Records, pool_gpus: Mapping[str, int], shared_replicas: Mapping[str, int]) -> None:
+    """Raise `RunError` if a run broke a law: conservation, causality, capacity, or seconds that do not add up.
+
+    `pool_gpus` are the GPUs of each pool; `shared_replicas` the device counts of the edge fleets.
+    """
+    rows = records.rows()
+    broken = [*_conservation(rows), *_causality(rows), *_sums(rows)]
+    for index, name in enumerate(records.pools):
+        broken += _capacity(rows, "pool_index", index, "cloud", pool_gpus[name], f"pool {name}")
+    for index, name in enumerate(records.fleets):
+        broken += _capacity(rows, "fleet_index", index, "edge", shared_replicas[name], f"edge fleet {name}")
+        broken += _devices_do_one_thing(rows, index, name)
+    if broken:
+        raise RunError("the run broke its own laws: " + "; ".join(broken))
+
+
+def _conservation(rows: np.ndarray) -> list[str]:
+    requests = column(rows, "request")
+    if not np.array_equal(requests, np.arange(len(rows))):
+        return [f"{len(rows)} records do not stand for requests 0 to {len(rows) - 1} once each"]
+    status = column(rows, "status")
+    if not np.isin(status, (SERVED, UNSERVED, IN_FLIGHT)).all():
+        return ["some requests are neither served, unserved nor in flight"]
+    unexplained = (status == UNSERVED) & (column(rows, "reason") < 0)
+    return [f"{int(unexplained.sum())} unserved requests have no reason"] if unexplained.any() else []
+
+
+def _causality(rows: np.ndarray) -> list[str]:
+    cloud, edge = (tuple(f"{side}_{point}_s" for point in ("ready", "start", "stop")) for side in ("cloud", "edge"))
+    reached = np.full(len(rows), -np.inf)
+    for name in ("arrival_s", *cloud, *edge, "finish_s"):
+        times = column(rows, name)
+        early = times < reached - TOLERANCE_S
+        if early.any():
+            return [f"request {int(np.flatnonzero(early)[0])} has its {name} before its inputs exist"]
+        np.fmax(reached, times, out=reached)
+    return []
+
+
+def _sums(rows: np.ndarray) -> list[str]:
+    # Block by block: a copy of all served rows would double the memory of a run.
+    blocks = (rows[first : first + FLUSH_ROWS] for first in range(0, len(rows), FLUSH_ROWS))
+    return list(dict.fromkeys(found for block in blocks for found in _wrong_sums(block)))
+
+
+def _wrong_sums(rows: np.ndarray) -> Iterator[str]:
+    served = rows[column(rows, "status") == SERVED]
+    cloud = np.nan_to_num(column(served, "cloud_stop_s") - column(served, "cloud_ready_s"))
+    edge = np.nan_to_num(column(served, "edge_stop_s") - column(served, "edge_ready_s"))
+    latency = column(served, "finish_s") - column(served, "arrival_s")
+    gap = np.abs(latency - cloud - edge - column(served, "transfer_s"))
+    held = np.nan_to_num((column(served, "cloud_stop_s") - column(served, "cloud_start_s")) * column(served, "degree"))
+    charged = np.abs(held - column(served, "gpu_seconds"))
+    if not (gap <= TOLERANCE_S * np.maximum(1.0, latency)).all():  # NaN is no sum
+        yield "cloud, edge and transfer seconds do not sum to the latency"
+    if not (charged <= TOLERANCE_S * np.maximum(1.0, held)).all():
+        yield "GPU-seconds charged are not the GPU-seconds held"
+
+
+def _capacity(rows: np.ndarray, key: str, index: int, side: str, capacity: int, name: str) -> list[str]:
+    mine = (column(rows, key) == index) & ~np.isnan(column(rows, f"{side}_start_s"))
+    if not mine.any():
+        return []
+    start, stop = column(rows, f"{side}_start_s")[mine], column(rows, f"{side}_stop_s")[mine]
+    weight = column(rows, "degree")[mine] if side == "cloud" else np.ones(len(start))
+    times = np.concatenate([start, np.where(np.isnan(stop), np.inf, stop)])
+    change = np.concatenate([weight, -weight])
+    # A device that is handed over at one instant is free before it is taken: departures sort first.
+    order = np.lexsort((change, np.round(times, 9)))
+    peak = np.cumsum(change[order]).max()
+    return [f"{name} ran {peak:g} devices of {capacity}"] if peak > capacity else []
+
+
+def _devices_do_one_thing(rows: np.ndarray, index: int, name: str) -> list[str]:
+    mine = (column(rows, "fleet_index") == index) & ~np.isnan(column(rows, "edge_start_s"))
+    device, start = column(rows, "device")[mine], column(rows, "edge_start_s")[mine]
+    stop = column(rows, "edge_stop_s")[mine]
+    order = np.lexsort((start, device))
+    device, start, stop = device[order], start[order], np.where(np.isnan(stop), np.inf, stop)[order]
+    overlap = (device[1:] == device[:-1]) & (start[1:] < stop[:-1] - TOLERANCE_S)
+    return [f"a device of {name} runs two requests at once"] if overlap.any() else []
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def canonical_json(data: object) -> bytes:
+    """JSON with sorted keys and no spare room: the same data gives the same bytes."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,88 @@
+"""What each figure shows, in words: its caption, and alternative text with the numbers that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hybridsd_sim.metrics import ALL
+from hybridsd_sim.report.figures import FIGURES
+from hybridsd_sim.report.markup import Picture, number, percent
+from hybridsd_sim.report.tally import IDLE
+
+Data = Mapping[str, Any]
+KINDS = ("measured", "quoted", "modelled")
+CAPTIONS = {
+    "frontier": (
+        "Rent against latency; colour is quality. Circles are capacity plans that no other beats in all three, found by "
+        "formula; the named plans are simulated, with 95% intervals."
+    ),
+    "latency": "Share of requests served within a time. Where it meets the SLO, a curve should be above the dotted line.",
+    "components": "Where dollars and GPU-seconds go. Hatched white is rent that no request used.",
+    "load": "How busy the rented GPUs are, and how many requests wait for them.",
+    "switch": "What another switch step would do, on an idle fleet: latency with its 90% interval, and metered cost.",
+}
+
+
+def pictures(data: Data, drawn: Mapping[str, str]) -> list[Picture]:
+    """The drawn figures with caption, alternative text and the kinds of the numbers behind them."""
+    kinds = {kind for run in data["runs"] for kind in run["kinds"]}
+    describe = {"frontier": _frontier, "latency": _latency, "components": _components, "load": _load, "switch": _switch}
+    found = []
+    for name, svg in drawn.items():
+        alt = " ".join(describe[name](data))
+        behind = (
+            {point["kind"] for curve in data["switch_curve"].values() for point in curve} if name == "switch" else kinds
+        )
+        behind = {*behind, "modelled"} if name == "frontier" else behind
+        found.append(
+            Picture(name, FIGURES[name][0], svg, alt, CAPTIONS[name], tuple(kind for kind in KINDS if kind in behind))
+        )
+    return found
+
+
+def _frontier(data: Data) -> Iterator[str]:
+    yield f"Scatter plot of rent in US$ an hour against p95 latency in seconds, with {len(data['frontier'])} frontier plans."
+    run = data["runs"][0]
+    yield _place("chosen", run["usd_per_hour"], run["summary"][ALL]["latency_p95_s"]["value"])
+    for point in data["baselines"]:
+        yield _place(point["name"], point["usd_per_hour"], point["latency_p95_s"][0])
+
+
+def _place(name: str, usd: float | None, seconds: float | None) -> str:
+    return f"{name.capitalize()}: {number(usd)} US$ an hour at {number(seconds)} s."
+
+
+def _latency(data: Data) -> Iterator[str]:
+    yield "Curves of the share of requests served within a time, a panel for each request class, a line for each run."
+    for name, spec in data["scenario"]["classes"].items():
+        limit = "any time" if spec["slo_s"] is None else f"{number(spec['slo_s'])} s"
+        shares = [(run["name"], run["summary"][name]) for run in data["runs"] if name in run["summary"]]
+        text = ", ".join(f"{run} {percent(figures['slo_attainment']['value'])}" for run, figures in shares)
+        yield f"{name} within {limit}: {text}."
+
+
+def _components(data: Data) -> Iterator[str]:
+    yield "Stacked bars of dollars and of GPU-seconds an image by component, for each run."
+    for run in data["runs"]:
+        mine = [item for item in run["components"] if item["request_class"] == ALL and item["usd"] is not None]
+        used = sum(item["usd"] for item in mine if item["component"] != IDLE)
+        idle = sum(item["usd"] for item in mine if item["component"] == IDLE)
+        dollars = f"{number(1000.0 * used)} used and {number(1000.0 * idle)} idle"
+        yield f"{run['name'].capitalize()}: {dollars}, in US$ per 1,000 images."
+
+
+def _load(data: Data) -> Iterator[str]:
+    yield "Lines over time: share of busy GPUs above, requests waiting below."
+    for series in data["runs"][0]["series"]:
+        busy, queue = series["busy"]["value"], series["queue"]["value"]
+        mean = sum(busy) / len(busy)
+        yield f"{series['pool']}: {percent(mean)} busy on average, at most {number(float(max(queue)))} waiting."
+
+
+def _switch(data: Data) -> Iterator[str]:
+    yield "Latency and cost against the switch step, for each request class."
+    for name, curve in data["switch_curve"].items():
+        if curve:
+            points = ", ".join(f"step {point['switch_step']}: {number(point['latency_s'])} s" for point in curve)
+            yield f"{name}: {points}."

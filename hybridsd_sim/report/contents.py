@@ -1,0 +1,156 @@
+"""What a report says: plain data taken from a capacity plan or from simulations, before any page or figure.
+
+Everything here can be written as JSON and drawn again later. A figure nobody knows is null beside a `note` that says why;
+shares, seconds and dollars keep full precision, since rounding is the pages' business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybridsd_sim.report.tally import tally
+
+if TYPE_CHECKING:
+    from hybridsd_sim.candidates import Candidate
+    from hybridsd_sim.capacity import CapacityPlan, Evaluated
+    from hybridsd_sim.scenario import Scenario
+    from hybridsd_sim.simulate import SimResult
+
+Data = dict[str, Any]
+CHOSEN = "chosen"
+"""Name of the run that follows the chosen plan."""
+
+
+def contents(result: CapacityPlan | Sequence[SimResult]) -> Data:
+    """Everything that the pages, figures and tables of a report need, as plain data."""
+    if isinstance(result, Sequence):
+        runs = named(result)
+        return _clean({"kind": "simulation", **_shared(result[0].scenario, runs, {})})
+    runs = {CHOSEN: result.chosen_result, **result.baseline_results}
+    return _clean({"kind": "plan", **_shared(result.scenario, runs, result.chosen), **_planned(result)})
+
+
+def _clean(data: Data) -> Data:
+    return {key: plain(value) for key, value in data.items()}
+
+
+def named(results: Sequence[SimResult]) -> dict[str, SimResult]:
+    """Simulations by policy; numbered where one policy ran twice."""
+    runs: dict[str, SimResult] = {}
+    for result in results:
+        again = sum(name.split(" #")[0] == result.policy for name in runs)
+        runs[f"{result.policy} #{again + 1}" if again else result.policy] = result
+    return runs
+
+
+def _shared(scenario: Scenario, runs: Mapping[str, SimResult], chosen: Mapping[str, Candidate]) -> Data:
+    first = next(iter(runs.values()))
+    return {
+        "scenario": _scenario(scenario),
+        "runs": [
+            tally(name, result, chosen if index == 0 else {}) for index, (name, result) in enumerate(runs.items())
+        ],
+        "parts": list(_parts(chosen or {(c.request_class, label): c for label, c in first.used.items()})),
+    }
+
+
+def _scenario(scenario: Scenario) -> Data:
+    classes = {
+        name: {key: getattr(spec, key) for key in ("slo_s", "slo_percentile", "quality_floor", "num_inference_steps")}
+        | {"fleet": spec.origin, "device": scenario.edge[spec.origin].device, "num_images": spec.num_images}
+        | {"model": spec.model, "height_px": spec.height_px, "width_px": spec.width_px}
+        for name, spec in scenario.requests.items()
+    }
+    pools = {name: {"gpu": pool.gpu, "gpus_per_node": pool.gpus_per_node} for name, pool in scenario.pools.items()}
+    keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
+    return {**{key: getattr(scenario, key) for key in keys}, "classes": classes, "pools": pools}
+
+
+def _planned(plan: CapacityPlan) -> Data:
+    return {
+        "feasible": plan.feasible,
+        "explanation": list(plan.explanation),
+        "chosen": [_choice(plan, name) for name in plan.scenario.requests],
+        "frontier": [_evaluated(point) for point in plan.frontier],
+        "baselines": [_evaluated(point) for point in plan.baselines],
+        "alternatives": [_evaluated(point) for point in plan.alternatives],
+        "evidence": [_evaluated(point) for point in plan.evidence],
+        "switch_curve": {
+            name: [_point(c, plan.chosen.get(name)) for c in curve] for name, curve in plan.switch_curve.items()
+        },
+        "refusals": [[name, reason, count] for (name, reason), count in _most_first(plan.refusals)],
+    }
+
+
+def _most_first(counts: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _choice(plan: CapacityPlan, name: str) -> Data:
+    """One class's chosen plan: where each stage runs and what is promised of it."""
+    option = plan.chosen.get(name)
+    if option is None:
+        return {"request_class": name, "stages": [], "note": "no legal plan"}
+    stages = [
+        {
+            "start": stage.start, "stop": stage.stop, "model": stage.model, "site": stage.site.name,
+            "device": stage.site.device, "tier": stage.site.tier, "method": stage.method, "degree": stage.degree,
+            "options": dict(stage.options), "nodes": plan.deployment.replicas.get(stage.site.name),
+        }
+        for stage in option.plan.stages
+    ]  # fmt: skip
+    quality = option.cost.quality
+    return {
+        "request_class": name, "label": option.plan.label, "stages": stages, "vae": option.plan.vae,
+        "vae_site": option.plan.vae_site, "text_encode_site": option.plan.text_encode_site, "kind": option.cost.kind,
+        "quality_kind": quality.kind, "switch_step": option.plan.switch_step, "num_inference_steps": option.plan.num_inference_steps,
+    }  # fmt: skip
+
+
+def _evaluated(point: Evaluated) -> Data:
+    keys = ("name", "policy", "usd_per_hour", "latency_p95_s", "slo_attainment", "quality", "feasible", "reason")
+    figures = {key: getattr(point, key) for key in (*keys, "gpu_seconds_per_image", "edge_energy_j_per_image")}
+    replicas = dict(point.deployment.replicas) if point.deployment else {}
+    return {**figures, "replicas": replicas, "labels": dict(point.labels)}
+
+
+def _point(option: Candidate, chosen: Candidate | None) -> Data:
+    """One switch step of the latency curve: idle latency with the bounds of its parts, and dollars an image."""
+    critical = [part for part in option.cost.parts if part.critical]
+    return {
+        "switch_step": option.plan.switch_step, "latency_s": option.latency_s,
+        "low_s": sum(part.low_s for part in critical), "high_s": sum(part.high_s for part in critical),
+        "usd_per_image": None if option.cost.usd is None else option.cost.usd / option.cost.request.num_images,
+        "quality": option.quality, "kind": option.cost.kind, "label": option.plan.label,
+        "chosen": chosen is not None and option.plan == chosen.plan,
+    }  # fmt: skip
+
+
+def _parts(options: Mapping[Any, Candidate]) -> Iterator[Data]:
+    """The parts behind the plans: value, 90% interval, kind and source of each."""
+    for option in sorted(options.values(), key=lambda option: option.request_class):
+        place = {"request_class": option.request_class, "plan": option.plan.label}
+        for part in option.cost.parts:
+            figures = {"component": part.name, "where": part.where, "value": part.seconds, "unit": "s"}
+            bounds = {"low": part.low_s, "high": part.high_s, "kind": part.kind, "sources": list(part.sources)}
+            yield {**place, **figures, **bounds, "note": part.note, "within": part.within}
+        quality = option.cost.quality
+        yield {
+            **place, "component": "quality", "where": "", "value": quality.clip, "unit": "CLIP score", "low": None,
+            "high": None, "kind": quality.kind, "sources": list(quality.sources), "note": quality.note, "within": True,
+        }  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """JSON's own types: no NaN or infinity, no tuples, no arrays."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,276 @@
+"""A run's folder: what is saved, what is drawn from it, and how neither is ever seen half done.
+
+Data first (`provenance.json`, `plan.yaml`, `summary.csv`, `pools.csv`, `requests.parquet`, `capacity.json`), then pages,
+figures and the timeline from those files alone, so that a saved run drawn again gives the same bytes. A new folder is
+filled beside its place under a hidden name and moved there in one step; a failure leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from importlib.metadata import version as installed
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from hybridsd_sim import __version__
+from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.records import COLUMNS, canonical_json, to_frame, write_atomically
+
+if TYPE_CHECKING:
+    from hybridsd_sim.capacity import CapacityPlan
+    from hybridsd_sim.scenario import Scenario
+    from hybridsd_sim.simulate import SimResult
+
+FORMAT = 1
+"""Raised whenever `capacity.json` changes so that older runs cannot be drawn."""
+SAVED = ("provenance.json", "plan.yaml", "summary.csv", "pools.csv", "requests.parquet", "capacity.json")
+DRAWN = ("index.html", "report.md", "figures", "timeline.json.gz")
+LIBRARIES = ("matplotlib", "numpy", "pandas", "pyarrow", "scipy", "simpy")
+TIMELINE_COLUMNS = (
+    "request", "request_class", "plan", "pool", "node", "fleet", "device", "degree", "arrival_s", "cloud_ready_s",
+    "cloud_start_s", "cloud_stop_s", "edge_ready_s", "edge_start_s", "edge_stop_s", "finish_s", "model_load_s",
+)  # fmt: skip
+
+
+def run_id(scenario: Scenario, profiles_digest: str | None, seed: int, version: str, extra: str = "") -> str:
+    """Name of a run's folder: the scenario's name and a hash of scenario, profiles, seed, version and `extra`.
+
+    `extra` says what was run: `plan`, or the names of the simulated policies joined by commas.
+    """
+    content = [scenario.digest, profiles_digest, seed, version, extra]
+    return f"{scenario.name}-{sha256(canonical_json(content)).hexdigest()[:12]}"
+
+
+def write_report(
+    result: CapacityPlan | Sequence[SimResult], folder: Path, *, draw: bool = True, profiles_digest: str | None = None
+) -> Path:
+    """Save a capacity plan, or simulations side by side, into the run's folder, and draw it; returns its `index.html`.
+
+    `folder` appears whole or not at all, and takes the place of an earlier report. `profiles_digest` is for simulations,
+    which do not carry it. Raises `InputError` if the folder holds anything that no report wrote.
+    """
+    if isinstance(result, Sequence) and not result:
+        raise InputError(Problem("results", "[]", "a report needs at least one simulation"))
+    with _replaced(Path(folder)) as fresh:
+        _save(result, fresh, profiles_digest)
+        if draw:
+            draw_report(fresh)
+    return Path(folder) / "index.html"
+
+
+def draw_report(folder: Path) -> Path:
+    """Draw a saved run again, from its files only; returns its `index.html`. Raises `InputError` if it is no saved run."""
+    from hybridsd_sim.report import figures, pages
+    from hybridsd_sim.report.captions import pictures
+
+    data, provenance = read_run(folder)
+    shown = pictures(data, figures.draw(data))
+    make = pages.plan_page if data["kind"] == "plan" else pages.simulation_page
+    title = f"{data['scenario']['name']}: {'capacity plan' if data['kind'] == 'plan' else 'simulation'}"
+    write_atomically(folder / "timeline.json.gz", _timeline(folder, data))
+    return _write_pages(folder, title, list(make(data, provenance, shown)), shown)
+
+
+def compare_reports(a: Path, b: Path, folder: Path) -> Path:
+    """Draw two saved runs side by side into `folder`; returns its `index.html`. Raises `InputError` as `draw_report`."""
+    from hybridsd_sim.report import figures
+    from hybridsd_sim.report.captions import pictures
+    from hybridsd_sim.report.compare import compare_page, side_by_side
+
+    first, second = read_run(Path(a)), read_run(Path(b))
+    data = side_by_side(first[0], second[0])
+    shown = pictures(data, figures.draw(data, ("latency", "components")))
+    with _replaced(Path(folder)) as fresh:
+        _write_pages(fresh, "Two runs side by side", list(compare_page(first, second, shown)), shown)
+    return Path(folder) / "index.html"
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The data and the provenance of a saved run. Raises `InputError` if they are missing or of another format."""
+    remedy = "Name a folder that `plan` or `simulate` wrote."
+    missing = [
+        name for name in ("capacity.json", "provenance.json", "requests.parquet") if not (folder / name).is_file()
+    ]
+    if missing:
+        raise InputError(Problem(str(folder), "no saved run", f"lacks {', '.join(missing)}", remedy))
+    data, provenance = (json.loads((folder / name).read_text()) for name in ("capacity.json", "provenance.json"))
+    if data.get("format") != FORMAT:
+        rule = f"this version draws format {FORMAT}"
+        raise InputError(Problem(str(folder), f"format {data.get('format')}", rule, "Run the scenario again."))
+    return data, provenance
+
+
+def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, digest: str | None) -> None:
+    from hybridsd_sim.report.contents import CHOSEN, contents, named
+    from hybridsd_sim.scenario import dump_yaml
+
+    data = contents(result)
+    if isinstance(result, Sequence):
+        runs, scenario, extra = named(result), result[0].scenario, ",".join(run.policy for run in result)
+    else:
+        runs, scenario, extra = {CHOSEN: result.chosen_result, **result.baseline_results}, result.scenario, "plan"
+        digest = result.profiles_digest
+        write_atomically(folder / "plan.yaml", dump_yaml(result.deployment.to_dict()).encode())
+    write_atomically(folder / "provenance.json", _pretty(_provenance(scenario, digest, extra)))
+    write_atomically(folder / "capacity.json", _ordered({"format": FORMAT, **data}))
+    write_atomically(folder / "summary.csv", _csv("request_class", _summary_lines(data)))
+    write_atomically(folder / "pools.csv", _csv("pool", _pool_lines(data)))
+    _write_requests(folder / "requests.parquet", runs)
+
+
+def _provenance(scenario: Scenario, digest: str | None, extra: str) -> dict[str, Any]:
+    """What made the run: versions, digests, seed and the resolved scenario; no folder, host or date."""
+    resolved = _without_folders(scenario.to_dict())
+    return {
+        "package": "hybridsd_sim", "version": __version__, "run_id": run_id(scenario, digest, scenario.seed, __version__, extra),
+        "ran": extra, "seed": scenario.seed, "scenario_digest": scenario.digest, "profiles_digest": digest,
+        "overrides_applied": resolved.pop("overrides_applied"), "scenario": resolved,
+        "libraries": {name: installed(name) for name in LIBRARIES},
+    }  # fmt: skip
+
+
+def _without_folders(value: Any) -> Any:
+    """The same data with every absolute path cut down to its last part."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return (
+        re.sub(r"(?<![\w./:])(?:~|\.\.)?/(?:[^/\s'\"]+/)*([^/\s'\"]+)", r"\1", value)
+        if isinstance(value, str)
+        else value
+    )
+
+
+def _ordered(data: object) -> bytes:
+    """JSON that keeps the order of classes, pools and runs."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _pretty(data: object) -> bytes:
+    return (json.dumps(data, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _summary_lines(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+    for run in data["runs"]:
+        for name, row in run["summary"].items():
+            yield from ((run["name"], name, key, figure) for key, figure in row.items())
+
+
+def _pool_lines(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+    for run in data["runs"]:
+        for row in run["pools"]:
+            yield from ((run["name"], row["pool"], key, figure) for key, figure in row.items() if key != "pool")
+
+
+def _csv(owner: str, lines: Iterator[tuple[str, str, str, Mapping[str, Any]]]) -> bytes:
+    """One figure a line, with interval, unit and, where it is empty, the reason."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("policy", owner, "figure", "value", "low", "high", "unit", "note"))
+    for policy, name, key, figure in lines:
+        numbers = ["" if figure[end] is None else repr(figure[end]) for end in ("value", "low", "high")]
+        writer.writerow((policy, name, key, *numbers, figure["unit"], figure.get("note", "")))
+    return text.getvalue().encode()
+
+
+def _write_requests(path: Path, runs: Mapping[str, SimResult]) -> None:
+    """A row per request of every run, a replication at a time; text as dictionaries, so that a million rows stay small."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    temporary = path.with_suffix(".tmp")
+    try:
+        for name, result in runs.items():
+            for records in result.replications:
+                table = pa.Table.from_pandas(to_frame(records, name), preserve_index=False)
+                schema = _schema(table.schema) if writer is None else writer.schema
+                writer = writer or pq.ParquetWriter(temporary, schema, compression="zstd")
+                writer.write_table(table.replace_schema_metadata(None).cast(schema))
+    finally:
+        if writer is not None:
+            writer.close()
+    temporary.replace(path)
+
+
+def _schema(found: Any) -> Any:
+    """The table's columns with their meaning and unit; names as text, whatever the number of categories."""
+    import pyarrow as pa
+
+    meaning = dict(COLUMNS)
+    fields = []
+    for field in found:
+        kind = pa.string() if pa.types.is_dictionary(field.type) or pa.types.is_large_string(field.type) else field.type
+        notes = {"meaning": meaning.get(field.name, ""), "unit": "s" if field.name.endswith("_s") else ""}
+        fields.append(pa.field(field.name, kind, metadata={key: text for key, text in notes.items() if text}))
+    return pa.schema(fields)
+
+
+def _timeline(folder: Path, data: Mapping[str, Any]) -> bytes:
+    """The first requests of the first run as gzipped trace events."""
+    import pyarrow.parquet as pq
+
+    from hybridsd_sim.report.timeline import MOST_REQUESTS, trace
+
+    batches = pq.ParquetFile(folder / "requests.parquet").iter_batches(
+        batch_size=MOST_REQUESTS, columns=["policy", "replication", *TIMELINE_COLUMNS]
+    )
+    first = next(batches, None)
+    rows = [] if first is None else first.to_pylist()
+    mine = [row for row in rows if (row["policy"], row["replication"]) == (rows[0]["policy"], rows[0]["replication"])]
+    known = [{key: math.nan if v is None and key.endswith("_s") else v for key, v in row.items()} for row in mine]
+    gpus = {name: pool["gpus_per_node"] for name, pool in data["scenario"]["pools"].items()}
+    return gzip.compress(canonical_json(trace(known, gpus, data["scenario"]["horizon_s"])), mtime=0)
+
+
+def _write_pages(folder: Path, title: str, blocks: Sequence[Any], shown: Sequence[Any]) -> Path:
+    from hybridsd_sim.report import markup
+
+    for picture in shown:
+        head = '<?xml version="1.0" encoding="utf-8"?>\n'
+        write_atomically(folder / "figures" / f"{picture.name}.svg", f"{head}{picture.svg}\n".encode())
+    here = files("hybridsd_sim.report")
+    template = Template((here / "page.html").read_text(encoding="utf-8"))
+    links = "".join(
+        f'<a href="#{b.anchor}">{b.text}</a>' for b in blocks if isinstance(b, markup.Heading) and b.level == 2
+    )
+    style = (here / "page.css").read_text(encoding="utf-8")
+    page = template.substitute(title=title, style=style, links=links, body=markup.to_html(blocks))
+    write_atomically(folder / "report.md", markup.to_markdown(blocks).encode())
+    write_atomically(folder / "index.html", page.encode())
+    return folder / "index.html"
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` that takes its place when all went well, and is gone when not."""
+    strangers = sorted({path.name for path in folder.iterdir()} - {*SAVED, *DRAWN}) if folder.is_dir() else []
+    if strangers or (folder.exists() and not folder.is_dir()):
+        rule = f"holds {', '.join(strangers[:3])}, which no report wrote" if strangers else "is a file"
+        raise InputError(Problem(str(folder), "folder of the report", rule, "Name a new folder, or empty this one."))
+    fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)

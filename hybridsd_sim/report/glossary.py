@@ -1,0 +1,56 @@
+"""What the figures of a report are called and what they mean, so that two readers of one report read the same thing."""
+
+from __future__ import annotations
+
+NAMES = {
+    "offered_per_s": "Offered load (requests/s)",
+    "served_per_s": "Served (requests/s)",
+    "goodput_per_s": "Goodput (requests/s)",
+    "unserved_share": "Unserved share",
+    "latency_mean_s": "Mean latency (s)",
+    "latency_p50_s": "Median latency (s)",
+    "latency_p95_s": "p95 latency (s)",
+    "latency_p99_s": "p99 latency (s)",
+    "wait_mean_s": "Mean wait (s)",
+    "slo_attainment": "Inside SLO",
+    "quality_mean": "Quality (CLIP)",
+    "gpu_seconds_per_image": "GPU time (GPU-seconds/image)",
+    "metered_usd_per_image": "Metered cost (US$/image)",
+    "edge_energy_j_per_image": "Edge energy (J/image)",
+    "bytes_down_per_image": "Sent to the edge (bytes/image)",
+    "rent_usd_per_hour": "Rent (US$/h)",
+    "rent_usd_per_image": "Rent (US$/image)",
+    "requests": "Requests counted",
+    "served": "Served requests",
+    "unserved": "Unserved requests",
+    "in_flight": "In flight at the end",
+}
+"""Heading of each figure of a summary, with its unit."""
+
+GLOSSARY = (
+    ("Feasible", "Every class keeps its SLO percentile and its quality floor, and every budget holds, in the simulation."),
+    ("Stable", "No queue grows over the run: the same load could go on for ever."),
+    ("Converged", "The 95% interval of the p95 latency is at most 10% of it to either side: more replications would change little."),
+    ("In domain", "Every prediction used lies inside what was measured or quoted for its device; otherwise it is an extrapolation."),
+    ("Measured", "Timed by this project's executors on the device itself."),
+    ("Quoted", "Taken from a publication, datasheet or price list, named in the sources."),
+    ("Modelled", "Derived from measured or quoted figures by a stated rule, with an interval."),
+    ("Latency", "Seconds from the user's request to the finished picture on the user's device, over served requests."),
+    ("p95 latency", "95 of 100 served requests took no longer."),
+    ("Idle latency", "Latency of one request when nobody else is there, at the network's median rates."),
+    ("Wait", "Seconds a request stood ready without being worked on: for GPUs, and for the user's own busy device."),
+    ("Inside SLO", "Requests served in time, over all that were served, unserved, or in flight past their deadline."),
+    ("Goodput", "Requests a second that were served inside their SLO."),
+    ("Unserved", "Turned away, always with a reason; requests in flight at the end are neither served nor unserved."),
+    ("Quality", "CLIP score of a plan's pictures, 0 to 1, from published tables; losses by hand-over and by parallel method add up."),
+    ("Rent", "US$ an hour of all rented nodes, used or not."),
+    ("Metered cost", "US$ an image for the GPU-seconds that it held and the bytes sent to the edge; idle nodes left out."),
+    ("GPU-seconds", "GPUs held times seconds held: a gang of four for two seconds is eight."),
+    ("Edge energy", "Joules that the user's device spends on one image: its power while generating times its busy seconds."),
+    ("Utilisation", "Share of the rented GPUs' time in which they were held by a request."),
+    ("Switch step", "Index of the first denoising step done at the edge: 0 is all at the edge, the last is all in the cloud."),
+    ("Method × degree", "How the cloud's steps are spread over GPUs, and over how many at once for one request."),
+    ("95% interval", "Where the figure would fall in 95 of 100 repetitions of the run, from replications or batches of time."),
+    ("90% interval", "Where the prediction of a part's seconds is expected to fall, from its rows' percentiles or residuals."),
+)  # fmt: skip
+"""Words of the report and their definitions."""

@@ -1,0 +1,296 @@
+"""What each run did, tallied for a report: figures with reasons, latency curves, series over time, dollars by component.
+
+Everything is plain data. A figure nobody knows is null beside a `note` that says why. Dollars and GPU-seconds by component
+are those of the records, divided as the plan's own parts divide them, so that they sum to what was booked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybridsd_sim.metrics import ALL, pool_table, utilisation_series
+from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, Records, column
+
+if TYPE_CHECKING:
+    from hybridsd_sim.candidates import Candidate
+    from hybridsd_sim.cost import Part, PlanCost
+    from hybridsd_sim.simulate import SimResult
+
+Data = dict[str, Any]
+SERIES_BINS = 60
+CURVE_POINTS = 121
+IDLE, TRANSFER, UNSPLIT = "rented, not used", "transfer", "not broken down"
+COMPONENTS = {
+    "text_encode": "text encoder",
+    "denoise_warmup": "denoising, warm-up steps",
+    "denoise": "denoising",
+    "vae_decode": "VAE decoder",
+    "model_load": "model load",
+}
+"""What a part is called where parts are added up; every other cloud or network part is a transfer."""
+
+
+def tally(name: str, result: SimResult, chosen: Mapping[str, Candidate]) -> Data:
+    """One run as plain data; `chosen` are the candidates of the plan that it followed, where there is one."""
+    known = {(option.request_class, option.plan.label): option for option in (*result.used.values(), *chosen.values())}
+    summary = _summary(result, known)
+    return {
+        "name": name,
+        "policy": result.policy,
+        "replicas": dict(result.replicas),
+        "usd_per_hour": result.usd_per_hour,
+        "verdict": [{"name": f.name, "ok": f.ok, "reason": f.reason} for f in result.verdict.findings],
+        "summary": summary,
+        "pools": _pools(result),
+        "latency": {cls: curve for cls in result.scenario.requests if (curve := _curve(result, cls))},
+        "series": list(_series(result)),
+        "components": list(_components(result, known, summary)),
+        "unserved": _unserved(result),
+        "kinds": sorted({part.kind for option in known.values() for part in option.cost.parts if part.seconds > 0}),
+    }
+
+
+def _summary(result: SimResult, known: Mapping[tuple[str, str], Candidate]) -> dict[str, dict[str, Data]]:
+    """Per class and for all: quantity to value, interval, unit and, for a null, the reason."""
+    frame = result.summary.reset_index()
+    units = result.summary.attrs["units"]
+    rows = {}
+    for row in frame.to_dict("records"):
+        cls = str(row["request_class"])
+        costs = [option.cost for (owner, _), option in known.items() if cls in (ALL, owner)]
+        served = float(row.get("served", 1))
+        rows[cls] = {key: _why(key, cls, figure, costs, served) for key, figure in _tidy(row, units)}
+    return rows
+
+
+def _tidy(row: Mapping[Any, Any], units: Mapping[str, str]) -> Iterator[tuple[str, Data]]:
+    """Columns `x`, `x_low`, `x_high` of a row folded into one figure each; text columns left out."""
+    bounds = {f"{key}{end}" for key in row for end in ("_low", "_high")}
+    for key, value in row.items():
+        if key in bounds or isinstance(value, str):
+            continue
+        whole = isinstance(value, int | np.integer)
+        figure = {"value": int(value) if whole else float(value), "low": None, "high": None, "unit": units[key]}
+        yield key, figure | {end: float(row[f"{key}_{end}"]) for end in ("low", "high") if f"{key}_{end}" in row}
+
+
+def _why(key: str, cls: str, figure: Data, costs: Sequence[PlanCost], served: float) -> Data:
+    """The figure, with the reason for what it does not know."""
+    if not _known(figure["value"]):
+        return {**figure, "note": _reason(key, cls, costs, served)}
+    ends = [end for end in ("low", "high") if figure[end] is not None and not _known(figure[end])]
+    if ends:
+        return {**figure, "note": f"the run is too short to tell the {' and the '.join(ends)} end of the interval"}
+    return figure
+
+
+def _reason(key: str, cls: str, costs: Sequence[PlanCost], served: float) -> str:
+    if key.startswith("rent_"):
+        return "no price for a rented pool" if cls == ALL else "the classes share the nodes"
+    if not served:
+        return "no request was served"
+    if key.startswith("quality"):
+        return _first(cost.quality.note for cost in costs if cost.quality.clip is None)
+    if "energy" in key:
+        return _first(part.note for part in _all_parts(costs) if part.energy_j is None)
+    if "usd" in key:
+        return _first(part.note for part in _all_parts(costs) if part.usd is None)
+    return "not estimable from this run"
+
+
+def _first(notes: Iterator[str]) -> str:
+    """The last clause of the first note: parts append what they lack to how they were timed."""
+    note = next((note for note in notes if note), "")
+    return note.rpartition("; ")[2] or "nobody knows it for this plan"
+
+
+def _all_parts(costs: Sequence[PlanCost]) -> Iterator[Part]:
+    return (part for cost in costs for part in cost.parts)
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _pools(result: SimResult) -> list[Data]:
+    frame = pool_table(result.scenario, result.policy, result.replications, result.replicas)
+    units = frame.attrs["units"]
+    return [{"pool": row["pool"], **dict(_tidy(row, units))} for row in frame.reset_index().to_dict("records")]
+
+
+def _curve(result: SimResult, cls: str) -> Data | None:
+    """Share of a class's requests served within x seconds, with a 95% band from batches of the run.
+
+    The denominator counts as SLO attainment does: served, unserved, and in flight past their deadline.
+    """
+    scenario = result.scenario
+    batches = list(_batches(result, list(scenario.requests).index(cls)))
+    everything = np.sort(np.concatenate([latency for latency, _ in batches])) if batches else np.empty(0)
+    if not len(everything):
+        return None
+    grid = np.unique(np.quantile(everything, np.linspace(0.0, 1.0, CURVE_POINTS)))
+    counted = sum(count for _, count in batches)
+    share = np.searchsorted(everything, grid, side="right") / counted
+    each = np.array([np.searchsorted(np.sort(lat), grid, side="right") / count for lat, count in batches if count])
+    half = _half_width(each)
+    return {"latency_s": grid, "share": share, "low": np.clip(share - half, 0, 1), "high": np.clip(share + half, 0, 1)}
+
+
+def _batches(result: SimResult, class_index: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(Latencies of the served, requests counted) per replication, or per time batch where those are fewer than five."""
+    start, end = result.scenario.warmup_s, result.scenario.horizon_s
+    pieces = 1 if len(result.replications) >= 5 else 20 if len(result.replications) == 1 else 10
+    edges = np.linspace(start, end, pieces + 1)
+    for records in result.replications:
+        rows = records.rows()
+        rows = rows[column(rows, "class_index") == class_index]
+        cuts = np.searchsorted(column(rows, "arrival_s"), edges)
+        for first, last in pairwise(cuts):
+            mine = rows[first:last]
+            served = column(mine, "status") == SERVED
+            late = (column(mine, "status") == IN_FLIGHT) & (column(mine, "deadline_s") <= end)
+            counted = int((served | late | (column(mine, "status") == UNSERVED)).sum())
+            yield (column(mine, "finish_s") - column(mine, "arrival_s"))[served], counted
+
+
+def _half_width(each: np.ndarray) -> np.ndarray:
+    """Half of the 95% Student interval of the mean over the first axis; NaN with fewer than two batches."""
+    from scipy.stats import t
+
+    count = len(each)
+    if count < 2:
+        return np.full(each.shape[1:], np.nan)
+    half: np.ndarray = t.ppf(0.975, count - 1) * each.std(axis=0, ddof=1) / math.sqrt(count)
+    return half
+
+
+def _series(result: SimResult) -> Iterator[Data]:
+    """Busy share and queue length of each rented pool over time: mean and range of the replications."""
+    for index, (name, pool) in enumerate(result.scenario.pools.items()):
+        gpus = result.replicas.get(name, 0) * pool.gpus_per_node
+        if not gpus:
+            continue
+        runs = [
+            utilisation_series(records, index, gpus, result.scenario.horizon_s, SERIES_BINS)
+            for records in result.replications
+        ]
+        yield {
+            "pool": name, "gpus": gpus, "time_s": runs[0][0],
+            "busy": _range(np.array([run[1] for run in runs])), "queue": _range(np.array([run[2] for run in runs])),
+        }  # fmt: skip
+
+
+def _range(each: np.ndarray) -> Data:
+    return {"value": each.mean(axis=0), "low": each.min(axis=0), "high": each.max(axis=0)}
+
+
+def _components(
+    result: SimResult, known: Mapping[tuple[str, str], Candidate], summary: Mapping[str, Mapping[str, Data]]
+) -> Iterator[Data]:
+    """Dollars and GPU-seconds an image by component, per class and for all; the rent that nobody used comes last."""
+    totals: dict[tuple[str, str], np.ndarray] = {}
+    images = dict.fromkeys([*result.scenario.requests, ALL], 0.0)
+    for cls, label, count, booked in _booked(result):
+        option = known.get((cls, label))
+        images[cls] += count * result.scenario.requests[cls].num_images
+        for name, figures in _split(option, booked):
+            for owner in (cls, ALL):
+                totals[owner, name] = totals.get((owner, name), np.zeros(2)) + figures
+    images[ALL] = sum(images.values())
+    for (owner, name), (usd, gpu_s) in totals.items():
+        if usd or gpu_s or math.isnan(usd):
+            yield {
+                "request_class": owner,
+                "component": name,
+                "usd": usd / images[owner],
+                "gpu_seconds": gpu_s / images[owner],
+            }
+    yield from _idle(result, summary, totals, images[ALL])
+
+
+def _booked(result: SimResult) -> Iterator[tuple[str, str, int, np.ndarray]]:
+    """Per (class, plan) that served: class, label, requests, and (dollars, GPU-seconds, GPU-seconds of loading)."""
+    for records in result.replications:
+        rows = _counted(records, result.scenario.warmup_s)
+        plan, which = column(rows, "plan_index"), column(rows, "class_index")
+        load = np.nan_to_num(column(rows, "model_load_s")) * column(rows, "degree")
+        for code in np.unique(plan * len(records.classes) + which):
+            index, cls = divmod(int(code), len(records.classes))
+            mine = (plan == index) & (which == cls)
+            sums = [column(rows, "usd")[mine].sum(), column(rows, "gpu_seconds")[mine].sum(), load[mine].sum()]
+            yield records.classes[cls], records.plans[index], int(mine.sum()), np.array(sums)
+
+
+def _counted(records: Records, warmup_s: float) -> np.ndarray:
+    rows = records.rows()
+    return rows[(column(rows, "status") == SERVED) & (column(rows, "arrival_s") >= warmup_s)]
+
+
+def _split(option: Candidate | None, booked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """What was booked, divided as the plan's own parts divide it; loads as the records have them."""
+    usd, gpu_s, load_s = booked
+    if option is None:
+        yield UNSPLIT, np.array([usd, gpu_s])
+        return
+    cost, rate = option.cost, _usd_per_gpu_s(option)
+    work_usd, work_s = usd - load_s * rate, gpu_s - load_s
+    yield COMPONENTS["model_load"], np.array([load_s * rate, load_s])
+    for part in cost.parts:
+        share = np.array(
+            [_over(part.usd, cost.usd), _over(part.seconds * part.devices, cost.gpu_seconds) * (part.tier == "cloud")]
+        )
+        yield COMPONENTS.get(part.name, TRANSFER), share * np.array([work_usd, work_s])
+
+
+def _over(part: float | None, total: float | None) -> float:
+    if part is None or total is None:
+        return math.nan
+    return part / total if total else 0.0
+
+
+def _usd_per_gpu_s(option: Candidate) -> float:
+    """Price of a GPU-second of the plan's cloud parts."""
+    cloud = [part for part in option.cost.parts if part.tier == "cloud" and part.devices and part.seconds > 0]
+    return (
+        math.nan
+        if any(p.usd is None for p in cloud)
+        else sum(p.usd or 0.0 for p in cloud) / (option.cost.gpu_seconds or 1.0)
+    )
+
+
+def _idle(
+    result: SimResult,
+    summary: Mapping[str, Mapping[str, Data]],
+    totals: Mapping[tuple[str, str], np.ndarray],
+    images: float,
+) -> Iterator[Data]:
+    """What rented nodes cost while nothing ran on them: rent less what was metered on GPUs."""
+    gpus = sum(result.replicas.get(name, 0) * pool.gpus_per_node for name, pool in result.scenario.pools.items())
+    seconds = (result.scenario.horizon_s - result.scenario.warmup_s) * len(result.replications)
+    if not gpus or not images:
+        return
+    used = sum((value for (owner, name), value in totals.items() if owner == ALL and name != TRANSFER), np.zeros(2))
+    rent = math.nan if result.usd_per_hour is None else result.usd_per_hour * seconds / 3600
+    yield {
+        "request_class": ALL, "component": IDLE,
+        "usd": max(0.0, rent - used[0]) / images, "gpu_seconds": max(0.0, gpus * seconds - used[1]) / images,
+    }  # fmt: skip
+
+
+def _unserved(result: SimResult) -> list[list[Any]]:
+    """[class, reason, requests] of what was turned away after the warm-up."""
+    counts: dict[tuple[str, str], int] = {}
+    for records in result.replications:
+        rows = records.rows()
+        rows = rows[(column(rows, "status") == UNSERVED) & (column(rows, "arrival_s") >= result.scenario.warmup_s)]
+        codes = column(rows, "class_index") * len(records.reasons) + column(rows, "reason")
+        for code, count in zip(*np.unique(codes, return_counts=True), strict=True):
+            cls, reason = divmod(int(code), len(records.reasons))
+            key = (records.classes[cls], records.reasons[reason])
+            counts[key] = counts.get(key, 0) + int(count)
+    return [[*key, count] for key, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]

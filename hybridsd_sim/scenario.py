@@ -1,0 +1,388 @@
+"""The shape of the YAML, and the only reader of scenarios, their overrides and the order of precedence.
+
+A file holds a base, `overrides` (named blocks that set anything, nested or by dotted key) and `scenarios` (names for
+lists of overrides or of other scenarios). Precedence: call > override > base. The room `overrides` says how they merge.
+
+Scalars are those of YAML 1.2: `1e-3` is a number, `010` is 10, `no` and `on` are text. Duplicate keys, tags, NaN and
+infinity are refused. Every problem is reported, each as `file:line: dotted.path: value; rule. remedy`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.overrides import Blocks, apply_changes, check_blocks, entries, flag_alone
+from hybridsd_sim.written import (
+    Broken,
+    Entries,
+    Name,
+    Reading,
+    Written,
+    dump_yaml,
+    load_yaml,
+    plain,
+    read_value,
+    shown,
+)
+
+__all__ = [
+    "ArrivalSpec",
+    "Budget",
+    "EdgeFleet",
+    "Pool",
+    "RequestClass",
+    "Scenario",
+    "Search",
+    "dump_yaml",
+    "load_scenario",
+    "load_yaml",
+    "scenario_schema",
+]
+
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+NonNegative = Annotated[float, Field(ge=0, le=1e12)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Pixels = Annotated[int, Field(ge=64, le=16384, multiple_of=8)]
+Sampler = Literal["ddim", "euler", "dpmsolver", "dpmsolver++", "unipc", "pndm", "lcm"]
+
+
+class ArrivalSpec(Written):
+    """When requests of a class arrive."""
+
+    process: Literal["poisson", "gamma", "constant", "daily", "trace", "gentd26"]
+    """Arrival process: gamma comes in bursts, constant is evenly spaced, daily has a day-night cycle."""
+    rate_per_s: Positive | None = None
+    """Mean requests a second. Null is for trace and gentd26 only: the trace's own rate."""
+    cv: Positive = 1.0
+    """Coefficient of variation of the gaps, for gamma: 1 is Poisson, above 1 comes in bursts."""
+    peak_to_mean: Annotated[float, Field(ge=1, le=24)] = 2.0
+    """Rate of the busiest moment over the mean rate, for daily."""
+    path: Text | None = None
+    """File of the trace, relative to the scenario's file. Null with gentd26 means the shipped generator."""
+    time_scale: Positive = 1.0
+    """Factor on every gap of a trace or of gentd26: 0.01 plays it a hundred times as fast."""
+
+    def _broken(self) -> Iterator[Broken]:
+        if self.process == "trace" and self.path is None:
+            yield "path", None, "must name a file when process is trace", "Give the path of a trace."
+        if self.process not in ("trace", "gentd26") and self.rate_per_s is None:
+            yield "rate_per_s", None, f"must be a number when process is {self.process}", "Give requests a second."
+
+
+class RequestClass(Written):
+    """Requests of one kind: where they come from, what they ask for, and what they are promised."""
+
+    origin: Name
+    """Edge fleet whose users ask."""
+    model: Text
+    """Large model of the catalogue, run in the cloud (for example sd14)."""
+    small_models: tuple[Text, ...] = ()
+    """Small models that may finish at the edge after a switch step, or do everything there."""
+    height_px: Pixels
+    """Height of the image in pixels, a multiple of 8."""
+    width_px: Pixels
+    """Width of the image in pixels, a multiple of 8."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
+    """Denoising steps of one image."""
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 7.5
+    """Classifier-free guidance; above 1 every step evaluates the UNet twice."""
+    num_images: Annotated[int, Field(ge=1, le=64)] = 1
+    """Images a request."""
+    sampler: Sampler = "ddim"
+    """Noise sampler; multistep samplers hand over their history at a switch step."""
+    arrivals: ArrivalSpec
+    """When requests arrive."""
+    slo_s: Positive | None = None
+    """Promised seconds from arrival to image; null promises nothing."""
+    slo_percentile: Annotated[float, Field(gt=0, lt=100)] = 95.0
+    """Per cent of the requests that must keep the promise."""
+    quality_floor: Share | None = None
+    """Lowest CLIP score accepted, 0 to 1; null accepts any, also an unknown one."""
+    edge_energy_j: Positive | None = None
+    """Most joules that one image may take from the user's device; null for no limit."""
+    usd_per_image: Positive | None = None
+    """Most dollars that one image may cost; null for no limit."""
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    """Higher goes first where a queue discipline asks."""
+
+
+class EdgeFleet(Written):
+    """Devices of one kind in users' hands, and the network they sit on."""
+
+    device: Text
+    """Edge device of the catalogue (for example snapdragon-8-elite)."""
+    replicas: Annotated[int, Field(ge=1, le=1_000_000_000)]
+    """Number of devices."""
+    network: Text
+    """Access network of the catalogue between device and cloud: lte, 5g, wifi5, wifi6 or ethernet."""
+    ownership: Literal["user", "shared"] = "user"
+    """user: a device serves its owner's requests only; shared: any request may use any device."""
+    runtime: Text | None = None
+    """Runtime of the device's cost rows; null takes the device's default."""
+    precision: Text | None = None
+    """Precision of weights and activations; null takes the device's default."""
+    power_w: Positive | None = None
+    """Watts drawn while generating; null takes the catalogue's figure."""
+    encodes_prompt: bool = True
+    """Whether the device runs the text encoder itself, so that no embedding travels at a switch step."""
+
+
+class Pool(Written):
+    """Cloud nodes of one kind behind one queue."""
+
+    gpu: Text
+    """GPU of the catalogue (for example a100-sxm-80gb)."""
+    gpus_per_node: Annotated[int, Field(ge=1, le=64)] = 1
+    """GPUs in one node; a gang of parallel GPUs never leaves its node."""
+    interconnect: Text | None = None
+    """Link between the GPUs of a node (for example nvlink3-switch); null takes the GPU's default."""
+    runtime: Text = "cudagraph"
+    """How the UNet is run: eager, cudagraph, compiled or tensorrt."""
+    precision: Text = "fp16"
+    """Precision of weights and activations."""
+    purchase: Literal["on_demand", "spot"] = "on_demand"
+    """How the nodes are bought."""
+    provider: Text | None = None
+    """Price list to use; null takes the catalogue's default."""
+    usd_per_gpu_hour: NonNegative | None = None
+    """Own price of one GPU for an hour; null takes the catalogue's."""
+    replicas: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    """Nodes that simulate runs; null runs replicas_max, and plan always searches."""
+    replicas_min: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Fewest nodes that a plan may rent."""
+    replicas_max: Annotated[int, Field(ge=0, le=100_000)]
+    """Most nodes that a plan may rent."""
+    cold_start_s: NonNegative = 0.0
+    """Seconds from renting a node until it serves; every node is rented at time 0, so let warmup_s cover it."""
+    discipline: Literal["fifo", "gang_fifo", "backfill", "edf"] = "fifo"
+    """Order of the queue: fifo, gang_fifo (the head reserves a node), backfill (short jobs pass), edf (deadlines)."""
+    resident_models: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Models that one node keeps in memory; null means all of them, always loaded."""
+    model_load_s: NonNegative | None = None
+    """Seconds to load a model that is not resident; null takes the catalogue's figure."""
+    telemetry_period_s: NonNegative = 0.0
+    """Age at which a policy's view of the pool is renewed; 0 is always fresh."""
+
+    def _broken(self) -> Iterator[Broken]:
+        low, high = self.replicas_min, self.replicas_max
+        if low > high:
+            yield (
+                "replicas_min",
+                low,
+                f"must not exceed replicas_max, which is {high}",
+                "Lower it or raise replicas_max.",
+            )
+        elif self.replicas is not None and not low <= self.replicas <= high:
+            yield "replicas", self.replicas, f"must lie between replicas_min and replicas_max, {low} to {high}", ""
+
+
+class Budget(Written):
+    """What the whole scenario may spend; null is no limit."""
+
+    usd_per_hour: Positive | None = None
+    """Most dollars an hour for all pools together."""
+    usd_per_image: Positive | None = None
+    """Most dollars an image, averaged over a request class."""
+    edge_energy_j_per_image: Positive | None = None
+    """Most joules an image from any user's device."""
+
+
+class Search(Written):
+    """What the optimiser may choose from."""
+
+    minimise: Literal["usd_per_hour", "latency_p95_s"] = "usd_per_hour"
+    """What a plan makes as small as it can while keeping every promise."""
+    switch_steps: tuple[Annotated[int, Field(ge=0, le=1000)], ...] | None = None
+    """Switch steps to try; null tries every fifth. Edge-only and cloud-only are always tried."""
+    methods: Annotated[tuple[Text, ...], Field(min_length=1)] = ("single",)
+    """Parallel methods to try: single, cfg_parallel, distrifusion, pcpp, asyncdiff."""
+    degrees: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1)] = (1,)
+    """Numbers of GPUs for one request to try."""
+    options: Entries[Entries[Annotated[tuple[bool | int | float | str, ...], Field(min_length=1)]]] = Field(
+        default_factory=dict
+    )
+    """Values of each method's own options to try, as lists: `asyncdiff: {stride: [1, 2]}`."""
+    vaes: Annotated[tuple[Text, ...], Field(min_length=1)] = ("autoencoder-kl",)
+    """Image decoders to try: autoencoder-kl, taesd."""
+    policies: Annotated[tuple[Text, ...], Field(min_length=1)] = (
+        "cloud_only",
+        "edge_only",
+        "static_switch",
+        "cost_aware",
+    )
+    """Policies that simulate compares."""
+    static_switch: Share = 0.4
+    """Share of the steps that static_switch leaves to the cloud; 0.4 is Hybrid SD's published 10 of 25."""
+    prefer_sources: tuple[Text, ...] = ()
+    """Sources of cost rows to prefer where several disagree, best first."""
+
+
+class Scenario(Written):
+    """A resolved scenario: who asks for what, on which devices and pools, under which promises and limits."""
+
+    name: Name
+    """Name of the scenario."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """Root of every random stream; the same seed gives the same bytes."""
+    horizon_s: Positive
+    """Simulated seconds of one replication, warm-up included."""
+    warmup_s: NonNegative = 0.0
+    """Seconds at the start whose requests are simulated and not counted."""
+    replications: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Independent repetitions, for the confidence intervals."""
+    requests: Annotated[Entries[RequestClass], Field(min_length=1)]
+    """Request classes by name."""
+    edge: Annotated[Entries[EdgeFleet], Field(min_length=1)]
+    """Edge fleets by name."""
+    pools: Entries[Pool] = Field(default_factory=dict)
+    """Cloud pools by name."""
+    budget: Budget = Budget()
+    """Limits on money and energy."""
+    search: Search = Search()
+    """The search space of the optimiser."""
+    overrides_applied: tuple[str, ...] = ()
+    """Every change to the base, in order, as `key: old -> new`. Written when the scenario is resolved."""
+
+    def _broken(self) -> Iterator[Broken]:
+        if self.warmup_s >= self.horizon_s:
+            yield "warmup_s", self.warmup_s, f"must be shorter than horizon_s, {self.horizon_s:g}", ""
+        yield from _unknown_origins({name: spec.origin for name, spec in self.requests.items()}, self.edge)
+
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        return [key for key in (*cls.model_fields, *Blocks.model_fields) if key != "overrides_applied"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved scenario as plain data: every default written out, lists for tuples."""
+        return self.model_dump(mode="json")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that shapes a result; the same whichever way the scenario was resolved."""
+        content = {key: value for key, value in self.to_dict().items() if key != "overrides_applied"}
+        return sha256(json.dumps(content, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Scenario:
+        """A changed copy, validated as a whole; keys nested or dotted, values as they are. Raises `InputError`."""
+        reading = Reading(self.name, call="with_overrides", lines={"": 0})
+        data = self.to_dict()
+        changes = json.loads(json.dumps(overrides, default=plain))
+        data["overrides_applied"] += apply_changes(reading, data, changes, reading.call, known=entries(data, [changes]))
+        return reading.finish(reading.check(Scenario, data))
+
+
+def scenario_schema() -> dict[str, Any]:
+    """The JSON Schema of a scenario's file, so that editors complete and check it."""
+    schema = Scenario.model_json_schema()
+    blocks = Blocks.model_json_schema()["properties"]
+    del schema["properties"]["overrides_applied"]
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hybridsd_sim scenario"}
+    return {**head, **schema, "title": head["title"], "properties": {**schema["properties"], **blocks}}
+
+
+def load_scenario(
+    path: str | Path, *, scenario: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Scenario:
+    """Read a scenario from a file, or a shipped one by its bare name, and resolve it.
+
+    `scenario` names one of the file's scenarios or overrides. `overrides` are `{"dotted.key": value}` and outrank the
+    file; their text is read as YAML, so that what a command line passes (`"1e-3"`, `"[1, 2]"`) means what it means in a
+    file. Paths in the file are relative to it, those in `overrides` to the working directory. Raises `InputError` with
+    all problems at once.
+    """
+    file = _find(path)
+    reading = Reading(str(file), call="--set")
+    data = reading.read(_read_text(file))
+    if not isinstance(data, dict):
+        reading.flag("", shown(data), "must be a mapping of keys", "See scenarios/quickstart.yaml.")
+        return reading.finish(None)
+    given = {key: data.pop(key) for key in ("overrides", "scenarios") if key in data}
+    blocks = reading.check(Blocks, given) or Blocks()
+    values = {key: read_value(value, f"--set {key}") for key, value in (overrides or {}).items()}
+    call = json.loads(json.dumps(values, default=plain))
+    return _resolve(reading, data, blocks, chosen=scenario, folder=file.absolute().parent, call=call)
+
+
+def _resolve(
+    reading: Reading, base: dict[str, Any], blocks: Blocks, *, chosen: str | None, folder: Path, call: Mapping[str, Any]
+) -> Scenario:
+    names = check_blocks(reading, blocks, chosen)
+    known = entries(base, [*blocks.overrides.values(), call])
+    for name, block in blocks.overrides.items():
+        if name not in names:
+            flag_alone(reading, Scenario, base, name=name, block=block, known=known)
+    whole = Reading("").check(Scenario, base)  # for the log: None if the base needs an override to be valid
+    data, defaults = deepcopy(base), whole.to_dict() if whole else {}
+    log: list[str] = []
+    for name in names:
+        log += apply_changes(reading, data, blocks.overrides[name], f"overrides.{name}", known=known, defaults=defaults)
+    _anchor(data, folder)
+    log += apply_changes(reading, data, call, reading.call, known=known, defaults=defaults)
+    if log:
+        before = data.get("overrides_applied")
+        data["overrides_applied"] = [*(before if isinstance(before, list) else ()), *log]
+    result = reading.check(Scenario, data)
+    if result is None:
+        _flag_origins(reading, data)
+    return reading.finish(result)
+
+
+def _find(path: str | Path) -> Path:
+    """The file itself, or the shipped scenario of that bare name."""
+    file = Path(path)
+    if file.is_file() or file.name != str(path):
+        return file
+    shipped = _shipped_folder() / f"{path}.yaml"
+    return shipped if shipped.is_file() else file
+
+
+def _shipped_folder() -> Path:
+    from hybridsd_sim.profiles import data_folder
+
+    return data_folder("scenarios")
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        problem = Problem(str(file), "not text", "a scenario is UTF-8 text", "Save the file as UTF-8.")
+    except OSError as error:
+        shipped = sorted(other.stem for other in _shipped_folder().glob("*.yaml"))
+        remedy = f"Shipped scenarios: {', '.join(shipped)}."
+        problem = Problem(str(file), error.strerror or "unreadable", "must be a file that can be read", remedy)
+    raise InputError(problem)
+
+
+def _anchor(data: Mapping[str, Any], folder: Path) -> None:
+    """Make the paths that the file names absolute."""
+    requests = data.get("requests")
+    for spec in requests.values() if isinstance(requests, Mapping) else ():
+        arrivals = spec.get("arrivals") if isinstance(spec, Mapping) else None
+        if isinstance(arrivals, dict) and isinstance(arrivals.get("path"), str):
+            arrivals["path"] = str((folder / arrivals["path"]).resolve())
+
+
+def _unknown_origins(origins: Mapping[str, Any], fleets: Collection[str]) -> Iterator[Broken]:
+    for name, origin in origins.items():
+        if isinstance(origin, str) and origin not in fleets:
+            remedy = unknown_name("", origin, list(fleets)).remedy
+            yield f"requests.{name}.origin", origin, "must name an edge fleet of this scenario", remedy
+
+
+def _flag_origins(reading: Reading, data: Mapping[str, Any]) -> None:
+    """Check origins although something else is wrong, so that all problems show at once."""
+    requests, fleets = data.get("requests"), data.get("edge")
+    if isinstance(requests, Mapping) and isinstance(fleets, Mapping):
+        origins = {name: spec.get("origin") for name, spec in requests.items() if isinstance(spec, Mapping)}
+        for key, value, rule, remedy in _unknown_origins(origins, fleets):
+            reading.flag(key, shown(value), rule, remedy)

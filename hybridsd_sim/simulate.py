@@ -1,0 +1,384 @@
+"""Carries requests through their stages. Pure: no files, no globals, no clock but the simulated one.
+
+One event where something can be decided or a device is freed, and nowhere else: the arrival (the policy decides), the
+prompt's arrival at the pool (queueing), the gang's release, and the latent's arrival at the edge. Random inputs of a
+request (its device, its link rates, its model) are drawn with the arrival from named streams, so that every policy meets
+exactly the same requests on the same links.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import simpy
+from simpy.events import Timeout
+
+from hybridsd_sim.candidates import (
+    Candidate,
+    CandidateSet,
+    find_candidates,
+    make_candidate,
+    pool_usd_per_gpu_hour,
+    rental_usd_per_hour,
+    request_of,
+)
+from hybridsd_sim.draws import Draws
+from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.fleet import EdgeFleet, Job, Pool
+from hybridsd_sim.metrics import Verdict, summarise, verdict_of
+from hybridsd_sim.plan import Deployment, Plan
+from hybridsd_sim.policies import REASONS, FleetView, Policy, make_policy
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, Book, PlanFacts, Records, Sink, check_laws, to_frame
+from hybridsd_sim.scenario import RequestClass, Scenario
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAN = math.nan
+OTHER_MODELS = 1000
+"""Model keys of one class's model and of the other base models of a trace lie this far apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class SimResult:
+    """One policy on one scenario, over all replications: records, summary and verdict, and what made them.
+
+    `used` are the candidates that served at least one request, by plan label. `usd_per_hour` is the rent of the nodes,
+    None when a price is unknown. `timeouts` counts the events of the run.
+    """
+
+    scenario: Scenario
+    policy: str
+    seed: int
+    replicas: Mapping[str, int]
+    replications: tuple[Records, ...]
+    used: Mapping[str, Candidate]
+    usd_per_hour: float | None
+    timeouts: int
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """A row per request of every replication, made when asked for."""
+        import pandas as pd
+
+        return pd.concat([to_frame(records, self.policy) for records in self.replications], ignore_index=True)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row per request class and one for all, every figure with its 95% interval."""
+        return summarise(self.scenario, self.policy, self.replications, self.replicas, self.usd_per_hour)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Feasible, stable, converged, in domain: each yes or no with its reason."""
+        outside = {label: option.cost.outside for label, option in self.used.items() if option.cost.outside}
+        return verdict_of(self.scenario, self.summary, self.replications, outside)
+
+
+def simulate(
+    scenario: Scenario,
+    profiles: Profiles,
+    *,
+    policy: str | Policy,
+    seed: int | None = None,
+    plan: Deployment | None = None,
+    sink: Sink | None = None,
+    options: CandidateSet | None = None,
+) -> SimResult:
+    """Simulate a scenario under one policy.
+
+    `policy` is a name or an object; `planned` follows `plan`. `plan` fixes the replicas; else a pool's `replicas`, else
+    its `replicas_max` do. `sink` receives blocks of finished records as they fill. `options` passes candidates found
+    before. Raises `InputError` for names that the profiles do not hold, `RunError` if the run breaks its own laws.
+    """
+    if seed is not None and seed != scenario.seed:
+        scenario = scenario.with_overrides({"seed": seed})
+    replicas = _replicas(scenario, plan)
+    name = policy if isinstance(policy, str) else policy.name
+    found = _planned_options(scenario, profiles, plan) if name == "planned" else options
+    found = found or find_candidates(scenario, profiles)
+    done, used, timeouts = [], {}, 0
+    for replication in range(scenario.replications):
+        decider = policy if isinstance(policy, Policy) else _decider(policy, scenario, plan)
+        run = _Run(scenario, profiles, found, decider, replicas, replication, sink)
+        done.append(run.run())
+        used.update(run.used())
+        timeouts += run.timeouts
+    rent = rental_usd_per_hour(scenario, profiles, replicas)
+    return SimResult(scenario, name, scenario.seed, replicas, tuple(done), used, rent, timeouts)
+
+
+def _decider(name: str, scenario: Scenario, plan: Deployment | None) -> Policy:
+    return make_policy(name, static_switch=scenario.search.static_switch, chosen=plan.plans if plan else {})
+
+
+def _replicas(scenario: Scenario, plan: Deployment | None) -> dict[str, int]:
+    if plan is not None:
+        return {name: plan.replicas.get(name, 0) for name in scenario.pools}
+    return {
+        name: pool.replicas_max if pool.replicas is None else pool.replicas for name, pool in scenario.pools.items()
+    }
+
+
+def _planned_options(scenario: Scenario, profiles: Profiles, plan: Deployment | None) -> CandidateSet:
+    """The plan's own candidates, one for each class it serves."""
+    if plan is None:
+        raise InputError(Problem("policy", "planned", "follows a plan, and none was given", "Pass a plan.yaml."))
+    by_class = {
+        name: (make_candidate(scenario, profiles, request_of(name, spec), plan.plans[name]),)
+        for name, spec in scenario.requests.items()
+        if name in plan.plans
+    }
+    return CandidateSet({name: by_class.get(name, ()) for name in scenario.requests}, ())
+
+
+class _Route:
+    """A candidate compiled for the hot path: which pool and fleet, how long, how many bytes."""
+
+    __slots__ = (
+        "cloud_s", "degree", "down_bytes", "edge_s", "fleet", "index", "load_s", "model_key", "pool", "priority", "up_bytes",
+        "work",
+    )  # fmt: skip
+
+    def __init__(self, index: int, pool: Pool[_Trip] | None, fleet: EdgeFleet | None) -> None:
+        self.index, self.pool, self.fleet = index, pool, fleet
+        self.degree = self.up_bytes = self.down_bytes = self.model_key = self.priority = 0
+        self.cloud_s = self.edge_s = self.work = 0.0
+        self.load_s: float | None = None
+
+    def follow(self, candidate: Candidate) -> None:
+        """Take the candidate's figures."""
+        self.degree = candidate.degree
+        self.cloud_s = candidate.cloud_s
+        self.edge_s = candidate.edge_s
+        self.up_bytes = candidate.cost.bytes_up
+        self.down_bytes = candidate.cost.bytes_down
+        request = candidate.cost.request
+        self.priority = request.priority
+        pixels = request.height_px * request.width_px
+        self.work = float(request.num_inference_steps * pixels * request.num_images)
+
+
+NOWHERE = _Route(-1, None, None)
+"""The route of a rejected request."""
+
+
+class _Trip(Job):
+    """A request on its way through its route."""
+
+    __slots__ = ("arrival_s", "class_index", "device_draw", "down_s", "edge_ready_s", "route", "transfer_s")
+
+    def __init__(self, number: int, class_index: int, arrival_s: float, deadline_s: float, device_draw: float) -> None:
+        super().__init__(number, 0, 0.0, deadline_s)
+        self.class_index, self.arrival_s, self.device_draw = class_index, arrival_s, device_draw
+        self.down_s = self.transfer_s = 0.0
+        self.edge_ready_s = NAN
+        self.route: _Route = NOWHERE
+
+
+class _Run:
+    """One replication: the event loop, its pools and fleets, and the book it fills."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        profiles: Profiles,
+        options: CandidateSet,
+        policy: Policy,
+        replicas: Mapping[str, int],
+        replication: int,
+        sink: Sink | None,
+    ) -> None:
+        self.timeouts = 0
+        self._scenario, self._profiles, self._policy = scenario, profiles, policy
+        self._env = simpy.Environment()
+        self._specs = list(scenario.requests.values())
+        self._pools = [self._make_pool(name, nodes) for name, nodes in replicas.items()]
+        self._fleets = [EdgeFleet(spec.replicas, shared=spec.ownership == "shared") for spec in scenario.edge.values()]
+        self._telemetry_s = max((pool.telemetry_period_s for pool in scenario.pools.values()), default=0.0)
+        self._view = FleetView([pool.view for pool in self._pools])
+        self._draws = Draws(scenario, profiles, replication)
+        self._options = _Options(scenario, profiles, options, replicas)
+        self._routes: dict[Candidate, _Route] = {}
+        self._models = sorted({spec.model for spec in self._specs})
+        self._open: dict[int, _Trip] = {}
+        names = (tuple(scenario.requests), tuple(scenario.pools), tuple(scenario.edge))
+        self._book = Book(Records(*names, (), REASONS, replication), scenario.horizon_s, sink)
+
+    def _make_pool(self, name: str, nodes: int) -> Pool[_Trip]:
+        spec = self._scenario.pools[name]
+        return Pool(
+            self._env,
+            nodes=nodes,
+            gpus_per_node=spec.gpus_per_node,
+            discipline=spec.discipline,
+            done=self._leave_cloud,
+            resident_models=spec.resident_models,
+            cold_start_s=spec.cold_start_s,
+        )
+
+    def run(self) -> Records:
+        """Run to the horizon, book what is still in flight, check the laws, and return the records."""
+        self._number = -1
+        self._schedule_arrival()
+        self._env.run(until=self._scenario.horizon_s)
+        for job in self._open.values():
+            self._write(job, IN_FLIGHT, NAN, NAN, NAN, -1)
+        records = self._book.close()
+        gpus = {name: pool.view.gpus for name, pool in zip(self._scenario.pools, self._pools, strict=True)}
+        check_laws(records, gpus, {name: fleet.replicas for name, fleet in self._scenario.edge.items()})
+        return records
+
+    def used(self) -> dict[str, Candidate]:
+        return {candidate.plan.label: candidate for candidate in self._routes}
+
+    def _schedule_arrival(self) -> None:
+        if self._draws.advance():
+            delay = self._draws.arrival_s[self._draws.at] - self._env.now
+            Timeout(self._env, delay if delay > 0.0 else 0.0).callbacks.append(self._arrive)
+
+    def _arrive(self, event: simpy.Event) -> None:
+        draws, at = self._draws, self._draws.at
+        class_index, now = draws.class_index[at], draws.arrival_s[at]
+        self._number += 1
+        self.timeouts += 1
+        job = _Trip(self._number, class_index, now, now + draws.slo_s[class_index], draws.device_u[at])
+        options = self._options.of(class_index, draws.variant(at))
+        decision = self._policy.decide(options, job.deadline_s, self._fresh_view(now), now)
+        candidate = decision.candidate
+        if candidate is None:
+            self._write(job, UNSERVED, NAN, NAN, NAN, -1, REASONS.index(decision.reason))
+        else:
+            self._send(job, self._routes.get(candidate) or self._compile(candidate), at)
+        self._schedule_arrival()
+
+    def _fresh_view(self, now: float) -> FleetView:
+        """The live view, or a snapshot taken at the last telemetry tick."""
+        if self._telemetry_s == 0.0:
+            return self._view
+        tick = now - now % self._telemetry_s
+        if tick > self._view.as_of_s:
+            self._view = FleetView([pool.view.copy() for pool in self._pools], tick)
+        return self._view
+
+    def _send(self, job: _Trip, route: _Route, at: int) -> None:
+        job.route = route
+        self._open[job.number] = job
+        if route.pool is None:
+            self._serve_at_edge(job)
+            return
+        draws = self._draws
+        up_s = draws.half_rtt_s[at] + route.up_bytes / draws.up_bytes_per_s[at]
+        job.down_s = draws.half_rtt_s[at] + route.down_bytes / draws.down_bytes_per_s[at]
+        job.transfer_s = up_s + job.down_s
+        job.degree, job.hold_s, job.work, job.priority = route.degree, route.cloud_s, route.work, route.priority
+        job.load_s = draws.load_s[at] if route.load_s is None else route.load_s
+        job.model_key = route.model_key + draws.base_model[at]
+        self.timeouts += 2
+        Timeout(self._env, up_s, job).callbacks.append(self._reach_pool)
+
+    def _reach_pool(self, event: simpy.Event) -> None:
+        job: _Trip = event.value  # type: ignore[assignment]
+        job.route.pool.submit(job)  # type: ignore[union-attr]
+
+    def _leave_cloud(self, job: _Trip) -> None:
+        if job.route.fleet is None:
+            self._finish(job, NAN, NAN, job.cloud_stop_s + job.down_s, -1)
+        else:
+            self.timeouts += 1
+            Timeout(self._env, job.down_s, job).callbacks.append(self._reach_edge)
+
+    def _reach_edge(self, event: simpy.Event) -> None:
+        self._serve_at_edge(event.value)  # type: ignore[arg-type]
+
+    def _serve_at_edge(self, job: _Trip) -> None:
+        route = job.route
+        job.edge_ready_s = ready = self._env.now
+        device, start = route.fleet.serve(  # type: ignore[union-attr]
+            ready, route.edge_s, job.device_draw
+        )
+        stop = start + route.edge_s
+        self._finish(job, start, stop, stop, device)
+
+    def _finish(self, job: _Trip, edge_start: float, edge_stop: float, finish: float, device: int) -> None:
+        del self._open[job.number]
+        status = SERVED if finish <= self._scenario.horizon_s else IN_FLIGHT
+        self._write(job, status, edge_start, edge_stop, finish, device)
+
+    def _write(
+        self, job: _Trip, status: int, edge_start: float, edge_stop: float, finish: float, device: int, reason: int = -1
+    ) -> None:
+        self._book.write((
+            job.number, job.class_index, job.route.index, status, reason, job.arrival_s,
+            job.cloud_ready_s, job.cloud_start_s, job.cloud_stop_s, job.edge_ready_s, edge_start, edge_stop, finish,
+            job.deadline_s, job.load_s, job.transfer_s, job.node, device,
+        ))  # fmt: skip
+
+    def _compile(self, candidate: Candidate) -> _Route:
+        pool = self._pools[candidate.pool_index] if candidate.pool_index >= 0 else None
+        fleet = self._fleets[candidate.fleet_index] if candidate.fleet_index >= 0 else None
+        route = self._routes[candidate] = _Route(self._book.add_plan(self._facts(candidate)), pool, fleet)
+        route.follow(candidate)
+        route.model_key = OTHER_MODELS * self._models.index(candidate.cost.request.model)
+        if pool is not None:
+            route.load_s = list(self._scenario.pools.values())[candidate.pool_index].model_load_s
+        return route
+
+    def _facts(self, candidate: Candidate) -> PlanFacts:
+        cost = candidate.cost
+        rate = None
+        if candidate.pool_index >= 0:
+            rate = pool_usd_per_gpu_hour(self._scenario, self._profiles, list(self._scenario.pools)[candidate.pool_index])
+        return PlanFacts(
+            label=candidate.plan.label,
+            degree=candidate.degree,
+            pool_index=candidate.pool_index,
+            fleet_index=candidate.fleet_index,
+            usd=NAN if cost.usd is None else cost.usd,
+            usd_per_gpu_s=0.0 if rate is None else rate / 3600,
+            edge_energy_j=NAN if cost.edge_energy_j is None else cost.edge_energy_j,
+            bytes_down=cost.bytes_down,
+            quality=NAN if candidate.quality is None else candidate.quality,
+        )
+
+
+class _Options:
+    """The candidates a policy may choose from: those of rented pools, priced anew for requests of another size."""
+
+    def __init__(
+        self, scenario: Scenario, profiles: Profiles, options: CandidateSet, replicas: Mapping[str, int]
+    ) -> None:
+        self._scenario, self._profiles = scenario, profiles
+        self._specs: list[tuple[str, RequestClass]] = list(scenario.requests.items())
+        rented = {index for index, nodes in enumerate(replicas.values()) if nodes} | {-1}
+        self._own = [tuple(o for o in options.by_class[name] if o.pool_index in rented) for name in scenario.requests]
+        self._variants: dict[tuple[int, tuple[int, int]], tuple[Candidate, ...]] = {}
+
+    def of(self, class_index: int, variant: tuple[int, int] | None) -> tuple[Candidate, ...]:
+        """Candidates of a class; `variant` is (steps, images) where they differ from the class's own."""
+        if variant is None:
+            return self._own[class_index]
+        key = (class_index, variant)
+        if key not in self._variants:
+            self._variants[key] = self._priced(class_index, *variant)
+        return self._variants[key]
+
+    def _priced(self, class_index: int, steps: int, images: int) -> tuple[Candidate, ...]:
+        name, spec = self._specs[class_index]
+        request = replace(request_of(name, spec), num_inference_steps=steps, num_images=images)
+        plans = [rescaled(option.plan, steps) for option in self._own[class_index]]
+        return tuple(make_candidate(self._scenario, self._profiles, request, plan) for plan in plans)
+
+
+def rescaled(plan: Plan, steps: int) -> Plan:
+    """The same plan for another number of steps: switch steps keep their share, and every stage keeps a step."""
+    bounds = [round(stage.start * steps / plan.num_inference_steps) for stage in plan.stages] + [steps]
+    for index in range(1, len(plan.stages)):
+        bounds[index] = min(max(bounds[index], bounds[index - 1] + 1), steps - len(plan.stages) + index)
+    stages = [replace(s, start=bounds[i], stop=bounds[i + 1]) for i, s in enumerate(plan.stages)]
+    return replace(plan, stages=tuple(stages))

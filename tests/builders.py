@@ -1,0 +1,20 @@
+"""Plans and requests that several tests start from."""
+
+from __future__ import annotations
+
+from hybridsd_sim import Plan, Request, Site, Stage
+
+CLOUD = Site(name="cloud", tier="cloud", device="a100-sxm-80gb", runtime="cudagraph", gpus_per_node=8)
+PHONE = Site(name="phone", tier="edge", device="snapdragon-8-elite", runtime="qnn", precision="w8a16")
+REQUEST = Request(model="sd14", num_inference_steps=25, guidance_scale=7.0)
+
+
+def hybrid(k: int, *, steps: int = 25, small: str = "hybrid-sd-224m", network: str | None = "wifi5", **cloud: object) -> Plan:
+    """Cloud for k steps, phone for the rest; the ends are cloud-only and edge-only."""
+    stages = []
+    if k:
+        stages.append(Stage(start=0, stop=k, model="sd14", site=CLOUD, **cloud))  # type: ignore[arg-type]
+    if k < steps:
+        stages.append(Stage(start=k, stop=steps, model=small, site=PHONE))
+    last = stages[-1].site.name
+    return Plan(stages=tuple(stages), text_encode_site=last, vae_site=last, network=network)

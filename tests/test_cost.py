@@ -1,0 +1,191 @@
+"""Laws of the price: parts sum to totals, switch steps trade sides, published arithmetic comes out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import CLOUD, PHONE, REQUEST, hybrid
+from hybridsd_sim import Plan, PlanCost, Profiles, Stage, price
+from hybridsd_sim.errors import MissingDataError
+from hybridsd_sim.partition import RankWork
+from hybridsd_sim.predict import Ask, predict_cost
+from hybridsd_sim.transfers import exchange_s, handover_bytes
+
+switch_steps = st.integers(0, 25)
+
+
+@given(switch_steps, st.sampled_from([None, "lte", "5g", "wifi6"]), st.booleans())
+def test_parts_sum_to_every_total(profiles: Profiles, k: int, network: str | None, cold: bool) -> None:
+    """Seconds, dollars, joules and bytes of the parts are the totals; nothing is negative."""
+    cost = price(hybrid(k, network=network), REQUEST, profiles, cold=cold)
+
+    assert cost.latency_s == pytest.approx(sum(p.seconds for p in cost.parts if p.critical))
+    assert cost.usd == pytest.approx(sum(p.usd or 0.0 for p in cost.parts))
+    assert cost.edge_energy_j == pytest.approx(sum(p.energy_j or 0.0 for p in cost.parts))
+    assert cost.bytes_down == sum(p.bytes_down for p in cost.parts)
+    assert cost.compute_s + cost.comm_exposed_s == pytest.approx(cost.denoise_s)
+    assert all(p.low_s <= p.seconds <= p.high_s and p.seconds >= 0 for p in cost.parts)
+
+
+def test_switch_step_zero_does_no_denoising_in_the_cloud(profiles: Profiles) -> None:
+    """k = 0 is edge-only: no GPU-second, no byte on the network."""
+    cost = price(hybrid(0), REQUEST, profiles)
+
+    assert cost.gpu_seconds == 0
+    assert cost.bytes_up == cost.bytes_down == 0
+
+
+def test_the_last_switch_step_does_none_at_the_edge(profiles: Profiles) -> None:
+    """k = T is cloud-only: the edge does nothing but receive the picture."""
+    cost = price(hybrid(25), REQUEST, profiles)
+
+    assert all(part.tier != "edge" for part in cost.parts)
+    assert cost.parts[-1].name == "image_transfer"
+
+
+@given(st.integers(1, 23))
+def test_a_later_switch_moves_work_to_the_cloud(profiles: Profiles, k: int) -> None:
+    """One more cloud step adds its GPU-seconds and takes one step's joules from the phone."""
+    earlier, later = (price(hybrid(step), REQUEST, profiles) for step in (k, k + 1))
+
+    assert later.gpu_seconds > earlier.gpu_seconds
+    assert (later.edge_energy_j or 0) < (earlier.edge_energy_j or 0)
+    assert (later.quality.clip or 0) >= (earlier.quality.clip or 0)
+
+
+@pytest.mark.parametrize(("k", "tera_flops"), [(25, 33.89), (10, 22.64), (5, 18.89), (0, 15.14)])
+def test_hybrid_sd_arithmetic_is_the_published_one(profiles: Profiles, k: int, tera_flops: float) -> None:
+    """SD 1.4 + 224M over 25 guided steps, attention products left out (Hybrid SD, table H1), counted from the configs."""
+    cost = price(hybrid(k), REQUEST, profiles)
+
+    assert cost.flops_without_attention_products == pytest.approx(tera_flops * 1e12, rel=1e-3)
+    assert cost.flops > cost.flops_without_attention_products
+
+
+@given(st.sampled_from(["ddim", "euler", "dpmsolver++", "pndm"]), st.integers(1, 4), st.booleans())
+def test_what_crosses_at_a_switch(profiles: Profiles, sampler: str, images: int, guided: bool) -> None:
+    """A latent of 4 x H/8 x W/8 in fp16 an image, once more for each tensor of solver history, and the embeddings."""
+    request = replace(REQUEST, sampler=sampler, num_images=images, guidance_scale=7.0 if guided else 1.0)
+    model = profiles.model("sd14")
+    history = {"ddim": 0, "euler": 0, "dpmsolver++": 1, "pndm": 3}[sampler]
+    alone = handover_bytes(request, model, with_embedding=False)
+
+    assert alone == 32_768 * images * (1 + history)
+    assert handover_bytes(request, model, with_embedding=True) - alone == 118_272 * (2 if guided else 1)
+
+
+def test_an_edge_that_encodes_the_prompt_spares_the_network(profiles: Profiles) -> None:
+    """The embeddings travel only if the edge lacks them; its own encoding runs while the cloud works."""
+    own = hybrid(10)
+    sent = replace(own, text_encode_site="cloud")
+    costs = [price(plan, REQUEST, profiles) for plan in (own, sent)]
+
+    assert costs[1].bytes_down - costs[0].bytes_down == 2 * 118_272
+    beside = next(part for part in costs[0].parts if part.name == "text_encode_edge")
+    assert not beside.critical
+
+
+def test_a_gang_is_charged_for_all_its_gpus(profiles: Profiles) -> None:
+    """Four GPUs cost four times the seconds they are held, text encoder and VAE included."""
+    plan = hybrid(25, method="distrifusion", degree=4)
+    cost = price(plan, REQUEST, profiles)
+    held = sum(part.seconds for part in cost.parts if part.tier == "cloud")
+
+    assert cost.gpu_seconds == pytest.approx(4 * held)
+
+
+def test_degree_one_of_a_parallel_method_costs_what_single_costs(profiles: Profiles) -> None:
+    """There is nothing to exchange and nothing to split."""
+    costs = [price(hybrid(25, method=m, degree=1), REQUEST, profiles) for m in ("single", "distrifusion", "asyncdiff")]
+
+    assert len({cost.denoise_s for cost in costs}) == 1
+
+
+def test_a_cold_start_adds_the_model_load(profiles: Profiles) -> None:
+    """GenTD26's median base-model load, 22.718 s, is added and charged."""
+    warm, cold = (price(hybrid(10), REQUEST, profiles, cold=flag) for flag in (False, True))
+
+    assert cold.latency_s - warm.latency_s == pytest.approx(22.718)
+    assert cold.gpu_seconds - warm.gpu_seconds == pytest.approx(22.718)
+
+
+def test_an_unknown_price_is_null_and_not_zero(profiles: Profiles) -> None:
+    """A GPU that nobody sells has no dollars; the rest of the price stands."""
+    unsold = next(g for g in profiles.gpus if profiles.gpu_price(g) is None and profiles.cost_rows(device=g))
+    stage = Stage(start=0, stop=25, model="sd14", site=replace(CLOUD, device=unsold, runtime="eager"))
+    cost = price(Plan(stages=(stage,), text_encode_site="cloud", vae_site="cloud"), REQUEST, profiles)
+
+    assert cost.usd is None
+    assert cost.latency_s > 0
+    assert any("price" in why for why in cost.unknowns)
+
+
+def test_a_device_that_nobody_timed_is_refused_or_flagged(profiles: Profiles) -> None:
+    """Without rows and datasheet there is no price; with a datasheet there is one, modelled and out of domain."""
+    unknown = replace(PHONE, device=next(n for n, d in profiles.edge_devices.items() if d.fp16_flop_per_s is None))
+    rows = profiles.cost_rows(device=unknown.device)
+    if not rows:
+        stage = Stage(start=0, stop=25, model="sd14", site=unknown)
+        with pytest.raises(MissingDataError, match="Timed devices"):
+            price(Plan(stages=(stage,), text_encode_site="phone", vae_site="phone"), REQUEST, profiles)
+
+
+@given(st.floats(0, 1e9), st.integers(1, 200), st.sampled_from([0.0, 1 / 70, 1.0]), st.floats(1e-4, 1.0))
+def test_hidden_exchange_is_never_more_than_there_is(received: float, messages: int, window: float, compute: float) -> None:
+    """What shows of an exchange lies between nothing and all of it; a blocking one shows whole."""
+    rank = RankWork(
+        macs_conv=1.0, macs_linear=1.0, macs_attention=1.0, latents=2, received_bytes=received, messages=messages, window=window
+    )
+    shown, total = exchange_s(rank, 1e10, 1e-5, compute), received / 1e10 + messages * 1e-5
+
+    assert 0 <= shown <= total * (1 + 1e-12)
+    if window == 0.0:
+        assert shown == pytest.approx(total)
+
+
+def test_a_quoted_step_is_used_as_it_stands(profiles: Profiles) -> None:
+    """SDXL at 1024 px on one A100 in CUDA graphs takes 5.02 s for 50 steps (DistriFusion, figure 6)."""
+    cost = predict_cost(Ask(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph"), profiles)
+
+    assert cost.denoise_s == pytest.approx(5.02)
+    assert {part.kind for part in cost.denoise_parts} == {"quoted"}
+
+
+def test_ones_own_step_replaces_every_other_source(profiles: Profiles) -> None:
+    """With --measured-step-s the one-GPU loop is that step times the steps, and more GPUs are predicted from it."""
+    ask = Ask(model="sdxl", gpu="l4", runtime="cudagraph", measured_step_s=0.5)
+    one, two = (predict_cost(replace(ask, method=m, degree=d), profiles) for m, d in (("single", 1), ("distrifusion", 2)))
+
+    assert one.denoise_s == pytest.approx(25.0)
+    assert {part.kind for part in one.denoise_parts} == {"measured"}
+    assert 12.5 < two.denoise_s < 25.0
+    assert "--measured-step-s" in two.sources
+
+
+def speed_up(cost: PlanCost, base: PlanCost) -> float:
+    return base.denoise_s / cost.denoise_s
+
+
+@pytest.mark.parametrize(("px", "published"), [(1024, {2: 3.35, 4: 2.26, 8: 1.77}), (2048, {2: 13.3, 4: 7.60, 8: 4.81})])
+def test_distrifusion_is_near_its_paper(profiles: Profiles, px: int, published: dict[int, float]) -> None:
+    """Seconds of 50 steps on 2, 4 and 8 A100 (DistriFusion, figure 6): in the published order, each within a fifth."""
+    ask = Ask(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph", method="distrifusion", height_px=px)
+    predicted = {degree: predict_cost(replace(ask, degree=degree), profiles).denoise_s for degree in published}
+
+    assert sorted(predicted, key=predicted.__getitem__) == sorted(published, key=published.__getitem__)
+    for degree, seconds in published.items():
+        assert predicted[degree] == pytest.approx(seconds, rel=0.2)
+
+
+def test_a_slow_link_can_make_parallelism_pointless(profiles: Profiles) -> None:
+    """The same eight GPUs are slower on PCIe 3 than through an NVLink switch, and more of the exchange shows."""
+    ask = Ask(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph", method="distrifusion", degree=8)
+    fast, slow = (predict_cost(replace(ask, interconnect=link), profiles) for link in ("nvlink3-switch", "pcie3"))
+
+    assert slow.denoise_s > fast.denoise_s
+    assert slow.comm_exposed_s > fast.comm_exposed_s
+    assert slow.comm_bytes == fast.comm_bytes

@@ -1,0 +1,115 @@
+"""What each policy promises: it decides from the view alone, and each does what its name says."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridsd_sim import InputError, Profiles, Scenario
+from hybridsd_sim.candidates import Candidate, find_candidates
+from hybridsd_sim.policies import POLICIES, FleetView, PoolView, make_policy
+from hybridsd_sim.scenario import load_scenario
+
+
+@pytest.fixture(scope="module")
+def options(profiles: Profiles) -> tuple[Candidate, ...]:
+    """The candidates of an old phone in the photo app: every kind of plan on two pools."""
+    return find_candidates(load_scenario("photo-app"), profiles).by_class["iphone-14"]
+
+
+def view(*backlogs: float) -> FleetView:
+    """Pools of ten GPUs with that many GPU-seconds waiting."""
+    pools = []
+    for backlog in backlogs:
+        pool = PoolView(10, 0 if backlog else 1)
+        pool.queued, pool.backlog_gpu_s, pool.declared_work = int(backlog > 0), backlog, backlog
+        pools.append(pool)
+    return FleetView(pools)
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "planned"])
+def test_every_policy_decides_the_same_twice(options: tuple[Candidate, ...], name: str) -> None:
+    """Deterministic given what it sees; the candidate comes from the options."""
+    policy = make_policy(name)
+    first, second = (policy.decide(options, 8.0, view(0.0, 40.0), 0.0) for _ in range(2))
+
+    assert first == second
+    assert first.candidate in options
+
+
+@pytest.mark.parametrize(("name", "cloud", "edge"), [("cloud_only", True, False), ("edge_only", False, True), ("static_switch", True, True)])
+def test_static_policies_stay_on_their_side(options: tuple[Candidate, ...], name: str, cloud: bool, edge: bool) -> None:
+    """Cloud-only does no step at the edge, edge-only none in the cloud, the static switch some of both."""
+    candidate = make_policy(name).decide(options, 8.0, view(0.0, 0.0), 0.0).candidate
+
+    assert candidate is not None
+    assert (candidate.cloud_steps > 0, candidate.edge_steps > 0) == (cloud, edge)
+
+
+def test_the_static_switch_is_the_papers_ten_of_twenty_five(options: tuple[Candidate, ...]) -> None:
+    """Share 0.4 of 25 steps."""
+    candidate = make_policy("static_switch", static_switch=0.4).decide(options, 8.0, view(0.0, 0.0), 0.0).candidate
+
+    assert candidate is not None
+    assert candidate.cloud_steps == 10
+
+
+@given(st.floats(0, 500), st.floats(0, 500), st.floats(0.5, 30))
+def test_cost_aware_takes_the_cheapest_that_is_in_time(
+    options: tuple[Candidate, ...], first: float, second: float, slo_s: float
+) -> None:
+    """Nothing cheaper that keeps the floor was predicted to meet the deadline; else the soonest is taken and marked late."""
+    fleet = view(first, second)
+    decision = make_policy("cost_aware").decide(options, slo_s, fleet, 0.0)
+
+    def finish(option: Candidate) -> float:
+        wait = fleet.pools[option.pool_index].wait_s(option.degree, 0.0) if option.pool_index >= 0 else 0.0
+        return wait + option.latency_s
+
+    keeping = [option for option in options if option.meets_floor]
+    in_time = [option for option in keeping if finish(option) <= slo_s]
+    assert decision.candidate is not None
+    if in_time:
+        assert decision.candidate.usd_or_inf == min(option.usd_or_inf for option in in_time)
+    else:
+        assert decision.reason == "late"
+        assert finish(decision.candidate) == min(map(finish, keeping))
+
+
+def test_least_work_goes_where_least_is_declared(options: tuple[Candidate, ...]) -> None:
+    """The pool with less outstanding steps x pixels x images, whatever it costs."""
+    chosen = [make_policy("least_work").decide(options, 8.0, view(*loads), 0.0).candidate for loads in ((9.0, 1.0), (1.0, 9.0))]
+
+    assert [candidate.pool_index for candidate in chosen if candidate] == [1, 0]
+
+
+def test_without_a_candidate_a_request_is_rejected_with_a_reason() -> None:
+    """An empty set of options is no crash."""
+    for name in ("cloud_only", "edge_only", "static_switch", "cost_aware", "least_work"):
+        decision = make_policy(name).decide((), 8.0, view(), 0.0)
+        assert (decision.action, decision.reason) == ("reject", "no_candidate")
+
+
+def test_an_idle_pool_has_no_wait_and_a_busy_one_shares_its_work() -> None:
+    """The predicted wait is the outstanding GPU-seconds over the GPUs."""
+    busy = view(40.0).pools[0]
+    busy.busy_gpus, busy.busy_until_gpu_s = 10, 10 * 105.0
+
+    assert view(0.0).pools[0].wait_s(1, 0.0) == 0.0
+    assert busy.wait_s(1, 100.0) == pytest.approx((40.0 + 10 * 5.0) / 10)
+
+
+def test_a_snapshot_does_not_change() -> None:
+    """A copied view keeps what was known then."""
+    live = view(40.0).pools[0]
+    copy = live.copy()
+    live.queued, live.backlog_gpu_s = 0, 0.0
+
+    assert (copy.queued, copy.backlog_gpu_s) == (1, 40.0)
+
+
+def test_an_unknown_policy_names_the_nearest(quickstart: Scenario) -> None:
+    """A typing slip is answered with what was probably meant."""
+    with pytest.raises(InputError, match="cost_aware"):
+        make_policy("cost_awares")
