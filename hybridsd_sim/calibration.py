@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import log
+from math import log, sqrt
 from typing import Any
 
 from hybridsd_sim.errors import MissingDataError, Problem
@@ -86,7 +86,7 @@ def speed_of(
     nearest = min(anchors, key=lambda anchor: _distance(anchor, runtime, config, flop, prefer))
     comparable = [anchor.flop for anchor in anchors if anchor.row.runtime == nearest.row.runtime]
     return Speed(
-        seconds_per_flop=nearest.seconds_per_flop,
+        seconds_per_flop=_between_runtimes(profiles, nearest, law),
         seconds_per_op=law.seconds_per_op,
         launch_s_per_op=law.launch_s_per_op,
         spread=_spread(nearest, runtime, config),
@@ -95,6 +95,14 @@ def speed_of(
         note=_note(nearest.row, device, runtime),
         within=nearest.row.runtime == runtime and _holds(comparable, flop),
     )
+
+
+def _between_runtimes(profiles: Profiles, nearest: _Anchor, law: Runtime) -> float:
+    """The anchor's speed; timed under another runtime, the geometric middle of that and the datasheet under this one."""
+    peak = profiles.peak_flop_per_s(nearest.row.device)
+    if nearest.row.runtime == law.name or peak is None:
+        return nearest.seconds_per_flop
+    return sqrt(nearest.seconds_per_flop / (peak * law.efficiency))
 
 
 def _holds(timed: Sequence[float], flop: float) -> bool:
@@ -155,4 +163,3 @@ def _datasheet_speed(profiles: Profiles, device: str, law: Runtime) -> Speed:
         note=f"{device} was never timed: datasheet peak x {law.efficiency:g}",
         within=False,
     )
-

@@ -166,7 +166,9 @@ def find_candidates(scenario: Scenario, profiles: Profiles) -> CandidateSet:
                 found.append(make_candidate(scenario, profiles, request, plan))
             except (IllegalPlanError, MissingDataError) as error:
                 refusals.append(Refusal(name, plan.label, str(error.problems[0])))
-        by_class[name] = tuple(sorted(found, key=lambda option: (option.usd_or_inf, option.latency_s, option.plan.label)))
+        by_class[name] = tuple(
+            sorted(found, key=lambda option: (option.usd_or_inf, option.latency_s, option.plan.label))
+        )
     return CandidateSet(by_class, tuple(refusals))
 
 
@@ -206,7 +208,13 @@ def enumerate_plans(scenario: Scenario, profiles: Profiles, class_name: str) -> 
 
 def _until(stage: Stage, stop: int) -> Stage:
     return Stage(
-        start=0, stop=stop, model=stage.model, site=stage.site, method=stage.method, degree=stage.degree, options=stage.options
+        start=0,
+        stop=stop,
+        model=stage.model,
+        site=stage.site,
+        method=stage.method,
+        degree=stage.degree,
+        options=stage.options,
     )
 
 
@@ -293,7 +301,9 @@ def prune(options: Sequence[Candidate]) -> list[Candidate]:
     kept: list[int] = []
     for index in sorted(range(len(options)), key=lambda i: merits[i][1]):
         pool, mine = merits[index]
-        beaten = any(merits[k][0] in (pool, -1) and all(a <= b for a, b in zip(merits[k][1], mine, strict=True)) for k in kept)
+        beaten = any(
+            merits[k][0] in (pool, -1) and all(a <= b for a, b in zip(merits[k][1], mine, strict=True)) for k in kept
+        )
         if not beaten:
             kept.append(index)
     return [options[index] for index in sorted(kept)]

@@ -1,26 +1,28 @@
 """The command line: the only place that prints or exits.
 
 Results go to standard output, as tables or as JSON alone; progress and logs go to standard error. Exit code 0 is fine, 1
-means that a run failed, 2 that the input is wrong: the message names place, value, rule and remedy. Rooms are imported
+means that a run failed, 2 that the input is wrong: every message names place, value, rule and remedy. Rooms are imported
 inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from hybridsd_sim.errors import HybridSDError, InputError, Problem
+from hybridsd_sim.errors import HybridSDError, InputError, Problem, unknown_name
 
 if TYPE_CHECKING:
+    from hybridsd_sim.plan import Deployment
     from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
 
@@ -29,21 +31,17 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # help as plain text, for loading rich takes longer than all the rest
 )
-trace_app = typer.Typer(help="Read real request traces.", no_args_is_help=True)
+trace_app = typer.Typer(help="Read real request traces.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(trace_app, name="trace")
 
 
 class Format(StrEnum):
+    """How a result is printed."""
+
     text = "text"
     json = "json"
-
-
-class Runtime(StrEnum):
-    eager = "eager"
-    cudagraph = "cudagraph"
-    compiled = "compiled"
-    tensorrt = "tensorrt"
 
 
 ScenarioPath = Annotated[str, typer.Argument(help="A scenario file, or the name of a shipped scenario.")]
@@ -51,6 +49,7 @@ ScenarioName = Annotated[str | None, typer.Option("--scenario", help="A named sc
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE on top of everything, dotted keys.")]
 OutputFormat = Annotated[Format, typer.Option("--format", help="How to print the result.")]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Folder of the report; default reports/<run id>.")]
+PLAN_REMEDY = "Give the plan.yaml that `plan` wrote for this scenario."
 
 
 def main() -> None:
@@ -59,14 +58,20 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         app(args=arguments)
+    except InputError as error:
+        _stop(2, [str(problem) for problem in error.problems], debug=debug)
     except HybridSDError as error:
-        if debug:
-            raise
-        code = 2 if isinstance(error, InputError) else 1
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(code) from None
-    except BrokenPipeError:
-        raise SystemExit(1) from None
+        _stop(1, [str(error)], debug=debug)
+    except Exception as error:  # noqa: BLE001 -- whatever else happens, people get a message and scripts an exit code
+        _stop(1, [f"{type(error).__name__}: {error}. Add --debug to see where."], debug=debug)
+
+
+def _stop(code: int, messages: Sequence[str], *, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    for message in messages:
+        typer.echo(f"error: {message}", err=True)
+    raise SystemExit(code)
 
 
 @app.callback(invoke_without_command=True)
@@ -87,31 +92,12 @@ def check(
 ) -> None:
     """Validate a scenario and print it in brief."""
     from hybridsd_sim.candidates import check_names
-    from hybridsd_sim.profiles import load_profiles
+    from hybridsd_sim.show import scenario_text
 
-    resolved = _scenario(scenario_path, scenario, set_)
-    check_names(resolved, load_profiles())
-    if format_ is Format.json:
-        _print_json(resolved.to_dict())
-        return
-    rows = [("name", resolved.name), ("horizon_s", f"{resolved.horizon_s:g}"), ("replications", resolved.replications)]
-    rows += [(f"requests.{name}", _class_in_brief(spec)) for name, spec in resolved.requests.items()]
-    rows += [(f"edge.{name}", f"{fleet.replicas} x {fleet.device} on {fleet.network}") for name, fleet in resolved.edge.items()]
-    rows += [(f"pools.{name}", _pool_in_brief(pool)) for name, pool in resolved.pools.items()]
-    rows += [("override", line) for line in resolved.overrides_applied]
-    _print_table(("key", "value"), rows)
-
-
-def _class_in_brief(spec: Any) -> str:
-    rate = "" if spec.arrivals.rate_per_s is None else f" {spec.arrivals.rate_per_s:g}/s"
-    slo = "no SLO" if spec.slo_s is None else f"p{spec.slo_percentile:g} within {spec.slo_s:g} s"
-    shape = f"{spec.model} {spec.width_px}x{spec.height_px} px, {spec.num_inference_steps} steps"
-    return f"{shape}, {spec.arrivals.process}{rate}, from {spec.origin}, {slo}"
-
-
-def _pool_in_brief(pool: Any) -> str:
-    nodes = f"{pool.replicas_min} to {pool.replicas_max}" if pool.replicas is None else str(pool.replicas)
-    return f"{nodes} nodes of {pool.gpus_per_node} x {pool.gpu}, {pool.purchase}, {pool.discipline}"
+    resolved, profiles = _scenario(scenario_path, scenario, set_), _profiles()
+    policies = resolved.search.policies
+    _together(lambda: check_names(resolved, profiles), lambda: _check_policies("search.policies", policies, planned=True))
+    _print(format_, resolved.to_dict, lambda width: scenario_text(resolved, width))
 
 
 @app.command()
@@ -124,39 +110,28 @@ def predict(
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the method, e.g. stride=2.")] = None,
     small_model: Annotated[str | None, typer.Option(help="The edge model of a hybrid plan.")] = None,
     switch_step: Annotated[int | None, typer.Option(help="First step of the edge model.")] = None,
-    edge_device: Annotated[str | None, typer.Option(help="The edge device.")] = None,
-    network: Annotated[str | None, typer.Option(help="Access network between edge and cloud.")] = None,
-    height_px: Annotated[int | None, typer.Option(help="Default: the model's native size.")] = None,
-    width_px: Annotated[int | None, typer.Option(help="Default: the model's native size.")] = None,
+    edge_device: Annotated[str | None, typer.Option(help="The edge device; default the cloud's GPU.")] = None,
+    network: Annotated[str | None, typer.Option(help="Access network; default no transfers.")] = None,
+    height_px: Annotated[int | None, typer.Option(help="Default the width, else the model's native size.")] = None,
+    width_px: Annotated[int | None, typer.Option(help="Default the height, else the model's native size.")] = None,
     num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Above 1: two UNet evaluations a step.")] = 7.5,
     measured_step_s: Annotated[float | None, typer.Option(help="Your own one-GPU guided step: predict from it.")] = None,
-    runtime: Annotated[Runtime, typer.Option(help="How the UNet is run.")] = Runtime.eager,
+    runtime: Annotated[str, typer.Option(help="How the UNet runs: eager, cudagraph, compiled, tensorrt.")] = "eager",
     format_: OutputFormat = Format.text,
 ) -> None:
     """Price one request under one plan with nobody else there: time, bytes, dollars, joules, quality, with sources."""
     from hybridsd_sim.predict import Ask, predict_cost, to_json
+    from hybridsd_sim.show import prediction_text
 
     ask = Ask(
-        model=model, gpu=gpu, interconnect=interconnect, method=method, degree=degree,
-        options=tuple(sorted(_settings(option, "--option").items())), small_model=small_model, switch_step=switch_step,
-        edge_device=edge_device, network=network, height_px=height_px, width_px=width_px,
-        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, measured_step_s=measured_step_s,
-        runtime=runtime.value,
+        model=model, gpu=gpu, interconnect=interconnect, method=method, degree=degree, options=_options(option),
+        small_model=small_model, switch_step=switch_step, edge_device=edge_device, network=network,
+        height_px=height_px, width_px=width_px, num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale, measured_step_s=measured_step_s, runtime=runtime,
     )  # fmt: skip
-    cost = predict_cost(ask, _profiles())
-    figures = to_json(cost)
-    if format_ is Format.json:
-        _print_json(figures)
-        return
-    _print_table(
-        ("part", "where", "seconds", "low", "high", "GPUs", "kind", "source"),
-        [
-            (p.name, p.where, _figure(p.seconds), _figure(p.low_s), _figure(p.high_s), p.devices, p.kind, "; ".join(p.sources))
-            for p in cost.parts
-        ],
-    )
-    _print_table(("figure", "value"), [(key, _figure(value)) for key, value in figures.items() if key not in {"sources", "parts"}])
+    figures = to_json(predict_cost(ask, _profiles()))
+    _print(format_, lambda: figures, lambda width: prediction_text(figures, width))
 
 
 @app.command()
@@ -173,30 +148,29 @@ def simulate(
 ) -> None:
     """Simulate policies side by side on the same requests and links."""
     from hybridsd_sim.candidates import find_candidates
-    from hybridsd_sim.report import write_report
+    from hybridsd_sim.show import simulation_data, simulation_text
     from hybridsd_sim.simulate import simulate as run
 
-    extra = {key: value for key, value in (("seed", seed), ("replications", replications)) if value is not None}
-    resolved, profiles = _scenario(scenario_path, scenario, set_, extra), _profiles()
-    deployment = None if plan is None else _deployment(plan)
-    names = [*dict.fromkeys(_split(policy) or [*resolved.search.policies, *(["planned"] if deployment else [])])]
-    results = []
+    flags = {"--seed": ("seed", seed), "--replications": ("replications", replications)}
+    resolved, given, _ = _together(
+        lambda: _scenario(scenario_path, scenario, set_, flags), lambda: _plan_text(plan), lambda: _check_folder(out)
+    )
+    profiles, deployment = _profiles(), _deployment(plan, given, resolved)
+    asked = policy is not None
+    names = [*dict.fromkeys(_split(policy) if asked else [*resolved.search.policies, *(["planned"] if deployment else [])])]
+    _check_policies("--policy" if asked else "search.policies", names, planned=deployment is not None)
+    folder = out or _run_folder(resolved, profiles, ",".join(names), given)
+    _check_folder(folder)
     with _progress() as say:
         say("pricing candidate plans")
         options = find_candidates(resolved, profiles)
+        results = []
         for name in names:
             say(f"simulating {name}")
             results.append(run(resolved, profiles, policy=name, plan=deployment, options=options))
-        folder = _run_folder(out, resolved, profiles, names)
         say("drawing the report")
-        page = write_report(results, folder)
-    if format_ is Format.json:
-        _print_json({"report": str(page), "runs": [_run_json(result) for result in results]})
-        return
-    for result in results:
-        _print_verdict(result.policy, result.verdict)
-    _print_summaries(results)
-    typer.echo(f"report: {page}")
+        saved, page = _write(results, folder, profiles)
+    _print(format_, lambda: simulation_data(saved, page), lambda width: simulation_text(saved, width), page)
 
 
 @app.command(name="plan")
@@ -211,68 +185,98 @@ def plan_(
 ) -> None:
     """The capacity plan: which plan for each request class, how many nodes of which pool, confirmed by simulation."""
     from hybridsd_sim.optimize import optimize
-    from hybridsd_sim.report import write_report
+    from hybridsd_sim.show import plan_data, plan_text
 
-    extra = {} if budget_usd_per_hour is None else {"budget.usd_per_hour": budget_usd_per_hour}
-    resolved, profiles = _scenario(scenario_path, scenario, set_, extra), _profiles()
+    flags = {"--budget-usd-per-hour": ("budget.usd_per_hour", budget_usd_per_hour)}
+    resolved, _ = _together(lambda: _scenario(scenario_path, scenario, set_, flags), lambda: _check_folder(out))
+    profiles = _profiles()
+    folder = out or _run_folder(resolved, profiles, "plan")
+    _check_folder(folder)
     with _progress() as say, _fan_out(jobs) as fan_out:
         result = optimize(resolved, profiles, map=fan_out, progress=say)
         say("drawing the report")
-        page = write_report(result, _run_folder(out, resolved, profiles, ["plan"]))
-    if format_ is Format.json:
-        _print_json(_plan_json(result, page))
-        return
-    _print_plan(result)
-    typer.echo(f"report: {page}")
+        saved, page = _write(result, folder, profiles)
+    _print(format_, lambda: plan_data(saved, page), lambda width: plan_text(saved, width), page)
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a saved run.")],
-    compare: Annotated[Path | None, typer.Option(help="Another run's folder: draw both side by side.")] = None,
-    out: OutFolder = None,
+    runs: Annotated[list[Path], typer.Argument(help="The folder of a saved run; with --compare, two folders.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Draw two runs side by side.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the comparison; default reports/A-vs-B.")] = None,
+    format_: OutputFormat = Format.text,
 ) -> None:
     """Draw a saved run again, or two side by side."""
     from hybridsd_sim.report import compare_reports, draw_report
 
-    if compare is None:
-        page = draw_report(run)
-    else:
-        page = compare_reports(run, compare, out or Path("reports") / f"{run.name}-vs-{compare.name}")
-    typer.echo(f"report: {page}")
+    if len(runs) != 1 + compare:
+        rule = f"{'two runs are' if compare else 'one run is'} drawn at a time"
+        remedy = "Name two folders." if compare else "Name one folder, or two with --compare."
+        raise InputError(Problem("RUN", " ".join(map(str, runs)), rule, remedy))
+    if out is not None and not compare:
+        raise InputError(Problem("--out", str(out), "is for --compare", "Leave it out: a run is drawn in its own folder."))
+    names = [folder.resolve().name for folder in runs]
+    folder = (out or Path("reports") / "-vs-".join(names)) if compare else runs[0]
+    with _writing(folder):
+        page = compare_reports(runs[0], runs[1], folder) if compare else draw_report(folder)
+    _print(format_, lambda: {"report": str(page)}, lambda _: "", str(page))
 
 
 @trace_app.command()
 def describe(path: Annotated[Path, typer.Argument(help="A trace: CSV.")], format_: OutputFormat = Format.text) -> None:
     """Say what is in a trace: rate, burstiness, mix, popularity."""
+    from hybridsd_sim.show import table
     from hybridsd_sim.workload import describe_trace
 
     figures = describe_trace(path).to_dict()
-    if format_ is Format.json:
-        _print_json(figures)
-    else:
-        _print_table(("figure", "value"), [(key, _figure(value)) for key, value in figures.items()])
+    _print(format_, lambda: figures, lambda width: table(("figure", "value"), list(figures.items()), width))
 
 
 @trace_app.command(name="import")
 def import_(
     path: Annotated[Path, typer.Argument(help="A trace: CSV.")],
     out: Annotated[Path, typer.Option(help="Where to write the imported trace.")],
+    format_: OutputFormat = Format.text,
 ) -> None:
     """Read a real trace and write it as arrivals that scenarios can replay."""
     from hybridsd_sim.workload import import_trace
 
     trace = import_trace(path)
     trace.write_csv(out)
-    typer.echo(f"{len(trace.arrival_s)} requests: {out}")
+    _print(format_, lambda: {"requests": len(trace), "path": str(out)}, lambda _: f"{len(trace)} requests: {out}\n")
+
+
+# ---- What the commands are given ------------------------------------------------------------------------------------
+
+
+def _together(*steps: Callable[[], Any]) -> list[Any]:
+    """What the steps return, or one `InputError` with the problems of all of them."""
+    results, problems = [], []
+    for step in steps:
+        try:
+            results.append(step())
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return results
 
 
 def _scenario(
-    path: str, name: str | None, settings: Sequence[str] | None, extra: Mapping[str, Any] | None = None
+    path: str, name: str | None, settings: Sequence[str] | None, flags: Mapping[str, tuple[str, Any]] | None = None
 ) -> Scenario:
+    """The resolved scenario; `flags` are options that set a key of their own, and are named in messages about it."""
     from hybridsd_sim.scenario import load_scenario
 
-    return load_scenario(path, scenario=name, overrides={**_settings(settings, "--set"), **(extra or {})})
+    overrides: dict[str, Any] = _pairs(settings, "--set")
+    given = {flag: pair for flag, pair in (flags or {}).items() if pair[1] is not None}
+    if twice := [(flag, key, value) for flag, (key, value) in given.items() if key in overrides]:
+        raise InputError(Problem(flag, str(value), f"--set {key} says it too", "Keep one.") for flag, key, value in twice)
+    try:
+        return load_scenario(path, scenario=name, overrides=overrides | dict(given.values()))
+    except InputError as error:
+        places = {f"--set: {key}": flag for flag, (key, _) in given.items()}
+        raise InputError(replace(p, place=places.get(p.place, p.place)) for p in error.problems) from None
 
 
 def _profiles() -> Profiles:
@@ -281,40 +285,142 @@ def _profiles() -> Profiles:
     return load_profiles()
 
 
-def _deployment(path: Path) -> Any:
-    from hybridsd_sim.plan import deployment_from_dict
-    from hybridsd_sim.scenario import load_yaml
+def _pairs(pairs: Sequence[str] | None, flag: str) -> dict[str, str]:
+    """KEY=VALUE pairs; all that are none, or repeat a key, are reported together."""
+    found: dict[str, str] = {}
+    problems = []
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            problems.append(Problem(flag, repr(pair), "needs KEY=VALUE", f"For example {flag} seed=2."))
+        elif key.strip() in found:
+            problems.append(Problem(flag, repr(pair), "a key may be given once only", "Keep one of them."))
+        found[key.strip()] = value
+    if problems:
+        raise InputError(problems)
+    return found
 
-    if not path.is_file():
-        raise InputError(Problem("--plan", str(path), "no such file", "Give the plan.yaml that `plan` wrote."))
-    try:
-        return deployment_from_dict(load_yaml(path.read_text(encoding="utf-8"), str(path)))
-    except (KeyError, TypeError, AttributeError) as error:
-        rule = f"not a plan.yaml: {type(error).__name__} at {error}"
-        raise InputError(Problem(str(path), "its content", rule, "Give the plan.yaml that `plan` wrote.")) from error
 
+def _options(given: Sequence[str] | None) -> tuple[tuple[str, Any], ...]:
+    """A method's options with typed values, sorted by key."""
+    from hybridsd_sim.written import read_value
 
-def _settings(pairs: Sequence[str] | None, flag: str) -> dict[str, Any]:
-    """KEY=VALUE pairs with values read as YAML scalars; all that are not pairs are reported together."""
-    from hybridsd_sim.scenario import load_yaml
-
-    bad = [pair for pair in pairs or () if "=" not in pair or pair.startswith("=")]
-    if bad:
-        raise InputError(Problem(flag, pair, "needs KEY=VALUE", "For example horizon_s=600.") for pair in bad)
-    split = (pair.split("=", 1) for pair in pairs or ())
-    return {key.strip(): load_yaml(value, f"{flag} {key}") for key, value in split}
+    pairs = _pairs(_split(given), "--option")
+    return tuple((key, read_value(value, f"--option {key}")) for key, value in sorted(pairs.items()))
 
 
 def _split(values: Sequence[str] | None) -> list[str]:
     """Repeated and comma-separated values as one list."""
-    return [name for value in values or () for name in value.split(",") if name]
+    return [name.strip() for value in values or () for name in value.split(",") if name.strip()]
 
 
-def _run_folder(out: Path | None, scenario: Scenario, profiles: Profiles, extra: Sequence[str]) -> Path:
+def _check_policies(place: str, names: Sequence[str], *, planned: bool) -> None:
+    from hybridsd_sim.policies import POLICIES
+
+    problems = [unknown_name(place, name, list(POLICIES)) for name in names if name not in POLICIES]
+    if "planned" in names and not planned:
+        problems.append(Problem(place, "planned", "follows a plan, and none was given", "Add --plan with a plan.yaml."))
+    if not names:
+        problems.append(Problem(place, "nothing", "needs a policy", f"Known policies: {', '.join(POLICIES)}."))
+    if problems:
+        raise InputError(problems)
+
+
+def _plan_text(path: Path | None) -> str:
+    try:
+        return "" if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        said = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(Problem(f"--plan {path}", said, "must be a file that can be read", PLAN_REMEDY)) from None
+
+
+def _deployment(path: Path | None, text: str, scenario: Scenario) -> Deployment | None:
+    """The plan.yaml, strictly as `plan` writes it, for this very scenario."""
+    if path is None:
+        return None
+    from json import dumps
+
+    from pydantic import TypeAdapter, ValidationError
+
+    from hybridsd_sim.plan import Deployment
+    from hybridsd_sim.written import dotted, load_yaml, shown
+
+    try:
+        found = TypeAdapter(Deployment).validate_json(dumps(load_yaml(text, str(path))), strict=True)
+    except ValidationError as error:
+        raise InputError(
+            Problem(f"{path}: {dotted(item['loc'])}", shown(item["input"]), item["msg"], PLAN_REMEDY)
+            for item in error.errors(include_url=False)
+        ) from None
+    if problems := list(_misfits(found, scenario, str(path))):
+        raise InputError(problems)
+    return found
+
+
+def _misfits(found: Deployment, scenario: Scenario, place: str) -> Iterator[Problem]:
+    """What a plan says about classes, pools and devices that the scenario does not have."""
+    for name in found.plans.keys() ^ scenario.requests.keys():
+        rule = "no such request class in the scenario" if name in found.plans else "the plan says nothing of this class"
+        yield Problem(f"{place}: plans", name, rule, PLAN_REMEDY)
+    for name, nodes in found.replicas.items():
+        if name not in scenario.pools or nodes < 0:
+            rule = "counts nodes" if name in scenario.pools else "no such pool in the scenario"
+            yield Problem(f"{place}: replicas.{name}", str(nodes), rule, PLAN_REMEDY)
+    devices = {name: pool.gpu for name, pool in scenario.pools.items()}
+    devices |= {name: fleet.device for name, fleet in scenario.edge.items()}
+    for name, plan in found.plans.items():
+        for site in plan.sites.values():
+            if devices.get(site.name) != site.device:
+                rule = f"the scenario has {devices.get(site.name, 'no such pool or fleet')} there"
+                yield Problem(f"{place}: plans.{name}", f"{site.device} in {site.name}", rule, PLAN_REMEDY)
+        if name in scenario.requests and scenario.requests[name].num_inference_steps != plan.num_inference_steps:
+            rule = f"the scenario asks for {scenario.requests[name].num_inference_steps} steps"
+            yield Problem(f"{place}: plans.{name}", f"{plan.num_inference_steps} steps", rule, PLAN_REMEDY)
+
+
+# ---- Where results go -----------------------------------------------------------------------------------------------
+
+
+def _run_folder(scenario: Scenario, profiles: Profiles, ran: str, plan_text: str = "") -> Path:
+    """The default folder: everything that shapes the result has a part in its name, a plan.yaml too."""
+    from hashlib import sha256
+
     from hybridsd_sim import __version__
     from hybridsd_sim.report import run_id
 
-    return out or Path("reports") / run_id(scenario, profiles.digest, scenario.seed, __version__, ",".join(extra))
+    given = f"+{sha256(plan_text.encode()).hexdigest()}" if plan_text else ""
+    return Path("reports") / run_id(scenario, profiles.digest, scenario.seed, __version__, f"{ran}{given}")
+
+
+def _check_folder(folder: Path | None) -> None:
+    """Whether a report can be written there, before the work that it takes: try it, and leave no trace."""
+    if folder is None:
+        return
+    from tempfile import TemporaryDirectory
+
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    with _writing(folder), TemporaryDirectory(dir=above):
+        pass
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say which folder could not be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "Name a folder that you may write to with --out."
+        raise InputError(Problem(str(folder), error.strerror or str(error), "cannot be written", remedy)) from error
+
+
+def _write(result: Any, folder: Path, profiles: Profiles) -> tuple[dict[str, Any], str]:
+    """Save and draw the report; what it saved, and the path of its page."""
+    from hybridsd_sim.report import write_report
+    from hybridsd_sim.report.folder import read_run
+
+    with _writing(folder):
+        page = write_report(result, folder, profiles_digest=profiles.digest)
+        return read_run(folder)[0], str(page)
 
 
 @contextmanager
@@ -332,116 +438,22 @@ def _fan_out(jobs: int) -> Iterator[Callable[..., Any] | None]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """A status line on standard error: a spinner for people, plain lines in logs."""
+    """What is being done, on standard error: a spinner for people, plain lines in logs."""
+    if not sys.stderr.isatty():
+        yield lambda text: typer.echo(text, err=True)
+        return
     from rich.console import Console
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: console.print(text, style="dim", highlight=False)
-        return
-    with console.status("starting") as status:
+    with Console(stderr=True).status("starting") as status:
         yield status.update
 
 
-def _print_json(data: object) -> None:
-    sys.stdout.write(json.dumps(_clean(data), indent=2, allow_nan=False) + "\n")
+def _print(format_: Format, data: Callable[[], Any], text: Callable[[int], str], page: str = "") -> None:
+    """A result on standard output: JSON alone, or text as wide as the terminal, 120 characters where there is none."""
+    from hybridsd_sim.show import to_json
 
-
-def _clean(value: Any) -> Any:
-    """JSON has no NaN: what is not known is null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
-    return value
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    console = Console(highlight=False, soft_wrap=False)
-    console.print(table)
-
-
-def _figure(value: Any) -> str:
-    """Four significant digits; a dash for what nobody knows."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return "  ".join(_figure(item) for item in value)
-    return str(value)
-
-
-def _print_verdict(name: str, verdict: Any) -> None:
-    for finding in verdict.findings:
-        typer.echo(f"{name}: {finding.name}: {'yes' if finding.ok else 'no'} ({finding.reason})")
-
-
-def _with_interval(row: Any, name: str) -> str:
-    return f"{_figure(float(row[name]))} [{_figure(float(row[f'{name}_low']))}, {_figure(float(row[f'{name}_high']))}]"
-
-
-def _print_summaries(results: Sequence[Any]) -> None:
-    columns = ("latency_p95_s", "slo_attainment", "goodput_per_s", "quality_mean", "gpu_seconds_per_image")
-    rows = []
-    for result in results:
-        for (policy, cls), row in result.summary.iterrows():
-            rent = _figure(result.usd_per_hour) if cls == "all" else ""
-            rows.append((policy, cls, *(_with_interval(row, name) for name in columns), rent))
-    _print_table(("policy", "class", *columns, "rent_usd_per_hour"), rows)
-
-
-def _run_json(result: Any) -> dict[str, Any]:
-    return {
-        "policy": result.policy,
-        "verdict": result.verdict.to_dict(),
-        "replicas": dict(result.replicas),
-        "usd_per_hour": result.usd_per_hour,
-        "summary": result.summary.reset_index().to_dict(orient="records"),
-    }
-
-
-def _print_plan(result: Any) -> None:
-    _print_verdict(result.scenario.name, result.verdict)
-    summary = result.chosen_result.summary
-    rows = []
-    for name, option in result.chosen.items():
-        row = summary.xs(name, level="request_class").iloc[0]
-        slo = option.cost.request.slo_s
-        shown = (_with_interval(row, "latency_p95_s"), _figure(slo), _with_interval(row, "slo_attainment"))
-        rows.append((name, option.plan.label, *shown, _figure(option.quality)))
-    _print_table(("class", "plan", "latency p95 s", "SLO s", "attainment", "CLIP"), rows)
-    compared = [("chosen", result.usd_per_hour, None), *((b.name, b.usd_per_hour, b) for b in result.baselines)]
-    _print_table(
-        ("plan", "USD/h", "holds"),
-        [
-            (name, _figure(usd), ("yes" if result.feasible else "no") if b is None else ("yes" if b.feasible else f"no: {b.reason}"))
-            for name, usd, b in compared
-        ],
-    )
-    for sentence in result.explanation:
-        typer.echo(f"- {sentence}")
-
-
-def _plan_json(result: Any, page: Path) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {
-        "feasible": result.feasible,
-        "verdict": result.verdict.to_dict(),
-        "usd_per_hour": result.usd_per_hour,
-        "replicas": dict(result.replicas_opt),
-        "plans": {name: option.plan.label for name, option in result.chosen.items()},
-        "baselines": [asdict(baseline) for baseline in result.baselines],
-        "frontier": [asdict(point) for point in result.frontier],
-        "explanation": list(result.explanation),
-        "report": str(page),
-    }
+    if format_ is Format.json:
+        typer.echo(to_json(data()), nl=False)
+        return
+    shown = text(shutil.get_terminal_size((120, 24)).columns)
+    typer.echo("\n".join(filter(None, (shown, page and f"report: {page}\n"))), nl=False)

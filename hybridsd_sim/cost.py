@@ -340,7 +340,13 @@ class _Pricer:
             (compute * (1 + speed.spread) + high) * phase.rounds,
         )
         part = self._held(
-            name, stage.site, (compute + exposed) * phase.rounds, bounds, "modelled", (*speed.sources, *sources), speed.note
+            name,
+            stage.site,
+            (compute + exposed) * phase.rounds,
+            bounds,
+            "modelled",
+            (*speed.sources, *sources),
+            speed.note,
         )
         return replace(
             part,
@@ -353,7 +359,9 @@ class _Pricer:
         """Exposed exchange of one round: middle, low, high seconds, and the interconnect's source."""
         if rank.messages == 0:
             return 0.0, 0.0, 0.0, ()
-        link = self.profiles.interconnect(stage.site.interconnect or self.profiles.gpu(stage.site.device).default_interconnect)
+        link = self.profiles.interconnect(
+            stage.site.interconnect or self.profiles.gpu(stage.site.device).default_interconnect
+        )
         sharing = 1.0 if link.scales_with_devices else min(1.0, 2.0 / stage.degree)
         rates = (link.bandwidth_bytes_per_s, link.bandwidth_high, link.bandwidth_low)
         middle, low, high = (exchange_s(rank, rate * sharing, link.latency_s, compute) for rate in rates)
@@ -387,7 +395,11 @@ class _Pricer:
     def _charge(self, site: Site, seconds: float, devices: int) -> tuple[float | None, float | None, str]:
         if site.tier == "edge":
             power = site.power_w or self.profiles.edge_device(site.device).power_w
-            return 0.0, None if power is None else power * seconds, "" if power else f"no power figure for {site.device}"
+            return (
+                0.0,
+                None if power is None else power * seconds,
+                "" if power else f"no power figure for {site.device}",
+            )
         rate = site.usd_per_device_hour
         if rate is None:
             row = self.profiles.gpu_price(site.device, site.purchase, site.provider)

@@ -1,5 +1,6 @@
 """The random inputs of requests, a chunk at a time: arrival, device, link conditions, model, size.
 
+`Draws.on_chunk` is called before each new chunk: a good moment for work that need not be done for every request.
 They are drawn with the arrival from named streams and never by a policy's doing, so that every policy meets exactly the same
 requests on the same links.
 """
@@ -7,7 +8,7 @@ requests on the same links.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -27,20 +28,21 @@ class Draws:
         limited = any(pool.resident_models is not None for pool in scenario.pools.values())
         self._load_row = profiles.model_load("*") if limited else None
         self.slo_s = [math.inf if spec.slo_s is None else spec.slo_s for spec in self._specs]
+        self.on_chunk: Callable[[], None] = lambda: None
         self.arrival_s: list[float] = []
         self.at = -1
 
-    def advance(self) -> bool:
-        """Move to the next arrival; False after the last."""
+    def advance(self, now: float) -> float:
+        """Move to the next arrival: seconds until then, never less than 0; -1 after the last."""
         self.at += 1
-        if self.at < len(self.arrival_s):
-            return True
-        chunk = next(self._chunks, None)
-        while chunk is not None and not len(chunk.arrival_s):
+        if self.at == len(self.arrival_s):
             chunk = next(self._chunks, None)
-        if chunk is not None:
+            if chunk is None:
+                return -1.0
+            self.on_chunk()
             self._load(chunk)
-        return chunk is not None
+        delay = self.arrival_s[self.at] - now
+        return max(0.0, delay)
 
     def _load(self, chunk: ArrivalChunk) -> None:
         self.at = 0

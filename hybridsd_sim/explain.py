@@ -43,18 +43,23 @@ def _savings(plan: CapacityPlan) -> Iterator[str]:
             continue
         if plan.usd_per_hour is None or not baseline.usd_per_hour:
             continue
-        saved = 1.0 - plan.usd_per_hour / baseline.usd_per_hour
-        yield f"It costs {_percent(saved)} than {baseline.name} ({baseline.usd_per_hour:.2f} USD an hour){_loss(quality, baseline)}."
+        dollars = f"{baseline.name} ({baseline.usd_per_hour:.2f} USD an hour)"
+        yield f"It costs {_compared(plan.usd_per_hour / baseline.usd_per_hour, dollars)}{_loss(quality, baseline)}."
 
 
-def _percent(saved: float) -> str:
-    return f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
+def _compared(ratio: float, other: str) -> str:
+    """`40% less than …`, or `as much as …` within half a percent."""
+    if abs(ratio - 1.0) < 0.005:
+        return f"as much as {other}"
+    return f"{abs(1.0 - ratio):.0%} {'less' if ratio < 1.0 else 'more'} than {other}"
 
 
 def _loss(quality: float | None, baseline: Evaluated) -> str:
     if quality is None or baseline.quality is None:
         return ""
     change = quality - baseline.quality
+    if abs(change) < 5e-5:
+        return f", with the same CLIP score of {quality:.4f}"
     return f", with a CLIP score of {quality:.4f} against {baseline.quality:.4f} ({change:+.4f})"
 
 
@@ -125,17 +130,32 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
         return
     name, pools = option.request_class, list(plan.scenario.pools)
     slo = option.cost.request.slo_s
-    alone = [one for one in options if one.degree == 1 and one.pool_index == option.pool_index and one.cloud_steps == option.cloud_steps]
+    alone = [
+        one
+        for one in options
+        if one.degree == 1 and one.pool_index == option.pool_index and one.cloud_steps == option.cloud_steps
+    ]
     if alone:
         yield (
             f"{name}: one GPU takes {alone[0].latency_s:.1f} s, {option.plan.stages[0].method} on {option.degree} takes "
             f"{option.latency_s:.1f} s; the SLO is {slo} s."
         )
     for index in {one.pool_index for one in options if one.pool_index not in (-1, option.pool_index)}:
-        rivals = [one for one in options if one.pool_index == index and one.degree > 1 and one.cloud_steps == option.cloud_steps]
+        rivals = [
+            one
+            for one in options
+            if one.pool_index == index and one.degree > 1 and one.cloud_steps == option.cloud_steps
+        ]
         if rivals:
             best = min(rivals, key=lambda one: one.latency_s)
-            same = next((one for one in rivals if one.plan.stages[0].method == option.plan.stages[0].method and one.degree == option.degree), best)
+            same = next(
+                (
+                    one
+                    for one in rivals
+                    if one.plan.stages[0].method == option.plan.stages[0].method and one.degree == option.degree
+                ),
+                best,
+            )
             yield (
                 f"{name}: on {pools[index]} the same gang takes {same.latency_s:.1f} s, of which {same.cost.comm_exposed_s:.1f} s are "
                 f"exchange that nothing hides (here {option.cost.comm_exposed_s:.1f} s); the fastest there takes {best.latency_s:.1f} s."
@@ -143,25 +163,33 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
 
 
 def _unused_pools(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
-    """Why a pool is not rented: it is dearer for the same work, or nothing on it holds."""
-    for index, name in enumerate(plan.scenario.pools):
-        if plan.replicas_opt.get(name, 0):
+    """Why a pool is not rented: which classes it cannot serve, and what it would cost for the others."""
+    for index, pool in enumerate(plan.scenario.pools):
+        if plan.replicas_opt.get(pool, 0):
             continue
-        options = [one for each in found.by_class.values() for one in each if one.pool_index == index]
-        holding = [one for one in options if one.meets_floor and sizer.idle_attainment(one) >= sizer.wanted(one.request_class)]
-        if not holding:
-            yield f"Pool {name} is not rented: no plan on it holds a class's promises."
-            continue
-        cheapest = {one.request_class: one for one in sorted(holding, key=lambda one: -one.usd_or_inf)}
-        rivals = [(one, plan.chosen[cls]) for cls, one in cheapest.items() if plan.chosen[cls].cloud_steps]
-        if rivals:
-            one, chosen = rivals[0]
-            yield (
-                f"Pool {name} is not rented: its cheapest plan for {one.request_class} costs {1000 * one.usd_or_inf:.2f} USD per 1,000 "
-                f"requests in GPU time and egress against {1000 * chosen.usd_or_inf:.2f}."
-            )
-        else:
-            yield f"Pool {name} is not rented: no class needs it."
+        served = {name: option for name, option in plan.chosen.items() if option.pool_index >= 0}
+        if not served:
+            yield f"Pool {pool} is not rented: no class needs it."
+        for name, chosen in served.items():
+            options = [one for one in found.by_class[name] if one.pool_index == index]
+            yield f"Pool {pool} is not rented for {name}: {_fault_of_pool(options, chosen, sizer)}."
+
+
+def _fault_of_pool(options: Sequence[Candidate], chosen: Candidate, sizer: Sizer) -> str:
+    holding = [
+        one for one in options if one.meets_floor and sizer.idle_attainment(one) >= sizer.wanted(one.request_class)
+    ]
+    keeping = [one for one in options if one.meets_floor]
+    if not holding:
+        if not keeping:
+            return "no plan on it keeps the class's floor and limits"
+        fastest = min(one.latency_s for one in keeping)
+        return f"its fastest plan that keeps the floor takes {fastest:.1f} s even on an idle pool"
+    dollars, ours = min(one.usd_or_inf for one in holding), chosen.usd_or_inf
+    costs = f"{1000 * dollars:.2f} USD per 1,000 requests in GPU time and egress against {1000 * ours:.2f}"
+    if dollars < ours:
+        return f"it would cost {costs}, but the nodes rented for the other classes have room"
+    return f"its cheapest plan costs {costs}"
 
 
 def _lifts(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
@@ -189,12 +217,6 @@ def _budget_lift(plan: CapacityPlan) -> Iterator[str]:
     budget = plan.scenario.budget.usd_per_hour
     if budget is not None and plan.usd_per_hour is not None and plan.usd_per_hour > budget:
         yield f"A budget of {plan.usd_per_hour:.2f} USD an hour instead of {budget:g} would pay for the plan shown."
-    full = [
-        name
-        for name, spec in plan.scenario.pools.items()
-        if plan.replicas_opt.get(name, 0) >= spec.replicas_max
-    ]
+    full = [name for name, spec in plan.scenario.pools.items() if plan.replicas_opt.get(name, 0) >= spec.replicas_max]
     for name in full:
         yield f"Pool {name} is at its replicas_max of {plan.scenario.pools[name].replicas_max}; more nodes may lift the limit."
-
-

@@ -179,15 +179,16 @@ class Pool(Generic[JobT]):
         return 0.0 if known else job.load_s
 
     def _move(self, node: int, change: int) -> None:
-        free = self._free[node]
-        del self._by_free[free][node]
-        free += change
-        self._free[node] = free
-        self._by_free[free][node] = None
-        largest = self.gpus_per_node
-        while largest and not self._by_free[largest]:
-            largest -= 1
-        self.view.largest_free = largest
+        """Change a node's free GPUs and keep the buckets and the view's largest gap right."""
+        buckets, view, free = self._by_free, self.view, self._free[node]
+        del buckets[free][node]
+        self._free[node] = free = free + change
+        buckets[free][node] = None
+        if free > view.largest_free:
+            view.largest_free = free
+        else:
+            while view.largest_free and not buckets[view.largest_free]:
+                view.largest_free -= 1
 
     def _stop(self, event: simpy.Event) -> None:
         job: JobT = event.value  # type: ignore[assignment]

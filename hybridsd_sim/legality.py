@@ -57,7 +57,9 @@ def _memory_problems(plan: Plan, request: Request, profiles: Profiles) -> list[P
         need = needed_bytes(plan, site, request, profiles)
         if have is not None and need > have:
             rule = f"needs {need / 2**30:.1f} GiB there, of which {have / 2**30:.1f} GiB are usable"
-            problems.append(Problem(f"memory of {site.name}", site.device, rule, "Use a smaller model or device memory."))
+            problems.append(
+                Problem(f"memory of {site.name}", site.device, rule, "Use a smaller model or device memory.")
+            )
     return problems
 
 

@@ -104,7 +104,9 @@ class CfgParallel(Method):
 def _guidance_problems(job: Denoising, degree: int) -> list[Problem]:
     if degree == 1 or job.guided:
         return []
-    return [Problem("guidance_scale", "1 or less", "splitting guidance needs guidance", "Raise guidance_scale above 1.")]
+    return [
+        Problem("guidance_scale", "1 or less", "splitting guidance needs guidance", "Raise guidance_scale above 1.")
+    ]
 
 
 class PatchMethod(Method):

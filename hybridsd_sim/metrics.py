@@ -209,7 +209,8 @@ def _weights(rows: np.ndarray, horizon_s: float) -> dict[str, np.ndarray]:
         "in_flight": in_flight,
         "in_time": served & (finish <= deadline + TOLERANCE_S),
         "judged": served | unserved | (in_flight & (deadline <= horizon_s)),
-        "latency_s": np.where(served, finish - column(rows, "arrival_s"), 0.0),
+        # Rounded to nanoseconds, so that latencies that differ by rounding alone are one value with no interval.
+        "latency_s": np.where(served, np.round(finish - column(rows, "arrival_s"), 9), 0.0),
         "wait_s": np.where(served, _wait(rows, "cloud") + _wait(rows, "edge"), 0.0),
     }
     return found | {name: np.where(served, column(rows, name), 0.0) for name in _SPENT}

@@ -40,6 +40,8 @@ FLOOR_STEPS = (-0.02, -0.01, -0.005, 0.0, 0.003, 0.006, 0.01)
 """Changes of every quality floor (CLIP) that span the frontier's quality axis."""
 NEAR_OPTIMAL = 1.3
 """Alternatives cost at most this much more than the chosen plan."""
+
+
 class Mapper(Protocol):
     """`map`, or anything that fans out like it and keeps the order."""
 
@@ -105,7 +107,9 @@ class _Search:
 
     def choices(self, keep: Callable[[Candidate], bool] = lambda _: True) -> dict[str, list[Candidate]]:
         """Per class the candidates worth trying: within its promises if any are, not dominated, cheapest first."""
-        return {name: self._of_class(name, [o for o in options if keep(o)]) for name, options in self.found.by_class.items()}
+        return {
+            name: self._of_class(name, [o for o in options if keep(o)]) for name, options in self.found.by_class.items()
+        }
 
     def _of_class(self, name: str, options: Sequence[Candidate]) -> list[Candidate]:
         floor = [option for option in options if option.meets_floor]
@@ -113,7 +117,9 @@ class _Search:
         if within:
             return prune(within)
         # Nothing holds: the least bad ones are the fastest of those that keep quality, else the best pictures.
-        least_bad = sorted(floor, key=lambda o: o.latency_s)[:3] or sorted(options, key=lambda o: -(o.quality or 0.0))[:3]
+        least_bad = (
+            sorted(floor, key=lambda o: o.latency_s)[:3] or sorted(options, key=lambda o: -(o.quality or 0.0))[:3]
+        )
         return least_bad
 
     def best(self, choices: Mapping[str, Sequence[Candidate]], *, thorough: bool = True) -> Sizing | None:

@@ -160,6 +160,12 @@ class Plan:
         return next((stage.start for stage in self.stages if stage.site.tier == "edge"), self.num_inference_steps)
 
     @property
+    def make(self) -> tuple[object, ...]:
+        """What stays the same when a plan is scaled to another number of steps: models, sites, methods, degrees."""
+        stages = tuple((stage.model, stage.site, stage.method, stage.degree, stage.options) for stage in self.stages)
+        return stages, self.text_encode_site, self.vae_site, self.vae, self.network
+
+    @property
     def label(self) -> str:
         """A short name that a person can read: `a100 distrifusion x4 k=10 -> snapdragon-8-elite`."""
         stages = " -> ".join(_stage_label(stage, len(self.stages) > 1) for stage in self.stages)

@@ -255,4 +255,8 @@ class Planned(_Fixed):
 
     def choose(self, options: Sequence[Candidate]) -> Candidate | None:
         wanted = self.chosen.get(options[0].request_class) if options else None
-        return next((option for option in options if option.plan == wanted), None)
+        if wanted is None:
+            return None
+        exact = next((option for option in options if option.plan == wanted), None)
+        # A request of another number of steps takes the plan of the same make, whose switch step was scaled with it.
+        return exact or next((option for option in options if option.plan.make == wanted.make), None)

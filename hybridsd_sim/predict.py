@@ -1,25 +1,37 @@
 """One request, one plan, nobody else there: from plain names and numbers to a price with its sources.
 
-What `hybridsd-sim predict` asks. With `--measured-step-s` the user's own one-GPU step joins the profiles as a measured row,
-and everything else is predicted from it.
+What `hybridsd-sim predict` asks. With `--measured-step-s` the user's own one-GPU step joins the profiles as a measured row
+that goes before all others, and everything else is predicted from it.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybridsd_sim.cost import PlanCost, price
-from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.cost import Part, PlanCost, price
+from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.legality import plan_problems
+from hybridsd_sim.methods import METHODS, find_method
 from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
 from hybridsd_sim.profiles import CostRow, Profiles
 
 CLOUD, EDGE = "cloud", "edge"
+OWN_STEP = "--measured-step-s"
+MOST_PX, MOST_STEPS, MOST_GUIDANCE = 16384, 1000, 100.0
+"""The largest values that a scenario takes too."""
+_TYPES = {bool: "is true or false", int: "is a whole number", float: "is a number", str: "is text"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """The question: a model on a GPU, perhaps handed over to a small model on an edge device."""
+    """The question: a model on a GPU, perhaps handed over to a small model on an edge device.
+
+    Without an edge device the small model runs on the cloud's GPU, as in the papers; without a network no transfer is
+    counted. One side of the image alone means a square; none means the model's native size.
+    """
 
     model: str
     gpu: str
@@ -45,14 +57,33 @@ def predict_cost(ask: Ask, profiles: Profiles) -> PlanCost:
     native = profiles.model(ask.model).native_px
     request = Request(
         model=ask.model,
-        height_px=ask.height_px or native,
+        height_px=ask.height_px or ask.width_px or native,
         width_px=ask.width_px or ask.height_px or native,
         num_inference_steps=ask.num_inference_steps,
         guidance_scale=ask.guidance_scale,
     )
     if ask.measured_step_s is not None:
         profiles = profiles.with_costs((_own_row(ask, request, ask.measured_step_s),))
-    return price(asked_plan(ask, profiles), request, profiles)
+    plan = asked_plan(ask, profiles)
+    try:
+        if problems := plan_problems(plan, request, profiles):
+            raise InputError(problems)
+        return price(plan, request, profiles, prefer=(OWN_STEP,))
+    except InputError as error:
+        raise type(error)(replace(problem, place=_flag(problem, ask)) for problem in error.problems) from None
+
+
+def _flag(problem: Problem, ask: Ask) -> str:
+    """The option of the command line that a rule's place stands for."""
+    place = problem.place
+    if place in {"degree", "guidance_scale", "height_px", "width_px"}:
+        return f"--{place.replace('_', '-')}"
+    if place in find_method(ask.method).defaults:
+        return f"--option {place}"
+    places = {ask.small_model: "--small-model", f"memory of {CLOUD}": "--gpu", f"memory of {EDGE}": "--edge-device"}
+    if place == "device":
+        return "--edge-device" if problem.value == ask.edge_device else "--gpu"
+    return places.get(place, place)
 
 
 def asked_plan(ask: Ask, profiles: Profiles) -> Plan:
@@ -66,10 +97,10 @@ def asked_plan(ask: Ask, profiles: Profiles) -> Plan:
             Stage(start=0, stop=switch, model=ask.model, site=cloud, method=ask.method, degree=ask.degree, options=ask.options)
         )
     if switch < steps:
-        stages.append(Stage(start=switch, stop=steps, model=ask.small_model or ask.model, site=_edge_site(ask, profiles)))
-    last, first = stages[-1].site.name, stages[0].site.name
-    encode = last if first != last else first
-    return Plan(stages=tuple(stages), text_encode_site=encode, vae_site=last, network=ask.network)
+        site = cloud if ask.edge_device is None else _edge_site(ask.edge_device, profiles)
+        stages.append(Stage(start=switch, stop=steps, model=ask.small_model or ask.model, site=site))
+    last = stages[-1].site.name
+    return Plan(stages=tuple(stages), text_encode_site=last, vae_site=last, network=ask.network)
 
 
 def _cloud_site(ask: Ask) -> Site:
@@ -78,22 +109,21 @@ def _cloud_site(ask: Ask) -> Site:
         tier="cloud",
         device=ask.gpu,
         runtime=ask.runtime,
-        gpus_per_node=max(1, ask.degree),
+        gpus_per_node=ask.degree,
         interconnect=ask.interconnect,
     )
 
 
-def _edge_site(ask: Ask, profiles: Profiles) -> Site:
-    """The edge device under its own runtime; without one, the small model runs on the cloud's GPU, as the papers do it."""
-    if ask.edge_device is None:
-        return replace(_cloud_site(ask), name="cloud")
-    device = profiles.edge_device(ask.edge_device)
+def _edge_site(name: str, profiles: Profiles) -> Site:
+    """The edge device under its own runtime."""
+    device = profiles.edge_device(name)
     return Site(
         name=EDGE, tier="edge", device=device.name, runtime=device.default_runtime, precision=device.default_precision
     )
 
 
 def _own_row(ask: Ask, request: Request, seconds: float) -> CostRow:
+    """The user's measurement: one guided step, whether or not the request itself is guided."""
     return CostRow(
         device=ask.gpu,
         runtime=ask.runtime,
@@ -103,26 +133,28 @@ def _own_row(ask: Ask, request: Request, seconds: float) -> CostRow:
         height_px=request.height_px,
         width_px=request.width_px,
         batch_size=1,
-        guidance=request.guided,
+        guidance=True,
         method="single",
         degree=1,
         seconds_median=seconds,
         kind="measured",
-        source="--measured-step-s",
+        source=OWN_STEP,
         source_date="now",
     )
 
 
 def _check(ask: Ask, profiles: Profiles) -> None:
-    """Raise one `InputError` with every unknown name and every number out of range."""
+    """Raise one `InputError` with every unknown name, every number out of range and every option that does not fit."""
     problems: list[Problem] = []
     looked_up = [
         ("--model", profiles.model, ask.model),
         ("--gpu", profiles.gpu, ask.gpu),
         ("--interconnect", profiles.interconnect, ask.interconnect),
+        ("--method", find_method, ask.method),
         ("--small-model", profiles.model, ask.small_model),
         ("--edge-device", profiles.edge_device, ask.edge_device),
         ("--network", profiles.network, ask.network),
+        ("--runtime", profiles.runtime, ask.runtime),
     ]
     for flag, look_up, name in looked_up:
         if name is not None:
@@ -130,27 +162,61 @@ def _check(ask: Ask, profiles: Profiles) -> None:
                 look_up(name)
             except InputError as error:
                 problems += [replace(problem, place=flag) for problem in error.problems]
-    problems += _number_problems(ask)
+    problems += [*_number_problems(ask), *_option_problems(ask)]
     if problems:
         raise InputError(problems)
 
 
 def _number_problems(ask: Ask) -> list[Problem]:
     steps, switch = ask.num_inference_steps, ask.switch_step
+    own, small = ask.measured_step_s, ask.small_model
+    sizes = [("--height-px", ask.height_px), ("--width-px", ask.width_px)]
     rules = [
-        ("--degree", ask.degree, ask.degree >= 1, "counts GPUs, so it is at least 1"),
-        ("--num-inference-steps", steps, steps >= 1, "needs at least 1 step"),
-        ("--guidance-scale", ask.guidance_scale, ask.guidance_scale >= 0, "is at least 0"),
-        ("--switch-step", switch, switch is None or 0 <= switch <= steps, f"lies between 0 and {steps}"),
-        ("--measured-step-s", ask.measured_step_s, (ask.measured_step_s or 1.0) > 0, "is more than 0 seconds"),
-        ("--small-model", ask.small_model, ask.small_model is None or switch is not None, "needs a --switch-step"),
-        ("--switch-step", switch, switch in (None, steps) or ask.small_model is not None, "needs a --small-model"),
-    ]
-    return [Problem(flag, repr(value), rule) for flag, value, holds, rule in rules if not holds]
+        ("--degree", ask.degree, ask.degree >= 1, "counts GPUs, so it is at least 1", "One GPU is --degree 1."),
+        *((flag, px, px is None or 64 <= px <= MOST_PX, f"lies between 64 and {MOST_PX} px", "") for flag, px in sizes),
+        ("--num-inference-steps", steps, 1 <= steps <= MOST_STEPS, f"lies between 1 and {MOST_STEPS}", ""),
+        ("--guidance-scale", ask.guidance_scale, 0 <= ask.guidance_scale <= MOST_GUIDANCE, "lies between 0 and 100", ""),
+        (OWN_STEP, own, own is None or 0 < own < math.inf, "is a finite number of seconds above 0", "Leave it out."),
+        ("--switch-step", switch, switch is None or 0 <= switch <= steps, f"lies between 0 and {steps}", ""),
+        ("--small-model", small, small is None or switch is not None, "needs a --switch-step", "Say where it takes over."),
+        ("--switch-step", switch, small is not None or switch in (None, steps), "needs a --small-model", "Say what follows."),
+    ]  # fmt: skip
+    default = "Leave it out for the default."
+    return [Problem(flag, repr(value), rule, remedy or default) for flag, value, holds, rule, remedy in rules if not holds]
+
+
+def _option_problems(ask: Ask) -> Iterator[Problem]:
+    """Options that the method does not have, and values of another type than its default's."""
+    if ask.method not in METHODS:
+        return
+    defaults = METHODS[ask.method].defaults
+    if ask.options and not defaults:
+        given = ", ".join(f"{key}={value}" for key, value in ask.options)
+        remedy = "Leave it out, or choose the --method that it belongs to."
+        yield Problem("--option", given, f"{ask.method} has no options", remedy)
+        return
+    for key, value in ask.options:
+        if key not in defaults:
+            yield replace(unknown_name("--option", key, list(defaults)), rule=f"{ask.method} has no such option")
+        elif not _of_type(value, wanted := type(defaults[key])):
+            yield Problem(f"--option {key}", repr(value), _TYPES[wanted], f"The default is {_written(defaults[key])}.")
+
+
+def _of_type(value: object, wanted: type) -> bool:
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is wanted
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_json(cost: PlanCost) -> dict[str, Any]:
-    """The contract's figures; what nobody knows is None, with the reason under `unknown`."""
+    """The contract's figures; what nobody knows is None, with the reason by figure under `unknown`.
+
+    `outside` lists the parts that lie outside what was timed; `parts` has every component with kind and sources.
+    """
     rounds = sum(stage.num_steps for stage in cost.plan.stages)
     return {
         "latency_s": cost.latency_s,
@@ -159,20 +225,50 @@ def to_json(cost: PlanCost) -> dict[str, Any]:
         "compute_s": cost.compute_s,
         "comm_exposed_s": cost.comm_exposed_s,
         "comm_bytes": cost.comm_bytes,
+        "bytes_up": cost.bytes_up,
+        "bytes_down": cost.bytes_down,
         "flops": cost.flops,
         "flops_without_attention_products": cost.flops_without_attention_products,
         "gpu_seconds": cost.gpu_seconds,
         "usd": cost.usd,
         "edge_energy_j": cost.edge_energy_j,
         "quality": cost.quality.clip,
+        "quality_kind": None if cost.quality.clip is None else cost.quality.kind,
         "interval_s": list(cost.interval_s),
         "kind": cost.kind,
-        "sources": list(cost.sources),
-        "unknown": list(cost.unknowns),
-        "outside": list(cost.outside),
         "plan": cost.plan.label,
-        "parts": [
-            {"name": p.name, "where": p.where, "seconds": p.seconds, "usd": p.usd, "kind": p.kind, "critical": p.critical}
-            for p in cost.parts
-        ],
+        "sources": list(cost.sources),
+        "unknown": _unknown(cost),
+        "outside": list(cost.outside),
+        "parts": [_part(part) for part in cost.parts],
+    }
+
+
+def _unknown(cost: PlanCost) -> dict[str, str]:
+    """Why figures are None. A part says so in the last clause of its note."""
+    reasons = {
+        "usd": [part.note.rpartition("; ")[2] for part in cost.parts if part.usd is None],
+        "edge_energy_j": [part.note.rpartition("; ")[2] for part in cost.parts if part.energy_j is None],
+        "quality": [cost.quality.note] if cost.quality.clip is None else [],
+    }
+    return {name: "; ".join(dict.fromkeys(why)) for name, why in reasons.items() if why}
+
+
+def _part(part: Part) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "where": part.where,
+        "seconds": part.seconds,
+        "low_s": part.low_s,
+        "high_s": part.high_s,
+        "devices": part.devices,
+        "usd": part.usd,
+        "edge_energy_j": part.energy_j,
+        "bytes_up": part.bytes_up,
+        "bytes_down": part.bytes_down,
+        "comm_bytes": part.comm_bytes,
+        "kind": part.kind,
+        "critical": part.critical,
+        "note": part.note,
+        "sources": list(part.sources),
     }

@@ -54,7 +54,11 @@ def quality_of(plan: Plan, profiles: Profiles, *, wanted: str | None = None) -> 
     if wanted is not None and switch_curve(profiles, wanted, large):
         large = wanted
     base = _base(profiles, large)
-    losses = [_switch_loss(plan, profiles, large), _vae_loss(plan), *(_method_loss(stage, profiles) for stage in plan.cloud_stages)]
+    losses = [
+        _switch_loss(plan, profiles, large),
+        _vae_loss(plan),
+        *(_method_loss(stage, profiles) for stage in plan.cloud_stages),
+    ]
     parts = [base, *losses]
     missing = [part.note for part in parts if part.clip is None]
     sources = tuple(dict.fromkeys(source for part in parts for source in part.sources))
@@ -113,7 +117,9 @@ def switch_curve(profiles: Profiles, large: str, small: str) -> list[tuple[float
     Best is the one printed to most decimals, then the one with most points. A table without its own score of the large
     model is completed from the other tables of its study. Share 1 loses nothing.
     """
-    tables = dict.fromkeys(row.table for row in profiles.quality if (row.large_model, row.small_model) == (large, small))
+    tables = dict.fromkeys(
+        row.table for row in profiles.quality if (row.large_model, row.small_model) == (large, small)
+    )
     curves = [(_decimals(profiles, name, large), _table_curve(profiles, name, large, small)) for name in tables]
     return max(curves, key=lambda curve: (curve[0], len(curve[1])), default=(0, []))[1]
 
@@ -126,7 +132,7 @@ def _decimals(profiles: Profiles, table: str, large: str) -> int:
 def _table_curve(profiles: Profiles, table: str, large: str, small: str) -> list[tuple[float, float, str]]:
     scored = [row for row in profiles.quality if row.clip is not None]
     own = [row for row in scored if row.table == table]
-    rows = own if _alone(own, large) else [row for row in scored if study(row) == table.split()[0]]
+    rows = own if _alone(own, large) else [row for row in scored if study(row) == table.split(maxsplit=1)[0]]
     bases = _alone(rows, large)
     if not bases:
         return []

@@ -109,11 +109,19 @@ def to_frame(records: Records, policy: str) -> pd.DataFrame:
         values = column(rows, name)
         if name in names:
             new, known = names[name]
-            labels = pd.Index(list(known), dtype="object")
-            data[new] = pd.Categorical.from_codes(values.astype(np.int32), categories=labels)
+            data[new] = _labelled(values, known)
         else:
             data[name] = values.astype(np.int64) if name in {"request", "degree", "node", "device"} else values
     return pd.DataFrame(data)
+
+
+def _labelled(codes: np.ndarray, names: Sequence[str]) -> pd.Categorical:
+    """Codes as their names; codes of one name (a plan priced for several request sizes) become one category."""
+    import pandas as pd
+
+    unique = list(dict.fromkeys(names))
+    place = np.array([*(unique.index(name) for name in names), -1], dtype=np.int32)  # code -1 stays -1
+    return pd.Categorical.from_codes(place[codes.astype(np.int64)], categories=pd.Index(unique, dtype="object"))
 
 
 RAW = (
@@ -143,27 +151,29 @@ class PlanFacts(NamedTuple):
 class Book:
     """Fills `Records` while a run is on: raw rows in a flat list, spread out into the table block by block."""
 
-    def __init__(self, records: Records, horizon_s: float, sink: Sink | None = None) -> None:
+    def __init__(self, records: Records, horizon_s: float, sink: Sink | None = None, *, expected: int = 0) -> None:
         self._records, self._horizon_s, self._sink = records, horizon_s, sink
+        self._expected = max(expected, FLUSH_ROWS)
         self._raw: list[float] = []
+        self.write: Callable[[tuple[float, ...]], None] = self._raw.extend
+        """Books one request: its `RAW` columns."""
         self._plans: list[PlanFacts] = []
-        self._count = 0
+        self._count = self._used = 0
 
     def add_plan(self, facts: PlanFacts) -> int:
         """Enter a plan and return its `plan_index`."""
         self._plans.append(facts)
         return len(self._plans) - 1
 
-    def write(self, row: tuple[float, ...]) -> None:
-        """Book one request: its `RAW` columns."""
-        self._raw.extend(row)
+    def flush_if_full(self) -> None:
+        """Spread out the rows booked so far once there are `FLUSH_ROWS`: call it now and then, not for every row."""
         if len(self._raw) >= FLUSH_ROWS * len(RAW):
             self._flush()
 
     def close(self) -> Records:
         """Spread out what is left and return the records, in order of arrival."""
         self._flush()
-        self._grow(self._count)  # a request booked twice leaves an empty row, which the laws refuse
+        self._reach(self._count)  # a request booked twice leaves an empty row, which the laws refuse
         self._records.plans = tuple(facts.label for facts in self._plans)
         self._records.table = self._records.table[: self._count]
         return self._records
@@ -178,15 +188,19 @@ class Book:
             self._sink.write(rows)
         numbers = raw[:, 0].astype(np.int64)
         self._count += len(rows)
-        self._grow(int(numbers.max(initial=-1)) + 1)
+        self._reach(int(numbers.max()) + 1)
         self._records.table[numbers] = rows
 
-    def _grow(self, needed: int) -> None:
-        table = self._records.table
+    def _reach(self, needed: int) -> None:
+        """Make room for `needed` rows. Memory is reserved once for those expected, and only touched when it is used."""
+        table, used = self._records.table, self._used
         if needed > len(table):
-            grown = np.full((max(needed, len(table) * 3 // 2), WIDTH), np.nan)
-            grown[: len(table)] = table
+            grown = np.empty((max(needed, self._expected, len(table) * 3 // 2), WIDTH))
+            grown[:used] = table[:used]
             self._records.table = grown
+        if needed > used:
+            self._records.table[used:needed, INDEX["request"]] = np.nan
+            self._used = needed
 
     def _spread(self, raw: np.ndarray) -> np.ndarray:
         rows = np.full((len(raw), WIDTH), np.nan)

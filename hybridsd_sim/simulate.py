@@ -174,10 +174,12 @@ class _Trip(Job):
     __slots__ = ("arrival_s", "class_index", "device_draw", "down_s", "edge_ready_s", "route", "transfer_s")
 
     def __init__(self, number: int, class_index: int, arrival_s: float, deadline_s: float, device_draw: float) -> None:
-        super().__init__(number, 0, 0.0, deadline_s)
+        # Job.__init__ spelt out: this line runs once a request, and a call more is a twentieth of its time.
+        self.number, self.deadline_s, self.node = number, deadline_s, -1
+        self.degree = self.model_key = self.priority = 0
+        self.hold_s = self.load_s = self.work = self.down_s = self.transfer_s = 0.0
+        self.cloud_ready_s = self.cloud_start_s = self.cloud_stop_s = self.edge_ready_s = NAN
         self.class_index, self.arrival_s, self.device_draw = class_index, arrival_s, device_draw
-        self.down_s = self.transfer_s = 0.0
-        self.edge_ready_s = NAN
         self.route: _Route = NOWHERE
 
 
@@ -208,7 +210,10 @@ class _Run:
         self._models = sorted({spec.model for spec in self._specs})
         self._open: dict[int, _Trip] = {}
         names = (tuple(scenario.requests), tuple(scenario.pools), tuple(scenario.edge))
-        self._book = Book(Records(*names, (), REASONS, replication), scenario.horizon_s, sink)
+        records = Records(*names, (), REASONS, replication)
+        self._book = Book(records, scenario.horizon_s, sink, expected=_expected_requests(scenario))
+        self._record = self._book.write
+        self._draws.on_chunk = self._book.flush_if_full
 
     def _make_pool(self, name: str, nodes: int) -> Pool[_Trip]:
         spec = self._scenario.pools[name]
@@ -238,9 +243,9 @@ class _Run:
         return {candidate.plan.label: candidate for candidate in self._routes}
 
     def _schedule_arrival(self) -> None:
-        if self._draws.advance():
-            delay = self._draws.arrival_s[self._draws.at] - self._env.now
-            Timeout(self._env, delay if delay > 0.0 else 0.0).callbacks.append(self._arrive)
+        delay = self._draws.advance(self._env.now)
+        if delay >= 0.0:
+            Timeout(self._env, delay).callbacks.append(self._arrive)
 
     def _arrive(self, event: simpy.Event) -> None:
         draws, at = self._draws, self._draws.at
@@ -313,7 +318,7 @@ class _Run:
     def _write(
         self, job: _Trip, status: int, edge_start: float, edge_stop: float, finish: float, device: int, reason: int = -1
     ) -> None:
-        self._book.write((
+        self._record((
             job.number, job.class_index, job.route.index, status, reason, job.arrival_s,
             job.cloud_ready_s, job.cloud_start_s, job.cloud_stop_s, job.edge_ready_s, edge_start, edge_stop, finish,
             job.deadline_s, job.load_s, job.transfer_s, job.node, device,
@@ -333,7 +338,9 @@ class _Run:
         cost = candidate.cost
         rate = None
         if candidate.pool_index >= 0:
-            rate = pool_usd_per_gpu_hour(self._scenario, self._profiles, list(self._scenario.pools)[candidate.pool_index])
+            rate = pool_usd_per_gpu_hour(
+                self._scenario, self._profiles, list(self._scenario.pools)[candidate.pool_index]
+            )
         return PlanFacts(
             label=candidate.plan.label,
             degree=candidate.degree,
@@ -345,6 +352,13 @@ class _Run:
             bytes_down=cost.bytes_down,
             quality=NAN if candidate.quality is None else candidate.quality,
         )
+
+
+def _expected_requests(scenario: Scenario) -> int:
+    """Requests to reserve memory for: the mean of the written rates and five standard deviations; 0 for a trace."""
+    rates = [spec.arrivals.rate_per_s or 0.0 for spec in scenario.requests.values()]
+    mean = sum(rates) * scenario.horizon_s
+    return math.ceil(mean + 5.0 * math.sqrt(mean))
 
 
 class _Options:

@@ -171,7 +171,7 @@ def _stable(scenario: Scenario, replications: Sequence[Records]) -> Finding:
     grows = growth > max(noise, GROWTH_SHARE * arrivals) and after > before
     reason = (
         f"{'the queue grows' if grows else 'no queue grows'}: {last.mean():.1f} waiting on average in the last third, "
-        f"{middle.mean():.1f} in the middle third; {after:.4g} unfinished at the end, {before:.4g} a third earlier"
+        f"{middle.mean():.1f} in the middle third; {after:.1f} unfinished at the end, {before:.1f} a third earlier"
     )
     return Finding("stable", ok=not grows, reason=reason)
 

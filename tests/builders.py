@@ -9,7 +9,9 @@ PHONE = Site(name="phone", tier="edge", device="snapdragon-8-elite", runtime="qn
 REQUEST = Request(model="sd14", num_inference_steps=25, guidance_scale=7.0)
 
 
-def hybrid(k: int, *, steps: int = 25, small: str = "hybrid-sd-224m", network: str | None = "wifi5", **cloud: object) -> Plan:
+def hybrid(
+    k: int, *, steps: int = 25, small: str = "hybrid-sd-224m", network: str | None = "wifi5", **cloud: object
+) -> Plan:
     """Cloud for k steps, phone for the rest; the ends are cloud-only and edge-only."""
     stages = []
     if k:

@@ -135,10 +135,18 @@ def test_a_device_that_nobody_timed_is_refused_or_flagged(profiles: Profiles) ->
 
 
 @given(st.floats(0, 1e9), st.integers(1, 200), st.sampled_from([0.0, 1 / 70, 1.0]), st.floats(1e-4, 1.0))
-def test_hidden_exchange_is_never_more_than_there_is(received: float, messages: int, window: float, compute: float) -> None:
+def test_hidden_exchange_is_never_more_than_there_is(
+    received: float, messages: int, window: float, compute: float
+) -> None:
     """What shows of an exchange lies between nothing and all of it; a blocking one shows whole."""
     rank = RankWork(
-        macs_conv=1.0, macs_linear=1.0, macs_attention=1.0, latents=2, received_bytes=received, messages=messages, window=window
+        macs_conv=1.0,
+        macs_linear=1.0,
+        macs_attention=1.0,
+        latents=2,
+        received_bytes=received,
+        messages=messages,
+        window=window,
     )
     shown, total = exchange_s(rank, 1e10, 1e-5, compute), received / 1e10 + messages * 1e-5
 
@@ -158,7 +166,9 @@ def test_a_quoted_step_is_used_as_it_stands(profiles: Profiles) -> None:
 def test_ones_own_step_replaces_every_other_source(profiles: Profiles) -> None:
     """With --measured-step-s the one-GPU loop is that step times the steps, and more GPUs are predicted from it."""
     ask = Ask(model="sdxl", gpu="l4", runtime="cudagraph", measured_step_s=0.5)
-    one, two = (predict_cost(replace(ask, method=m, degree=d), profiles) for m, d in (("single", 1), ("distrifusion", 2)))
+    one, two = (
+        predict_cost(replace(ask, method=m, degree=d), profiles) for m, d in (("single", 1), ("distrifusion", 2))
+    )
 
     assert one.denoise_s == pytest.approx(25.0)
     assert {part.kind for part in one.denoise_parts} == {"measured"}
@@ -170,7 +180,9 @@ def speed_up(cost: PlanCost, base: PlanCost) -> float:
     return base.denoise_s / cost.denoise_s
 
 
-@pytest.mark.parametrize(("px", "published"), [(1024, {2: 3.35, 4: 2.26, 8: 1.77}), (2048, {2: 13.3, 4: 7.60, 8: 4.81})])
+@pytest.mark.parametrize(
+    ("px", "published"), [(1024, {2: 3.35, 4: 2.26, 8: 1.77}), (2048, {2: 13.3, 4: 7.60, 8: 4.81})]
+)
 def test_distrifusion_is_near_its_paper(profiles: Profiles, px: int, published: dict[int, float]) -> None:
     """Seconds of 50 steps on 2, 4 and 8 A100 (DistriFusion, figure 6): in the published order, each within a fifth."""
     ask = Ask(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph", method="distrifusion", height_px=px)

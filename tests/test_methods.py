@@ -42,7 +42,11 @@ def test_degree_one_of_any_method_is_single(profiles: Profiles, name: str) -> No
 
 
 @given(
-    st.sampled_from(PARALLEL), st.integers(1, 60), st.sampled_from([2, 3, 4, 8]), st.integers(0, 9), st.sampled_from([1, 2])
+    st.sampled_from(PARALLEL),
+    st.integers(1, 60),
+    st.sampled_from([2, 3, 4, 8]),
+    st.integers(0, 9),
+    st.sampled_from([1, 2]),
 )
 def test_phases_cover_every_step_once(
     profiles: Profiles, name: str, steps: int, degree: int, warmup: int, stride: int
@@ -61,7 +65,9 @@ def test_phases_cover_every_step_once(
     assert all(phase.work.macs <= whole(job).macs * (1 + 1e-12) for phase in phases)
 
 
-@pytest.mark.parametrize(("px", "degree", "giga_elements"), [(1024, 2, 0.218), (1024, 4, 0.339), (1024, 8, 0.424), (2048, 8, 1.583)])
+@pytest.mark.parametrize(
+    ("px", "degree", "giga_elements"), [(1024, 2, 0.218), (1024, 4, 0.339), (1024, 8, 0.424), (2048, 8, 1.583)]
+)
 def test_distrifusion_traffic_is_the_papers(profiles: Profiles, px: int, degree: int, giga_elements: float) -> None:
     """Elements received by one device per step: 0.42 G at 1024 px (DistriFusion, table 2); 1.58 G derived at 2048 px."""
     job = denoising(profiles, "sdxl", px)
@@ -123,7 +129,9 @@ def test_asyncdiff_needs_two_to_four_components(profiles: Profiles, stride: int,
 def test_asyncdiff_stride_two_shares_a_round_between_two_steps(profiles: Profiles) -> None:
     """Of 50 steps one is synchronous; the other 49 take 49 rounds at stride 1 and 25 at stride 2 (paper: 49 and 25)."""
     job = denoising(profiles, "sd21", 768)
-    rounds = [METHODS["asyncdiff"].phases(job, degree, {"stride": stride})[-1].rounds for degree, stride in ((2, 1), (3, 2))]
+    rounds = [
+        METHODS["asyncdiff"].phases(job, degree, {"stride": stride})[-1].rounds for degree, stride in ((2, 1), (3, 2))
+    ]
 
     assert rounds == [49, 25]
 

@@ -38,7 +38,9 @@ def test_every_policy_decides_the_same_twice(options: tuple[Candidate, ...], nam
     assert first.candidate in options
 
 
-@pytest.mark.parametrize(("name", "cloud", "edge"), [("cloud_only", True, False), ("edge_only", False, True), ("static_switch", True, True)])
+@pytest.mark.parametrize(
+    ("name", "cloud", "edge"), [("cloud_only", True, False), ("edge_only", False, True), ("static_switch", True, True)]
+)
 def test_static_policies_stay_on_their_side(options: tuple[Candidate, ...], name: str, cloud: bool, edge: bool) -> None:
     """Cloud-only does no step at the edge, edge-only none in the cloud, the static switch some of both."""
     candidate = make_policy(name).decide(options, 8.0, view(0.0, 0.0), 0.0).candidate
@@ -79,7 +81,10 @@ def test_cost_aware_takes_the_cheapest_that_is_in_time(
 
 def test_least_work_goes_where_least_is_declared(options: tuple[Candidate, ...]) -> None:
     """The pool with less outstanding steps x pixels x images, whatever it costs."""
-    chosen = [make_policy("least_work").decide(options, 8.0, view(*loads), 0.0).candidate for loads in ((9.0, 1.0), (1.0, 9.0))]
+    chosen = [
+        make_policy("least_work").decide(options, 8.0, view(*loads), 0.0).candidate
+        for loads in ((9.0, 1.0), (1.0, 9.0))
+    ]
 
     assert [candidate.pool_index for candidate in chosen if candidate] == [1, 0]
 

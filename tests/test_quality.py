@@ -35,7 +35,10 @@ def test_between_published_points_the_label_says_modelled(profiles: Profiles) ->
     assert quality_of(hybrid(7), profiles).kind == "modelled"
 
 
-@pytest.mark.parametrize(("large", "small"), [("sd14", "bk-sdm-tiny"), ("sd14", "bk-sdm-small"), ("sd14", "hybrid-sd-224m"), ("sdxl", "koala-700m")])
+@pytest.mark.parametrize(
+    ("large", "small"),
+    [("sd14", "bk-sdm-tiny"), ("sd14", "bk-sdm-small"), ("sd14", "hybrid-sd-224m"), ("sdxl", "koala-700m")],
+)
 def test_every_published_pair_has_its_curve(profiles: Profiles, large: str, small: str) -> None:
     """At least two published switch steps and both ends, all of one study, losses falling to zero at cloud-only."""
     losses = [loss for _, loss, _ in switch_curve(profiles, large, small)]
@@ -59,7 +62,9 @@ def test_a_pair_without_a_study_has_no_score(profiles: Profiles) -> None:
 
 def test_guidance_parallelism_loses_nothing(profiles: Profiles) -> None:
     """It computes what one GPU computes."""
-    scores = {quality_of(hybrid(25, method=m, degree=d), profiles).clip for m, d in (("single", 1), ("cfg_parallel", 2))}
+    scores = {
+        quality_of(hybrid(25, method=m, degree=d), profiles).clip for m, d in (("single", 1), ("cfg_parallel", 2))
+    }
 
     assert len(scores) == 1
 
@@ -67,7 +72,11 @@ def test_guidance_parallelism_loses_nothing(profiles: Profiles) -> None:
 def test_asyncdiff_loses_what_its_paper_says(profiles: Profiles) -> None:
     """SD 1.5, four components, stride 1: CLIP 30.52 against 30.63 (AsyncDiff, table 1)."""
     plans = [
-        Plan(stages=(Stage(start=0, stop=50, model="sd15", site=CLOUD, **how),), text_encode_site="cloud", vae_site="cloud")
+        Plan(
+            stages=(Stage(start=0, stop=50, model="sd15", site=CLOUD, **how),),
+            text_encode_site="cloud",
+            vae_site="cloud",
+        )
         for how in ({}, {"method": "asyncdiff", "degree": 4, "options": (("stride", 1),)})
     ]
     base, parallel = (quality_of(plan, profiles).clip or 0 for plan in plans)

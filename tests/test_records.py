@@ -74,6 +74,7 @@ def booked(rows, sink=None, horizon_s=HORIZON_S):
         book.add_plan(facts)
     for row in rows:
         book.write(row)
+        book.flush_if_full()
     return book.close()
 
 

@@ -71,7 +71,9 @@ def test_without_contention_a_request_takes_its_price(quickstart: Scenario, prof
     prices = {label: candidate.cost.latency_s for label, candidate in result.used.items()}
 
     assert len(frame) > 50
-    assert (frame["finish_s"] - frame["arrival_s"]).to_numpy() == pytest.approx(frame["plan"].map(prices).to_numpy(float))
+    assert (frame["finish_s"] - frame["arrival_s"]).to_numpy() == pytest.approx(
+        frame["plan"].map(prices).to_numpy(float)
+    )
 
 
 def test_metered_dollars_and_joules_are_those_of_the_price(quickstart: Scenario, profiles: Profiles) -> None:
@@ -131,7 +133,9 @@ def test_fixed_service_in_one_gpu_is_m_d_1(quickstart: Scenario, profiles: Profi
 
 def test_an_overloaded_pool_leaves_requests_in_flight(quickstart: Scenario, profiles: Profiles) -> None:
     """More work than one GPU can do: the verdict says that the queue grows."""
-    result = run(quickstart, profiles, "cloud_only", pools__a100__replicas_max=1, requests__picture__arrivals__rate_per_s=5.0)
+    result = run(
+        quickstart, profiles, "cloud_only", pools__a100__replicas_max=1, requests__picture__arrivals__rate_per_s=5.0
+    )
 
     assert (column(only(result), "status") == IN_FLIGHT).sum() > 100
     assert not result.verdict.stable.ok
@@ -185,7 +189,9 @@ def test_planned_needs_a_plan(quickstart: Scenario, profiles: Profiles) -> None:
 
 
 @given(st.integers(1, 24), st.integers(2, 60))
-def test_a_plan_keeps_its_shape_for_other_step_counts(quickstart: Scenario, profiles: Profiles, k: int, steps: int) -> None:
+def test_a_plan_keeps_its_shape_for_other_step_counts(
+    quickstart: Scenario, profiles: Profiles, k: int, steps: int
+) -> None:
     """Rescaled stages are non-empty, follow one another and cover the new steps; the switch keeps its share."""
     scenario = quickstart.with_overrides({"search.switch_steps": (k,)})
     options = find_candidates(scenario, profiles).by_class["picture"]

@@ -1,8 +1,8 @@
 """What every figure is drawn with, and how it becomes SVG text: matplotlib's only door.
 
-The same drawing gives the same bytes: ids hang on a fixed salt, no dates are written, and text stays text, measured with
-the font that matplotlib brings along. Colours are Okabe and Ito's, which colour-blind readers can tell apart; lines
-differ in dash, markers in shape and bars in hatching as well.
+The same drawing gives the same bytes: ids hang on a fixed salt, no dates are written, and text stays text, measured
+with the font that matplotlib brings along. Colours are Okabe and Ito's, which colour-blind readers can tell apart;
+lines differ in dash, markers in shape and bars in hatching as well.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ NOTE_LETTERS = 126
 """Letters of the small note below a figure that fit its width."""
 LEGEND_LETTERS = 110
 """Letters of a legend's row, seven for each marker among them."""
+COLOURS = 40
+"""Steps of a colour scale: matplotlib turns finer ones into pixels."""
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -134,9 +136,8 @@ def whole_ticks(axes: Axes, steps: Sequence[int], most: int = 6) -> None:
 
 def colours(values: Sequence[float]) -> ScalarMappable:
     """A scale of colours over the values, readable in grey and by colour-blind people."""
-    scale = ScalarMappable(Normalize(min(values, default=0.0), max(values, default=1.0)), "cividis")
-    scale.set_array([])
-    return scale
+    shades = matplotlib.colormaps["cividis"].resampled(COLOURS)
+    return ScalarMappable(Normalize(min(values, default=0.0), max(values, default=1.0)), shades)
 
 
 def colour_bar(figure: Figure, axes: Axes, scale: ScalarMappable, label: str) -> None:

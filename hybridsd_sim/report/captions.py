@@ -7,18 +7,19 @@ from typing import Any
 
 from hybridsd_sim.metrics import ALL
 from hybridsd_sim.report.figures import FIGURES
-from hybridsd_sim.report.markup import Picture, number, percent
+from hybridsd_sim.report.markup import Picture
+from hybridsd_sim.report.numbers import number, percent
 from hybridsd_sim.report.tally import IDLE
 
 Data = Mapping[str, Any]
 KINDS = ("measured", "quoted", "modelled")
 CAPTIONS = {
     "frontier": (
-        "Rent against latency; colour is quality. Circles are capacity plans that no other beats in all three, found by "
-        "formula; the named plans are simulated, with 95% intervals."
+        "Rent against latency; colour is quality. Circles are capacity plans that no other beats in all three, found "
+        "by formula; the named plans are simulated, with 95% intervals."
     ),
-    "latency": "Share of requests served within a time. Where it meets the SLO, a curve should be above the dotted line.",
-    "components": "Where dollars and GPU-seconds go. Hatched white is rent that no request used.",
+    "latency": "Share of requests served within a time. At the SLO, a curve should be above the dotted line.",
+    "components": "Where dollars and GPU-seconds go. Hatched white: idle nodes, and requests outside the counted time.",
     "load": "How busy the rented GPUs are, and how many requests wait for them.",
     "switch": "What another switch step would do, on an idle fleet: latency with its 90% interval, and metered cost.",
 }
@@ -42,7 +43,8 @@ def pictures(data: Data, drawn: Mapping[str, str]) -> list[Picture]:
 
 
 def _frontier(data: Data) -> Iterator[str]:
-    yield f"Scatter plot of rent in US$ an hour against p95 latency in seconds, with {len(data['frontier'])} frontier plans."
+    count = len(data["frontier"])
+    yield f"Scatter plot of rent in US$ an hour against p95 latency in seconds, with {count} plans on the frontier."
     run = data["runs"][0]
     yield _place("chosen", run["usd_per_hour"], run["summary"][ALL]["latency_p95_s"]["value"])
     for point in data["baselines"]:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hybridsd_sim.metrics import ALL
-from hybridsd_sim.report.glossary import GLOSSARY, NAMES
-from hybridsd_sim.report.markup import DASH, MINUS, Cards, Cell, Heading, Paragraph, Picture, Table, Terms, cell, number
-from hybridsd_sim.report.pages import QUESTIONS, sentence, shower
+from hybridsd_sim.report.choices import sentence
+from hybridsd_sim.report.glossary import NAMES
+from hybridsd_sim.report.markup import Block, Cell, Heading, Paragraph, Picture, Table, cell
+from hybridsd_sim.report.numbers import DASH, MINUS, number
+from hybridsd_sim.report.pages import cards, shown, words
 
 Data = Mapping[str, Any]
 SIDES = ("A", "B")
@@ -30,7 +32,7 @@ def _shown(data: Data) -> Sequence[Data]:
     return runs[:1] if data["kind"] == "plan" else runs
 
 
-def compare_page(first: tuple[Data, Data], second: tuple[Data, Data], pictures: Sequence[Picture]) -> Iterator[Any]:
+def compare_page(first: tuple[Data, Data], second: tuple[Data, Data], pictures: Sequence[Picture]) -> Iterator[Block]:
     """The comparison of two runs, each given as (data, provenance)."""
     yield Heading("Two runs side by side", "top", 1)
     for side, (data, provenance) in zip(SIDES, (first, second), strict=True):
@@ -39,7 +41,7 @@ def compare_page(first: tuple[Data, Data], second: tuple[Data, Data], pictures: 
     for side, (data, _) in zip(SIDES, (first, second), strict=True):
         for run in _shown(data):
             yield Heading(f"{side}: {run['name']}", f"verdict-{side}-{run['name'].replace(' ', '-')}", 3)
-            yield Cards(tuple((QUESTIONS[f["name"]], f["ok"], f["reason"]) for f in run["verdict"]))
+            yield cards(run)
         if data["kind"] == "plan":
             yield Paragraph(sentence(data))
     yield Heading("What differs in the question", "question")
@@ -48,15 +50,14 @@ def compare_page(first: tuple[Data, Data], second: tuple[Data, Data], pictures: 
     yield from _tables(first[0], second[0])
     yield Heading("Figures", "figures")
     yield from pictures
-    yield Heading("Words", "words")
-    yield Terms(GLOSSARY)
+    yield from words()
 
 
 def _ran(data: Data) -> str:
     return "capacity plan" if data["kind"] == "plan" else f"{len(data['runs'])} policies simulated"
 
 
-def _asked(first: Data, second: Data) -> Any:
+def _asked(first: Data, second: Data) -> Block:
     ours, theirs = ({**dict(_leaves(p["scenario"])), **_made_by(p)} for p in (first, second))
     keys = [key for key in dict.fromkeys((*ours, *theirs)) if ours.get(key) != theirs.get(key)]
     if not keys:
@@ -82,7 +83,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _tables(first: Data, second: Data) -> Iterator[Any]:
+def _tables(first: Data, second: Data) -> Iterator[Block]:
     """A table for each run and class that both have."""
     by_name = {run["name"]: run for run in _shown(second)}
     pairs = [(run, by_name[run["name"]]) for run in _shown(first) if run["name"] in by_name]
@@ -97,7 +98,7 @@ def _tables(first: Data, second: Data) -> Iterator[Any]:
 def _table(title: str, ours: Data, theirs: Data) -> Table:
     rows = []
     for key in [key for key in ours if ours[key]["value"] is not None or theirs[key]["value"] is not None]:
-        sides = (cell(figures[key], shower(key)) for figures in (ours, theirs))
+        sides = (cell(figures[key], shown(key)) for figures in (ours, theirs))
         rows.append((Cell(NAMES.get(key, key)), *sides, _change(ours[key], theirs[key]), Cell(ours[key]["unit"])))
     head = ("Figure", *SIDES, "B against A", "Unit")
     return Table(f"{title}; beneath a figure its 95% interval", head, tuple(rows), words=frozenset({0, 4}))

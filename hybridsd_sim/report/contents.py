@@ -1,7 +1,7 @@
 """What a report says: plain data taken from a capacity plan or from simulations, before any page or figure.
 
-Everything here can be written as JSON and drawn again later. A figure nobody knows is null beside a `note` that says why;
-shares, seconds and dollars keep full precision, since rounding is the pages' business.
+Everything here can be written as JSON and drawn again later. A figure nobody knows is null beside a `note` that says
+why; shares, seconds and dollars keep full precision, since rounding is the pages' business.
 """
 
 from __future__ import annotations
@@ -103,12 +103,17 @@ def _choice(plan: CapacityPlan, name: str) -> Data:
         }
         for stage in option.plan.stages
     ]  # fmt: skip
-    quality = option.cost.quality
+    served = option.plan
     return {
-        "request_class": name, "label": option.plan.label, "stages": stages, "vae": option.plan.vae,
-        "vae_site": option.plan.vae_site, "text_encode_site": option.plan.text_encode_site, "kind": option.cost.kind,
-        "quality_kind": quality.kind, "switch_step": option.plan.switch_step, "num_inference_steps": option.plan.num_inference_steps,
-    }  # fmt: skip
+        "request_class": name,
+        "stages": stages,
+        "label": served.label,
+        "kind": option.cost.kind,
+        "vae": served.vae,
+        "vae_site": served.vae_site,
+        "switch_step": served.switch_step,
+        "num_inference_steps": served.num_inference_steps,
+    }
 
 
 def _evaluated(point: Evaluated) -> Data:

@@ -9,14 +9,15 @@ from typing import Any
 from hybridsd_sim.metrics import ALL
 from hybridsd_sim.report import canvas as draw_with
 from hybridsd_sim.report.canvas import INK, KIND_MARKERS, LINES, MARKERS, PROMISE, SOFT, Axes, Data, Figure
-from hybridsd_sim.report.markup import listed, number
-from hybridsd_sim.report.tally import COMPONENTS, IDLE, TRANSFER, UNSPLIT
+from hybridsd_sim.report.numbers import listed, number
+from hybridsd_sim.report.tally import COMPONENTS, HANDOVER, IDLE, TRANSFER, UNSPLIT
 
 FILLS = {
     COMPONENTS["text_encode"]: ("#56b4e9", ""),
     COMPONENTS["denoise_warmup"]: ("#e69f00", "||||"),
     COMPONENTS["denoise"]: ("#0072b2", ""),
     COMPONENTS["vae_decode"]: ("#009e73", "////"),
+    HANDOVER: ("#f0e442", "----"),
     TRANSFER: ("#cc79a7", "\\\\\\\\"),
     COMPONENTS["model_load"]: ("#d55e00", "xxxx"),
     UNSPLIT: ("#9aa5b1", ""),
@@ -141,25 +142,46 @@ def _curve(axes: Axes, curve: Data, end: float, look: Mapping[str, Any]) -> None
 
 def components(data: Data) -> Figure | None:
     """Dollars and GPU-seconds by component, stacked, per class and run; what was rented and not used under `all`."""
-    several = len(data["scenario"]["classes"]) > 1
-    owners = [*(data["scenario"]["classes"] if several else ()), ALL]
-    groups = {owner: [(run, _stack(run, owner)) for run in data["runs"] if owner in run["summary"]] for owner in owners}
-    names = {name for group in groups.values() for _, stack in group for name in stack}
+    classes = list(data["scenario"]["classes"])
+    owners = [ALL, *(classes if len(classes) > 1 else ())]
+    bars = [(owner, run, _stack(run, owner)) for owner in owners for run in data["runs"] if owner in run["summary"]]
+    names = {name for _, _, stack in bars for name in stack}
     if not names:
         return None
-    heights = [len(group) + 0.6 for group in groups.values()]
-    figure = draw_with.canvas(0.26 * sum(heights) + 0.35 * len(owners) + 1.3)
-    grid = figure.subplots(len(owners), 2, sharex="col", sharey="row", height_ratios=heights, squeeze=False)
-    for (owner, group), panels in zip(groups.items(), grid, strict=True):
-        panels[0].set_title("all requests, with idle nodes" if owner == ALL else owner)
-        for axes, key, times in zip(panels, ("usd", "gpu_seconds"), (1000.0, 1.0), strict=True):
-            ends = [_bar(axes, row, s, run["summary"][owner], key, times) for row, (run, s) in enumerate(group)]
-            _finish_bars(axes, [run["name"] for run, _ in group], max(ends))
-    grid[-1][0].set_xlabel("US$ per 1,000 images")
-    grid[-1][1].set_xlabel("GPU-seconds an image")
+    figure = draw_with.canvas(0.25 * (len(bars) + 1.6 * len(owners)) + 1.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    rows = _rows([owner for owner, _, _ in bars])
+    for axes, key, times in zip(panels, ("usd", "gpu_seconds"), (1000.0, 1.0), strict=True):
+        ends = [
+            _bar(axes, row, s, run["summary"][owner], key, times)
+            for row, (owner, run, s) in zip(rows, bars, strict=True)
+        ]
+        axes.set_xlim(0.0, max(1.22 * max(ends), axes.get_xlim()[1]))
+        axes.xaxis.set_major_formatter(draw_with.plain)
+        axes.grid(visible=False, axis="y")
+    panels[0].set_yticks(rows, [run["name"] for _, run, _ in bars])
+    panels[0].set_ylim(rows[-1] + 0.6, -1.6)
+    for owner, row in zip(owners, _first_rows(rows, [owner for owner, _, _ in bars]), strict=True):
+        title = "all requests, with idle nodes" if owner == ALL else owner
+        panels[0].annotate(
+            title, (0.0, row - 0.95), xytext=(2, 0), textcoords="offset points", va="center", weight="bold"
+        )
+    panels[0].set_xlabel("US$ per 1,000 images")
+    panels[1].set_xlabel("GPU-seconds an image")
     draw_with.legend_of_fills(figure, {name: fill for name, fill in FILLS.items() if name in names})
     draw_with.note(figure, f"Whiskers: 95% intervals of what was metered; {_kinds(data)}.")
     return figure
+
+
+def _rows(owners: Sequence[str]) -> list[float]:
+    """Where each bar stands: one below the other, with room for a title above each group."""
+    groups = {owner: number_of for number_of, owner in enumerate(dict.fromkeys(owners))}
+    return [position + 1.6 * groups[owner] for position, owner in enumerate(owners)]
+
+
+def _first_rows(rows: Sequence[float], owners: Sequence[str]) -> list[float]:
+    """Where the first bar of each group stands."""
+    return [rows[owners.index(owner)] for owner in dict.fromkeys(owners)]
 
 
 def _stack(run: Data, owner: str) -> dict[str, Data]:
@@ -167,7 +189,7 @@ def _stack(run: Data, owner: str) -> dict[str, Data]:
     return {name: found[name] for name in FILLS if name in found}
 
 
-def _bar(axes: Axes, row: int, stack: Mapping[str, Data], summary: Data, key: str, times: float) -> float:
+def _bar(axes: Axes, row: float, stack: Mapping[str, Data], summary: Data, key: str, times: float) -> float:
     """Draw one stacked bar with its whisker and its total; returns where it ends."""
     total, left = summary[TOTALS[key]], 0.0
     unknown = any(item[key] is None for item in stack.values())
@@ -176,21 +198,13 @@ def _bar(axes: Axes, row: int, stack: Mapping[str, Data], summary: Data, key: st
         axes.barh(row, item[key] * times, left=left, height=0.66, color=fill, hatch=hatch, edgecolor=INK, linewidth=0.4)
         left += item[key] * times
     end = left
-    if IDLE not in stack and total["low"] is not None and total["high"] is not None:
-        ends = [total["low"] * times, total["high"] * times]
+    ends = [0.0 if total[side] is None else total[side] * times for side in ("low", "high")]
+    if IDLE not in stack and number(ends[0]) != number(ends[1]):
         axes.plot(ends, [row, row], color=INK, linewidth=1.2, marker="|", markersize=6, zorder=4)
         end = max(left, ends[1])
     text = "no price" if unknown else number(left) if stack else "0" if summary["served"]["value"] else "nothing served"
     axes.annotate(text, (end, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
     return end
-
-
-def _finish_bars(axes: Axes, names: Sequence[str], end: float) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlim(0.0, max(1.22 * end, axes.get_xlim()[1]))
-    axes.xaxis.set_major_formatter(draw_with.plain)
 
 
 def load(data: Data) -> Figure | None:

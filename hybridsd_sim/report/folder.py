@@ -1,8 +1,8 @@
 """A run's folder: what is saved, what is drawn from it, and how neither is ever seen half done.
 
-Data first (`provenance.json`, `plan.yaml`, `summary.csv`, `pools.csv`, `requests.parquet`, `capacity.json`), then pages,
-figures and the timeline from those files alone, so that a saved run drawn again gives the same bytes. A new folder is
-filled beside its place under a hidden name and moved there in one step; a failure leaves what was there before.
+Data first (`provenance.json`, `plan.yaml`, `summary.csv`, `pools.csv`, `requests.parquet`, `capacity.json`), then
+pages, figures and the timeline from those files alone, so that a saved run drawn again gives the same bytes. A new
+folder is filled beside its place under a hidden name and moved there in one step; a failure leaves what was there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import csv
 import gzip
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridsd_sim import __version__
 from hybridsd_sim.errors import InputError, Problem
-from hybridsd_sim.records import COLUMNS, canonical_json, to_frame, write_atomically
+from hybridsd_sim.records import canonical_json, write_atomically
 
 if TYPE_CHECKING:
     from hybridsd_sim.capacity import CapacityPlan
@@ -38,10 +37,6 @@ FORMAT = 1
 SAVED = ("provenance.json", "plan.yaml", "summary.csv", "pools.csv", "requests.parquet", "capacity.json")
 DRAWN = ("index.html", "report.md", "figures", "timeline.json.gz")
 LIBRARIES = ("matplotlib", "numpy", "pandas", "pyarrow", "scipy", "simpy")
-TIMELINE_COLUMNS = (
-    "request", "request_class", "plan", "pool", "node", "fleet", "device", "degree", "arrival_s", "cloud_ready_s",
-    "cloud_start_s", "cloud_stop_s", "edge_ready_s", "edge_start_s", "edge_stop_s", "finish_s", "model_load_s",
-)  # fmt: skip
 
 
 def run_id(scenario: Scenario, profiles_digest: str | None, seed: int, version: str, extra: str = "") -> str:
@@ -56,10 +51,11 @@ def run_id(scenario: Scenario, profiles_digest: str | None, seed: int, version: 
 def write_report(
     result: CapacityPlan | Sequence[SimResult], folder: Path, *, draw: bool = True, profiles_digest: str | None = None
 ) -> Path:
-    """Save a capacity plan, or simulations side by side, into the run's folder, and draw it; returns its `index.html`.
+    """Save a capacity plan, or simulations side by side, into the run's folder and draw it; returns its `index.html`.
 
-    `folder` appears whole or not at all, and takes the place of an earlier report. `profiles_digest` is for simulations,
-    which do not carry it. Raises `InputError` if the folder holds anything that no report wrote.
+    `folder` appears whole or not at all, and takes the place of an earlier report; `draw` False saves the data only.
+    `profiles_digest` is for simulations, which do not carry it. Raises `InputError` if the folder holds anything that
+    no report wrote.
     """
     if isinstance(result, Sequence) and not result:
         raise InputError(Problem("results", "[]", "a report needs at least one simulation"))
@@ -71,7 +67,7 @@ def write_report(
 
 
 def draw_report(folder: Path) -> Path:
-    """Draw a saved run again, from its files only; returns its `index.html`. Raises `InputError` if it is no saved run."""
+    """Draw a saved run again from its files; returns its `index.html`. Raises `InputError` if it is no saved run."""
     from hybridsd_sim.report import figures, pages
     from hybridsd_sim.report.captions import pictures
 
@@ -84,7 +80,7 @@ def draw_report(folder: Path) -> Path:
 
 
 def compare_reports(a: Path, b: Path, folder: Path) -> Path:
-    """Draw two saved runs side by side into `folder`; returns its `index.html`. Raises `InputError` as `draw_report`."""
+    """Draw two saved runs side by side in `folder`; returns its `index.html`. Raises `InputError` as `draw_report`."""
     from hybridsd_sim.report import figures
     from hybridsd_sim.report.captions import pictures
     from hybridsd_sim.report.compare import compare_page, side_by_side
@@ -114,6 +110,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, digest: str | None) -> None:
     from hybridsd_sim.report.contents import CHOSEN, contents, named
+    from hybridsd_sim.report.rows import write_rows
     from hybridsd_sim.scenario import dump_yaml
 
     data = contents(result)
@@ -127,18 +124,24 @@ def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, digest: str 
     write_atomically(folder / "capacity.json", _ordered({"format": FORMAT, **data}))
     write_atomically(folder / "summary.csv", _csv("request_class", _summary_lines(data)))
     write_atomically(folder / "pools.csv", _csv("pool", _pool_lines(data)))
-    _write_requests(folder / "requests.parquet", runs)
+    write_rows(folder / "requests.parquet", runs)
 
 
 def _provenance(scenario: Scenario, digest: str | None, extra: str) -> dict[str, Any]:
     """What made the run: versions, digests, seed and the resolved scenario; no folder, host or date."""
     resolved = _without_folders(scenario.to_dict())
     return {
-        "package": "hybridsd_sim", "version": __version__, "run_id": run_id(scenario, digest, scenario.seed, __version__, extra),
-        "ran": extra, "seed": scenario.seed, "scenario_digest": scenario.digest, "profiles_digest": digest,
-        "overrides_applied": resolved.pop("overrides_applied"), "scenario": resolved,
+        "package": "hybridsd_sim",
+        "version": __version__,
         "libraries": {name: installed(name) for name in LIBRARIES},
-    }  # fmt: skip
+        "ran": extra,
+        "run_id": run_id(scenario, digest, scenario.seed, __version__, extra),
+        "seed": scenario.seed,
+        "profiles_digest": digest,
+        "scenario_digest": scenario.digest,
+        "overrides_applied": resolved.pop("overrides_applied"),
+        "scenario": resolved,
+    }
 
 
 def _without_folders(value: Any) -> Any:
@@ -186,54 +189,14 @@ def _csv(owner: str, lines: Iterator[tuple[str, str, str, Mapping[str, Any]]]) -
     return text.getvalue().encode()
 
 
-def _write_requests(path: Path, runs: Mapping[str, SimResult]) -> None:
-    """A row per request of every run, a replication at a time; text as dictionaries, so that a million rows stay small."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    writer = None
-    temporary = path.with_suffix(".tmp")
-    try:
-        for name, result in runs.items():
-            for records in result.replications:
-                table = pa.Table.from_pandas(to_frame(records, name), preserve_index=False)
-                schema = _schema(table.schema) if writer is None else writer.schema
-                writer = writer or pq.ParquetWriter(temporary, schema, compression="zstd")
-                writer.write_table(table.replace_schema_metadata(None).cast(schema))
-    finally:
-        if writer is not None:
-            writer.close()
-    temporary.replace(path)
-
-
-def _schema(found: Any) -> Any:
-    """The table's columns with their meaning and unit; names as text, whatever the number of categories."""
-    import pyarrow as pa
-
-    meaning = dict(COLUMNS)
-    fields = []
-    for field in found:
-        kind = pa.string() if pa.types.is_dictionary(field.type) or pa.types.is_large_string(field.type) else field.type
-        notes = {"meaning": meaning.get(field.name, ""), "unit": "s" if field.name.endswith("_s") else ""}
-        fields.append(pa.field(field.name, kind, metadata={key: text for key, text in notes.items() if text}))
-    return pa.schema(fields)
-
-
 def _timeline(folder: Path, data: Mapping[str, Any]) -> bytes:
     """The first requests of the first run as gzipped trace events."""
-    import pyarrow.parquet as pq
-
+    from hybridsd_sim.report.rows import first_rows
     from hybridsd_sim.report.timeline import MOST_REQUESTS, trace
 
-    batches = pq.ParquetFile(folder / "requests.parquet").iter_batches(
-        batch_size=MOST_REQUESTS, columns=["policy", "replication", *TIMELINE_COLUMNS]
-    )
-    first = next(batches, None)
-    rows = [] if first is None else first.to_pylist()
-    mine = [row for row in rows if (row["policy"], row["replication"]) == (rows[0]["policy"], rows[0]["replication"])]
-    known = [{key: math.nan if v is None and key.endswith("_s") else v for key, v in row.items()} for row in mine]
     gpus = {name: pool["gpus_per_node"] for name, pool in data["scenario"]["pools"].items()}
-    return gzip.compress(canonical_json(trace(known, gpus, data["scenario"]["horizon_s"])), mtime=0)
+    rows = first_rows(folder / "requests.parquet", MOST_REQUESTS)
+    return gzip.compress(canonical_json(trace(rows, gpus, data["scenario"]["horizon_s"])), mtime=0)
 
 
 def _write_pages(folder: Path, title: str, blocks: Sequence[Any], shown: Sequence[Any]) -> Path:
@@ -257,6 +220,7 @@ def _write_pages(folder: Path, title: str, blocks: Sequence[Any], shown: Sequenc
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
     """A hidden folder beside `folder` that takes its place when all went well, and is gone when not."""
+    folder = folder.resolve()
     strangers = sorted({path.name for path in folder.iterdir()} - {*SAVED, *DRAWN}) if folder.is_dir() else []
     if strangers or (folder.exists() and not folder.is_dir()):
         rule = f"holds {', '.join(strangers[:3])}, which no report wrote" if strangers else "is a file"

@@ -1,7 +1,7 @@
-"""What each run did, tallied for a report: figures with reasons, latency curves, series over time, dollars by component.
+"""What each run did, tallied for a report: figures with reasons, latency curves, load over time, dollars by component.
 
-Everything is plain data. A figure nobody knows is null beside a `note` that says why. Dollars and GPU-seconds by component
-are those of the records, divided as the plan's own parts divide them, so that they sum to what was booked.
+Everything is plain data. A figure nobody knows is null beside a `note` that says why. Dollars and GPU-seconds by
+component are those of the records, divided as the plan's own parts divide them, so that they sum to what was booked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Data = dict[str, Any]
 SERIES_BINS = 60
 CURVE_POINTS = 121
-IDLE, TRANSFER, UNSPLIT = "rented, not used", "transfer", "not broken down"
+IDLE, TRANSFER, HANDOVER, UNSPLIT = "idle or not counted", "transfer", "hand-over", "not broken down"
 COMPONENTS = {
     "text_encode": "text encoder",
     "denoise_warmup": "denoising, warm-up steps",
@@ -32,7 +32,7 @@ COMPONENTS = {
     "vae_decode": "VAE decoder",
     "model_load": "model load",
 }
-"""What a part is called where parts are added up; every other cloud or network part is a transfer."""
+"""What a part is called where parts are added up; every other cloud part belongs to the hand-over."""
 
 
 def tally(name: str, result: SimResult, chosen: Mapping[str, Candidate]) -> Data:
@@ -49,7 +49,7 @@ def tally(name: str, result: SimResult, chosen: Mapping[str, Candidate]) -> Data
         "pools": _pools(result),
         "latency": {cls: curve for cls in result.scenario.requests if (curve := _curve(result, cls))},
         "series": list(_series(result)),
-        "components": list(_components(result, known, summary)),
+        "components": list(_components(result, known)),
         "unserved": _unserved(result),
         "kinds": sorted({part.kind for option in known.values() for part in option.cost.parts if part.seconds > 0}),
     }
@@ -142,7 +142,7 @@ def _curve(result: SimResult, cls: str) -> Data | None:
 
 
 def _batches(result: SimResult, class_index: int) -> Iterator[tuple[np.ndarray, int]]:
-    """(Latencies of the served, requests counted) per replication, or per time batch where those are fewer than five."""
+    """(Latencies of the served, requests counted) per replication, or per time batch below five replications."""
     start, end = result.scenario.warmup_s, result.scenario.horizon_s
     pieces = 1 if len(result.replications) >= 5 else 20 if len(result.replications) == 1 else 10
     edges = np.linspace(start, end, pieces + 1)
@@ -165,7 +165,7 @@ def _half_width(each: np.ndarray) -> np.ndarray:
     count = len(each)
     if count < 2:
         return np.full(each.shape[1:], np.nan)
-    half: np.ndarray = t.ppf(0.975, count - 1) * each.std(axis=0, ddof=1) / math.sqrt(count)
+    half: np.ndarray = float(t.ppf(0.975, count - 1)) * each.std(axis=0, ddof=1) / math.sqrt(count)
     return half
 
 
@@ -189,10 +189,8 @@ def _range(each: np.ndarray) -> Data:
     return {"value": each.mean(axis=0), "low": each.min(axis=0), "high": each.max(axis=0)}
 
 
-def _components(
-    result: SimResult, known: Mapping[tuple[str, str], Candidate], summary: Mapping[str, Mapping[str, Data]]
-) -> Iterator[Data]:
-    """Dollars and GPU-seconds an image by component, per class and for all; the rent that nobody used comes last."""
+def _components(result: SimResult, known: Mapping[tuple[str, str], Candidate]) -> Iterator[Data]:
+    """Dollars and GPU-seconds an image by component, per class and for all; the idle rent comes last."""
     totals: dict[tuple[str, str], np.ndarray] = {}
     images = dict.fromkeys([*result.scenario.requests, ALL], 0.0)
     for cls, label, count, booked in _booked(result):
@@ -210,7 +208,7 @@ def _components(
                 "usd": usd / images[owner],
                 "gpu_seconds": gpu_s / images[owner],
             }
-    yield from _idle(result, summary, totals, images[ALL])
+    yield from _idle(result, totals, images[ALL])
 
 
 def _booked(result: SimResult) -> Iterator[tuple[str, str, int, np.ndarray]]:
@@ -228,7 +226,8 @@ def _booked(result: SimResult) -> Iterator[tuple[str, str, int, np.ndarray]]:
 
 def _counted(records: Records, warmup_s: float) -> np.ndarray:
     rows = records.rows()
-    return rows[(column(rows, "status") == SERVED) & (column(rows, "arrival_s") >= warmup_s)]
+    counted: np.ndarray = rows[(column(rows, "status") == SERVED) & (column(rows, "arrival_s") >= warmup_s)]
+    return counted
 
 
 def _split(option: Candidate | None, booked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -238,13 +237,13 @@ def _split(option: Candidate | None, booked: np.ndarray) -> Iterator[tuple[str, 
         yield UNSPLIT, np.array([usd, gpu_s])
         return
     cost, rate = option.cost, _usd_per_gpu_s(option)
-    work_usd, work_s = usd - load_s * rate, gpu_s - load_s
     yield COMPONENTS["model_load"], np.array([load_s * rate, load_s])
     for part in cost.parts:
-        share = np.array(
-            [_over(part.usd, cost.usd), _over(part.seconds * part.devices, cost.gpu_seconds) * (part.tier == "cloud")]
-        )
-        yield COMPONENTS.get(part.name, TRANSFER), share * np.array([work_usd, work_s])
+        held_s = part.seconds * part.devices if part.tier == "cloud" else 0.0
+        share_usd, share_s = _over(part.usd, cost.usd), _over(held_s, cost.gpu_seconds)
+        name = TRANSFER if part.tier == "network" else COMPONENTS.get(part.name, HANDOVER)
+        if part.tier != "edge":
+            yield name, np.array([share_usd * (usd - load_s * rate), share_s * (gpu_s - load_s)])
 
 
 def _over(part: float | None, total: float | None) -> float:
@@ -254,32 +253,22 @@ def _over(part: float | None, total: float | None) -> float:
 
 
 def _usd_per_gpu_s(option: Candidate) -> float:
-    """Price of a GPU-second of the plan's cloud parts."""
-    cloud = [part for part in option.cost.parts if part.tier == "cloud" and part.devices and part.seconds > 0]
-    return (
-        math.nan
-        if any(p.usd is None for p in cloud)
-        else sum(p.usd or 0.0 for p in cloud) / (option.cost.gpu_seconds or 1.0)
-    )
+    """Price of a GPU-second of the plan's cloud parts; NaN if nobody knows it."""
+    usd = [part.usd for part in option.cost.parts if part.tier == "cloud"]
+    known = [value for value in usd if value is not None]
+    return sum(known) / (option.cost.gpu_seconds or 1.0) if len(known) == len(usd) else math.nan
 
 
-def _idle(
-    result: SimResult,
-    summary: Mapping[str, Mapping[str, Data]],
-    totals: Mapping[tuple[str, str], np.ndarray],
-    images: float,
-) -> Iterator[Data]:
-    """What rented nodes cost while nothing ran on them: rent less what was metered on GPUs."""
+def _idle(result: SimResult, totals: Mapping[tuple[str, str], np.ndarray], images: float) -> Iterator[Data]:
+    """The rent that no counted image bears: of idle nodes, and of requests from before or beyond the counted time."""
     gpus = sum(result.replicas.get(name, 0) * pool.gpus_per_node for name, pool in result.scenario.pools.items())
     seconds = (result.scenario.horizon_s - result.scenario.warmup_s) * len(result.replications)
     if not gpus or not images:
         return
-    used = sum((value for (owner, name), value in totals.items() if owner == ALL and name != TRANSFER), np.zeros(2))
     rent = math.nan if result.usd_per_hour is None else result.usd_per_hour * seconds / 3600
-    yield {
-        "request_class": ALL, "component": IDLE,
-        "usd": max(0.0, rent - used[0]) / images, "gpu_seconds": max(0.0, gpus * seconds - used[1]) / images,
-    }  # fmt: skip
+    on_gpus = [value for (owner, name), value in totals.items() if owner == ALL and name != TRANSFER]
+    usd, gpu_s = np.maximum(0.0, np.array([rent, gpus * seconds]) - sum(on_gpus, np.zeros(2))) / images
+    yield {"request_class": ALL, "component": IDLE, "usd": usd, "gpu_seconds": gpu_s}
 
 
 def _unserved(result: SimResult) -> list[list[Any]]:

@@ -1,8 +1,8 @@
-"""The first requests of a run as a trace for Perfetto (https://ui.perfetto.dev): who held which GPU or device, and when.
+"""The first requests of a run as a trace for Perfetto (https://ui.perfetto.dev): who held which GPU or device when.
 
-A process is a pool or an edge fleet; a thread is one GPU of a node, or one edge device. A gang shows on every GPU it held.
-Waiting is an asynchronous slice beside the pool, and an arrow leads from the cloud to the edge at a hand-over. Format:
-Chrome trace events (Trace Event Format, Google, 2016); times in microseconds from the start of the run.
+A process is a pool or an edge fleet; a thread is one GPU of a node, or one edge device. A gang shows on every GPU it
+held. Waiting is an asynchronous slice beside the pool, and an arrow leads from the cloud to the edge at a hand-over.
+Format: Chrome trace events (Trace Event Format, Google, 2016); times in microseconds from the start of the run.
 """
 
 from __future__ import annotations

@@ -1,0 +1,293 @@
+"""Turns results into tables and JSON-able data for the terminal. Returns strings and plain data; prints nothing.
+
+Simulations and capacity plans are shown from what their report saved (`report.folder.read_run`), so that the terminal, the
+JSON and the pages say the same. Columns that do not fit a width stand in further blocks, under the same first columns;
+words are not broken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from textwrap import fill, wrap
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybridsd_sim.scenario import Pool, RequestClass, Scenario
+
+Data = Mapping[str, Any]
+GAP = 2
+LONGEST_WORD = 36
+"""Only longer words, such as paths, may be broken."""
+SHOWN_POINTS = 8
+"""Points of the frontier that fit a terminal; the report has all."""
+TIE = "\N{NO-BREAK SPACE}"
+"""Stands for a space inside an interval, which a table does not wrap."""
+FIGURES = {
+    "latency_p95_s": "p95 latency s",
+    "slo_attainment": "share inside SLO",
+    "goodput_per_s": "goodput per s",
+    "quality_mean": "CLIP",
+    "gpu_seconds_per_image": "GPU s per image",
+    "edge_energy_j_per_image": "edge J per image",
+    "rent_usd_per_hour": "rent USD/h",
+}
+"""The figures of a run that a terminal shows, with their headings."""
+
+
+def to_json(data: object) -> str:
+    """JSON text without NaN or infinity: what is not a number is null."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+# ---- Tables and sentences -------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], width: int, *, keys: int = 1) -> str:
+    """Aligned columns within `width` characters, as blocks that repeat the first `keys` columns where one is too narrow."""
+    cells = [list(header), *([figure(cell) for cell in row] for row in rows)]
+    columns = list(zip(*cells, strict=True))
+    return "\n".join(_block(block, width) for block in _blocks(columns, width, keys))
+
+
+def _blocks(columns: Sequence[Sequence[str]], width: int, keys: int) -> Iterator[list[Sequence[str]]]:
+    block = list(columns[:keys])
+    for column in columns[keys:]:
+        if len(block) > keys and sum(map(_longest_word, [*block, column])) + GAP * len(block) > width:
+            yield block
+            block = list(columns[:keys])
+        block.append(column)
+    yield block
+
+
+def _longest_word(column: Sequence[str]) -> int:
+    words = (len(word) for cell in column for word in cell.split(" "))
+    return min(max(words, default=0), LONGEST_WORD)
+
+
+def _block(columns: Sequence[Sequence[str]], width: int) -> str:
+    """One block: the widest columns are narrowed, down to their longest word, until all of them fit."""
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(1, _longest_word(column)) for column in columns]
+    while sum(widths) + GAP * (len(widths) - 1) > width:
+        loose = [index for index, wide in enumerate(widths) if wide > least[index]]
+        if not loose:
+            break
+        widths[max(loose, key=widths.__getitem__)] -= 1
+    wrapped = [[_wrapped(cell, wide) for cell in column] for column, wide in zip(columns, widths, strict=True)]
+    widths = [max(len(line) for lines in column for line in lines) for column in wrapped]
+    head, *body = ([*zip_longest(*row, fillvalue="")] for row in zip(*wrapped, strict=True))
+    lines = [*head, tuple("-" * wide for wide in widths), *(line for row in body for line in row)]
+    return "".join(f"{_joined(line, widths)}\n" for line in lines)
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    lines = [line for part in cell.splitlines() for line in wrap(part, width, break_on_hyphens=False)]
+    return [line.replace(TIE, " ") for line in lines] or [""]
+
+
+def _joined(line: Sequence[str], widths: Sequence[int]) -> str:
+    return (" " * GAP).join(text.ljust(wide) for text, wide in zip(line, widths, strict=True)).rstrip()
+
+
+def sentences(lines: Iterable[str], width: int, mark: str = "- ") -> str:
+    """A list of sentences, wrapped between words."""
+    inset = " " * len(mark)
+    how = {"initial_indent": mark, "subsequent_indent": inset}
+    return "".join(f"{fill(line, width, break_on_hyphens=False, break_long_words=False, **how)}\n" for line in lines)
+
+
+def figure(value: Any) -> str:
+    """Four significant digits; a dash for what nobody knows; of a mapping the first five entries."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        text = f"{value:.4g}"
+        return f"{float(text):.0f}" if "e+" in text and abs(value) < 1e9 else text
+    if isinstance(value, Mapping):
+        more = f", and {len(value) - 5} more" if len(value) > 5 else ""
+        return ", ".join(f"{key}:{TIE}{figure(item)}" for key, item in list(value.items())[:5]) + more
+    return ", ".join(map(figure, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def with_interval(found: Data | Sequence[float | None] | None) -> str:
+    """A figure with its interval behind it, given as a mapping or as (value, low, high); once if they are the same."""
+    ends = [found.get(end) for end in ("value", "low", "high")] if isinstance(found, Mapping) else list(found or [None])
+    value, *interval = map(figure, ends)
+    if set(interval) <= {"-"} or set(interval) == {value}:
+        return value
+    return f"{value} [{f',{TIE}'.join(interval)}]"
+
+
+# ---- A scenario -----------------------------------------------------------------------------------------------------
+
+
+def scenario_text(scenario: Scenario, width: int) -> str:
+    """A resolved scenario in brief, and every change to its base."""
+    keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
+    rows = [(key, getattr(scenario, key)) for key in keys]
+    rows += [(f"requests.{name}", _class_in_brief(spec)) for name, spec in scenario.requests.items()]
+    rows += [(f"edge.{name}", f"{fleet.replicas} x {fleet.device} on {fleet.network}") for name, fleet in scenario.edge.items()]
+    rows += [(f"pools.{name}", _pool_in_brief(pool)) for name, pool in scenario.pools.items()]
+    rows += [(f"budget.{key}", value) for key, value in scenario.budget.model_dump().items() if value is not None]
+    rows += [(f"search.{key}", list(getattr(scenario.search, key))) for key in ("methods", "degrees", "policies")]
+    rows += [("changed", line) for line in scenario.overrides_applied]
+    return table(("key", "value"), rows, width)
+
+
+def _class_in_brief(spec: RequestClass) -> str:
+    small = f" then {' or '.join(spec.small_models)}" if spec.small_models else ""
+    rate = "" if spec.arrivals.rate_per_s is None else f" {spec.arrivals.rate_per_s:g}/s"
+    slo = "no SLO" if spec.slo_s is None else f"p{spec.slo_percentile:g} within {spec.slo_s:g} s"
+    floor = "" if spec.quality_floor is None else f", CLIP at least {spec.quality_floor:g}"
+    energy = "" if spec.edge_energy_j is None else f", at most {spec.edge_energy_j:g} J at the edge"
+    shape = f"{spec.model}{small}, {spec.width_px}x{spec.height_px} px, {spec.num_inference_steps} steps"
+    return f"{shape}, {spec.arrivals.process}{rate} from {spec.origin}, {slo}{floor}{energy}"
+
+
+def _pool_in_brief(pool: Pool) -> str:
+    nodes = f"{pool.replicas_min} to {pool.replicas_max}" if pool.replicas is None else str(pool.replicas)
+    return f"{nodes} nodes of {pool.gpus_per_node} x {pool.gpu}, {pool.runtime}, {pool.purchase}, {pool.discipline}"
+
+
+# ---- A prediction ---------------------------------------------------------------------------------------------------
+
+
+def prediction_text(figures: Data, width: int) -> str:
+    """The figures of `predict.to_json`, then its parts with their sources, then what nobody knows or timed."""
+    lists = {"parts", "sources", "unknown", "outside"}
+    sources = list(figures["sources"])
+    parts = [
+        (
+            *(part[key] for key in ("name", "where")),
+            with_interval({"value": part["seconds"], "low": part["low_s"], "high": part["high_s"]}),
+            *(part[key] for key in ("devices", "usd", "edge_energy_j", "kind")),
+            " ".join(f"[{sources.index(source) + 1}]" for source in part["sources"]),
+        )
+        for part in figures["parts"]
+    ]
+    header = ("part", "where", "seconds [90% interval]", "devices", "usd", "edge_energy_j", "kind", "sources")
+    notes = [f"{name} is not known: {why}." for name, why in figures["unknown"].items()]
+    notes += [f"Outside what was timed: {text}." for text in figures["outside"]]
+    text = (
+        table(("figure", "value"), [(key, value) for key, value in figures.items() if key not in lists], width),
+        table(header, parts, width),
+        "".join(sentences([source], width, f"[{number}] ") for number, source in enumerate(sources, 1)),
+        sentences(notes, width),
+    )
+    return "\n".join(filter(None, text))
+
+
+# ---- Simulations and capacity plans ---------------------------------------------------------------------------------
+
+
+def simulation_data(saved: Data, page: str) -> dict[str, Any]:
+    """Simulations for JSON: per policy verdict, replicas, rent, and every figure with interval, unit and reason."""
+    return {"report": page, "runs": [_run_data(run) for run in saved["runs"]]}
+
+
+def _run_data(run: Data) -> dict[str, Any]:
+    verdict = {finding["name"]: {"ok": finding["ok"], "reason": finding["reason"]} for finding in run["verdict"]}
+    keys = ("policy", "replicas", "usd_per_hour", "summary", "pools", "unserved")
+    return {"verdict": verdict, **{key: run[key] for key in keys}}
+
+
+def plan_data(saved: Data, page: str) -> dict[str, Any]:
+    """A capacity plan for JSON: the chosen plans and nodes, their simulation, and what they were compared with."""
+    chosen = _run_data(saved["runs"][0])
+    plans = {choice["request_class"]: choice.get("label") for choice in saved["chosen"]}
+    kept = ("feasible", "explanation", "chosen", "baselines", "frontier", "alternatives", "evidence")
+    return {**chosen, "plans": plans, **{key: saved[key] for key in kept}, "report": page}
+
+
+def simulation_text(saved: Data, width: int) -> str:
+    """Verdicts first, then the figures of every policy and class, then why some are not known."""
+    rows, notes = [], []
+    shown = [key for key in FIGURES if any(_value(run, key) is not None for run in saved["runs"])]
+    for run in saved["runs"]:
+        classes = run["summary"] if len(run["summary"]) > 2 else {"all": run["summary"]["all"]}
+        for name, figures in classes.items():
+            rows.append((run["name"], name, *(with_interval(figures[key]) for key in shown)))
+        notes += [f"{FIGURES[key]} of {run['name']} is not known: {note}." for key, note in _reasons(run, shown)]
+    header = ("policy", "class", *(FIGURES[key] for key in shown))
+    text = (_verdicts(saved["runs"], width), table(header, rows, width, keys=2), sentences(notes, width))
+    return "\n".join(filter(None, text))
+
+
+def _value(run: Data, key: str) -> Any:
+    return run["summary"]["all"][key]["value"]
+
+
+def _reasons(run: Data, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+    yield from ((key, run["summary"]["all"][key].get("note", "")) for key in keys if _value(run, key) is None)
+
+
+def _verdicts(runs: Sequence[Data], width: int) -> str:
+    rows = [
+        (run["name"] if index == 0 else "", found["name"], found["ok"], found["reason"])
+        for run in runs
+        for index, found in enumerate(run["verdict"])
+    ]
+    return table(("run", "verdict", "", "because"), rows, width, keys=3)
+
+
+def plan_text(saved: Data, width: int) -> str:
+    """The verdict, what serves each class, what to rent, what it was compared with, the frontier, and why."""
+    text = (
+        _verdicts(saved["runs"][:1], width),
+        table(("class", "plan", "p95 latency s", "SLO s", "share inside SLO", "CLIP"), list(_chosen(saved)), width),
+        table(("pool", "nodes"), list(saved["runs"][0]["replicas"].items()), width) if saved["scenario"]["pools"] else "",
+        table(("plan", "USD/h", "p95 latency s", "CLIP", "holds"), list(_compared(saved)), width),
+        _frontier(saved["frontier"], width),
+        sentences(saved["explanation"], width),
+    )
+    return "\n".join(filter(None, text))
+
+
+def _chosen(saved: Data) -> Iterator[tuple[Any, ...]]:
+    summary, classes = saved["runs"][0]["summary"], saved["scenario"]["classes"]
+    for choice in saved["chosen"]:
+        name = choice["request_class"]
+        latency, inside, clip = (summary[name][key] for key in ("latency_p95_s", "slo_attainment", "quality_mean"))
+        label = choice.get("label") or choice.get("note", "")
+        yield name, label, with_interval(latency), classes[name]["slo_s"], with_interval(inside), clip["value"]
+
+
+def _compared(saved: Data) -> Iterator[tuple[Any, ...]]:
+    """The chosen plan, the baselines and the alternatives; those by formula alone have no interval."""
+    run = saved["runs"][0]
+    figures = (run["usd_per_hour"], with_interval(run["summary"]["all"]["latency_p95_s"]), _value(run, "quality_mean"))
+    yield "chosen", *figures, saved["feasible"]
+    for other in (*saved["baselines"], *saved["alternatives"]):
+        latency = with_interval(other["latency_p95_s"])
+        holds = "yes" if other["feasible"] else f"no: {other['reason']}"
+        by_formula = ", by formula" if other["policy"] == "analytic" else ""
+        yield other["name"], other["usd_per_hour"], latency, other["quality"], holds + by_formula
+
+
+def _frontier(points: Sequence[Data], width: int) -> str:
+    """Plans that no other beats in dollars, latency and quality together, by formula, cheapest first."""
+    if not points:
+        return ""
+    ordered = sorted(points, key=lambda point: (point["usd_per_hour"] or 0.0, point["latency_p95_s"][0] or 0.0))
+    rows = [
+        (point["usd_per_hour"], point["latency_p95_s"][0], point["quality"], "; ".join(point["labels"].values()))
+        for point in ordered[:SHOWN_POINTS]
+    ]
+    more = len(points) - len(rows)
+    note = sentences([f"{more} more points of the frontier are in the report."], width) if more else ""
+    return table(("frontier USD/h", "p95 latency s", "CLIP", "plans"), rows, width, keys=3) + note
