@@ -214,7 +214,9 @@ def arrival_source(spec: ArrivalSpec) -> str:
     """Where the arrivals of a class come from, in words for a report."""
     if _plays_file(spec):
         trace = _trace_of(spec)
-        return f"{trace.layout} trace {Path(spec.path or '').name}, {len(trace)} requests, time x {_scale(spec):.4g}"
+        name = Path(spec.path or "").name
+        return f"the {trace.layout} trace {name}, {len(trace)} requests, time x {_scale(spec):.4g}"
     if spec.process == "gentd26":
-        return f"generator fitted to GenTD26's published statistics, time x {_scale(spec):.4g}"
+        fitted = "the generator fitted to GenTD26's published statistics, which stands in for the trace"
+        return f"{fitted}, time x {_scale(spec):.4g}"
     return f"{spec.process}, {spec.rate_per_s:.6g} requests a second"

@@ -98,7 +98,7 @@ def speed_of(
 
 
 def _between_runtimes(profiles: Profiles, nearest: _Anchor, law: Runtime) -> float:
-    """The anchor's speed; timed under another runtime, the geometric middle of that and the datasheet under this one."""
+    """The anchor's speed; timed under another runtime, its geometric mean with the datasheet's under this one."""
     peak = profiles.peak_flop_per_s(nearest.row.device)
     if nearest.row.runtime == law.name or peak is None:
         return nearest.seconds_per_flop

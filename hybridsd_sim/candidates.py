@@ -112,7 +112,7 @@ def pool_site(name: str, pool: Pool) -> Site:
 
 
 def fleet_site(name: str, fleet: EdgeFleet, profiles: Profiles) -> Site:
-    """A device of the edge fleet as a site of plans, with the device's own runtime unless the scenario says otherwise."""
+    """A device of the edge fleet as a site of plans, with its own default runtime unless the scenario names one."""
     device = profiles.edge_device(fleet.device)
     return Site(
         name=name,

@@ -128,6 +128,8 @@ def same_figures(one: Evaluated, other: Evaluated) -> bool:
 
 
 def dominates(one: Evaluated, other: Evaluated) -> bool:
+    """Whether one plan is nowhere worse than the other in dollars, latency and quality, and better somewhere."""
+    """Whether one plan is nowhere worse than the other in dollars, latency and quality, and better in one of them."""
     mine, theirs = _figures(one), _figures(other)
     return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 

@@ -1,8 +1,8 @@
 """The command line: the only place that prints or exits.
 
-Results go to standard output, as tables or as JSON alone; progress and logs go to standard error. Exit code 0 is fine, 1
-means that a run failed, 2 that the input is wrong: every message names place, value, rule and remedy. Rooms are imported
-inside the commands, so that `--help` answers at once.
+Results go to standard output, as tables or as JSON alone; progress and logs go to standard error. Exit code 0 is fine,
+1 means that a run failed, 2 that the input is wrong: every message names place, value, rule and remedy. Rooms are
+imported inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import typer
 from hybridsd_sim.errors import HybridSDError, InputError, Problem, unknown_name
 
 if TYPE_CHECKING:
-    from hybridsd_sim.plan import Deployment
     from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
 
@@ -44,12 +43,16 @@ class Format(StrEnum):
     json = "json"
 
 
-ScenarioPath = Annotated[str, typer.Argument(help="A scenario file, or the name of a shipped scenario.")]
+TEXT = Format.text
+REPORTS = Path("reports")
+ScenarioPath = Annotated[
+    str, typer.Argument(metavar="SCENARIO", help="A scenario file, or the name of a shipped scenario.")
+]
 ScenarioName = Annotated[str | None, typer.Option("--scenario", help="A named scenario inside the file.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE on top of everything, dotted keys.")]
 OutputFormat = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+TracePath = Annotated[Path, typer.Argument(help="A trace: CSV.")]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Folder of the report; default reports/<run id>.")]
-PLAN_REMEDY = "Give the plan.yaml that `plan` wrote for this scenario."
 
 
 def main() -> None:
@@ -59,18 +62,17 @@ def main() -> None:
     try:
         app(args=arguments)
     except InputError as error:
-        _stop(2, [str(problem) for problem in error.problems], debug=debug)
+        _stop(2, error.problems, debug=debug)
     except HybridSDError as error:
-        _stop(1, [str(error)], debug=debug)
+        _stop(1, [error], debug=debug)
     except Exception as error:  # noqa: BLE001 -- whatever else happens, people get a message and scripts an exit code
         _stop(1, [f"{type(error).__name__}: {error}. Add --debug to see where."], debug=debug)
 
 
-def _stop(code: int, messages: Sequence[str], *, debug: bool) -> NoReturn:
+def _stop(code: int, messages: Sequence[object], *, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    for message in messages:
-        typer.echo(f"error: {message}", err=True)
+    sys.stderr.writelines(f"error: {message}\n" for message in messages)
     raise SystemExit(code)
 
 
@@ -79,24 +81,25 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    if version:
-        from hybridsd_sim import __version__
+    from hybridsd_sim import __version__
 
+    if version:
         typer.echo(__version__)
         raise typer.Exit
 
 
 @app.command()
 def check(
-    scenario_path: ScenarioPath, scenario: ScenarioName = None, set_: Settings = None, format_: OutputFormat = Format.text
+    path: ScenarioPath, scenario: ScenarioName = None, set_: Settings = None, format_: OutputFormat = TEXT
 ) -> None:
     """Validate a scenario and print it in brief."""
     from hybridsd_sim.candidates import check_names
+    from hybridsd_sim.profiles import load_profiles
     from hybridsd_sim.show import scenario_text
 
-    resolved, profiles = _scenario(scenario_path, scenario, set_), _profiles()
-    policies = resolved.search.policies
-    _together(lambda: check_names(resolved, profiles), lambda: _check_policies("search.policies", policies, planned=True))
+    resolved, profiles = _scenario(path, scenario, set_), load_profiles()
+    policies = _policy_problems(resolved.search.policies, "search.policies", planned=True)
+    _together(lambda: check_names(resolved, profiles), lambda: _refuse(policies))
     _print(format_, resolved.to_dict, lambda width: scenario_text(resolved, width))
 
 
@@ -116,12 +119,13 @@ def predict(
     width_px: Annotated[int | None, typer.Option(help="Default the height, else the model's native size.")] = None,
     num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Above 1: two UNet evaluations a step.")] = 7.5,
-    measured_step_s: Annotated[float | None, typer.Option(help="Your own one-GPU guided step: predict from it.")] = None,
+    measured_step_s: Annotated[float | None, typer.Option(help="Your own one-GPU guided step.")] = None,
     runtime: Annotated[str, typer.Option(help="How the UNet runs: eager, cudagraph, compiled, tensorrt.")] = "eager",
-    format_: OutputFormat = Format.text,
+    format_: OutputFormat = TEXT,
 ) -> None:
-    """Price one request under one plan with nobody else there: time, bytes, dollars, joules, quality, with sources."""
+    """Price one request under one plan. Time, bytes, dollars, joules and quality, each with its sources."""
     from hybridsd_sim.predict import Ask, predict_cost, to_json
+    from hybridsd_sim.profiles import load_profiles
     from hybridsd_sim.show import prediction_text
 
     ask = Ask(
@@ -130,37 +134,40 @@ def predict(
         height_px=height_px, width_px=width_px, num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, measured_step_s=measured_step_s, runtime=runtime,
     )  # fmt: skip
-    figures = to_json(predict_cost(ask, _profiles()))
+    figures = to_json(predict_cost(ask, load_profiles()))
     _print(format_, lambda: figures, lambda width: prediction_text(figures, width))
 
 
 @app.command()
 def simulate(
-    scenario_path: ScenarioPath,
-    policy: Annotated[list[str] | None, typer.Option(help="Policies to run side by side; default the scenario's.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan.yaml: fixes the replicas; adds the policy `planned`.")] = None,
+    path: ScenarioPath,
+    policy: Annotated[list[str] | None, typer.Option(help="Policies; default the scenario's.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan.yaml, for replicas and the policy planned.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed.")] = None,
     replications: Annotated[int | None, typer.Option(help="Another number of replications.")] = None,
     out: OutFolder = None,
     scenario: ScenarioName = None,
     set_: Settings = None,
-    format_: OutputFormat = Format.text,
+    format_: OutputFormat = TEXT,
 ) -> None:
     """Simulate policies side by side on the same requests and links."""
-    from hybridsd_sim.candidates import find_candidates
+    from hybridsd_sim.candidates import check_names, find_candidates
+    from hybridsd_sim.deployment import load_deployment, misfits
+    from hybridsd_sim.profiles import load_profiles
     from hybridsd_sim.show import simulation_data, simulation_text
     from hybridsd_sim.simulate import simulate as run
 
     flags = {"--seed": ("seed", seed), "--replications": ("replications", replications)}
-    resolved, given, _ = _together(
-        lambda: _scenario(scenario_path, scenario, set_, flags), lambda: _plan_text(plan), lambda: _check_folder(out)
+    resolved, deployment, _ = _together(
+        lambda: _scenario(path, scenario, set_, flags),
+        lambda: None if plan is None else load_deployment(plan),
+        lambda: _check_folder(out),
     )
-    profiles, deployment = _profiles(), _deployment(plan, given, resolved)
-    asked = policy is not None
-    names = [*dict.fromkeys(_split(policy) if asked else [*resolved.search.policies, *(["planned"] if deployment else [])])]
-    _check_policies("--policy" if asked else "search.policies", names, planned=deployment is not None)
-    folder = out or _run_folder(resolved, profiles, ",".join(names), given)
-    _check_folder(folder)
+    names = _split(policy) if policy else [*resolved.search.policies, *(["planned"] if deployment else [])]
+    names, place = list(dict.fromkeys(names)), "--policy" if policy else "search.policies"
+    profiles, problems = load_profiles(), _policy_problems(names, place, planned=deployment is not None)
+    problems += misfits(deployment, resolved, profiles) if deployment else []
+    _together(lambda: check_names(resolved, profiles), lambda: _refuse(problems))
     with _progress() as say:
         say("pricing candidate plans")
         options = find_candidates(resolved, profiles)
@@ -169,61 +176,62 @@ def simulate(
             say(f"simulating {name}")
             results.append(run(resolved, profiles, policy=name, plan=deployment, options=options))
         say("drawing the report")
-        saved, page = _write(results, folder, profiles)
+        saved, page = _write(results, out or _run_folder(resolved, profiles, names, plan), profiles)
     _print(format_, lambda: simulation_data(saved, page), lambda width: simulation_text(saved, width), page)
 
 
 @app.command(name="plan")
 def plan_(
-    scenario_path: ScenarioPath,
+    path: ScenarioPath,
     budget_usd_per_hour: Annotated[float | None, typer.Option(help="Dollars an hour for nodes.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes for independent simulations.", min=1)] = 1,
     out: OutFolder = None,
     scenario: ScenarioName = None,
     set_: Settings = None,
-    format_: OutputFormat = Format.text,
+    format_: OutputFormat = TEXT,
 ) -> None:
-    """The capacity plan: which plan for each request class, how many nodes of which pool, confirmed by simulation."""
+    """Find the capacity plan. The plan of each request class and the nodes of each pool, confirmed by simulation."""
     from hybridsd_sim.optimize import optimize
+    from hybridsd_sim.profiles import load_profiles
     from hybridsd_sim.show import plan_data, plan_text
 
     flags = {"--budget-usd-per-hour": ("budget.usd_per_hour", budget_usd_per_hour)}
-    resolved, _ = _together(lambda: _scenario(scenario_path, scenario, set_, flags), lambda: _check_folder(out))
-    profiles = _profiles()
-    folder = out or _run_folder(resolved, profiles, "plan")
-    _check_folder(folder)
+    resolved, _ = _together(lambda: _scenario(path, scenario, set_, flags), lambda: _check_folder(out))
+    profiles = load_profiles()
     with _progress() as say, _fan_out(jobs) as fan_out:
         result = optimize(resolved, profiles, map=fan_out, progress=say)
         say("drawing the report")
-        saved, page = _write(result, folder, profiles)
+        saved, page = _write(result, out or _run_folder(resolved, profiles, ["plan"]), profiles)
     _print(format_, lambda: plan_data(saved, page), lambda width: plan_text(saved, width), page)
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="The folder of a saved run; with --compare, two folders.")],
-    compare: Annotated[bool, typer.Option("--compare", help="Draw two runs side by side.")] = False,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of saved runs, to draw again.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Draw the last two side by side instead.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the comparison; default reports/A-vs-B.")] = None,
-    format_: OutputFormat = Format.text,
+    format_: OutputFormat = TEXT,
 ) -> None:
     """Draw a saved run again, or two side by side."""
     from hybridsd_sim.report import compare_reports, draw_report
 
-    if len(runs) != 1 + compare:
-        rule = f"{'two runs are' if compare else 'one run is'} drawn at a time"
-        remedy = "Name two folders." if compare else "Name one folder, or two with --compare."
-        raise InputError(Problem("RUN", " ".join(map(str, runs)), rule, remedy))
+    if compare and len(runs) < 2:
+        raise InputError(Problem("--compare", str(runs[0]), "two runs stand side by side", "Name two folders."))
     if out is not None and not compare:
-        raise InputError(Problem("--out", str(out), "is for --compare", "Leave it out: a run is drawn in its own folder."))
-    names = [folder.resolve().name for folder in runs]
-    folder = (out or Path("reports") / "-vs-".join(names)) if compare else runs[0]
-    with _writing(folder):
-        page = compare_reports(runs[0], runs[1], folder) if compare else draw_report(folder)
-    _print(format_, lambda: {"report": str(page)}, lambda _: "", str(page))
+        raise InputError(Problem("--out", str(out), "goes with --compare", "A run is drawn in its own folder."))
+    pages = []
+    for folder in runs[:-2] if compare else runs:
+        with _writing(folder):
+            pages.append(str(draw_report(folder)))
+    if compare:
+        folder = out or REPORTS / "-vs-".join(run.resolve().name for run in runs[-2:])
+        with _writing(folder):
+            pages.append(str(compare_reports(runs[-2], runs[-1], folder)))
+    _print(format_, lambda: {"reports": pages}, lambda _: "", *pages)
 
 
 @trace_app.command()
-def describe(path: Annotated[Path, typer.Argument(help="A trace: CSV.")], format_: OutputFormat = Format.text) -> None:
+def describe(path: TracePath, format_: OutputFormat = TEXT) -> None:
     """Say what is in a trace: rate, burstiness, mix, popularity."""
     from hybridsd_sim.show import table
     from hybridsd_sim.workload import describe_trace
@@ -234,9 +242,7 @@ def describe(path: Annotated[Path, typer.Argument(help="A trace: CSV.")], format
 
 @trace_app.command(name="import")
 def import_(
-    path: Annotated[Path, typer.Argument(help="A trace: CSV.")],
-    out: Annotated[Path, typer.Option(help="Where to write the imported trace.")],
-    format_: OutputFormat = Format.text,
+    path: TracePath, out: Annotated[Path, typer.Option(help="The file.")], format_: OutputFormat = TEXT
 ) -> None:
     """Read a real trace and write it as arrivals that scenarios can replay."""
     from hybridsd_sim.workload import import_trace
@@ -246,19 +252,16 @@ def import_(
     _print(format_, lambda: {"requests": len(trace), "path": str(out)}, lambda _: f"{len(trace)} requests: {out}\n")
 
 
-# ---- What the commands are given ------------------------------------------------------------------------------------
-
-
 def _together(*steps: Callable[[], Any]) -> list[Any]:
     """What the steps return, or one `InputError` with the problems of all of them."""
-    results, problems = [], []
+    results: list[Any] = []
+    problems: list[Problem] = []
     for step in steps:
         try:
             results.append(step())
         except InputError as error:
             problems += error.problems
-    if problems:
-        raise InputError(problems)
+    _refuse(problems)
     return results
 
 
@@ -268,10 +271,10 @@ def _scenario(
     """The resolved scenario; `flags` are options that set a key of their own, and are named in messages about it."""
     from hybridsd_sim.scenario import load_scenario
 
-    overrides: dict[str, Any] = _pairs(settings, "--set")
+    overrides: dict[str, Any] = _pairs(settings, "--set", "seed=2")
     given = {flag: pair for flag, pair in (flags or {}).items() if pair[1] is not None}
-    if twice := [(flag, key, value) for flag, (key, value) in given.items() if key in overrides]:
-        raise InputError(Problem(flag, str(value), f"--set {key} says it too", "Keep one.") for flag, key, value in twice)
+    if twice := [flag for flag, (key, _) in given.items() if key in overrides]:
+        raise InputError(Problem(flag, "given", f"--set {given[flag][0]} says it too", "Keep one.") for flag in twice)
     try:
         return load_scenario(path, scenario=name, overrides=overrides | dict(given.values()))
     except InputError as error:
@@ -279,25 +282,18 @@ def _scenario(
         raise InputError(replace(p, place=places.get(p.place, p.place)) for p in error.problems) from None
 
 
-def _profiles() -> Profiles:
-    from hybridsd_sim.profiles import load_profiles
-
-    return load_profiles()
-
-
-def _pairs(pairs: Sequence[str] | None, flag: str) -> dict[str, str]:
+def _pairs(pairs: Sequence[str] | None, flag: str, example: str) -> dict[str, str]:
     """KEY=VALUE pairs; all that are none, or repeat a key, are reported together."""
     found: dict[str, str] = {}
     problems = []
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            problems.append(Problem(flag, repr(pair), "needs KEY=VALUE", f"For example {flag} seed=2."))
+            problems.append(Problem(flag, repr(pair), "needs KEY=VALUE", f"For example {flag} {example}."))
         elif key.strip() in found:
             problems.append(Problem(flag, repr(pair), "a key may be given once only", "Keep one of them."))
         found[key.strip()] = value
-    if problems:
-        raise InputError(problems)
+    _refuse(problems)
     return found
 
 
@@ -305,7 +301,7 @@ def _options(given: Sequence[str] | None) -> tuple[tuple[str, Any], ...]:
     """A method's options with typed values, sorted by key."""
     from hybridsd_sim.written import read_value
 
-    pairs = _pairs(_split(given), "--option")
+    pairs = _pairs(_split(given), "--option", "stride=2")
     return tuple((key, read_value(value, f"--option {key}")) for key, value in sorted(pairs.items()))
 
 
@@ -314,93 +310,43 @@ def _split(values: Sequence[str] | None) -> list[str]:
     return [name.strip() for value in values or () for name in value.split(",") if name.strip()]
 
 
-def _check_policies(place: str, names: Sequence[str], *, planned: bool) -> None:
+def _policy_problems(names: Sequence[str], place: str, *, planned: bool) -> list[Problem]:
     from hybridsd_sim.policies import POLICIES
 
     problems = [unknown_name(place, name, list(POLICIES)) for name in names if name not in POLICIES]
     if "planned" in names and not planned:
         problems.append(Problem(place, "planned", "follows a plan, and none was given", "Add --plan with a plan.yaml."))
-    if not names:
-        problems.append(Problem(place, "nothing", "needs a policy", f"Known policies: {', '.join(POLICIES)}."))
+    return problems if names else [Problem(place, "nothing", "needs a policy", f"Known: {', '.join(POLICIES)}.")]
+
+
+def _refuse(problems: Sequence[Problem]) -> None:
     if problems:
         raise InputError(problems)
 
 
-def _plan_text(path: Path | None) -> str:
-    try:
-        return "" if path is None else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(Problem(f"--plan {path}", said, "must be a file that can be read", PLAN_REMEDY)) from None
-
-
-def _deployment(path: Path | None, text: str, scenario: Scenario) -> Deployment | None:
-    """The plan.yaml, strictly as `plan` writes it, for this very scenario."""
-    if path is None:
-        return None
-    from json import dumps
-
-    from pydantic import TypeAdapter, ValidationError
-
-    from hybridsd_sim.plan import Deployment
-    from hybridsd_sim.written import dotted, load_yaml, shown
-
-    try:
-        found = TypeAdapter(Deployment).validate_json(dumps(load_yaml(text, str(path))), strict=True)
-    except ValidationError as error:
-        raise InputError(
-            Problem(f"{path}: {dotted(item['loc'])}", shown(item["input"]), item["msg"], PLAN_REMEDY)
-            for item in error.errors(include_url=False)
-        ) from None
-    if problems := list(_misfits(found, scenario, str(path))):
-        raise InputError(problems)
-    return found
-
-
-def _misfits(found: Deployment, scenario: Scenario, place: str) -> Iterator[Problem]:
-    """What a plan says about classes, pools and devices that the scenario does not have."""
-    for name in found.plans.keys() ^ scenario.requests.keys():
-        rule = "no such request class in the scenario" if name in found.plans else "the plan says nothing of this class"
-        yield Problem(f"{place}: plans", name, rule, PLAN_REMEDY)
-    for name, nodes in found.replicas.items():
-        if name not in scenario.pools or nodes < 0:
-            rule = "counts nodes" if name in scenario.pools else "no such pool in the scenario"
-            yield Problem(f"{place}: replicas.{name}", str(nodes), rule, PLAN_REMEDY)
-    devices = {name: pool.gpu for name, pool in scenario.pools.items()}
-    devices |= {name: fleet.device for name, fleet in scenario.edge.items()}
-    for name, plan in found.plans.items():
-        for site in plan.sites.values():
-            if devices.get(site.name) != site.device:
-                rule = f"the scenario has {devices.get(site.name, 'no such pool or fleet')} there"
-                yield Problem(f"{place}: plans.{name}", f"{site.device} in {site.name}", rule, PLAN_REMEDY)
-        if name in scenario.requests and scenario.requests[name].num_inference_steps != plan.num_inference_steps:
-            rule = f"the scenario asks for {scenario.requests[name].num_inference_steps} steps"
-            yield Problem(f"{place}: plans.{name}", f"{plan.num_inference_steps} steps", rule, PLAN_REMEDY)
-
-
-# ---- Where results go -----------------------------------------------------------------------------------------------
-
-
-def _run_folder(scenario: Scenario, profiles: Profiles, ran: str, plan_text: str = "") -> Path:
-    """The default folder: everything that shapes the result has a part in its name, a plan.yaml too."""
+def _run_folder(scenario: Scenario, profiles: Profiles, ran: Sequence[str], plan: Path | None = None) -> Path:
+    """The default folder: whatever shapes the result has a part in its name, a plan.yaml too."""
     from hashlib import sha256
 
     from hybridsd_sim import __version__
     from hybridsd_sim.report import run_id
 
-    given = f"+{sha256(plan_text.encode()).hexdigest()}" if plan_text else ""
-    return Path("reports") / run_id(scenario, profiles.digest, scenario.seed, __version__, f"{ran}{given}")
+    what = ",".join(ran) + (f"+{sha256(plan.read_bytes()).hexdigest()}" if plan else "")
+    return REPORTS / run_id(scenario, profiles.digest, scenario.seed, __version__, what)
 
 
-def _check_folder(folder: Path | None) -> None:
+def _check_folder(out: Path | None) -> None:
     """Whether a report can be written there, before the work that it takes: try it, and leave no trace."""
-    if folder is None:
-        return
     from tempfile import TemporaryDirectory
 
-    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    with _writing(folder), TemporaryDirectory(dir=above):
-        pass
+    from hybridsd_sim.report.folder import DRAWN, SAVED
+
+    folder = (out or REPORTS).absolute()
+    with _writing(out or REPORTS):
+        TemporaryDirectory(dir=next(place for place in (folder, *folder.parents) if place.exists())).cleanup()
+    if out and (strangers := sorted({path.name for path in out.glob("*")} - {*SAVED, *DRAWN})):
+        rule = f"holds {', '.join(strangers[:3])}, which no report wrote"
+        raise InputError(Problem("--out", str(out), rule, "Name a new folder, or empty this one."))
 
 
 @contextmanager
@@ -409,7 +355,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "Name a folder that you may write to with --out."
+        remedy = "Name a folder that you may write to."
         raise InputError(Problem(str(folder), error.strerror or str(error), "cannot be written", remedy)) from error
 
 
@@ -420,20 +366,17 @@ def _write(result: Any, folder: Path, profiles: Profiles) -> tuple[dict[str, Any
 
     with _writing(folder):
         page = write_report(result, folder, profiles_digest=profiles.digest)
-        return read_run(folder)[0], str(page)
+    return read_run(folder)[0], str(page)
 
 
 @contextmanager
 def _fan_out(jobs: int) -> Iterator[Callable[..., Any] | None]:
     """An order-keeping map over processes; None for one process."""
-    if jobs == 1:
-        yield None
-        return
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield pool.map
+        yield pool.map if jobs > 1 else None
 
 
 @contextmanager
@@ -448,7 +391,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def _print(format_: Format, data: Callable[[], Any], text: Callable[[int], str], page: str = "") -> None:
+def _print(format_: Format, data: Callable[[], Any], text: Callable[[int], str], *pages: str) -> None:
     """A result on standard output: JSON alone, or text as wide as the terminal, 120 characters where there is none."""
     from hybridsd_sim.show import to_json
 
@@ -456,4 +399,4 @@ def _print(format_: Format, data: Callable[[], Any], text: Callable[[int], str],
         typer.echo(to_json(data()), nl=False)
         return
     shown = text(shutil.get_terminal_size((120, 24)).columns)
-    typer.echo("\n".join(filter(None, (shown, page and f"report: {page}\n"))), nl=False)
+    typer.echo("\n".join(filter(None, (shown, "".join(f"report: {page}\n" for page in pages)))), nl=False)

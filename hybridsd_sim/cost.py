@@ -1,8 +1,8 @@
 """The price of a plan when nobody else is there: seconds, dollars, joules, bytes and quality, by component.
 
 `price` walks the plan's components in order (text encoder, denoising stages, VAE decoder, delivery), puts a transfer
-wherever the next component runs on the other side of the access network, and returns parts that sum to the total. A gang
-holds all its GPUs from its first component to its last, so every cloud part is charged for the whole gang.
+wherever the next component runs on the other side of the access network, and returns parts that sum to the total. A
+gang holds all its GPUs from its first component to its last, so every cloud part is charged for the whole gang.
 
 What crosses the network: the prompt on the way up; at a switch step the latent, for multistep samplers the solver's
 history, and the text embedding unless the edge encodes the prompt itself (then both sides encode, and the edge does so
@@ -162,11 +162,11 @@ def price(
     """The price of `request` under `plan` with nobody else there; `cold` adds the model load on every cloud site.
 
     Where sources disagree, measured goes before quoted before modelled, then the newer one; `prefer` names sources (any
-    part of their text) that go before all others.
-    Transfers run at the network's median rates; the simulator prices sampled rates with `transfer_s`. Raises
-    `IllegalPlanError` for a plan its method cannot run, `MissingDataError` for devices that nobody timed.
+    part of their text) that go before all others. Transfers run at the network's median rates; the simulator prices
+    sampled rates with `transfer_s`. Raises `IllegalPlanError` for a plan its method cannot run, `MissingDataError` for
+    devices that nobody timed.
     """
-    pricer = _Pricer(plan, request, profiles, cold, prefer)
+    pricer = _Pricer(plan, request, profiles, cold=cold, prefer=prefer)
     flop, bare = plan_flops(plan, request, profiles)
     return PlanCost(
         plan=plan,
@@ -179,7 +179,7 @@ def price(
 
 
 def plan_flops(plan: Plan, request: Request, profiles: Profiles) -> tuple[float, float]:
-    """FLOPs (2 x MACs) of all UNet evaluations of the request, guidance included: with and without attention products."""
+    """FLOPs (2 x MACs) of all UNet evaluations, guidance included: with and without attention products."""
     flop = bare = 0.0
     for stage in plan.stages:
         total = work(profiles.model(stage.model).layers(request.height_px, request.width_px))
@@ -207,7 +207,7 @@ def denoising(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
 class _Pricer:
     """Walks one plan's components in order and yields their parts."""
 
-    def __init__(self, plan: Plan, request: Request, profiles: Profiles, cold: bool, prefer: Sequence[str]) -> None:
+    def __init__(self, plan: Plan, request: Request, profiles: Profiles, *, cold: bool, prefer: Sequence[str]) -> None:
         self.plan, self.request, self.profiles, self.cold, self.prefer = plan, request, profiles, cold, prefer
         self.gang = {site.name: 1 for site in plan.sites.values()}
         for stage in plan.stages:
@@ -280,15 +280,12 @@ class _Pricer:
 
     def _component(self, name: str, site: Site, components: Sequence[Component], repeats: int) -> Part:
         """A text encoder or VAE: from its own row where one fits, else scaled from the device's UNet speed."""
-        request = self.request
         seconds = low = high = 0.0
         kinds: list[Kind] = []
         sources: list[str] = []
         notes: list[str] = []
         for component in components:
-            row = self.profiles.component_row(
-                site.device, site.runtime, component, request.height_px, request.width_px, prefer=self.prefer
-            )
+            row = self.profiles.component_row(site.device, site.runtime, component, *self._size, prefer=self.prefer)
             if row is not None:
                 times = (row.seconds_median, *_row_range(row))
                 kinds.append(row.kind)
@@ -335,33 +332,20 @@ class _Pricer:
         speed = self._speed(stage.site, stage.model, flop)
         compute = speed.seconds(flop, model.ops * phase.work.ops_share * self._calls(stage.site, phase.work.latents))
         exposed, low, high, sources = self._exposed(stage, phase.work, compute)
-        bounds = (
-            (compute * (1 - speed.spread) + low) * phase.rounds,
-            (compute * (1 + speed.spread) + high) * phase.rounds,
-        )
-        part = self._held(
-            name,
-            stage.site,
-            (compute + exposed) * phase.rounds,
-            bounds,
-            "modelled",
-            (*speed.sources, *sources),
-            speed.note,
-        )
-        return replace(
-            part,
-            comm_bytes=phase.work.received_bytes * phase.rounds,
-            comm_exposed_s=exposed * phase.rounds,
-            within=speed.within,
-        )
+        low = (compute * (1 - speed.spread) + low) * phase.rounds
+        high = (compute * (1 + speed.spread) + high) * phase.rounds
+        seconds = (compute + exposed) * phase.rounds
+        sources = (*speed.sources, *sources)
+        part = self._held(name, stage.site, seconds, (low, high), "modelled", sources, speed.note)
+        received = phase.work.received_bytes * phase.rounds
+        return replace(part, comm_bytes=received, comm_exposed_s=exposed * phase.rounds, within=speed.within)
 
     def _exposed(self, stage: Stage, rank: RankWork, compute: float) -> tuple[float, float, float, tuple[str, ...]]:
         """Exposed exchange of one round: middle, low, high seconds, and the interconnect's source."""
         if rank.messages == 0:
             return 0.0, 0.0, 0.0, ()
-        link = self.profiles.interconnect(
-            stage.site.interconnect or self.profiles.gpu(stage.site.device).default_interconnect
-        )
+        name = stage.site.interconnect or self.profiles.gpu(stage.site.device).default_interconnect
+        link = self.profiles.interconnect(name)
         sharing = 1.0 if link.scales_with_devices else min(1.0, 2.0 / stage.degree)
         rates = (link.bandwidth_bytes_per_s, link.bandwidth_high, link.bandwidth_low)
         middle, low, high = (exchange_s(rank, rate * sharing, link.latency_s, compute) for rate in rates)
@@ -387,19 +371,17 @@ class _Pricer:
         """A part that holds a device (or the whole gang) for `seconds`, with its dollars or joules."""
         devices = self.gang[site.name] if site.tier == "cloud" else 1
         usd, energy, why = self._charge(site, seconds, devices)
+        note = "; ".join(filter(None, (note, why)))
         return Part(
             name=name, where=site.name, tier=site.tier, seconds=seconds, low_s=bounds[0], high_s=bounds[1],
-            devices=devices, usd=usd, energy_j=energy, kind=kind, sources=sources, note="; ".join(filter(None, (note, why))),
+            devices=devices, usd=usd, energy_j=energy, kind=kind, sources=sources, note=note,
         )  # fmt: skip
 
     def _charge(self, site: Site, seconds: float, devices: int) -> tuple[float | None, float | None, str]:
         if site.tier == "edge":
             power = site.power_w or self.profiles.edge_device(site.device).power_w
-            return (
-                0.0,
-                None if power is None else power * seconds,
-                "" if power else f"no power figure for {site.device}",
-            )
+            energy = None if power is None else power * seconds
+            return 0.0, energy, "" if power else f"no power figure for {site.device}"
         rate = site.usd_per_device_hour
         if rate is None:
             row = self.profiles.gpu_price(site.device, site.purchase, site.provider)

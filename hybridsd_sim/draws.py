@@ -1,7 +1,7 @@
 """The random inputs of requests, a chunk at a time: arrival, device, link conditions, model, size.
 
-`Draws.on_chunk` is called before each new chunk: a good moment for work that need not be done for every request.
-They are drawn with the arrival from named streams and never by a policy's doing, so that every policy meets exactly the same
+`Draws.on_chunk` is called before each new chunk: a good moment for work that need not be done for every request. They
+are drawn with the arrival from named streams and never by a policy's doing, so that every policy meets exactly the same
 requests on the same links.
 """
 
@@ -31,6 +31,8 @@ class Draws:
         self.on_chunk: Callable[[], None] = lambda: None
         self.arrival_s: list[float] = []
         self.at = -1
+        self.drawn = 0
+        """Arrivals drawn so far, all chunks together."""
 
     def advance(self, now: float) -> float:
         """Move to the next arrival: seconds until then, never less than 0; -1 after the last."""
@@ -46,6 +48,7 @@ class Draws:
 
     def _load(self, chunk: ArrivalChunk) -> None:
         self.at = 0
+        self.drawn += len(chunk)
         self.arrival_s, self.class_index = chunk.arrival_s.tolist(), chunk.class_index.tolist()
         self.device_u, self.base_model = chunk.device_u.tolist(), chunk.base_model.tolist()
         self._load_links(chunk)

@@ -113,4 +113,4 @@ def _ramp(times_s: np.ndarray, weight: np.ndarray, edges_s: np.ndarray) -> np.nd
     first = np.searchsorted(edges_s, times_s)
     weights = np.bincount(first, weight, size + 1)[:size].cumsum()
     moments = np.bincount(first, weight * times_s, size + 1)[:size].cumsum()
-    return edges_s * weights - moments
+    return np.asarray(edges_s * weights - moments)

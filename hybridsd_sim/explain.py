@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from hybridsd_sim.candidates import Candidate, CandidateSet
 from hybridsd_sim.capacity import CapacityPlan, Evaluated
 from hybridsd_sim.sizing import Sizer
+from hybridsd_sim.workload import arrival_source
 
 
 def explain(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
@@ -26,6 +27,14 @@ def explain(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[s
         yield from _why_not_edge(option, options, plan)
         yield from _why_degree(option, options, plan)
     yield from _unused_pools(plan, found, sizer)
+    yield from _arrivals(plan)
+
+
+def _arrivals(plan: CapacityPlan) -> Iterator[str]:
+    """Whether a trace was played or its stand-in: a reader must not take one for the other."""
+    for name, spec in plan.scenario.requests.items():
+        if spec.arrivals.process in ("trace", "gentd26"):
+            yield f"{name}: its arrivals come from {arrival_source(spec.arrivals)}."
 
 
 def _rent(plan: CapacityPlan) -> Iterator[str]:
@@ -84,13 +93,13 @@ def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str
     if not other.meets_floor and other.quality is not None and option.quality is not None:
         floor = option.cost.request.quality_floor
         yield (
-            f"{name}: handing over at step {other.cloud_steps} instead of {option.cloud_steps} would need fewer GPU-seconds, but its "
-            f"CLIP score of {other.quality:.4f} is under the floor of {floor}."
+            f"{name}: handing over at step {other.cloud_steps} instead of {option.cloud_steps} would need fewer "
+            f"GPU-seconds, but its CLIP score of {other.quality:.4f} is under the floor of {floor}."
         )
     elif not other.meets_slo:
         yield (
-            f"{name}: handing over at step {other.cloud_steps} takes {other.latency_s:.1f} s even on an idle fleet, over the "
-            f"SLO of {option.cost.request.slo_s:g} s."
+            f"{name}: handing over at step {other.cloud_steps} takes {other.latency_s:.1f} s even on an idle fleet, "
+            f"over the SLO of {option.cost.request.slo_s:g} s."
         )
 
 
@@ -129,7 +138,7 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
     if option.degree <= 1:
         return
     name, pools = option.request_class, list(plan.scenario.pools)
-    slo = option.cost.request.slo_s
+    slo, method = option.cost.request.slo_s, option.plan.stages[0].method
     alone = [
         one
         for one in options
@@ -137,7 +146,7 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
     ]
     if alone:
         yield (
-            f"{name}: one GPU takes {alone[0].latency_s:.1f} s, {option.plan.stages[0].method} on {option.degree} takes "
+            f"{name}: one GPU takes {alone[0].latency_s:.1f} s, {method} on {option.degree} takes "
             f"{option.latency_s:.1f} s; the SLO is {slo} s."
         )
     for index in {one.pool_index for one in options if one.pool_index not in (-1, option.pool_index)}:
@@ -148,17 +157,12 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
         ]
         if rivals:
             best = min(rivals, key=lambda one: one.latency_s)
-            same = next(
-                (
-                    one
-                    for one in rivals
-                    if one.plan.stages[0].method == option.plan.stages[0].method and one.degree == option.degree
-                ),
-                best,
-            )
+            alike = (one for one in rivals if one.plan.stages[0].method == method and one.degree == option.degree)
+            same = next(alike, best)
+            there, here = same.cost.comm_exposed_s, option.cost.comm_exposed_s
             yield (
-                f"{name}: on {pools[index]} the same gang takes {same.latency_s:.1f} s, of which {same.cost.comm_exposed_s:.1f} s are "
-                f"exchange that nothing hides (here {option.cost.comm_exposed_s:.1f} s); the fastest there takes {best.latency_s:.1f} s."
+                f"{name}: on {pools[index]} the same gang takes {same.latency_s:.1f} s, of which {there:.1f} s are "
+                f"exchange that nothing hides (here {here:.1f} s); the fastest there takes {best.latency_s:.1f} s."
             )
 
 
@@ -198,18 +202,21 @@ def _lifts(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[st
         options = found.by_class[name]
         if not options:
             reasons = [reason for (cls, reason) in plan.refusals if cls == name]
-            yield f"{name}: every plan was refused; the first reason: {reasons[0] if reasons else 'the search space is empty'}"
+            first = reasons[0] if reasons else "the search space is empty"
+            yield f"{name}: every plan was refused; the first reason: {first}"
             continue
         if any(one.meets_floor and sizer.idle_attainment(one) >= sizer.wanted(name) for one in options):
             continue
         keeping = [one for one in options if one.meets_floor]
         if keeping and spec.slo_s is not None:
             fastest = min(keeping, key=lambda one: one.latency_s)
-            yield f"{name}: with an SLO of {fastest.latency_s:.1f} s instead of {spec.slo_s:g} s the {fastest.plan.label} would do on an idle fleet."
+            changed = f"with an SLO of {fastest.latency_s:.1f} s instead of {spec.slo_s:g} s"
+            yield f"{name}: {changed} the {fastest.plan.label} would do on an idle fleet."
         in_time = [one for one in options if one.meets_slo and one.quality is not None]
         if in_time and spec.quality_floor is not None:
             best = max(in_time, key=lambda one: one.quality or 0.0)
-            yield f"{name}: with a quality floor of {best.quality:.4f} instead of {spec.quality_floor} the {best.plan.label} would do."
+            changed = f"with a quality floor of {best.quality:.4f} instead of {spec.quality_floor}"
+            yield f"{name}: {changed} the {best.plan.label} would do."
     yield from _budget_lift(plan)
 
 
@@ -219,4 +226,5 @@ def _budget_lift(plan: CapacityPlan) -> Iterator[str]:
         yield f"A budget of {plan.usd_per_hour:.2f} USD an hour instead of {budget:g} would pay for the plan shown."
     full = [name for name, spec in plan.scenario.pools.items() if plan.replicas_opt.get(name, 0) >= spec.replicas_max]
     for name in full:
-        yield f"Pool {name} is at its replicas_max of {plan.scenario.pools[name].replicas_max}; more nodes may lift the limit."
+        most = plan.scenario.pools[name].replicas_max
+        yield f"Pool {name} is at its replicas_max of {most}; more nodes may lift the limit."

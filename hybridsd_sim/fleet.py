@@ -1,9 +1,9 @@
 """The living side: cloud pools with gangs, queues and resident models, and edge fleets of owned or shared devices.
 
-A pool is a number of nodes with some GPUs each. A job takes all its GPUs on one node at once or waits; it holds them until
-its work is done. SimPy timeouts with callbacks carry the time; there is one event a job, because nothing can be decided
-between its start and its stop. Edge devices serve in order of arrival with known service times, so their start and stop
-follow from a free-at time and need no event at all.
+A pool is a number of nodes with some GPUs each. A job takes all its GPUs on one node at once or waits; it holds them
+until its work is done. SimPy timeouts with callbacks carry the time; there is one event a job, because nothing can be
+decided between its start and its stop. Edge devices serve in order of arrival with known service times, so their start
+and stop follow from a free-at time and need no event at all.
 
 Queue disciplines of a pool (all in order of arrival unless said otherwise):
 

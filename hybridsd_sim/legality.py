@@ -69,9 +69,10 @@ def _usable_bytes(site: Site, profiles: Profiles) -> float | None:
 
 
 def needed_bytes(plan: Plan, site: Site, request: Request, profiles: Profiles) -> float:
-    """Bytes that one device of a site must hold: UNet and text-encoder weights, VAE, activations, gathered keys and values.
+    """Bytes that one device of a site must hold.
 
-    Modelled: weights at the site's precision, `LIVE_ACTIVATIONS` copies of the widest activation, fp16 VAE activations.
+    UNet and text-encoder weights, the VAE, activations, and the keys and values that a method gathers. Modelled:
+    weights at the site's precision, `LIVE_ACTIVATIONS` copies of the widest activation, fp16 VAE activations.
     """
     weight = ELEMENT_BYTES.get(site.precision, 2.0)
     stages = [stage for stage in plan.stages if stage.site.name == site.name]

@@ -36,7 +36,7 @@ SYNC_MODES = ("full_sync", "sync_gn", "corrected_async_gn", "stale_gn", "separat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """`steps` denoising steps that cost the same: `rounds` rounds of `work` (fewer rounds than steps under stride 2)."""
+    """`steps` denoising steps of the same cost: `rounds` rounds of `work`, fewer rounds than steps under stride 2."""
 
     name: str
     steps: int
@@ -141,7 +141,7 @@ class PatchMethod(Method):
         )
 
     def _synchronous(self, job: Denoising, branch: int, latents: float, degree: int) -> RankWork:
-        """A warm-up step: the stripe's share of every layer, attention over the whole image, everything gathered first."""
+        """A warm-up step: the stripe's share of every layer, attention over the whole image, all gathered first."""
         own = stripe_work(job, branch, latents, key_share=1.0)
         traffic = kv_bytes(job, latents) * (branch - 1) / branch + halo_bytes(job, latents) * (branch - 1)
         return replace(
@@ -173,8 +173,9 @@ class DistriFusion(PatchMethod):
 class Pcpp(PatchMethod):
     """Partially conditioned patch parallelism: attention sees a part of each neighbour's stripe only.
 
-    `partial` is that part (0.3 in the public code). `whole_stripes` sends neighbours the whole stripe as the public code
-    does; by default only the part that is used travels. A transfer hides behind one interval between self-attentions.
+    `partial` is that part (0.3 in the public code). `whole_stripes` sends neighbours the whole stripe as the public
+    code does; by default only the part that is used travels. A transfer hides behind one interval between
+    self-attentions.
     """
 
     name = "pcpp"
@@ -206,8 +207,8 @@ class Pcpp(PatchMethod):
 class AsyncDiff(Method):
     """Asynchronous denoising: the UNet cut into N components that run side by side on one-step-old inputs.
 
-    N = degree - stride + 1. Every GPU holds the whole model; boundary tensors are broadcast and block. With stride 2, two
-    denoising steps share one round and an extra GPU predicts the noise of the first.
+    N = degree - stride + 1. Every GPU holds the whole model; boundary tensors are broadcast and block. With stride 2,
+    two denoising steps share one round and an extra GPU predicts the noise of the first.
     """
 
     name = "asyncdiff"

@@ -1,7 +1,7 @@
 """Searches plans and replica counts: the cheapest capacity plan that holds every promise, confirmed by simulation.
 
-For request classes i with candidates C_i (priced plans that meet the class's quality floor, energy limit and, on an idle
-fleet, its SLO percentile) and pools p with n_p nodes:
+For request classes i with candidates C_i (priced plans that meet the class's quality floor, energy limit and, on an
+idle fleet, its SLO percentile) and pools p with n_p nodes:
 
     minimise    sum_p n_p * rent_p  +  sum_i rate_i * egress_usd(c_i)            [USD per hour]
     subject to  c_i in C_i                                                       one plan per class
@@ -38,6 +38,8 @@ SLO_SCALES = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0)
 """Factors on every SLO that span the frontier's latency axis."""
 FLOOR_STEPS = (-0.02, -0.01, -0.005, 0.0, 0.003, 0.006, 0.01)
 """Changes of every quality floor (CLIP) that span the frontier's quality axis."""
+SHARE_TOLERANCE = 0.02
+"""How far from the static share a switch step may lie and still count as it."""
 NEAR_OPTIMAL = 1.3
 """Alternatives cost at most this much more than the chosen plan."""
 
@@ -117,10 +119,7 @@ class _Search:
         if within:
             return prune(within)
         # Nothing holds: the least bad ones are the fastest of those that keep quality, else the best pictures.
-        least_bad = (
-            sorted(floor, key=lambda o: o.latency_s)[:3] or sorted(options, key=lambda o: -(o.quality or 0.0))[:3]
-        )
-        return least_bad
+        return sorted(floor, key=lambda o: o.latency_s)[:3] or sorted(options, key=lambda o: -(o.quality or 0.0))[:3]
 
     def best(self, choices: Mapping[str, Sequence[Candidate]], *, thorough: bool = True) -> Sizing | None:
         """The best sizing that coordinate descent finds; None if a class has no candidate at all.
@@ -148,7 +147,7 @@ class _Search:
         return best
 
     def _objective(self, sizing: Sizing) -> tuple[float, ...]:
-        """Smaller is better: promises missed, then what the scenario minimises, then load (room for growth), then latency."""
+        """Smaller is better: promises missed, then what the scenario minimises, then load, then latency."""
         over = max(0.0, sizing.usd_per_hour - (self.scenario.budget.usd_per_hour or math.inf))
         missed = round(sizing.missed, 9) + (over if math.isfinite(over) else 0.0)
         latency = sum(option.latency_s for option in sizing.chosen.values())
@@ -161,21 +160,18 @@ class _Search:
         self, choices: Mapping[str, Sequence[Candidate]], name: str, progress: Callable[[str], None] = lambda _: None
     ) -> _Confirmed:
         """Search, simulate, feed back what the formula got wrong, until the simulation agrees or `ROUNDS` are spent."""
-        last: _Confirmed | None = None
-        for attempt in range(ROUNDS):
+        attempt = 0
+        while True:
+            attempt += 1
             sizing = self.best(choices)
             if sizing is None:
                 sizing = self.sizer.size({cls: options[0] for cls, options in choices.items() if options})
-            progress(f"simulating {name}, try {attempt + 1}")
+            progress(f"simulating {name}, try {attempt}")
             last = self.simulated(sizing, name)
             if last.evaluated.feasible:
                 return self._without_slack(last, name)
-            if not self._learn(last):
-                break
-        if last is None:
-            message = "ROUNDS is at least 1"
-            raise AssertionError(message)
-        return last
+            if not self._learn(last) or attempt >= ROUNDS:
+                return last
 
     def simulated(self, sizing: Sizing, name: str) -> _Confirmed:
         """Simulate a sizing as it would be deployed."""
@@ -186,7 +182,7 @@ class _Search:
         return confirmed
 
     def _learn(self, confirmed: _Confirmed) -> bool:
-        """Correct the formula by the run: measured load, then one more node where it is missing. False if nothing can help."""
+        """Correct the formula by the run: measured load, and more nodes. False if nothing can help."""
         grew = False
         for index, name in enumerate(self.scenario.pools):
             spec, used = self.scenario.pools[name], confirmed.sizing.replicas[name]
@@ -252,7 +248,7 @@ class _Search:
                 yield analytic(name, sizing, self.sizer)
 
     def switch_curve(self, chosen: Mapping[str, Candidate]) -> dict[str, tuple[Candidate, ...]]:
-        """Per class the chosen kind of plan at every switch step: the same pool, method and small model where it has any."""
+        """Per class the chosen kind of plan at every switch step: same pool, method and small model if it has any."""
         return {name: tuple(_curve(self.found.by_class[name], option)) for name, option in chosen.items()}
 
 
@@ -301,27 +297,42 @@ def _alike(option: Candidate, chosen: Candidate) -> bool:
 
 def _baselines(search: _Search, fan_out: Mapper) -> dict[str, _Confirmed]:
     """Cloud only, edge only and the paper's static switch, each with its own best pools and the same promises."""
+    done = {name: _baseline_job(search, name) for name in (CLOUD_ONLY, EDGE_ONLY, STATIC_SWITCH)}
+    found: dict[str, _Confirmed] = {}
+    for confirmed, evidence in fan_out(_baseline, list(done.values())):
+        search.evidence += evidence
+        if confirmed is not None:
+            found[confirmed.evaluated.name] = confirmed
+    return found
+
+
+def _baseline_job(search: _Search, kind: str) -> tuple[_Search, str]:
+    """A search of its own, so that baselines can run side by side and none learns from another."""
+    known = search.sizer
+    sizer = Sizer(search.scenario, search.profiles, rates=known.rates, load_factors=dict(known.load_factors))
+    return _Search(search.scenario, search.profiles, search.found, sizer), kind
+
+
+def _baseline(job: tuple[_Search, str]) -> tuple[_Confirmed | None, list[Evaluated]]:
+    search, kind = job
     share = search.scenario.search.static_switch
-    kinds: dict[str, Callable[[Candidate], bool]] = {
-        CLOUD_ONLY: lambda o: o.edge_steps == 0,
-        EDGE_ONLY: lambda o: o.cloud_steps == 0,
-        f"{STATIC_SWITCH} {share:.0%}": lambda o: bool(o.edge_steps) and abs(o.switch_share - share) < 0.02,
-    }
-    jobs = [(search, name, keep) for name, keep in kinds.items()]
-    return {name: done for name, done in zip(kinds, fan_out(_baseline, jobs), strict=True) if done is not None}
-
-
-def _baseline(job: tuple[_Search, str, Callable[[Candidate], bool]]) -> _Confirmed | None:
-    search, name, keep = job
-    choices = search.choices(keep)
+    choices = search.choices(lambda option: _is_kind(option, kind, share))
     if any(not options for options in choices.values()):
-        return None
-    search.sizer.forget_extra_nodes()
-    return search.confirm(choices, name)
+        return None, []
+    name = f"{kind} {share:.0%}" if kind == STATIC_SWITCH else kind
+    return search.confirm(choices, name), search.evidence
+
+
+def _is_kind(option: Candidate, kind: str, share: float) -> bool:
+    if kind == CLOUD_ONLY:
+        return option.edge_steps == 0
+    if kind == EDGE_ONLY:
+        return option.cloud_steps == 0
+    return bool(option.edge_steps) and abs(option.switch_share - share) < SHARE_TOLERANCE
 
 
 def measured_load_ratio(confirmed: _Confirmed, pool_index: int) -> float:
-    """GPU-seconds that a pool's requests really held over those their plans predicted; above 1 by model loads and mixes."""
+    """GPU-seconds that a pool's requests held over those their plans predicted; above 1 by model loads and mixes."""
     held = predicted = 0.0
     options = list(confirmed.sizing.chosen.values())
     names = list(confirmed.result.scenario.requests)

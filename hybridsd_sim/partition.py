@@ -1,6 +1,7 @@
 """How a UNet divides over GPUs: stripes with halos, gathered keys and values, components and the tensors between them.
 
-The arithmetic behind `methods`, from the layers themselves: nothing here knows a method's rules or an interconnect's speed.
+The arithmetic behind `methods`, from the layers themselves: nothing here knows a method's rules or an interconnect's
+speed.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def stripe_work(job: Denoising, branch: int, latents: float, key_share: float) -
 
 
 def component_work(job: Denoising, components: int) -> RankWork:
-    """The heaviest of `components` contiguous parts of the UNet, and the tensors and the noise that every round moves."""
+    """The heaviest of `components` contiguous parts of the UNet, and the tensors and noise that every round moves."""
     bounds = balanced_cut([unit.macs for unit in job.units], components)
     loads = [sum(unit.macs for unit in job.units[a:b]) for a, b in pairwise(bounds)]
     total = sum(loads)

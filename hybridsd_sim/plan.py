@@ -23,8 +23,8 @@ Options = tuple[tuple[str, bool | int | float | str], ...]
 class Request:
     """What one user asks for: a picture (or several), how it is denoised, and what is promised about it.
 
-    `guidance_scale` above 1 means classifier-free guidance: two UNet evaluations a step. `slo_s` is counted from arrival
-    to image. `quality_floor` is a CLIP score in 0..1; None promises nothing.
+    `guidance_scale` above 1 means classifier-free guidance: two UNet evaluations a step. `slo_s` is counted from
+    arrival to image. `quality_floor` is a CLIP score in 0..1; None promises nothing.
     """
 
     model: str
@@ -101,8 +101,8 @@ class Plan:
     """Where every component of a request runs: the stages in order, and the sites of the text encoder and the VAE.
 
     `text_encode_site` and `vae_site` name the site of one of the stages or of `extra_sites`. `network` is the class of
-    the access network between the user's edge and the cloud; None leaves transfers out (a measurement inside one machine
-    room). `edge_encodes_prompt` follows from `text_encode_site`.
+    the access network between the user's edge and the cloud; None leaves transfers out (a measurement inside one
+    machine room). `edge_encodes_prompt` follows from `text_encode_site`.
     """
 
     stages: tuple[Stage, ...]
@@ -168,7 +168,7 @@ class Plan:
     @property
     def label(self) -> str:
         """A short name that a person can read: `a100 distrifusion x4 k=10 -> snapdragon-8-elite`."""
-        stages = " -> ".join(_stage_label(stage, len(self.stages) > 1) for stage in self.stages)
+        stages = " -> ".join(_stage_label(stage, with_steps=len(self.stages) > 1) for stage in self.stages)
         decoded = "" if self.vae_site == self.stages[-1].site.name else f", decoded on {self.vae_site}"
         return f"{stages}{decoded}" if self.vae == "autoencoder-kl" else f"{stages}{decoded} + {self.vae}"
 
@@ -177,7 +177,7 @@ class Plan:
         return asdict(self)
 
 
-def _stage_label(stage: Stage, with_steps: bool) -> str:
+def _stage_label(stage: Stage, *, with_steps: bool) -> str:
     how = "" if stage.degree == 1 else f" {stage.method} x{stage.degree}"
     which = "".join(f" {key}={value}" for key, value in stage.options)
     steps = f" [{stage.start},{stage.stop})" if with_steps else ""
@@ -186,7 +186,7 @@ def _stage_label(stage: Stage, with_steps: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What is rented and how each request class is served: nodes per pool, one plan per class. Written as `plan.yaml`."""
+    """What is rented and how each class is served: nodes per pool, one plan per class. Written as `plan.yaml`."""
 
     replicas: Mapping[str, int]
     plans: Mapping[str, Plan]

@@ -1,8 +1,8 @@
 """Who decides: a policy sees a view of the fleet and the candidate plans, and returns a `Decision`.
 
 The same object decides in the simulation and inside a serving system. It knows no event loop and no clock but the one
-passed in, and it sees only what a real dispatcher could know: predicted backlogs, as old as the view's telemetry. To add
-a policy, write one class here and decorate it with `@register`.
+passed in, and it sees only what a real dispatcher could know: predicted backlogs, as old as the view's telemetry. To
+add a policy, write one class here and decorate it with `@register`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REJECT = Decision("reject", None, 0.0, NO_CANDIDATE)
 
 
 class PoolView:
-    """What a dispatcher knows of one pool: GPUs, what runs, what waits; kept live by the pool or copied as a snapshot."""
+    """What a dispatcher knows of one pool: GPUs, what runs, what waits; kept live by the pool, or a snapshot of it."""
 
     __slots__ = ("backlog_gpu_s", "busy_gpus", "busy_until_gpu_s", "declared_work", "gpus", "largest_free", "queued")
 
@@ -77,6 +77,8 @@ class Policy(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ()
+    """What `make_policy` may pass to the policy, by the name of the argument."""
 
     @abstractmethod
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
@@ -128,7 +130,7 @@ def best_static(options: Sequence[Candidate]) -> Candidate | None:
     return min(options, key=lambda option: option.latency_s, default=None)
 
 
-POLICIES: dict[str, Callable[..., Policy]] = {}
+POLICIES: dict[str, type[Policy]] = {}
 
 
 def register(policy: type[Policy]) -> type[Policy]:
@@ -141,9 +143,8 @@ def make_policy(name: str, **settings: object) -> Policy:
     """The registered policy of that name; `settings` it does not take are left out. Raises `InputError` if unknown."""
     if name not in POLICIES:
         raise InputError(unknown_name("policy", name, list(POLICIES)))
-    factory = POLICIES[name]
-    taken = getattr(factory, "settings", ())
-    return factory(**{key: settings[key] for key in taken if key in settings})
+    policy = POLICIES[name]
+    return policy(**{key: settings[key] for key in policy.settings if key in settings})
 
 
 @register

@@ -1,7 +1,7 @@
 """One request, one plan, nobody else there: from plain names and numbers to a price with its sources.
 
-What `hybridsd-sim predict` asks. With `--measured-step-s` the user's own one-GPU step joins the profiles as a measured row
-that goes before all others, and everything else is predicted from it.
+What `hybridsd-sim predict` asks. With `--measured-step-s` the user's own one-GPU step joins the profiles as a measured
+row that goes before all others, and everything else is predicted from it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hybridsd_sim.cost import Part, PlanCost, price
-from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.errors import IllegalPlanError, InputError, Problem, unknown_name
 from hybridsd_sim.legality import plan_problems
 from hybridsd_sim.methods import METHODS, find_method
 from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
@@ -20,9 +20,9 @@ from hybridsd_sim.profiles import CostRow, Profiles
 
 CLOUD, EDGE = "cloud", "edge"
 OWN_STEP = "--measured-step-s"
-MOST_PX, MOST_STEPS, MOST_GUIDANCE = 16384, 1000, 100.0
+MOST_GPUS, MOST_PX, MOST_STEPS, MOST_GUIDANCE = 64, 16384, 1000, 100
 """The largest values that a scenario takes too."""
-_TYPES = {bool: "is true or false", int: "is a whole number", float: "is a number", str: "is text"}
+_TYPES = {bool: "must be true or false", int: "must be a whole number", float: "must be a number", str: "must be text"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,26 +64,30 @@ def predict_cost(ask: Ask, profiles: Profiles) -> PlanCost:
     )
     if ask.measured_step_s is not None:
         profiles = profiles.with_costs((_own_row(ask, request, ask.measured_step_s),))
-    plan = asked_plan(ask, profiles)
     try:
-        if problems := plan_problems(plan, request, profiles):
-            raise InputError(problems)
-        return price(plan, request, profiles, prefer=(OWN_STEP,))
+        return _priced(asked_plan(ask, profiles), request, profiles)
     except InputError as error:
-        raise type(error)(replace(problem, place=_flag(problem, ask)) for problem in error.problems) from None
+        raise type(error)(_of_flag(problem, ask) for problem in error.problems) from None
 
 
-def _flag(problem: Problem, ask: Ask) -> str:
-    """The option of the command line that a rule's place stands for."""
+def _priced(plan: Plan, request: Request, profiles: Profiles) -> PlanCost:
+    if problems := plan_problems(plan, request, profiles):
+        raise IllegalPlanError(problems)
+    return price(plan, request, profiles, prefer=(OWN_STEP,))
+
+
+def _of_flag(problem: Problem, ask: Ask) -> Problem:
+    """The problem at the option of the command line that the rule's place stands for."""
     place = problem.place
+    flags = {ask.small_model: "--small-model", f"memory of {CLOUD}": "--gpu", f"memory of {EDGE}": "--edge-device"}
     if place in {"degree", "guidance_scale", "height_px", "width_px"}:
-        return f"--{place.replace('_', '-')}"
-    if place in find_method(ask.method).defaults:
-        return f"--option {place}"
-    places = {ask.small_model: "--small-model", f"memory of {CLOUD}": "--gpu", f"memory of {EDGE}": "--edge-device"}
-    if place == "device":
-        return "--edge-device" if problem.value == ask.edge_device else "--gpu"
-    return places.get(place, place)
+        place = f"--{place.replace('_', '-')}"
+    elif place in find_method(ask.method).defaults:
+        place = f"--option {place}"
+    elif place == "device":
+        place = "--edge-device" if problem.value == ask.edge_device else "--gpu"
+    place = flags.get(place, place)
+    return replace(problem, place=place, remedy=problem.remedy or f"Choose another {place}.")
 
 
 def asked_plan(ask: Ask, profiles: Profiles) -> Plan:
@@ -93,9 +97,8 @@ def asked_plan(ask: Ask, profiles: Profiles) -> Plan:
     cloud = _cloud_site(ask)
     stages = []
     if switch > 0:
-        stages.append(
-            Stage(start=0, stop=switch, model=ask.model, site=cloud, method=ask.method, degree=ask.degree, options=ask.options)
-        )
+        spread = Stage(start=0, stop=switch, model=ask.model, site=cloud, method=ask.method, degree=ask.degree)
+        stages.append(replace(spread, options=ask.options))
     if switch < steps:
         site = cloud if ask.edge_device is None else _edge_site(ask.edge_device, profiles)
         stages.append(Stage(start=switch, stop=steps, model=ask.small_model or ask.model, site=site))
@@ -167,22 +170,25 @@ def _check(ask: Ask, profiles: Profiles) -> None:
         raise InputError(problems)
 
 
-def _number_problems(ask: Ask) -> list[Problem]:
-    steps, switch = ask.num_inference_steps, ask.switch_step
-    own, small = ask.measured_step_s, ask.small_model
-    sizes = [("--height-px", ask.height_px), ("--width-px", ask.width_px)]
-    rules = [
-        ("--degree", ask.degree, ask.degree >= 1, "counts GPUs, so it is at least 1", "One GPU is --degree 1."),
-        *((flag, px, px is None or 64 <= px <= MOST_PX, f"lies between 64 and {MOST_PX} px", "") for flag, px in sizes),
-        ("--num-inference-steps", steps, 1 <= steps <= MOST_STEPS, f"lies between 1 and {MOST_STEPS}", ""),
-        ("--guidance-scale", ask.guidance_scale, 0 <= ask.guidance_scale <= MOST_GUIDANCE, "lies between 0 and 100", ""),
-        (OWN_STEP, own, own is None or 0 < own < math.inf, "is a finite number of seconds above 0", "Leave it out."),
-        ("--switch-step", switch, switch is None or 0 <= switch <= steps, f"lies between 0 and {steps}", ""),
-        ("--small-model", small, small is None or switch is not None, "needs a --switch-step", "Say where it takes over."),
-        ("--switch-step", switch, small is not None or switch in (None, steps), "needs a --small-model", "Say what follows."),
-    ]  # fmt: skip
+def _number_problems(ask: Ask) -> Iterator[Problem]:
+    steps, switch, small, own = ask.num_inference_steps, ask.switch_step, ask.small_model, ask.measured_step_s
     default = "Leave it out for the default."
-    return [Problem(flag, repr(value), rule, remedy or default) for flag, value, holds, rule, remedy in rules if not holds]
+    for flag, value, low, high in (
+        ("--degree", ask.degree, 1, MOST_GPUS),
+        ("--height-px", ask.height_px, 64, MOST_PX),
+        ("--width-px", ask.width_px, 64, MOST_PX),
+        ("--num-inference-steps", steps, 1, MOST_STEPS),
+        ("--guidance-scale", ask.guidance_scale, 0, MOST_GUIDANCE),
+        ("--switch-step", switch, 0, max(1, steps)),
+    ):
+        if value is not None and not low <= value <= high:
+            yield Problem(flag, str(value), f"must lie between {low} and {high}", default)
+    if own is not None and not 0 < own < math.inf:
+        yield Problem(OWN_STEP, str(own), "must be a finite number of seconds above 0", default)
+    if small is not None and switch is None:
+        yield Problem("--small-model", small, "needs a --switch-step", "Give the first step that it does.")
+    if small is None and switch is not None and switch != steps:
+        yield Problem("--switch-step", str(switch), "needs a --small-model", "Name the model that goes on.")
 
 
 def _option_problems(ask: Ask) -> Iterator[Problem]:
@@ -199,7 +205,9 @@ def _option_problems(ask: Ask) -> Iterator[Problem]:
         if key not in defaults:
             yield replace(unknown_name("--option", key, list(defaults)), rule=f"{ask.method} has no such option")
         elif not _of_type(value, wanted := type(defaults[key])):
-            yield Problem(f"--option {key}", repr(value), _TYPES[wanted], f"The default is {_written(defaults[key])}.")
+            yield Problem(
+                f"--option {key}", _written(value), _TYPES[wanted], f"The default is {_written(defaults[key])}."
+            )
 
 
 def _of_type(value: object, wanted: type) -> bool:

@@ -78,7 +78,8 @@ class Profiles:
     _steps: Mapping[_StepKey, Sequence[CostRow]]
 
     def __repr__(self) -> str:
-        return f"Profiles({len(self.gpus)} GPUs, {len(self.models)} models, {len(self.costs)} cost rows, {self.digest[:8]})"
+        counts = f"{len(self.gpus)} GPUs, {len(self.models)} models, {len(self.costs)} cost rows"
+        return f"Profiles({counts}, {self.digest[:8]})"
 
     def gpu(self, name: str) -> Gpu:
         return _named("gpu", name, self.gpus)

@@ -1,9 +1,9 @@
 """What a plan's pictures are worth: CLIP score and FID by switch step and parallel method, from published tables.
 
 A plan starts from its large model's own published score and loses what the study of its model pair lost at that switch
-step, plus what the study of its parallel method lost in that configuration: losses add up, which is conservative. Between
-published switch steps the loss is interpolated linearly in the share of steps done by the large model, which keeps it
-monotone. Whatever no study covers is None with a reason, never zero.
+step, plus what the study of its parallel method lost in that configuration: losses add up, which is conservative.
+Between published switch steps the loss is interpolated linearly in the share of steps done by the large model, which
+keeps it monotone. Whatever no study covers is None with a reason, never zero.
 
 Sources: Hybrid SD (arXiv 2408.06646, repository tables), ObCLIP (arXiv 2510.04153), AsyncDiff (arXiv 2406.06911,
 tables 1 and 3), DistriFusion (arXiv 2402.19481, table 1).
@@ -47,8 +47,8 @@ NO_LOSS = _Loss(0.0, "quoted")
 def quality_of(plan: Plan, profiles: Profiles, *, wanted: str | None = None) -> Quality:
     """The CLIP score of a plan's pictures; None with a reason where no published table reaches.
 
-    `wanted` is the model the user asked for. A small model that does every step is then the pair's switch step 0, so that
-    one study's scores are compared; without such a study its own published score counts.
+    `wanted` is the model the user asked for. A small model that does every step is then the pair's switch step 0, so
+    that one study's scores are compared; without such a study its own published score counts.
     """
     large = plan.stages[0].model
     if wanted is not None and switch_curve(profiles, wanted, large):
@@ -84,7 +84,7 @@ def _base(profiles: Profiles, model: str) -> _Loss:
 
 
 def _alone(rows: Iterable[QualityRow], model: str) -> list[QualityRow]:
-    """Rows of a model that does every step on one GPU, in catalogue order; siblings of one architecture do not count."""
+    """Rows of a model that does every step on one GPU, in catalogue order; those of its siblings do not count."""
     return [
         row
         for row in rows

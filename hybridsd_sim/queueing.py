@@ -1,8 +1,8 @@
 """How long a job waits for its gang: multi-server queue formulas, the first rung of the ladder of fidelity.
 
-A pool with `c` gangs at a time is treated as an M/G/c queue by Allen and Cunneen's approximation: the M/M/c probability of
-waiting (Erlang C), and beyond it an exponential wait whose mean carries the variation of arrivals and service. It is exact
-for M/M/c and for the mean wait of M/G/1; otherwise simulation confirms it.
+A pool with `c` gangs at a time is treated as an M/G/c queue by Allen and Cunneen's approximation: the M/M/c probability
+of waiting (Erlang C), and beyond it an exponential wait whose mean carries the variation of arrivals and service. It is
+exact for M/M/c and for the mean wait of M/G/1; otherwise simulation confirms it.
 """
 
 from __future__ import annotations

@@ -53,6 +53,8 @@ NonNegative = Annotated[float, Field(ge=0, le=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=64, le=16384, multiple_of=8)]
 Sampler = Literal["ddim", "euler", "dpmsolver", "dpmsolver++", "unipc", "pndm", "lcm"]
+ALL = "all"
+"""Name of the summary's row over all request classes; no class may bear it."""
 
 
 class ArrivalSpec(Written):
@@ -255,7 +257,7 @@ class Scenario(Written):
     def _broken(self) -> Iterator[Broken]:
         if self.warmup_s >= self.horizon_s:
             yield "warmup_s", self.warmup_s, f"must be shorter than horizon_s, {self.horizon_s:g}", ""
-        yield from _unknown_origins({name: spec.origin for name, spec in self.requests.items()}, self.edge)
+        yield from _wrong_classes({name: spec.origin for name, spec in self.requests.items()}, self.edge)
 
     @classmethod
     def known_keys(cls) -> list[str]:
@@ -332,7 +334,7 @@ def _resolve(
         data["overrides_applied"] = [*(before if isinstance(before, list) else ()), *log]
     result = reading.check(Scenario, data)
     if result is None:
-        _flag_origins(reading, data)
+        _flag_classes(reading, data)
     return reading.finish(result)
 
 
@@ -372,17 +374,20 @@ def _anchor(data: Mapping[str, Any], folder: Path) -> None:
             arrivals["path"] = str((folder / arrivals["path"]).resolve())
 
 
-def _unknown_origins(origins: Mapping[str, Any], fleets: Collection[str]) -> Iterator[Broken]:
+def _wrong_classes(origins: Mapping[str, Any], fleets: Collection[str]) -> Iterator[Broken]:
+    """What is wrong with request classes beyond their own keys, from their names and origins."""
+    if ALL in origins:
+        yield f"requests.{ALL}", ALL, "is what the summary calls all classes together", "Give the class another name."
     for name, origin in origins.items():
         if isinstance(origin, str) and origin not in fleets:
             remedy = unknown_name("", origin, list(fleets)).remedy
             yield f"requests.{name}.origin", origin, "must name an edge fleet of this scenario", remedy
 
 
-def _flag_origins(reading: Reading, data: Mapping[str, Any]) -> None:
-    """Check origins although something else is wrong, so that all problems show at once."""
+def _flag_classes(reading: Reading, data: Mapping[str, Any]) -> None:
+    """Check names and origins of classes although something else is wrong, so that all problems show at once."""
     requests, fleets = data.get("requests"), data.get("edge")
     if isinstance(requests, Mapping) and isinstance(fleets, Mapping):
         origins = {name: spec.get("origin") for name, spec in requests.items() if isinstance(spec, Mapping)}
-        for key, value, rule, remedy in _unknown_origins(origins, fleets):
+        for key, value, rule, remedy in _wrong_classes(origins, fleets):
             reading.flag(key, shown(value), rule, remedy)

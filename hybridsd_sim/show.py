@@ -1,8 +1,8 @@
 """Turns results into tables and JSON-able data for the terminal. Returns strings and plain data; prints nothing.
 
-Simulations and capacity plans are shown from what their report saved (`report.folder.read_run`), so that the terminal, the
-JSON and the pages say the same. Columns that do not fit a width stand in further blocks, under the same first columns;
-words are not broken.
+Simulations and capacity plans are shown from what their report saved (`report.folder.read_run`), so that the terminal,
+the JSON and the pages say the same. Columns that do not fit a width stand in further blocks, under the same first
+columns; words are not broken.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from textwrap import fill, wrap
+from textwrap import TextWrapper, wrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ SHOWN_POINTS = 8
 """Points of the frontier that fit a terminal; the report has all."""
 TIE = "\N{NO-BREAK SPACE}"
 """Stands for a space inside an interval, which a table does not wrap."""
+BRACKETS = "In brackets: where the figure would fall in 95 of 100 repetitions of the run."
 FIGURES = {
     "latency_p95_s": "p95 latency s",
     "slo_attainment": "share inside SLO",
@@ -56,7 +57,7 @@ def _finite(value: Any) -> Any:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], width: int, *, keys: int = 1) -> str:
-    """Aligned columns within `width` characters, as blocks that repeat the first `keys` columns where one is too narrow."""
+    """Aligned columns within `width` characters; those that do not fit stand below, beside the first `keys` again."""
     cells = [list(header), *([figure(cell) for cell in row] for row in rows)]
     columns = list(zip(*cells, strict=True))
     return "\n".join(_block(block, width) for block in _blocks(columns, width, keys))
@@ -104,9 +105,9 @@ def _joined(line: Sequence[str], widths: Sequence[int]) -> str:
 
 def sentences(lines: Iterable[str], width: int, mark: str = "- ") -> str:
     """A list of sentences, wrapped between words."""
-    inset = " " * len(mark)
-    how = {"initial_indent": mark, "subsequent_indent": inset}
-    return "".join(f"{fill(line, width, break_on_hyphens=False, break_long_words=False, **how)}\n" for line in lines)
+    wrapper = TextWrapper(width, break_on_hyphens=False, break_long_words=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = mark, " " * len(mark)
+    return "".join(f"{wrapper.fill(line)}\n" for line in lines)
 
 
 def figure(value: Any) -> str:
@@ -141,7 +142,7 @@ def scenario_text(scenario: Scenario, width: int) -> str:
     keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
     rows = [(key, getattr(scenario, key)) for key in keys]
     rows += [(f"requests.{name}", _class_in_brief(spec)) for name, spec in scenario.requests.items()]
-    rows += [(f"edge.{name}", f"{fleet.replicas} x {fleet.device} on {fleet.network}") for name, fleet in scenario.edge.items()]
+    rows += [(f"edge.{name}", f"{f.replicas} x {f.device} on {f.network}") for name, f in scenario.edge.items()]
     rows += [(f"pools.{name}", _pool_in_brief(pool)) for name, pool in scenario.pools.items()]
     rows += [(f"budget.{key}", value) for key, value in scenario.budget.model_dump().items() if value is not None]
     rows += [(f"search.{key}", list(getattr(scenario.search, key))) for key in ("methods", "degrees", "policies")]
@@ -216,7 +217,7 @@ def plan_data(saved: Data, page: str) -> dict[str, Any]:
 
 def simulation_text(saved: Data, width: int) -> str:
     """Verdicts first, then the figures of every policy and class, then why some are not known."""
-    rows, notes = [], []
+    rows, notes = [], [BRACKETS]
     shown = [key for key in FIGURES if any(_value(run, key) is not None for run in saved["runs"])]
     for run in saved["runs"]:
         classes = run["summary"] if len(run["summary"]) > 2 else {"all": run["summary"]["all"]}
@@ -247,13 +248,14 @@ def _verdicts(runs: Sequence[Data], width: int) -> str:
 
 def plan_text(saved: Data, width: int) -> str:
     """The verdict, what serves each class, what to rent, what it was compared with, the frontier, and why."""
+    nodes = list(saved["runs"][0]["replicas"].items())
     text = (
         _verdicts(saved["runs"][:1], width),
         table(("class", "plan", "p95 latency s", "SLO s", "share inside SLO", "CLIP"), list(_chosen(saved)), width),
-        table(("pool", "nodes"), list(saved["runs"][0]["replicas"].items()), width) if saved["scenario"]["pools"] else "",
+        table(("pool", "nodes"), nodes, width) if nodes else "",
         table(("plan", "USD/h", "p95 latency s", "CLIP", "holds"), list(_compared(saved)), width),
         _frontier(saved["frontier"], width),
-        sentences(saved["explanation"], width),
+        sentences([*saved["explanation"], BRACKETS], width),
     )
     return "\n".join(filter(None, text))
 

@@ -2,8 +2,8 @@
 
 One event where something can be decided or a device is freed, and nowhere else: the arrival (the policy decides), the
 prompt's arrival at the pool (queueing), the gang's release, and the latent's arrival at the edge. Random inputs of a
-request (its device, its link rates, its model) are drawn with the arrival from named streams, so that every policy meets
-exactly the same requests on the same links.
+request (its device, its link rates, its model) are drawn with the arrival from named streams, so that every policy
+meets exactly the same requests on the same links.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hybridsd_sim.candidates import (
     request_of,
 )
 from hybridsd_sim.draws import Draws
-from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.errors import InputError, Problem, RunError
 from hybridsd_sim.fleet import EdgeFleet, Job, Pool
 from hybridsd_sim.metrics import Verdict, summarise, verdict_of
 from hybridsd_sim.plan import Deployment, Plan
@@ -141,8 +141,8 @@ class _Route:
     """A candidate compiled for the hot path: which pool and fleet, how long, how many bytes."""
 
     __slots__ = (
-        "cloud_s", "degree", "down_bytes", "edge_s", "fleet", "index", "load_s", "model_key", "pool", "priority", "up_bytes",
-        "work",
+        "cloud_s", "degree", "down_bytes", "edge_s", "fleet", "index", "load_s", "model_key", "pool", "priority",
+        "up_bytes", "work",
     )  # fmt: skip
 
     def __init__(self, index: int, pool: Pool[_Trip] | None, fleet: EdgeFleet | None) -> None:
@@ -235,6 +235,8 @@ class _Run:
         for job in self._open.values():
             self._write(job, IN_FLIGHT, NAN, NAN, NAN, -1)
         records = self._book.close()
+        if len(records) != self._draws.drawn:
+            raise RunError(f"the run lost requests: {self._draws.drawn} arrived, {len(records)} were recorded")
         gpus = {name: pool.view.gpus for name, pool in zip(self._scenario.pools, self._pools, strict=True)}
         check_laws(records, gpus, {name: fleet.replicas for name, fleet in self._scenario.edge.items()})
         return records

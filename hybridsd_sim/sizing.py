@@ -1,9 +1,9 @@
 """How many nodes a choice of plans needs, by formula: the analytic side of the optimiser.
 
-A choice gives every request class one candidate. The classes of a pool share its queue (`queueing.pool_wait`); a class is
-served in time when wait, work and transfers together stay inside its SLO at its percentile. Transfers vary with the access
-network: the attainment is averaged over a fixed grid of link conditions. The fewest nodes that give every class its
-percentile are the pool's replicas.
+A choice gives every request class one candidate. The classes of a pool share its queue (`queueing.pool_wait`); a class
+is served in time when wait, work and transfers together stay inside its SLO at its percentile. Transfers vary with the
+access network: the attainment is averaged over a fixed grid of link conditions. The fewest nodes that give every class
+its percentile are the pool's replicas.
 
 `load_factors` carry what simulation found and the formula does not know (model loads, requests of other sizes): the
 GPU-seconds measured over those predicted, per pool.
@@ -50,7 +50,7 @@ class Sizing:
 
 @dataclass(slots=True)
 class Sizer:
-    """Sizes choices for one scenario; keeps the link grid and the rates so that a choice costs well under a millisecond."""
+    """Sizes choices for one scenario; keeps the link grid and the rates, so that a choice takes under a millisecond."""
 
     scenario: Scenario
     profiles: Profiles
@@ -137,11 +137,6 @@ class Sizer:
     def learn(self, pool: str, load_factor: float, extra_nodes: int) -> None:
         """Take over what a simulation found out about a pool."""
         self.load_factors[pool], self.extra_nodes[pool] = load_factor, extra_nodes
-        self._known_nodes.clear()
-
-    def forget_extra_nodes(self) -> None:
-        """Size by load alone again, for another kind of plan."""
-        self.extra_nodes.clear()
         self._known_nodes.clear()
 
     def _nodes(self, name: str, mine: list[Candidate]) -> tuple[int, Wait]:

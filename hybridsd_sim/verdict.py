@@ -188,8 +188,8 @@ def _unfinished(rows: np.ndarray, edges_s: np.ndarray) -> tuple[int, int, int]:
     arrival_s = column(rows, "arrival_s")
     done_s = np.where(column(rows, "status") == UNSERVED, arrival_s, column(rows, "finish_s"))
     begin_s, end_s = edges_s[2 * CELLS_PER_THIRD], edges_s[-1]
-    arrived = [np.count_nonzero(arrival_s <= t) for t in (begin_s, end_s)]
-    done = [np.count_nonzero(done_s <= t) for t in (begin_s, end_s)]
+    arrived = [int(np.count_nonzero(arrival_s <= t)) for t in (begin_s, end_s)]
+    done = [int(np.count_nonzero(done_s <= t)) for t in (begin_s, end_s)]
     return arrived[1] - arrived[0], arrived[0] - done[0], arrived[1] - done[1]
 
 

@@ -12,6 +12,7 @@ from hybridsd_sim.scenario import load_scenario
 
 
 def changed(scenario: Scenario, **changes: Any) -> Scenario:
+    """The scenario with dotted changes (`__` for the dots)."""
     return scenario.with_overrides({key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -50,7 +51,7 @@ def test_models_of_another_latent_space_are_refused(quickstart: Scenario, profil
 
 
 def test_a_model_must_fit_the_device(profiles: Profiles) -> None:
-    """SDXL in fp16 does not fit what an RTX 2080 Ti leaves free at 2048 px with gathered keys and values of eight GPUs."""
+    """SDXL in fp16 at 2048 px, with keys and values gathered from eight GPUs, does not fit an RTX 2080 Ti."""
     small = changed(load_scenario("studio-2k"), pools__nvlink__gpu="rtx-2080ti")
     found = find_candidates(small, profiles)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import CLOUD, PHONE, REQUEST, hybrid
-from hybridsd_sim import Plan, PlanCost, Profiles, Stage, price
+from hybridsd_sim import Plan, Profiles, Stage, price
 from hybridsd_sim.errors import MissingDataError
 from hybridsd_sim.partition import RankWork
 from hybridsd_sim.predict import Ask, predict_cost
@@ -59,7 +59,7 @@ def test_a_later_switch_moves_work_to_the_cloud(profiles: Profiles, k: int) -> N
 
 @pytest.mark.parametrize(("k", "tera_flops"), [(25, 33.89), (10, 22.64), (5, 18.89), (0, 15.14)])
 def test_hybrid_sd_arithmetic_is_the_published_one(profiles: Profiles, k: int, tera_flops: float) -> None:
-    """SD 1.4 + 224M over 25 guided steps, attention products left out (Hybrid SD, table H1), counted from the configs."""
+    """SD 1.4 + 224M, 25 guided steps, attention products left out (Hybrid SD, table H1), counted from configs."""
     cost = price(hybrid(k), REQUEST, profiles)
 
     assert cost.flops_without_attention_products == pytest.approx(tera_flops * 1e12, rel=1e-3)
@@ -174,10 +174,6 @@ def test_ones_own_step_replaces_every_other_source(profiles: Profiles) -> None:
     assert {part.kind for part in one.denoise_parts} == {"measured"}
     assert 12.5 < two.denoise_s < 25.0
     assert "--measured-step-s" in two.sources
-
-
-def speed_up(cost: PlanCost, base: PlanCost) -> float:
-    return base.denoise_s / cost.denoise_s
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,12 @@ def run_pool(jobs: Iterable[tuple[float, Job]], *, nodes: int, gpus: int = 1, **
 
 
 def waits(jobs: Iterable[Job]) -> np.ndarray:
+    """Seconds that each job waited for its gang."""
     return np.array([job.cloud_start_s - job.cloud_ready_s for job in jobs])
 
 
 def poisson_jobs(seed: int, rate: float, holds: np.ndarray) -> list[tuple[float, Job]]:
+    """Single-GPU jobs with these holding times, arriving at random."""
     times = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(holds)))
     return [(float(at), Job(i, 1, float(hold))) for i, (at, hold) in enumerate(zip(times, holds, strict=True))]
 
@@ -109,7 +111,7 @@ def test_nobody_waits_for_an_empty_pool(drawn: list[tuple[float, int, float, flo
 
 
 def staged(discipline: str) -> dict[str, float]:
-    """Start times on two nodes of two GPUs: long and longer hold one GPU each, a gang of two waits, small ones follow."""
+    """Start times on two nodes of two GPUs: one node is full, half the other is, a gang of two waits, two jobs follow."""
     named = {
         "long": (0.0, Job(0, 2, 10.0, 99.0)),
         "half": (0.0, Job(1, 1, 4.0, 98.0)),
@@ -191,7 +193,7 @@ def test_a_cold_pool_starts_nothing_before_it_is_up() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0.1, 3), st.floats(0, 0.999)), max_size=40), st.booleans())
 def test_edge_devices_serve_one_at_a_time(drawn: list[tuple[float, float, float]], shared: bool) -> None:
-    """No device runs two requests at once, none starts before it is ready; a shared fleet keeps no one from a free device."""
+    """No device runs two requests at once or one that is not ready; a shared fleet keeps no one from a free device."""
     fleet = EdgeFleet(3, shared=shared)
     served = []
     for ready, hold, draw in sorted(drawn):

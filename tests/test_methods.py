@@ -69,7 +69,7 @@ def test_phases_cover_every_step_once(
     ("px", "degree", "giga_elements"), [(1024, 2, 0.218), (1024, 4, 0.339), (1024, 8, 0.424), (2048, 8, 1.583)]
 )
 def test_distrifusion_traffic_is_the_papers(profiles: Profiles, px: int, degree: int, giga_elements: float) -> None:
-    """Elements received by one device per step: 0.42 G at 1024 px (DistriFusion, table 2); 1.58 G derived at 2048 px."""
+    """Elements received by a device per step: 0.42 G at 1024 px (DistriFusion, table 2); 1.58 G derived at 2048."""
     job = denoising(profiles, "sdxl", px)
     steady = METHODS["distrifusion"].phases(job, degree, {})[-1].work
 
@@ -77,7 +77,7 @@ def test_distrifusion_traffic_is_the_papers(profiles: Profiles, px: int, degree:
 
 
 def test_pcpp_cuts_traffic_as_published(profiles: Profiles) -> None:
-    """Whole stripes to two neighbours of eight are 2/7 of DistriFusion's keys and values; the part used is less still."""
+    """Whole stripes to two of eight are 2/7 of DistriFusion's keys and values; the part used is less still."""
     job = denoising(profiles, "sdxl", 1024)
     whole_stripes = METHODS["pcpp"].phases(job, 8, {"whole_stripes": True})[-1].work.received_bytes
     used_only = METHODS["pcpp"].phases(job, 8, {})[-1].work.received_bytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -151,3 +153,15 @@ def test_the_formula_agrees_with_the_simulation_where_it_should(quickstart: Scen
     simulated = float(result.summary.xs("all", level="request_class").iloc[0]["latency_p95_s"])
 
     assert sizer.quantile(sizing, 0.95) == pytest.approx(simulated, rel=0.1)
+
+
+def test_the_answer_does_not_depend_on_who_runs_the_simulations(quickstart: Scenario, profiles: Profiles) -> None:
+    """Baselines in other processes and baselines one after the other give the same plan to the bit."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        apart = optimize(short(quickstart), profiles, map=pool.map)
+    together = optimize(short(quickstart), profiles)
+
+    assert apart.explanation == together.explanation
+    assert repr(apart.evidence) == repr(together.evidence)  # NaN is not equal to itself, but prints the same
+    for name, result in together.baseline_results.items():
+        assert result.replications[0].rows().tobytes() == apart.baseline_results[name].replications[0].rows().tobytes()

@@ -61,7 +61,7 @@ def test_the_static_switch_is_the_papers_ten_of_twenty_five(options: tuple[Candi
 def test_cost_aware_takes_the_cheapest_that_is_in_time(
     options: tuple[Candidate, ...], first: float, second: float, slo_s: float
 ) -> None:
-    """Nothing cheaper that keeps the floor was predicted to meet the deadline; else the soonest is taken and marked late."""
+    """Nothing cheaper was predicted to meet floor and deadline; else the soonest is taken and marked late."""
     fleet = view(first, second)
     decision = make_policy("cost_aware").decide(options, slo_s, fleet, 0.0)
 

@@ -29,6 +29,7 @@ def run(scenario: Scenario, profiles: Profiles, policy: str = "cost_aware", **ch
 
 
 def only(result: SimResult) -> np.ndarray:
+    """The rows of a run of one replication."""
     (records,) = result.replications
     return records.rows()
 

@@ -321,7 +321,7 @@ def test_the_source_of_arrivals_is_said(tmp_path):
     specs = scenario_of(a={"process": "gentd26"}, b={"process": "trace", "path": path}, c=PROCESSES[0]).requests
     generator, trace, poisson = (arrival_source(spec.arrivals) for spec in specs.values())
     assert "generator" in generator
-    assert trace.startswith("Mooncake trace trace.csv, 2 requests")
+    assert trace.startswith("the Mooncake trace trace.csv, 2 requests")
     assert poisson == "poisson, 0.5 requests a second"
     assert [round(mean_rate_per_s(spec.arrivals), 4) for spec in specs.values()] == [0.0135, 0.3333, 0.5]
 

@@ -42,17 +42,19 @@ def sentence(data: Data) -> str:
     start = f"Rent {listed(rented)} for {price}" if rented else "Rent nothing"
     alike: dict[str, list[str]] = {}
     for choice in data["chosen"]:
-        alike.setdefault(_in_brief(choice), []).append(choice["request_class"])
-    return f"{start}: {'; '.join(f'{listed(names)} {how}' for how, names in alike.items())}."
+        alike.setdefault(_to_do(choice), []).append(choice["request_class"])
+    return f"{start}: {'; '.join(what.format(listed(names)) for what, names in alike.items())}."
 
 
-def _in_brief(choice: Data) -> str:
+def _to_do(choice: Data) -> str:
+    """What to do with a class, or with several alike."""
     stages = choice["stages"]
     if not stages:
-        return "cannot be served by any legal plan"
+        return "no legal plan serves {}"
     if len(stages) > 1:
-        return f"handed over after step {choice['switch_step']} of {choice['num_inference_steps']}"
-    return "at the edge alone" if stages[0]["tier"] == "edge" else f"every step on {stages[0]['site']}"
+        return f"hand {{}} over after step {choice['switch_step']} of {choice['num_inference_steps']}"
+    place = "at the edge" if stages[0]["tier"] == "edge" else f"on {stages[0]['site']}"
+    return f"run every step of {{}} {place}"
 
 
 def in_words(choice: Data) -> str:
@@ -75,7 +77,7 @@ def _steps(stage: Data, total: int) -> str:
 def _where(stage: Data) -> str:
     if stage["tier"] == "edge":
         return f"on the user's {stage['device']}"
-    options = "".join(f", {key} {value}" for key, value in stage["options"].items())
+    options = "".join(f", {key}" if value is True else f", {key} {value}" for key, value in stage["options"].items())
     how = "" if stage["degree"] == 1 else f" by {stage['method']} over {stage['degree']} GPUs{options}"
     device = "" if stage["device"] == stage["site"] else f" ({stage['device']})"
     return f"on {stage['site']}{device}{how}"

@@ -25,7 +25,7 @@ from hybridsd_sim.report.markup import (
     answered,
     cell,
 )
-from hybridsd_sim.report.numbers import Show, clip, number, percent
+from hybridsd_sim.report.numbers import DASH, Show, clip, number, percent
 
 Data = Mapping[str, Any]
 QUESTIONS = {"feasible": "Feasible", "stable": "Stable", "converged": "Converged", "in_domain": "In domain"}
@@ -172,7 +172,7 @@ def _part_row(part: Data, sources: Sequence[str]) -> tuple[Cell, ...]:
         Cell(part["component"].replace("_", " ")),
         Cell(part["request_class"]),
         Cell(part["where"] or "published tables"),
-        cell({"value": part["value"], "note": part["note"]}, lambda value: f"{show(value)} {unit}"),
+        Cell(DASH, part["note"]) if part["value"] is None else Cell(f"{show(part['value'])} {unit}"),
         Cell("none given" if low is None or high is None else f"{show(low)}–{show(high)} {unit}"),
         Cell(part["kind"], kind=part["kind"]),
         Cell("" if found else "this model's own rule", note, sources=found),

@@ -1,4 +1,4 @@
-"""`requests.parquet`: a row per request of every run, written a replication at a time, read back for the timeline."""
+"""`requests.parquet`: a row per request of every run, written block by block and read back for the timeline."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 WHOLE = frozenset({"request", "degree", "node", "device"})
 """Columns of whole numbers."""
+BLOCK_ROWS = 32768
+"""Requests written at a time."""
 
 
 def write_rows(path: Path, runs: Mapping[str, SimResult]) -> None:
@@ -26,9 +28,10 @@ def write_rows(path: Path, runs: Mapping[str, SimResult]) -> None:
     try:
         for name, result in runs.items():
             for records in result.replications:
-                table = _table(records, name)
-                writer = writer or pq.ParquetWriter(path, table.schema, **_encoding(table.schema))
-                writer.write_table(table)
+                for first in range(0, max(1, len(records)), BLOCK_ROWS):
+                    table = _table(records, records.rows()[first : first + BLOCK_ROWS], name)
+                    writer = writer or pq.ParquetWriter(path, table.schema, **_encoding(table.schema))
+                    writer.write_table(table)
     finally:
         if writer is not None:
             writer.close()
@@ -41,9 +44,8 @@ def _encoding(schema: Any) -> dict[str, Any]:
     return {"compression": "zstd", "use_dictionary": names, "use_byte_stream_split": times}
 
 
-def _table(records: Records, policy: str) -> Any:
-    """One replication: names for indexes, whole numbers for counts, the meaning of each column beside it."""
-    rows = records.rows()
+def _table(records: Records, rows: np.ndarray, policy: str) -> Any:
+    """A block of a replication: names for indexes, whole numbers for counts, the meaning of each column beside it."""
     same = {"policy": pa.array([policy], pa.string()), "replication": pa.array([records.replication], pa.int64())}
     columns = {name: pa.chunked_array([value.take(np.zeros(len(rows), np.int64))]) for name, value in same.items()}
     fields = [pa.field(name, value.type) for name, value in columns.items()]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybridsd_sim.metrics import ALL, pool_table, utilisation_series
-from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, Records, column
+from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, column
 
 if TYPE_CHECKING:
     from hybridsd_sim.candidates import Candidate
@@ -148,14 +148,14 @@ def _batches(result: SimResult, class_index: int) -> Iterator[tuple[np.ndarray, 
     edges = np.linspace(start, end, pieces + 1)
     for records in result.replications:
         rows = records.rows()
-        rows = rows[column(rows, "class_index") == class_index]
-        cuts = np.searchsorted(column(rows, "arrival_s"), edges)
-        for first, last in pairwise(cuts):
-            mine = rows[first:last]
-            served = column(mine, "status") == SERVED
-            late = (column(mine, "status") == IN_FLIGHT) & (column(mine, "deadline_s") <= end)
-            counted = int((served | late | (column(mine, "status") == UNSERVED)).sum())
-            yield (column(mine, "finish_s") - column(mine, "arrival_s"))[served], counted
+        which = np.flatnonzero(column(rows, "class_index") == class_index)
+        arrival, status = column(rows, "arrival_s")[which], column(rows, "status")[which]
+        latency = column(rows, "finish_s")[which] - arrival
+        late = (status == IN_FLIGHT) & (column(rows, "deadline_s")[which] <= end)
+        counted = (status == SERVED) | late | (status == UNSERVED)
+        for first, last in pairwise(np.searchsorted(arrival, edges)):
+            served = status[first:last] == SERVED
+            yield latency[first:last][served], int(counted[first:last].sum())
 
 
 def _half_width(each: np.ndarray) -> np.ndarray:
@@ -214,20 +214,15 @@ def _components(result: SimResult, known: Mapping[tuple[str, str], Candidate]) -
 def _booked(result: SimResult) -> Iterator[tuple[str, str, int, np.ndarray]]:
     """Per (class, plan) that served: class, label, requests, and (dollars, GPU-seconds, GPU-seconds of loading)."""
     for records in result.replications:
-        rows = _counted(records, result.scenario.warmup_s)
-        plan, which = column(rows, "plan_index"), column(rows, "class_index")
+        rows = records.rows()
+        counted = (column(rows, "status") == SERVED) & (column(rows, "arrival_s") >= result.scenario.warmup_s)
+        codes = np.where(counted, column(rows, "plan_index") * len(records.classes) + column(rows, "class_index"), -1)
         load = np.nan_to_num(column(rows, "model_load_s")) * column(rows, "degree")
-        for code in np.unique(plan * len(records.classes) + which):
+        for code in np.unique(codes[counted]):
             index, cls = divmod(int(code), len(records.classes))
-            mine = (plan == index) & (which == cls)
+            mine = codes == code
             sums = [column(rows, "usd")[mine].sum(), column(rows, "gpu_seconds")[mine].sum(), load[mine].sum()]
             yield records.classes[cls], records.plans[index], int(mine.sum()), np.array(sums)
-
-
-def _counted(records: Records, warmup_s: float) -> np.ndarray:
-    rows = records.rows()
-    counted: np.ndarray = rows[(column(rows, "status") == SERVED) & (column(rows, "arrival_s") >= warmup_s)]
-    return counted
 
 
 def _split(option: Candidate | None, booked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

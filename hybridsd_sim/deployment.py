@@ -1,0 +1,124 @@
+"""Reads a plan.yaml strictly, and says where it does not fit a scenario.
+
+A plan names the pools, devices, classes and steps that it was made for; under another scenario it would be carried out
+on hardware that is not there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from hybridsd_sim.candidates import request_of
+from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.legality import plan_problems
+from hybridsd_sim.plan import Deployment, Plan, Request
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.scenario import RequestClass, Scenario
+from hybridsd_sim.written import dotted, load_yaml, shown
+
+REMEDY, AGAIN = "Give the plan.yaml that `plan` wrote.", "Plan this scenario anew."
+
+
+def load_deployment(path: str | Path) -> Deployment:
+    """Read what `plan` wrote. Raises `InputError` for anything else: all problems at once, each with its place."""
+    place = str(path)
+    data = load_yaml(_text(Path(path)), place)
+    try:
+        found = TypeAdapter(Deployment).validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise InputError(_explained(place, error)) from None
+    except InputError as error:
+        raise InputError(_at(f"{place}: ", problem) for problem in error.problems) from None
+    problems = [Problem(f"{place}: {key}", "unknown key", "stands in no plan", REMEDY) for key in _extra(data, found)]
+    problems += [
+        Problem(f"{place}: replicas.{pool}", str(nodes), "counts nodes, so it is at least 0", REMEDY)
+        for pool, nodes in found.replicas.items()
+        if nodes < 0
+    ]
+    if problems:
+        raise InputError(problems)
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        said = "not UTF-8 text"
+    except OSError as error:
+        said = error.strerror or "unreadable"
+    raise InputError(Problem(str(path), said, "a plan must be a file that can be read", REMEDY))
+
+
+def _at(place: str, problem: Problem) -> Problem:
+    return replace(problem, place=f"{place}{problem.place}", remedy=problem.remedy or REMEDY)
+
+
+def _explained(place: str, error: ValidationError) -> Iterator[Problem]:
+    for item in error.errors(include_url=False):
+        value = "missing" if item["type"] == "missing" else shown(item["input"])
+        where = dotted([part for part in item["loc"] if part not in ("bool", "int", "float", "str")])
+        rule = item["msg"].replace("Input should", "must").replace("Field required", "this key is required")
+        yield Problem(f"{place}: {where}" if where else place, value, rule, REMEDY)
+
+
+def _extra(data: Any, found: Deployment) -> Iterator[str]:
+    """Keys of the file that no plan has: those that do not come back."""
+    return _missing(data, json.loads(json.dumps(found.to_dict())), "")
+
+
+def _missing(given: Any, known: Any, path: str) -> Iterator[str]:
+    if isinstance(given, Mapping) and isinstance(known, Mapping):
+        for key, value in given.items():
+            inner = f"{path}.{key}" if path else str(key)
+            yield from _missing(value, known[key], inner) if key in known else (inner,)
+    elif isinstance(given, list) and isinstance(known, list):
+        for index, pair in enumerate(zip(given, known, strict=True)):
+            yield from _missing(*pair, f"{path}[{index}]")
+
+
+def misfits(found: Deployment, scenario: Scenario, profiles: Profiles) -> list[Problem]:
+    """Where a plan names what the scenario does not have, leaves a request class out, or breaks a rule of legality."""
+    problems = []
+    for key, given, known in (("plans", found.plans, scenario.requests), ("replicas", found.replicas, scenario.pools)):
+        strange = [name for name in given if name not in known]
+        rule = "is not in the scenario"
+        problems += [replace(unknown_name(f"plan: {key}", name, list(known)), rule=rule) for name in strange]
+    for name, spec in scenario.requests.items():
+        if name in found.plans:
+            place = f"plan: plans.{name}"
+            mine = list(_plan_misfits(place, found.plans[name], spec, scenario))
+            problems += mine or _illegal(place, found.plans[name], request_of(name, spec), profiles)
+        else:
+            problems.append(Problem("plan: plans", repr(name), "this request class has no plan", AGAIN))
+    return problems
+
+
+def _illegal(place: str, plan: Plan, request: Request, profiles: Profiles) -> list[Problem]:
+    try:
+        problems: Sequence[Problem] = plan_problems(plan, request, profiles)
+    except InputError as error:
+        problems = error.problems
+    return [_at(f"{place}: ", problem) for problem in problems]
+
+
+def _plan_misfits(place: str, plan: Plan, spec: RequestClass, scenario: Scenario) -> Iterator[Problem]:
+    devices = {name: pool.gpu for name, pool in scenario.pools.items()}
+    devices |= {name: fleet.device for name, fleet in scenario.edge.items()}
+    for name, site in plan.sites.items():
+        if devices.get(name) != site.device:
+            rule = f"the scenario has {devices.get(name, 'no pool or fleet of that name')}"
+            yield Problem(place, f"{site.device} in {name}", rule, AGAIN)
+    if plan.num_inference_steps != spec.num_inference_steps:
+        rule = f"the scenario asks for {spec.num_inference_steps}"
+        yield Problem(place, f"{plan.num_inference_steps} steps", rule, AGAIN)
+    for stage in plan.stages:
+        if stage.model not in (spec.model, *spec.small_models):
+            rule = f"the scenario allows {', '.join((spec.model, *spec.small_models))}"
+            yield Problem(place, stage.model, rule, AGAIN)
