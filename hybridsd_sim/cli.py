@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from hybridsd_sim import __version__
 from hybridsd_sim.errors import HybridSDError, InputError, Problem, unknown_name
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ class Format(StrEnum):
 
 TEXT = Format.text
 REPORTS = Path("reports")
-ScenarioPath = Annotated[
-    str, typer.Argument(metavar="SCENARIO", help="A scenario file, or the name of a shipped scenario.")
-]
+ScenarioPath = Annotated[str, typer.Argument(metavar="SCENARIO", help="A file, or a shipped scenario's name.")]
 ScenarioName = Annotated[str | None, typer.Option("--scenario", help="A named scenario inside the file.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE on top of everything, dotted keys.")]
 OutputFormat = Annotated[Format, typer.Option("--format", help="How to print the result.")]
@@ -81,8 +80,6 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    from hybridsd_sim import __version__
-
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -328,7 +325,6 @@ def _run_folder(scenario: Scenario, profiles: Profiles, ran: Sequence[str], plan
     """The default folder: whatever shapes the result has a part in its name, a plan.yaml too."""
     from hashlib import sha256
 
-    from hybridsd_sim import __version__
     from hybridsd_sim.report import run_id
 
     what = ",".join(ran) + (f"+{sha256(plan.read_bytes()).hexdigest()}" if plan else "")

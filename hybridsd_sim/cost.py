@@ -285,7 +285,7 @@ class _Pricer:
         sources: list[str] = []
         notes: list[str] = []
         for component in components:
-            row = self.profiles.component_row(site.device, site.runtime, component, *self._size, prefer=self.prefer)
+            row = self.profiles.component_row(site.device, site.runtime, component, self._size, prefer=self.prefer)
             if row is not None:
                 times = (row.seconds_median, *_row_range(row))
                 kinds.append(row.kind)

@@ -20,6 +20,7 @@ def explain(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[s
         yield f"No plan holds every promise: {plan.chosen_result.verdict.feasible.reason}"
         yield from _lifts(plan, found, sizer)
     yield from _rent(plan)
+    yield from _prices(plan, sizer)
     yield from _savings(plan)
     for name, option in plan.chosen.items():
         options = found.by_class[name]
@@ -41,6 +42,20 @@ def _rent(plan: CapacityPlan) -> Iterator[str]:
     rented = [f"{count} x {name}" for name, count in plan.replicas_opt.items() if count]
     dollars = "an unknown price" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD an hour"
     yield f"Rent {', '.join(rented)} for {dollars}." if rented else "Rent nothing: the edge does everything."
+
+
+def _prices(plan: CapacityPlan, sizer: Sizer) -> Iterator[str]:
+    """Where the price of each rented GPU comes from."""
+    for name, spec in plan.scenario.pools.items():
+        if not plan.replicas_opt.get(name, 0):
+            continue
+        if spec.usd_per_gpu_hour is not None:
+            yield f"A GPU-hour of {name} costs {spec.usd_per_gpu_hour:g} USD: the scenario's own price."
+            continue
+        row = sizer.profiles.gpu_price(spec.gpu, spec.purchase, spec.provider)
+        if row is not None:
+            how = spec.purchase.replace("_", " ")
+            yield f"A GPU-hour of {name} costs {row.usd:g} USD {how} at {row.provider} ({row.kind}: {row.source})."
 
 
 def _savings(plan: CapacityPlan) -> Iterator[str]:

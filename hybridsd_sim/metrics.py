@@ -15,8 +15,8 @@ import pandas as pd
 
 from hybridsd_sim.estimates import NAN, UNKNOWN, Estimate, area, quantile, rate, ratio, share
 from hybridsd_sim.records import IN_FLIGHT, SERVED, TOLERANCE_S, UNSERVED, Records, column
-from hybridsd_sim.scenario import Scenario
-from hybridsd_sim.verdict import ALL, Finding, Verdict, verdict_of
+from hybridsd_sim.scenario import ALL, Scenario
+from hybridsd_sim.verdict import Finding, Verdict, verdict_of
 
 __all__ = [
     "ALL",

@@ -142,21 +142,14 @@ class Profiles:
         return min(fitting, key=lambda row: _rank(row, prefer), default=None)
 
     def component_row(
-        self,
-        device: str,
-        runtime: str,
-        component: Component,
-        height_px: int,
-        width_px: int,
-        *,
-        prefer: Sequence[str] = (),
+        self, device: str, runtime: str, component: Component, size: tuple[int, int], *, prefer: Sequence[str] = ()
     ) -> CostRow | None:
-        """The row that timed one prompt or image of a text encoder or VAE on one device, or None."""
-        size = (height_px, width_px) if component.component == "vae_decode" else (0, 0)
+        """The row that timed one prompt or image (`size`: height and width in px) on one device, or None."""
+        wanted = size if component.component == "vae_decode" else (0, 0)
         rows = self.cost_rows(
             device=device, model=component.name, component=component.component, runtime=runtime, batch_size=1, degree=1
         )
-        fitting = [row for row in rows if (row.height_px, row.width_px) == size]
+        fitting = [row for row in rows if (row.height_px, row.width_px) == wanted]
         return min(fitting, key=lambda row: _rank(row, prefer), default=None)
 
     def model_load(self, device: str, *, prefer: Sequence[str] = ()) -> CostRow:

@@ -54,7 +54,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=64, le=16384, multiple_of=8)]
 Sampler = Literal["ddim", "euler", "dpmsolver", "dpmsolver++", "unipc", "pndm", "lcm"]
 ALL = "all"
-"""Name of the summary's row over all request classes; no class may bear it."""
+"""The row of a summary over every request class; no class may have this name."""
 
 
 class ArrivalSpec(Written):

@@ -48,8 +48,8 @@ OTHER_MODELS = 1000
 class SimResult:
     """One policy on one scenario, over all replications: records, summary and verdict, and what made them.
 
-    `used` are the candidates that served at least one request, by plan label. `usd_per_hour` is the rent of the nodes,
-    None when a price is unknown. `timeouts` counts the events of the run.
+    `used` are the candidates that served at least one request, by request class and plan label. `usd_per_hour` is the
+    rent of the nodes, None when a price is unknown. `timeouts` counts the events of the run.
     """
 
     scenario: Scenario
@@ -57,7 +57,7 @@ class SimResult:
     seed: int
     replicas: Mapping[str, int]
     replications: tuple[Records, ...]
-    used: Mapping[str, Candidate]
+    used: Mapping[tuple[str, str], Candidate]
     usd_per_hour: float | None
     timeouts: int
 
@@ -76,7 +76,7 @@ class SimResult:
     @cached_property
     def verdict(self) -> Verdict:
         """Feasible, stable, converged, in domain: each yes or no with its reason."""
-        outside = {label: option.cost.outside for label, option in self.used.items() if option.cost.outside}
+        outside = {": ".join(key): option.cost.outside for key, option in self.used.items() if option.cost.outside}
         return verdict_of(self.scenario, self.summary, self.replications, outside)
 
 
@@ -241,8 +241,8 @@ class _Run:
         check_laws(records, gpus, {name: fleet.replicas for name, fleet in self._scenario.edge.items()})
         return records
 
-    def used(self) -> dict[str, Candidate]:
-        return {candidate.plan.label: candidate for candidate in self._routes}
+    def used(self) -> dict[tuple[str, str], Candidate]:
+        return {(candidate.request_class, candidate.plan.label): candidate for candidate in self._routes}
 
     def _schedule_arrival(self) -> None:
         delay = self._draws.advance(self._env.now)

@@ -11,13 +11,11 @@ import numpy as np
 
 from hybridsd_sim.estimates import Estimate, area, student
 from hybridsd_sim.records import UNSERVED, Records, column
-from hybridsd_sim.scenario import Budget, RequestClass, Scenario
+from hybridsd_sim.scenario import ALL, Budget, RequestClass, Scenario
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ALL = "all"
-"""The row of a summary over every request class."""
 NARROW = 0.1
 """A run has converged when the p95 latency is known to this share of itself, either way."""
 GROWTH_SHARE = 0.01

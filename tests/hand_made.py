@@ -201,7 +201,7 @@ def facts(option):
 def run(scenario, options, nodes, *, policy="planned", refuse=0.0):
     """A simulation result over all replications."""
     done = tuple(records(scenario, options, r, nodes, refuse=refuse) for r in range(scenario.replications))
-    used = {option.plan.label: option for option in options.values()}
+    used = {(option.request_class, option.plan.label): option for option in options.values()}
     return SimResult(scenario, policy, scenario.seed, {"a100": nodes, "l40s": 0}, done, used, RENT * nodes, 0)
 
 
@@ -213,7 +213,7 @@ def evaluated(name, result, *, feasible=True):
         for key in ("latency_p95_s", "slo_attainment")
     )
     deployment = Deployment(dict(result.replicas), {})
-    labels = {option.request_class: label for label, option in result.used.items()}
+    labels = dict(result.used.keys())
     reason = "every promise is kept" if feasible else "phone: 61.0% inside 8 s, promised 95%"
     return Evaluated(
         name, deployment, "planned", result.usd_per_hour, latency, share, 0.2993, 1.1, None, feasible, reason, labels

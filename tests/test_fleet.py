@@ -111,7 +111,7 @@ def test_nobody_waits_for_an_empty_pool(drawn: list[tuple[float, int, float, flo
 
 
 def staged(discipline: str) -> dict[str, float]:
-    """Start times on two nodes of two GPUs: one node is full, half the other is, a gang of two waits, two jobs follow."""
+    """Start times on two nodes of two GPUs, of which one GPU is free: a gang of two waits and two small jobs follow."""
     named = {
         "long": (0.0, Job(0, 2, 10.0, 99.0)),
         "half": (0.0, Job(1, 1, 4.0, 98.0)),

@@ -339,9 +339,9 @@ def test_the_default_source_is_the_best_and_newest(profiles):
 def test_a_component_row_is_that_of_its_size(profiles):
     """A VAE row needs the size; a text encoder row does not."""
     vae, clip = profiles.component("autoencoder-kl"), profiles.component("clip-l")
-    assert profiles.component_row("snapdragon-8-elite", "qnn", vae, 512, 512).seconds_median < 0.18
-    assert profiles.component_row("snapdragon-8-elite", "qnn", vae, 768, 768) is None
-    assert profiles.component_row("snapdragon-8-elite", "qnn", clip, 768, 768).seconds_median == 0.001754
+    assert profiles.component_row("snapdragon-8-elite", "qnn", vae, (512, 512)).seconds_median < 0.18
+    assert profiles.component_row("snapdragon-8-elite", "qnn", vae, (768, 768)) is None
+    assert profiles.component_row("snapdragon-8-elite", "qnn", clip, (768, 768)).seconds_median == 0.001754
 
 
 def test_a_model_load_falls_back_to_any_device(profiles):

@@ -343,6 +343,8 @@ def test_with_overrides_returns_a_validated_copy(write):
          "pools.cloud.replicas_min: 5; must not exceed replicas_max, which is 4"),
         ("replicas_max: 4", "replicas_max: 4\n    replicas: 5", 17,
          "pools.cloud.replicas: 5; must lie between replicas_min and replicas_max, 0 to 4"),
+        ("  app:", "  all:", 4,
+         "requests.all: 'all'; is what the summary calls all classes together. Give the class another name"),
         ("  cloud:", "  my cloud:", 14, "pools.my cloud: 'my cloud'; must match pattern"),
         ("name: tiny", "name: tiny\nsearch: {vaes: []}", 2, "search.vaes: []; must have at least 1 item"),
         ("name: tiny", "name: tiny\nsearch: {options: {asyncdiff: {stride: [[1]]}}}", 2,
@@ -650,6 +652,16 @@ def test_text_is_no_number_and_a_number_no_text():
         Pool(gpu="t4", replicas_max=1, cold_start_s="1e-3")
     with pytest.raises(ValidationError, match="valid integer"):
         EdgeFleet(device="x", network="lte", replicas=True)
+
+
+def test_a_class_called_all_is_refused_whatever_else_is_wrong(refused):
+    """The summary's row over all classes has that name; the problem shows beside others, and in overrides too."""
+    with_more = changed("horizon_s: 600", "horizon_s: -1", changed("  app:", "  all:"))
+    in_override = BASE + "overrides: {more: {requests: {all: {origin: phones}}}}\n"
+
+    assert len(refused(with_more).splitlines()) == 2
+    assert "requests.all: 'all'; " in refused(with_more)
+    assert "requests.all: 'all'; " in refused(in_override, scenario="more")
 
 
 def test_rules_between_fields_hold_for_objects_made_in_python():

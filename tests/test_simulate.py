@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import InputError, Profiles, Scenario, SimResult, simulate
 from hybridsd_sim.candidates import find_candidates
+from hybridsd_sim.draws import Draws
+from hybridsd_sim.errors import RunError
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.policies import POLICIES
 from hybridsd_sim.profiles import Quantiles
@@ -47,6 +49,22 @@ def constant_network(profiles: Profiles, name: str) -> Profiles:
     return replace(profiles, networks=MappingProxyType({**profiles.networks, name: fixed}))
 
 
+@pytest.mark.parametrize("number", [0, 7])
+def test_a_lost_request_is_an_error(
+    quickstart: Scenario, profiles: Profiles, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A run that books fewer requests than arrived breaks off, also if those it books are numbered without a gap."""
+    advance = Draws.advance
+
+    def stop_early(draws: Draws, now: float) -> float:
+        delay = advance(draws, now)
+        return -1.0 if draws.at == number else delay
+
+    monkeypatch.setattr(Draws, "advance", stop_early)
+    with pytest.raises(RunError, match=f"lost requests: [0-9]+ arrived, {number} were recorded"):
+        run(quickstart, profiles)
+
+
 POLICY_NAMES = [name for name in POLICIES if name != "planned"]
 
 
@@ -69,7 +87,7 @@ def test_without_contention_a_request_takes_its_price(quickstart: Scenario, prof
         requests__picture__arrivals__rate_per_s=0.5,
     )  # fmt: skip
     frame = result.requests[result.requests["status"] == "served"]
-    prices = {label: candidate.cost.latency_s for label, candidate in result.used.items()}
+    prices = {label: candidate.cost.latency_s for (_, label), candidate in result.used.items()}
 
     assert len(frame) > 50
     assert (frame["finish_s"] - frame["arrival_s"]).to_numpy() == pytest.approx(
@@ -81,7 +99,7 @@ def test_metered_dollars_and_joules_are_those_of_the_price(quickstart: Scenario,
     """A served request is charged what its plan costs."""
     result = run(quickstart, profiles)
     frame = result.requests[result.requests["status"] == "served"]
-    for label, candidate in result.used.items():
+    for (_, label), candidate in result.used.items():
         mine = frame[frame["plan"] == label]
         assert mine["usd"].to_numpy() == pytest.approx(candidate.cost.usd)
         assert mine["edge_energy_j"].to_numpy() == pytest.approx(candidate.cost.edge_energy_j)

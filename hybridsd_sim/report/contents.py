@@ -54,7 +54,7 @@ def _shared(scenario: Scenario, runs: Mapping[str, SimResult], chosen: Mapping[s
         "runs": [
             tally(name, result, chosen if index == 0 else {}) for index, (name, result) in enumerate(runs.items())
         ],
-        "parts": list(_parts(chosen or {(c.request_class, label): c for label, c in first.used.items()})),
+        "parts": list(_parts(chosen or first.used)),
     }
 
 
