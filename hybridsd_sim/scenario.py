@@ -377,7 +377,8 @@ def _anchor(data: Mapping[str, Any], folder: Path) -> None:
 def _wrong_classes(origins: Mapping[str, Any], fleets: Collection[str]) -> Iterator[Broken]:
     """What is wrong with request classes beyond their own keys, from their names and origins."""
     if ALL in origins:
-        yield f"requests.{ALL}", ALL, "is what the summary calls all classes together", "Give the class another name."
+        rule = "must not be a class's name, because the summary's row over every class has it"
+        yield f"requests.{ALL}", ALL, rule, "Give the class another name."
     for name, origin in origins.items():
         if isinstance(origin, str) and origin not in fleets:
             remedy = unknown_name("", origin, list(fleets)).remedy

@@ -40,7 +40,7 @@ FIGURES = {
 
 def to_json(data: object) -> str:
     """JSON text without NaN or infinity: what is not a number is null."""
-    return json.dumps(_finite(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -222,11 +222,16 @@ def simulation_text(saved: Data, width: int) -> str:
     for run in saved["runs"]:
         classes = run["summary"] if len(run["summary"]) > 2 else {"all": run["summary"]["all"]}
         for name, figures in classes.items():
-            rows.append((run["name"], name, *(with_interval(figures[key]) for key in shown)))
+            rows.append((run["name"], name, *(_of_class(name, key, figures[key]) for key in shown)))
         notes += [f"{FIGURES[key]} of {run['name']} is not known: {note}." for key, note in _reasons(run, shown)]
     header = ("policy", "class", *(FIGURES[key] for key in shown))
     text = (_verdicts(saved["runs"], width), table(header, rows, width, keys=2), sentences(notes, width))
     return "\n".join(filter(None, text))
+
+
+def _of_class(name: str, key: str, found: Data) -> str:
+    """A figure of a class; nodes are rented for all classes together."""
+    return "" if key == "rent_usd_per_hour" and name != "all" else with_interval(found)
 
 
 def _value(run: Data, key: str) -> Any:

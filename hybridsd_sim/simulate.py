@@ -26,7 +26,7 @@ from hybridsd_sim.candidates import (
     rental_usd_per_hour,
     request_of,
 )
-from hybridsd_sim.draws import Draws
+from hybridsd_sim.draws import Draw, Draws
 from hybridsd_sim.errors import InputError, Problem, RunError
 from hybridsd_sim.fleet import EdgeFleet, Job, Pool
 from hybridsd_sim.metrics import Verdict, summarise, verdict_of
@@ -205,6 +205,8 @@ class _Run:
         self._telemetry_s = max((pool.telemetry_period_s for pool in scenario.pools.values()), default=0.0)
         self._view = FleetView([pool.view for pool in self._pools])
         self._draws = Draws(scenario, profiles, replication)
+        self._arrivals = iter(self._draws)
+        self._slo_s = [math.inf if spec.slo_s is None else spec.slo_s for spec in self._specs]
         self._options = _Options(scenario, profiles, options, replicas)
         self._routes: dict[Candidate, _Route] = {}
         self._models = sorted({spec.model for spec in self._specs})
@@ -245,47 +247,48 @@ class _Run:
         return {(candidate.request_class, candidate.plan.label): candidate for candidate in self._routes}
 
     def _schedule_arrival(self) -> None:
-        delay = self._draws.advance(self._env.now)
-        if delay >= 0.0:
-            Timeout(self._env, delay).callbacks.append(self._arrive)
+        draw = next(self._arrivals, None)
+        if draw is not None:
+            self._draw = draw
+            delay = draw[0] - self._env.now
+            Timeout(self._env, delay if delay > 0.0 else 0.0).callbacks.append(self._arrive)
 
     def _arrive(self, event: simpy.Event) -> None:
-        draws, at = self._draws, self._draws.at
-        class_index, now = draws.class_index[at], draws.arrival_s[at]
+        draw = self._draw
+        now, class_index = draw[0], draw[1]
         self._number += 1
         self.timeouts += 1
-        job = _Trip(self._number, class_index, now, now + draws.slo_s[class_index], draws.device_u[at])
-        options = self._options.of(class_index, draws.variant(at))
-        decision = self._policy.decide(options, job.deadline_s, self._fresh_view(now), now)
+        job = _Trip(self._number, class_index, now, now + self._slo_s[class_index], draw[2])
+        options = self._options.own[class_index] if draw[8] is None else self._options.variant(class_index, draw[8])
+        view = self._view if self._telemetry_s == 0.0 else self._fresh_view(now)
+        decision = self._policy.decide(options, job.deadline_s, view, now)
         candidate = decision.candidate
         if candidate is None:
             self._write(job, UNSERVED, NAN, NAN, NAN, -1, REASONS.index(decision.reason))
         else:
-            self._send(job, self._routes.get(candidate) or self._compile(candidate), at)
+            self._send(job, self._routes.get(candidate) or self._compile(candidate), draw)
         self._schedule_arrival()
 
     def _fresh_view(self, now: float) -> FleetView:
-        """The live view, or a snapshot taken at the last telemetry tick."""
-        if self._telemetry_s == 0.0:
-            return self._view
+        """A snapshot of the pools taken at the last telemetry tick."""
         tick = now - now % self._telemetry_s
         if tick > self._view.as_of_s:
             self._view = FleetView([pool.view.copy() for pool in self._pools], tick)
         return self._view
 
-    def _send(self, job: _Trip, route: _Route, at: int) -> None:
+    def _send(self, job: _Trip, route: _Route, draw: Draw) -> None:
         job.route = route
         self._open[job.number] = job
         if route.pool is None:
             self._serve_at_edge(job)
             return
-        draws = self._draws
-        up_s = draws.half_rtt_s[at] + route.up_bytes / draws.up_bytes_per_s[at]
-        job.down_s = draws.half_rtt_s[at] + route.down_bytes / draws.down_bytes_per_s[at]
-        job.transfer_s = up_s + job.down_s
+        _, _, _, half_rtt_s, up_bytes_per_s, down_bytes_per_s, load_s, base_model, _ = draw
+        up_s = half_rtt_s + route.up_bytes / up_bytes_per_s
+        job.down_s = down_s = half_rtt_s + route.down_bytes / down_bytes_per_s
+        job.transfer_s = up_s + down_s
         job.degree, job.hold_s, job.work, job.priority = route.degree, route.cloud_s, route.work, route.priority
-        job.load_s = draws.load_s[at] if route.load_s is None else route.load_s
-        job.model_key = route.model_key + draws.base_model[at]
+        job.load_s = load_s if route.load_s is None else route.load_s
+        job.model_key = route.model_key + base_model
         self.timeouts += 2
         Timeout(self._env, up_s, job).callbacks.append(self._reach_pool)
 
@@ -340,9 +343,8 @@ class _Run:
         cost = candidate.cost
         rate = None
         if candidate.pool_index >= 0:
-            rate = pool_usd_per_gpu_hour(
-                self._scenario, self._profiles, list(self._scenario.pools)[candidate.pool_index]
-            )
+            name = list(self._scenario.pools)[candidate.pool_index]
+            rate = pool_usd_per_gpu_hour(self._scenario, self._profiles, name)
         return PlanFacts(
             label=candidate.plan.label,
             degree=candidate.degree,
@@ -364,7 +366,7 @@ def _expected_requests(scenario: Scenario) -> int:
 
 
 class _Options:
-    """The candidates a policy may choose from: those of rented pools, priced anew for requests of another size."""
+    """The candidates a policy may choose from: each class's `own` on rented pools, priced anew for other sizes."""
 
     def __init__(
         self, scenario: Scenario, profiles: Profiles, options: CandidateSet, replicas: Mapping[str, int]
@@ -372,22 +374,20 @@ class _Options:
         self._scenario, self._profiles = scenario, profiles
         self._specs: list[tuple[str, RequestClass]] = list(scenario.requests.items())
         rented = {index for index, nodes in enumerate(replicas.values()) if nodes} | {-1}
-        self._own = [tuple(o for o in options.by_class[name] if o.pool_index in rented) for name in scenario.requests]
+        self.own = [tuple(o for o in options.by_class[name] if o.pool_index in rented) for name in scenario.requests]
         self._variants: dict[tuple[int, tuple[int, int]], tuple[Candidate, ...]] = {}
 
-    def of(self, class_index: int, variant: tuple[int, int] | None) -> tuple[Candidate, ...]:
-        """Candidates of a class; `variant` is (steps, images) where they differ from the class's own."""
-        if variant is None:
-            return self._own[class_index]
-        key = (class_index, variant)
+    def variant(self, class_index: int, shape: tuple[int, int]) -> tuple[Candidate, ...]:
+        """A class's candidates for requests of another `shape`: (steps, images)."""
+        key = (class_index, shape)
         if key not in self._variants:
-            self._variants[key] = self._priced(class_index, *variant)
+            self._variants[key] = self._priced(class_index, *shape)
         return self._variants[key]
 
     def _priced(self, class_index: int, steps: int, images: int) -> tuple[Candidate, ...]:
         name, spec = self._specs[class_index]
         request = replace(request_of(name, spec), num_inference_steps=steps, num_images=images)
-        plans = [rescaled(option.plan, steps) for option in self._own[class_index]]
+        plans = [rescaled(option.plan, steps) for option in self.own[class_index]]
         return tuple(make_candidate(self._scenario, self._profiles, request, plan) for plan in plans)
 
 

@@ -344,7 +344,7 @@ def test_with_overrides_returns_a_validated_copy(write):
         ("replicas_max: 4", "replicas_max: 4\n    replicas: 5", 17,
          "pools.cloud.replicas: 5; must lie between replicas_min and replicas_max, 0 to 4"),
         ("  app:", "  all:", 4,
-         "requests.all: 'all'; is what the summary calls all classes together. Give the class another name"),
+         "requests.all: 'all'; must not be a class's name, because the summary's row over every class has it. Give"),
         ("  cloud:", "  my cloud:", 14, "pools.my cloud: 'my cloud'; must match pattern"),
         ("name: tiny", "name: tiny\nsearch: {vaes: []}", 2, "search.vaes: []; must have at least 1 item"),
         ("name: tiny", "name: tiny\nsearch: {options: {asyncdiff: {stride: [[1]]}}}", 2,
@@ -657,11 +657,12 @@ def test_text_is_no_number_and_a_number_no_text():
 def test_a_class_called_all_is_refused_whatever_else_is_wrong(refused):
     """The summary's row over all classes has that name; the problem shows beside others, and in overrides too."""
     with_more = changed("horizon_s: 600", "horizon_s: -1", changed("  app:", "  all:"))
-    in_override = BASE + "overrides: {more: {requests: {all: {origin: phones}}}}\n"
+    data = load_yaml(BASE, "tiny")
+    data["overrides"] = {"more": {"requests": {"all": data["requests"]["app"]}}}
 
     assert len(refused(with_more).splitlines()) == 2
     assert "requests.all: 'all'; " in refused(with_more)
-    assert "requests.all: 'all'; " in refused(in_override, scenario="more")
+    assert "requests.all: 'all'; " in refused(dump_yaml(data), scenario="more")
 
 
 def test_rules_between_fields_hold_for_objects_made_in_python():

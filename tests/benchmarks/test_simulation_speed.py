@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from statistics import median
 
 import pytest
 import simpy
@@ -55,16 +56,20 @@ def test_simulation_is_at_least_half_as_fast_as_bare_simpy(
     benchmark: BenchmarkFixture, photo_app: Scenario, profiles: Profiles, options: CandidateSet, policy: str
 ) -> None:
     """With decisions, queues, records and metrics: at least `LEAST_RATIO` of a SimPy that only lets time pass."""
+    ratios = []
 
-    def run() -> SimResult:
+    def both() -> SimResult:
+        """The simulation and its reference one right after the other, so that a busy machine slows down both."""
+        start = time.perf_counter()
         result = simulate(photo_app, profiles, policy=policy, options=options)
         assert len(result.summary)
+        requests = len(result.replications[0])
+        reached = requests / (time.perf_counter() - start)
+        ratios.append(reached / bare_requests_per_s(requests, result.timeouts))
+        benchmark.extra_info["requests_per_s"] = max(reached, benchmark.extra_info.get("requests_per_s", 0.0))
         return result
 
-    result = benchmark.pedantic(run, rounds=5, warmup_rounds=1)
-    requests = len(result.replications[0])
-    reference = max(bare_requests_per_s(requests, result.timeouts) for _ in range(5))
-    reached = requests / benchmark.stats.stats.min
-    benchmark.extra_info |= {"requests_per_s": reached, "bare_simpy_per_s": reference, "ratio": reached / reference}
+    benchmark.pedantic(both, rounds=7, warmup_rounds=1)
+    benchmark.extra_info["ratio"] = median(ratios)
 
-    assert reached >= LEAST_RATIO * reference
+    assert median(ratios) >= LEAST_RATIO
