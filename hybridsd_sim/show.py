@@ -288,13 +288,17 @@ def _compared(saved: Data) -> Iterator[tuple[Any, ...]]:
 
 def _frontier(points: Sequence[Data], width: int) -> str:
     """Plans that no other beats in dollars, latency and quality together, by formula, cheapest first."""
-    if not points:
-        return ""
     ordered = sorted(points, key=lambda point: (point["usd_per_hour"] or 0.0, point["latency_p95_s"][0] or 0.0))
+    last = min(len(ordered), SHOWN_POINTS) - 1
+    shown = [ordered[round(n * (len(ordered) - 1) / max(last, 1))] for n in range(last + 1)]
     rows = [
-        (point["usd_per_hour"], point["latency_p95_s"][0], point["quality"], "; ".join(point["labels"].values()))
-        for point in ordered[:SHOWN_POINTS]
+        (point["usd_per_hour"], point["latency_p95_s"][0], point["quality"], _nodes(point["replicas"]))
+        for point in shown
     ]
-    more = len(points) - len(rows)
-    note = sentences([f"{more} more points of the frontier are in the report."], width) if more else ""
-    return table(("frontier USD/h", "p95 latency s", "CLIP", "plans"), rows, width, keys=3) + note
+    more = [f"The report has all {len(points)} points of the frontier."] if len(points) > len(rows) else []
+    header = ("frontier USD/h", "p95 latency s", "CLIP", "nodes")
+    return table(header, rows, width) + sentences(more, width) if rows else ""
+
+
+def _nodes(replicas: Mapping[str, int]) -> str:
+    return ", ".join(f"{nodes} x {pool}" for pool, nodes in replicas.items() if nodes) or "none"
