@@ -80,15 +80,16 @@ def speed_of(
     """
     law = profiles.runtime(runtime)
     anchors = _anchors(profiles, device)
+    launch_s = _launch_s_per_op(profiles, device, law)
     if not anchors:
-        return _datasheet_speed(profiles, device, law)
+        return _datasheet_speed(profiles, device, law, launch_s)
     config = profiles.model(model).config
     nearest = min(anchors, key=lambda anchor: _distance(anchor, runtime, config, flop, prefer))
     comparable = [anchor.flop for anchor in anchors if anchor.row.runtime == nearest.row.runtime]
     return Speed(
         seconds_per_flop=_between_runtimes(profiles, nearest, law),
         seconds_per_op=law.seconds_per_op,
-        launch_s_per_op=law.launch_s_per_op,
+        launch_s_per_op=launch_s,
         spread=_spread(nearest, runtime, config),
         kind="modelled",
         sources=(nearest.row.source,),
@@ -110,6 +111,20 @@ def _holds(timed: Sequence[float], flop: float) -> bool:
 
 
 @lru_cache(maxsize=1024)
+def _launch_s_per_op(profiles: Profiles, device: str, law: Runtime) -> float:
+    """Seconds a launch: the runtime's, or less where a row shows that the device's host launches faster."""
+    rows = [row for row in profiles.cost_rows(device=device, runtime=law.name) if row.degree == 1]
+    seen = [row.seconds_median / _ops(profiles, row) for row in rows]
+    return min([law.launch_s_per_op, *seen])
+
+
+def _ops(profiles: Profiles, row: CostRow) -> int:
+    """Kernel launches behind one step row: a fixed-batch runtime evaluates guided latents one after the other."""
+    limit = profiles.runtime(row.runtime).max_unet_batch
+    return profiles.model(row.model).ops * (-(-row.latents // limit) if limit else 1)
+
+
+@lru_cache(maxsize=1024)
 def _anchors(profiles: Profiles, device: str) -> tuple[_Anchor, ...]:
     """The device's one-GPU step rows that say something about arithmetic: launch-bound ones do not."""
     rows = [row for row in profiles.cost_rows(device=device) if row.degree == 1]
@@ -119,9 +134,8 @@ def _anchors(profiles: Profiles, device: str) -> tuple[_Anchor, ...]:
 
 def _anchor(profiles: Profiles, row: CostRow) -> _Anchor | None:
     law, model = profiles.runtime(row.runtime), profiles.model(row.model)
-    calls = -(-row.latents // law.max_unet_batch) if law.max_unet_batch else 1
-    ops = model.ops * calls
-    if row.seconds_median < LAUNCH_BOUND * ops * law.launch_s_per_op:
+    ops = _ops(profiles, row)
+    if row.seconds_median < LAUNCH_BOUND * ops * _launch_s_per_op(profiles, row.device, law):
         return None
     flop = 2.0 * work(model.layers(row.height_px, row.width_px)).macs * row.latents
     arithmetic = max(row.seconds_median - ops * law.seconds_per_op, LEAST_ARITHMETIC * row.seconds_median)
@@ -147,7 +161,7 @@ def _note(row: CostRow, device: str, runtime: str) -> str:
     return f"scaled by FLOPs and launches from {device} {timed} to {runtime}"
 
 
-def _datasheet_speed(profiles: Profiles, device: str, law: Runtime) -> Speed:
+def _datasheet_speed(profiles: Profiles, device: str, law: Runtime, launch_s: float) -> Speed:
     peak = profiles.peak_flop_per_s(device)
     if peak is None:
         known = sorted({row.device for row in profiles.cost_rows(component="step")})
@@ -156,7 +170,7 @@ def _datasheet_speed(profiles: Profiles, device: str, law: Runtime) -> Speed:
     return Speed(
         seconds_per_flop=1.0 / (peak * law.efficiency),
         seconds_per_op=law.seconds_per_op,
-        launch_s_per_op=law.launch_s_per_op,
+        launch_s_per_op=launch_s,
         spread=SPREAD_DATASHEET,
         kind="modelled",
         sources=(law.source,),

@@ -41,8 +41,8 @@ class Part:
 
     `devices` are GPUs (or the one edge device) held; 0 for a transfer. `low_s` and `high_s` bound the seconds at 90%.
     `critical` parts add to the latency; the edge's own text encoding runs beside the cloud and does not. `usd` or
-    `energy_j` None means unknown, with the reason in `note`. `within` is false where the figure lies outside what was
-    measured or quoted for that device.
+    `energy_j` None means unknown, with the reason in `unknown`. `within` is false where the figure lies outside what
+    was measured or quoted for that device.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Part:
     kind: Kind = "modelled"
     sources: tuple[str, ...] = ()
     note: str = ""
+    unknown: str = ""
     within: bool = True
     critical: bool = True
 
@@ -142,7 +143,7 @@ class PlanCost:
     @property
     def unknowns(self) -> tuple[str, ...]:
         """Why figures are None, for the reader."""
-        notes = [part.note for part in self.parts if part.note and (part.usd is None or part.energy_j is None)]
+        notes = [part.unknown for part in self.parts if part.unknown]
         return tuple(dict.fromkeys([*notes, *([self.quality.note] if self.quality.clip is None else [])]))
 
     @property
@@ -371,10 +372,9 @@ class _Pricer:
         """A part that holds a device (or the whole gang) for `seconds`, with its dollars or joules."""
         devices = self.gang[site.name] if site.tier == "cloud" else 1
         usd, energy, why = self._charge(site, seconds, devices)
-        note = "; ".join(filter(None, (note, why)))
         return Part(
             name=name, where=site.name, tier=site.tier, seconds=seconds, low_s=bounds[0], high_s=bounds[1],
-            devices=devices, usd=usd, energy_j=energy, kind=kind, sources=sources, note=note,
+            devices=devices, usd=usd, energy_j=energy, kind=kind, sources=sources, note=note, unknown=why,
         )  # fmt: skip
 
     def _charge(self, site: Site, seconds: float, devices: int) -> tuple[float | None, float | None, str]:

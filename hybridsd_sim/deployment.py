@@ -83,8 +83,11 @@ def _missing(given: Any, known: Any, path: str) -> Iterator[str]:
             yield from _missing(*pair, f"{path}[{index}]")
 
 
-def misfits(found: Deployment, scenario: Scenario, profiles: Profiles) -> list[Problem]:
-    """Where a plan names what the scenario does not have, leaves a request class out, or breaks a rule of legality."""
+def misfits(found: Deployment, scenario: Scenario, profiles: Profiles, *, complete: bool = True) -> list[Problem]:
+    """Where a plan names what the scenario does not have, breaks a rule of legality, or leaves a class out.
+
+    Without `complete` a class may be left out: its requests are then turned away.
+    """
     problems = []
     for key, given, known in (("plans", found.plans, scenario.requests), ("replicas", found.replicas, scenario.pools)):
         strange = [name for name in given if name not in known]
@@ -95,7 +98,7 @@ def misfits(found: Deployment, scenario: Scenario, profiles: Profiles) -> list[P
             place = f"plan: plans.{name}"
             mine = list(_plan_misfits(place, found.plans[name], spec, scenario))
             problems += mine or _illegal(place, found.plans[name], request_of(name, spec), profiles)
-        else:
+        elif complete:
             problems.append(Problem("plan: plans", repr(name), "this request class has no plan", AGAIN))
     return problems
 

@@ -63,7 +63,7 @@ def _savings(plan: CapacityPlan) -> Iterator[str]:
     quality = next((one.quality for one in reversed(plan.evidence) if one.deployment == plan.deployment), None)
     for baseline in plan.baselines:
         if not baseline.feasible:
-            yield f"{baseline.name.capitalize()} does not hold: {baseline.reason}"
+            yield f"{baseline.name.capitalize()} does not hold: {baseline.reason}."
             continue
         if plan.usd_per_hour is None or not baseline.usd_per_hour:
             continue

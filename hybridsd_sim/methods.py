@@ -12,7 +12,7 @@ AsyncDiff (arXiv 2406.06911, code czg1225/AsyncDiff).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -44,6 +44,9 @@ class Phase:
     work: RankWork
 
 
+_TYPES = {bool: "must be true or false", int: "must be a whole number", float: "must be a number", str: "must be text"}
+
+
 class Method(ABC):
     """A way to spread a stage over GPUs. Subclasses are registered under `name`."""
 
@@ -52,10 +55,24 @@ class Method(ABC):
 
     def problems(self, job: Denoising, degree: int, options: Mapping[str, Option]) -> list[Problem]:
         """Every reason why this method cannot run `job` at `degree`; empty when it can."""
-        strange = sorted(options.keys() - self.defaults.keys())
-        unknown = [unknown_name(f"{self.name} option", key, list(self.defaults)) for key in strange]
         bad_degree = [] if degree >= 1 else [Problem("degree", str(degree), "counts GPUs, so it is at least 1")]
-        return [*unknown, *bad_degree] or self._rule_problems(job, degree, self._settings(job, options))
+        general = [*self.option_problems(options), *bad_degree]
+        return general or self._rule_problems(job, degree, self._settings(job, options))
+
+    def option_problems(self, options: Mapping[str, Option]) -> Iterator[Problem]:
+        """Options that the method does not have, and values of another type than their default's."""
+        place = f"{self.name} option"
+        if options and not self.defaults:
+            given = ", ".join(f"{key}={_written(value)}" for key, value in options.items())
+            remedy = "Leave it out, or choose the method that it belongs to."
+            yield Problem(place, given, f"{self.name} has no options", remedy)
+            return
+        for key, value in options.items():
+            if key not in self.defaults:
+                yield replace(unknown_name(place, key, list(self.defaults)), rule=f"{self.name} has no such option")
+            elif not _of_type(value, wanted := type(self.defaults[key])):
+                remedy = f"The default is {_written(self.defaults[key])}."
+                yield Problem(f"{place} {key}", _written(value), _TYPES[wanted], remedy)
 
     def phases(self, job: Denoising, degree: int, options: Mapping[str, Option]) -> tuple[Phase, ...]:
         """The stage as phases of equal rounds; the steps sum to `job.num_steps`. Degree 1 of any method is `single`."""
@@ -239,6 +256,17 @@ class AsyncDiff(Method):
             Phase(name="warmup", steps=warmup, rounds=warmup, work=whole(job)),
             Phase(name="steady", steps=rest, rounds=rounds, work=steady),
         )
+
+
+def _of_type(value: object, wanted: type) -> bool:
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is wanted
+
+
+def _written(value: object) -> str:
+    """A value as a person types it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _branch(degree: int, settings: Mapping[str, Option]) -> int:

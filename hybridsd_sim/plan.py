@@ -9,7 +9,7 @@ legal are other rooms' business.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from hybridsd_sim.errors import IllegalPlanError, Problem
@@ -171,6 +171,15 @@ class Plan:
         stages = " -> ".join(_stage_label(stage, with_steps=len(self.stages) > 1) for stage in self.stages)
         decoded = "" if self.vae_site == self.stages[-1].site.name else f", decoded on {self.vae_site}"
         return f"{stages}{decoded}" if self.vae == "autoencoder-kl" else f"{stages}{decoded} + {self.vae}"
+
+    def rescaled(self, steps: int) -> Plan:
+        """The same plan for another number of steps: switch steps keep their share, and every stage keeps a step."""
+        count = len(self.stages)
+        bounds = [round(stage.start * steps / self.num_inference_steps) for stage in self.stages] + [steps]
+        for index in range(1, count):
+            bounds[index] = min(max(bounds[index], bounds[index - 1] + 1), steps - count + index)
+        stages = [replace(s, start=bounds[i], stop=bounds[i + 1]) for i, s in enumerate(self.stages)]
+        return replace(self, stages=tuple(stages))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for JSON and YAML; `plan_from_dict` reads it back."""

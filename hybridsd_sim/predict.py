@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hybridsd_sim.cost import Part, PlanCost, price
-from hybridsd_sim.errors import IllegalPlanError, InputError, Problem, unknown_name
+from hybridsd_sim.errors import IllegalPlanError, InputError, Problem
 from hybridsd_sim.legality import plan_problems
 from hybridsd_sim.methods import METHODS, find_method
 from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
@@ -22,7 +22,6 @@ CLOUD, EDGE = "cloud", "edge"
 OWN_STEP = "--measured-step-s"
 MOST_GPUS, MOST_PX, MOST_STEPS, MOST_GUIDANCE = 64, 16384, 1000, 100
 """The largest values that a scenario takes too."""
-_TYPES = {bool: "must be true or false", int: "must be a whole number", float: "must be a number", str: "must be text"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,31 +192,10 @@ def _number_problems(ask: Ask) -> Iterator[Problem]:
 
 def _option_problems(ask: Ask) -> Iterator[Problem]:
     """Options that the method does not have, and values of another type than its default's."""
-    if ask.method not in METHODS:
-        return
-    defaults = METHODS[ask.method].defaults
-    if ask.options and not defaults:
-        given = ", ".join(f"{key}={value}" for key, value in ask.options)
-        remedy = "Leave it out, or choose the --method that it belongs to."
-        yield Problem("--option", given, f"{ask.method} has no options", remedy)
-        return
-    for key, value in ask.options:
-        if key not in defaults:
-            yield replace(unknown_name("--option", key, list(defaults)), rule=f"{ask.method} has no such option")
-        elif not _of_type(value, wanted := type(defaults[key])):
-            yield Problem(
-                f"--option {key}", _written(value), _TYPES[wanted], f"The default is {_written(defaults[key])}."
-            )
-
-
-def _of_type(value: object, wanted: type) -> bool:
-    if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is wanted
-
-
-def _written(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if ask.method in METHODS:
+        for problem in METHODS[ask.method].option_problems(dict(ask.options)):
+            key = problem.place.removeprefix(f"{ask.method} option")
+            yield replace(problem, place=f"--option{key}")
 
 
 def to_json(cost: PlanCost) -> dict[str, Any]:
@@ -255,8 +233,8 @@ def to_json(cost: PlanCost) -> dict[str, Any]:
 def _unknown(cost: PlanCost) -> dict[str, str]:
     """Why figures are None. A part says so in the last clause of its note."""
     reasons = {
-        "usd": [part.note.rpartition("; ")[2] for part in cost.parts if part.usd is None],
-        "edge_energy_j": [part.note.rpartition("; ")[2] for part in cost.parts if part.energy_j is None],
+        "usd": [part.unknown for part in cost.parts if part.usd is None],
+        "edge_energy_j": [part.unknown for part in cost.parts if part.energy_j is None],
         "quality": [cost.quality.note] if cost.quality.clip is None else [],
     }
     return {name: "; ".join(dict.fromkeys(why)) for name, why in reasons.items() if why}

@@ -26,11 +26,12 @@ from hybridsd_sim.candidates import (
     rental_usd_per_hour,
     request_of,
 )
+from hybridsd_sim.deployment import misfits
 from hybridsd_sim.draws import Draw, Draws
 from hybridsd_sim.errors import InputError, Problem, RunError
 from hybridsd_sim.fleet import EdgeFleet, Job, Pool
 from hybridsd_sim.metrics import Verdict, summarise, verdict_of
-from hybridsd_sim.plan import Deployment, Plan
+from hybridsd_sim.plan import Deployment
 from hybridsd_sim.policies import REASONS, FleetView, Policy, make_policy
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, Book, PlanFacts, Records, Sink, check_laws, to_frame
@@ -98,6 +99,8 @@ def simulate(
     """
     if seed is not None and seed != scenario.seed:
         scenario = scenario.with_overrides({"seed": seed})
+    if plan is not None and (problems := misfits(plan, scenario, profiles, complete=False)):
+        raise InputError(problems)
     replicas = _replicas(scenario, plan)
     name = policy if isinstance(policy, str) else policy.name
     found = _planned_options(scenario, profiles, plan) if name == "planned" else options
@@ -387,14 +390,5 @@ class _Options:
     def _priced(self, class_index: int, steps: int, images: int) -> tuple[Candidate, ...]:
         name, spec = self._specs[class_index]
         request = replace(request_of(name, spec), num_inference_steps=steps, num_images=images)
-        plans = [rescaled(option.plan, steps) for option in self.own[class_index]]
+        plans = [option.plan.rescaled(steps) for option in self.own[class_index]]
         return tuple(make_candidate(self._scenario, self._profiles, request, plan) for plan in plans)
-
-
-def rescaled(plan: Plan, steps: int) -> Plan:
-    """The same plan for another number of steps: switch steps keep their share, and every stage keeps a step."""
-    bounds = [round(stage.start * steps / plan.num_inference_steps) for stage in plan.stages] + [steps]
-    for index in range(1, len(plan.stages)):
-        bounds[index] = min(max(bounds[index], bounds[index - 1] + 1), steps - len(plan.stages) + index)
-    stages = [replace(s, start=bounds[i], stop=bounds[i + 1]) for i, s in enumerate(plan.stages)]
-    return replace(plan, stages=tuple(stages))

@@ -328,7 +328,7 @@ BAD_PREDICTIONS = [
     (("--degree", "5", "--method", "pcpp"), "Stripe counts that fit this size: 1, 2, 4, 8."),
     (("--degree", "7", "--method", "asyncdiff"), "With stride 1 choose a degree of 2, 3, 4."),
     (("--degree", "2", "--method", "cfg_parallel", "--guidance-scale", "1"), "--guidance-scale: 1 or less; splitting"),
-    (("--option", "stride=2"), "--option: stride=2; single has no options. Leave it out, or choose the --method"),
+    (("--option", "stride=2"), "--option: stride=2; single has no options. Leave it out, or choose the method"),
     (("--option", "stride"), "--option: 'stride'; needs KEY=VALUE. For example --option stride=2."),
     (("--method", "pcpp", "--option", "stride=2"), "--option: 'stride'; pcpp has no such option."),
     (("--method", "pcpp", "--option", "guidance_split=no"), "guidance_split: no; must be true or false. The default"),

@@ -177,7 +177,7 @@ def test_no_cut_sends_nothing_and_more_cuts_send_more(profiles: Profiles) -> Non
         ("distrifusion", 3, {}, True, "rows must divide"),
         ("distrifusion", 3, {"guidance_split": True}, True, "even number"),
         ("distrifusion", 2, {"sync_mode": "full"}, True, "full_sync"),
-        ("distrifusion", 2, {"stride": 2}, True, "no such name"),
+        ("distrifusion", 2, {"stride": 2}, True, "no such option"),
         ("pcpp", 2, {"partial": 1.5}, True, "from 0 to 1"),
         ("asyncdiff", 2, {"stride": 3}, True, "stride 1 or 2"),
         ("asyncdiff", 2, {"warmup_steps": -1}, True, "at least 0"),

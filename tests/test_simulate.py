@@ -21,7 +21,6 @@ from hybridsd_sim.policies import POLICIES
 from hybridsd_sim.profiles import Quantiles
 from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, column
 from hybridsd_sim.scenario import load_scenario
-from hybridsd_sim.simulate import rescaled
 
 
 def run(scenario: Scenario, profiles: Profiles, policy: str = "cost_aware", **changes: Any) -> SimResult:
@@ -211,7 +210,7 @@ def test_a_plan_keeps_its_shape_for_other_step_counts(
     scenario = quickstart.with_overrides({"search.switch_steps": (k,)})
     options = find_candidates(scenario, profiles).by_class["picture"]
     plan = next(option.plan for option in options if option.cloud_steps == k)
-    other = rescaled(plan, steps)
+    other = plan.rescaled(steps)
 
     assert other.num_inference_steps == steps
     assert 1 <= other.switch_step <= steps - 1
