@@ -173,7 +173,7 @@ def price(
         plan=plan,
         request=request,
         parts=tuple(pricer.parts()),
-        quality=quality_of(plan, profiles, wanted=request.model),
+        quality=quality_of(plan, profiles, wanted=request.model, guided=request.guided),
         flops=flop,
         flops_without_attention_products=bare,
     )

@@ -121,6 +121,9 @@ def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str
 def _why_not_edge(option: Candidate, options: Sequence[Candidate], plan: CapacityPlan) -> Iterator[str]:
     name = option.request_class
     edge = [one for one in options if one.cloud_steps == 0]
+    if option.cloud_steps == 0 and not (option.meets_floor and option.meets_slo):
+        yield f"{name}: the edge alone ({option.plan.stages[0].model}) {_edge_fault(option, plan)}."
+        return
     if option.cloud_steps == 0:
         yield f"{name}: the device alone holds every promise, so nothing is rented for it."
         return
@@ -133,14 +136,14 @@ def _why_not_edge(option: Candidate, options: Sequence[Candidate], plan: Capacit
 
 
 def _edge_fault(best: Candidate, plan: CapacityPlan) -> str:
-    request, spec = best.cost.request, plan.scenario.requests[best.request_class]
+    request = best.cost.request
     faults = []
     if request.quality_floor is not None and (best.quality is None or best.quality < request.quality_floor):
         score = "an unknown CLIP score" if best.quality is None else f"a CLIP score of {best.quality:.4f}"
         faults.append(f"gives {score}, under the floor of {request.quality_floor}")
     if not best.meets_slo:
         faults.append(f"takes {best.latency_s:.1f} s, over the SLO of {request.slo_s:g} s")
-    limit = spec.edge_energy_j or plan.scenario.budget.edge_energy_j_per_image
+    limit = _energy_limit(best.request_class, plan)
     energy = best.cost.edge_energy_j
     if limit is not None and (energy is None or energy > limit):
         used = "an unknown energy" if energy is None else f"{energy:.0f} J"
@@ -227,12 +230,33 @@ def _lifts(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[st
             fastest = min(keeping, key=lambda one: one.latency_s)
             changed = f"with an SLO of {fastest.latency_s:.1f} s instead of {spec.slo_s:g} s"
             yield f"{name}: {changed} the {fastest.plan.label} would do on an idle fleet."
-        in_time = [one for one in options if one.meets_slo and one.quality is not None]
-        if in_time and spec.quality_floor is not None:
-            best = max(in_time, key=lambda one: one.quality or 0.0)
-            changed = f"with a quality floor of {best.quality:.4f} instead of {spec.quality_floor}"
-            yield f"{name}: {changed} the {best.plan.label} would do."
+        yield from _floor_lifts(name, [one for one in options if one.meets_slo], plan)
     yield from _budget_lift(plan)
+
+
+def _floor_lifts(name: str, in_time: Sequence[Candidate], plan: CapacityPlan) -> Iterator[str]:
+    """A lower quality floor or a higher energy limit under which something in time would do."""
+    floor, limit = plan.scenario.requests[name].quality_floor, _energy_limit(name, plan)
+    scored = [one for one in in_time if one.quality is not None]
+    thrifty = [one for one in scored if limit is None or (one.cost.edge_energy_j or 0.0) <= limit]
+    if floor is not None and thrifty:
+        best = max(thrifty, key=lambda one: one.quality or 0.0)
+        if (best.quality or 0.0) < floor:
+            changed = f"with a quality floor of {best.quality:.4f} instead of {floor}"
+            yield f"{name}: {changed} the {best.plan.label} would do."
+    good = [one for one in scored if floor is None or (one.quality or 0.0) >= floor]
+    if limit is not None and good:
+        best = min(good, key=lambda one: one.cost.edge_energy_j or 0.0)
+        if (used := best.cost.edge_energy_j or 0.0) > limit:
+            yield f"{name}: with {used:.0f} J a picture instead of {limit:g} J the {best.plan.label} would do."
+    if floor is not None and in_time and not scored:
+        yield f"{name}: nobody published a score for these pictures ({in_time[0].cost.quality.note}); drop the floor."
+
+
+def _energy_limit(name: str, plan: CapacityPlan) -> float | None:
+    """The joules a picture that bind a class: its own limit or the budget's, the tighter one."""
+    limits = (plan.scenario.requests[name].edge_energy_j, plan.scenario.budget.edge_energy_j_per_image)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _budget_lift(plan: CapacityPlan) -> Iterator[str]:

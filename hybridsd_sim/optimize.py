@@ -184,6 +184,8 @@ class _Search:
     def _learn(self, confirmed: _Confirmed) -> bool:
         """Correct the formula by the run: measured load, and more nodes. False if nothing can help."""
         grew = False
+        if not any(len(records) for records in confirmed.result.replications):
+            return False
         for index, name in enumerate(self.scenario.pools):
             spec, used = self.scenario.pools[name], confirmed.sizing.replicas[name]
             if not any(option.pool_index == index for option in confirmed.sizing.chosen.values()):

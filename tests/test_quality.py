@@ -90,3 +90,14 @@ def test_an_unmeasured_method_has_no_score(profiles: Profiles) -> None:
 
     assert quality.clip is None
     assert "pcpp" in quality.note
+
+
+def test_far_fewer_steps_than_published_have_no_score(profiles: Profiles) -> None:
+    """At 30 steps the 25-step score is taken and marked; at 8 nobody knows; without guidance nobody knows either."""
+    plans = [hybrid(steps, steps=steps) for steps in (30, 8)]
+    more, fewer = (quality_of(plan, profiles) for plan in plans)
+
+    assert (more.clip, more.kind) == (pytest.approx(0.2993), "modelled")
+    assert fewer.clip is None
+    assert "25 steps" in fewer.note
+    assert quality_of(plans[0], profiles, guided=False).clip is None
