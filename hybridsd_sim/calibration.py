@@ -28,11 +28,14 @@ SPREAD_SAME_MODEL = 0.15
 SPREAD_OTHER_MODEL = 0.30
 """The same when only other models were timed on the device. Modelled."""
 SPREAD_OTHER_RUNTIME = 0.40
-"""The same when the device was timed under another runtime. Modelled."""
+"""The same when the device was timed under another runtime or in another precision. Modelled."""
 SPREAD_DATASHEET = 0.60
 """The same when the device was never timed. Modelled."""
 DOMAIN_FACTOR = 3.0
 """A round of FLOPs lies inside what was timed up to this factor beyond the smallest and the largest timed one."""
+ALIKE = {"bf16": "fp16"}
+"""Precisions that run at one speed."""
+KIND_ORDER: Mapping[Kind, int] = {"measured": 0, "quoted": 1, "modelled": 2}
 LEAST_ARITHMETIC = 0.2
 """Least share of a timed step that is taken to be arithmetic, whatever the runtime's per-operation constant says."""
 LAUNCH_BOUND = 1.15
@@ -71,30 +74,52 @@ class _Anchor:
     seconds_per_flop: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a speed is wanted for."""
+
+    runtime: str
+    precision: str
+    config: Mapping[str, Any]
+    flop: float
+    prefer: tuple[str, ...]
+
+
 def speed_of(
-    profiles: Profiles, device: str, runtime: str, *, model: str, flop: float, prefer: Sequence[str] = ()
+    profiles: Profiles,
+    device: str,
+    runtime: str,
+    *,
+    model: str,
+    flop: float,
+    precision: str = "fp16",
+    prefer: Sequence[str] = (),
 ) -> Speed:
     """The device's speed law for a round of `flop` of `model`, from its nearest rows, else from its datasheet.
 
-    `prefer` names sources to use before others. Raises `MissingDataError` when neither rows nor a datasheet peak exist.
+    Near is the same runtime, then precision, then model, then size; among equals measured goes before quoted before
+    modelled, then the newer. `prefer` names sources to use before others. Raises `MissingDataError` when neither rows
+    nor a datasheet peak exist.
     """
     law = profiles.runtime(runtime)
     anchors = _anchors(profiles, device)
     launch_s = _launch_s_per_op(profiles, device, law)
     if not anchors:
         return _datasheet_speed(profiles, device, law, launch_s)
-    config = profiles.model(model).config
-    nearest = min(anchors, key=lambda anchor: _distance(anchor, runtime, config, flop, prefer))
+    asked = _Asked(runtime, ALIKE.get(precision, precision), profiles.model(model).config, flop, tuple(prefer))
+    ordered = sorted(anchors, key=lambda anchor: anchor.row.source_date, reverse=True)  # sorting is stable: newer first
+    nearest = min(ordered, key=lambda anchor: _distance(anchor, asked))
     comparable = [anchor.flop for anchor in anchors if anchor.row.runtime == nearest.row.runtime]
+    same_make = nearest.row.runtime == runtime and _precision(nearest.row) == asked.precision
     return Speed(
         seconds_per_flop=_between_runtimes(profiles, nearest, law),
         seconds_per_op=law.seconds_per_op,
         launch_s_per_op=launch_s,
-        spread=_spread(nearest, runtime, config),
+        spread=_spread(nearest, asked),
         kind="modelled",
         sources=(nearest.row.source,),
-        note=_note(nearest.row, device, runtime),
-        within=nearest.row.runtime == runtime and _holds(comparable, flop),
+        note=_note(nearest.row, device, asked),
+        within=same_make and _holds(comparable, flop),
     )
 
 
@@ -142,23 +167,31 @@ def _anchor(profiles: Profiles, row: CostRow) -> _Anchor | None:
     return _Anchor(row, model.config, flop, arithmetic / flop)
 
 
-def _distance(
-    anchor: _Anchor, runtime: str, config: Mapping[str, Any], flop: float, prefer: Sequence[str]
-) -> tuple[bool, bool, bool, float]:
+def _precision(row: CostRow) -> str:
+    return ALIKE.get(row.precision, row.precision)
+
+
+def _distance(anchor: _Anchor, asked: _Asked) -> tuple[bool, bool, bool, bool, float, int]:
     row = anchor.row
-    not_preferred = not any(name in row.source for name in prefer)
-    return not_preferred, row.runtime != runtime, anchor.config != config, abs(log(anchor.flop / flop))
+    return (
+        not any(name in row.source for name in asked.prefer),
+        row.runtime != asked.runtime,
+        _precision(row) != asked.precision,
+        anchor.config != asked.config,
+        round(abs(log(anchor.flop / asked.flop)), 1),
+        KIND_ORDER[row.kind],
+    )
 
 
-def _spread(anchor: _Anchor, runtime: str, config: Mapping[str, Any]) -> float:
-    if anchor.row.runtime != runtime:
+def _spread(anchor: _Anchor, asked: _Asked) -> float:
+    if anchor.row.runtime != asked.runtime or _precision(anchor.row) != asked.precision:
         return SPREAD_OTHER_RUNTIME
-    return SPREAD_SAME_MODEL if anchor.config == config else SPREAD_OTHER_MODEL
+    return SPREAD_SAME_MODEL if anchor.config == asked.config else SPREAD_OTHER_MODEL
 
 
-def _note(row: CostRow, device: str, runtime: str) -> str:
-    timed = f"{row.model} at {row.height_px}x{row.width_px} px under {row.runtime}"
-    return f"scaled by FLOPs and launches from {device} {timed} to {runtime}"
+def _note(row: CostRow, device: str, asked: _Asked) -> str:
+    timed = f"{row.model} at {row.height_px}x{row.width_px} px under {row.runtime} in {row.precision}"
+    return f"scaled by FLOPs and launches from {device} {timed} to {asked.runtime} in {asked.precision}"
 
 
 def _datasheet_speed(profiles: Profiles, device: str, law: Runtime, launch_s: float) -> Speed:

@@ -110,7 +110,7 @@ def analytic(name: str, sizing: Sizing, sizer: Sizer) -> Evaluated:
         name=name,
         deployment=Deployment(dict(sizing.replicas), {cls: option.plan for cls, option in sizing.chosen.items()}),
         policy="analytic",
-        usd_per_hour=sizing.usd_per_hour,
+        usd_per_hour=None if math.isinf(sizing.rent_usd_per_hour) else sizing.rent_usd_per_hour,
         latency_p95_s=(p95, math.nan, math.nan),
         slo_attainment=(attained, math.nan, math.nan),
         quality=sizing.quality,
@@ -129,7 +129,6 @@ def same_figures(one: Evaluated, other: Evaluated) -> bool:
 
 def dominates(one: Evaluated, other: Evaluated) -> bool:
     """Whether one plan is nowhere worse than the other in dollars, latency and quality, and better somewhere."""
-    """Whether one plan is nowhere worse than the other in dollars, latency and quality, and better in one of them."""
     mine, theirs = _figures(one), _figures(other)
     return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 

@@ -307,7 +307,8 @@ class _Pricer:
         return self.request.height_px, self.request.width_px
 
     def _speed(self, site: Site, model: str, flop: float) -> Speed:
-        return speed_of(self.profiles, site.device, site.runtime, model=model, flop=flop, prefer=self.prefer)
+        where = (self.profiles, site.device, site.runtime)
+        return speed_of(*where, model=model, flop=flop, precision=site.precision, prefer=self.prefer)
 
     def _stage(self, stage: Stage) -> Iterator[Part]:
         job = denoising(stage, self.request, self.profiles)

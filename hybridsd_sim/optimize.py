@@ -38,6 +38,8 @@ SLO_SCALES = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0)
 """Factors on every SLO that span the frontier's latency axis."""
 FLOOR_STEPS = (-0.02, -0.01, -0.005, 0.0, 0.003, 0.006, 0.01)
 """Changes of every quality floor (CLIP) that span the frontier's quality axis."""
+SLACK = 1e-9
+"""Rounding that a sum of missed shares may show."""
 SHARE_TOLERANCE = 0.02
 """How far from the static share a switch step may lie and still count as it."""
 NEAR_OPTIMAL = 1.3
@@ -148,7 +150,7 @@ class _Search:
 
     def _objective(self, sizing: Sizing) -> tuple[float, ...]:
         """Smaller is better: promises missed, then what the scenario minimises, then load, then latency."""
-        over = max(0.0, sizing.usd_per_hour - (self.scenario.budget.usd_per_hour or math.inf))
+        over = max(0.0, sizing.rent_usd_per_hour - (self.scenario.budget.usd_per_hour or math.inf))
         missed = round(sizing.missed, 9) + (over if math.isfinite(over) else 0.0)
         latency = sum(option.latency_s for option in sizing.chosen.values())
         dollars = (round(sizing.usd_per_hour, 6), sizing.load_usd_per_hour)
@@ -184,11 +186,11 @@ class _Search:
     def _learn(self, confirmed: _Confirmed) -> bool:
         """Correct the formula by the run: measured load, and more nodes. False if nothing can help."""
         grew = False
-        if not any(len(records) for records in confirmed.result.replications):
-            return False
+        late = set(self._late_classes(confirmed))
         for index, name in enumerate(self.scenario.pools):
             spec, used = self.scenario.pools[name], confirmed.sizing.replicas[name]
-            if not any(option.pool_index == index for option in confirmed.sizing.chosen.values()):
+            mine = {cls for cls, option in confirmed.sizing.chosen.items() if option.pool_index == index}
+            if not mine & late:
                 continue
             ratio = measured_load_ratio(confirmed, index)
             known = self.sizer.load_factors.get(name, 1.0)
@@ -199,23 +201,29 @@ class _Search:
             self.sizer.learn(name, factor, extra)
         return grew
 
-    def _without_slack(self, confirmed: _Confirmed, name: str) -> _Confirmed:
-        """Take away nodes one by one while the simulation still holds every promise."""
-        best = confirmed
-        for pool, spec in self.scenario.pools.items():
-            while best.sizing.replicas[pool] > max(spec.replicas_min, 0):
-                fewer = {**best.sizing.replicas, pool: best.sizing.replicas[pool] - 1}
-                if self._overloaded(best.sizing, pool, fewer[pool]):
-                    break
-                trial = self.simulated(self.sizer.with_replicas(best.sizing, fewer), f"{name}, one {pool} node fewer")
-                if not trial.evaluated.feasible:
-                    break
-                best = trial
-        return best
+    def _late_classes(self, confirmed: _Confirmed) -> Iterator[str]:
+        """Classes that were measured and missed their SLO: the only promise that more nodes can mend."""
+        summary = confirmed.result.summary
+        for name in self.scenario.requests:
+            attained = float(summary.xs(name, level="request_class").iloc[0]["slo_attainment"])
+            if attained < self.sizer.wanted(name):
+                yield name
 
-    def _overloaded(self, sizing: Sizing, pool: str, nodes: int) -> bool:
-        wait, used = sizing.waits[pool], sizing.replicas[pool]
-        return nodes == 0 or wait.utilisation * used / nodes >= 1.0
+    def _without_slack(self, confirmed: _Confirmed, name: str) -> _Confirmed:
+        """The fewest nodes of each pool on which the simulation still holds every promise, by halving."""
+        best = confirmed
+        for index, (pool, spec) in enumerate(self.scenario.pools.items()):
+            used = any(option.pool_index == index for option in best.sizing.chosen.values())
+            too_few = max(spec.replicas_min, int(used)) - 1
+            while best.sizing.replicas[pool] - too_few > 1:
+                nodes = (best.sizing.replicas[pool] + too_few) // 2
+                fewer = self.sizer.with_replicas(best.sizing, {**best.sizing.replicas, pool: nodes})
+                trial = self.simulated(fewer, f"{name}, {nodes} of {pool}")
+                if trial.evaluated.feasible:
+                    best = trial
+                else:
+                    too_few = nodes
+        return replace(best, evaluated=replace(best.evaluated, name=name))
 
     def frontier(self) -> Iterator[Evaluated]:
         """Capacity plans by formula that no other beats in dollars, latency and quality together."""
@@ -236,18 +244,29 @@ class _Search:
         sizer = Sizer(scenario, self.profiles, rates=self.sizer.rates, load_factors=self.sizer.load_factors)
         other = _Search(scenario, self.profiles, self.found, sizer)
         sizing = other.best(other.choices(lambda option: _above(option, scenario, step)), thorough=False)
-        if sizing is None or sizing.missed > 1e-9:
-            return None
-        return analytic("frontier", sizing, sizer)
+        return None if sizing is None or not self._holds(sizing) else analytic("frontier", sizing, sizer)
 
     def alternatives(self, chosen: Sizing) -> Iterator[Evaluated]:
         """Near-optimal plans that differ in kind: one pool only, one method only, no hand-over, always a hand-over."""
         for name, keep in _kinds(self.scenario):
             sizing = self.best(self.choices(keep))
-            if sizing is None or sizing.missed > 1e-9 or sizing.chosen == chosen.chosen:
+            if sizing is None or not self._holds(sizing) or sizing.chosen == chosen.chosen:
                 continue
-            if sizing.usd_per_hour <= NEAR_OPTIMAL * chosen.usd_per_hour:
+            if sizing.rent_usd_per_hour <= NEAR_OPTIMAL * chosen.rent_usd_per_hour:
                 yield analytic(name, sizing, self.sizer)
+
+    def _holds(self, sizing: Sizing) -> bool:
+        """Whether a sizing keeps, by formula, what it was sized for, and every floor, limit and budget."""
+        budget = self.scenario.budget
+        images = sum(
+            self.sizer.rates[name][0] * 3600 * spec.num_images for name, spec in self.scenario.requests.items()
+        )
+        return (
+            sizing.missed <= SLACK
+            and all(option.meets_floor for option in sizing.chosen.values())
+            and (budget.usd_per_hour is None or sizing.rent_usd_per_hour <= budget.usd_per_hour)
+            and (budget.usd_per_image is None or sizing.rent_usd_per_hour <= budget.usd_per_image * images)
+        )
 
     def switch_curve(self, chosen: Mapping[str, Candidate]) -> dict[str, tuple[Candidate, ...]]:
         """Per class the chosen kind of plan at every switch step: same pool, method and small model if it has any."""

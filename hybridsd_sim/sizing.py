@@ -35,11 +35,13 @@ QUANTILE_STEPS = 60
 class Sizing:
     """A choice with its replicas, and what the formula predicts of it.
 
-    `missed` is the sum over classes of the attainment that is lacking: 0 when the choice holds every SLO.
+    `usd_per_hour` is the rent and the metered egress. `missed` is the sum over classes of the attainment that is
+    lacking: 0 when the choice holds every SLO.
     """
 
     chosen: Mapping[str, Candidate]
     replicas: Mapping[str, int]
+    rent_usd_per_hour: float
     usd_per_hour: float
     waits: Mapping[str, Wait]
     attainment: Mapping[str, float]
@@ -122,6 +124,7 @@ class Sizer:
         return Sizing(
             chosen=dict(chosen),
             replicas=replicas,
+            rent_usd_per_hour=self._rent(replicas),
             usd_per_hour=self._usd_per_hour(chosen, replicas),
             waits=waits,
             attainment=attainment,
@@ -132,7 +135,12 @@ class Sizer:
 
     def with_replicas(self, sizing: Sizing, replicas: Mapping[str, int]) -> Sizing:
         """The same choice on another number of nodes, whatever the formula thinks of it."""
-        return replace(sizing, replicas=dict(replicas), usd_per_hour=self._usd_per_hour(sizing.chosen, replicas))
+        return replace(
+            sizing,
+            replicas=dict(replicas),
+            rent_usd_per_hour=self._rent(replicas),
+            usd_per_hour=self._usd_per_hour(sizing.chosen, replicas),
+        )
 
     def learn(self, pool: str, load_factor: float, extra_nodes: int) -> None:
         """Take over what a simulation found out about a pool."""
@@ -174,12 +182,14 @@ class Sizer:
 
     def _usd_per_hour(self, chosen: Mapping[str, Candidate], replicas: Mapping[str, int]) -> float:
         """Rent of the nodes and metered egress, dollars an hour."""
-        rent = sum(count * self._unit_rent[name] for name, count in replicas.items() if count)
         egress = sum(
             self.rates[name][0] * 3600 * sum(part.usd or 0.0 for part in option.cost.parts if part.tier == "network")
             for name, option in chosen.items()
         )
-        return rent + egress
+        return self._rent(replicas) + egress
+
+    def _rent(self, replicas: Mapping[str, int]) -> float:
+        return sum(count * self._unit_rent[name] for name, count in replicas.items() if count)
 
     def _quality(self, chosen: Mapping[str, Candidate]) -> float | None:
         """Mean CLIP score over requests; None if any class's is unknown."""

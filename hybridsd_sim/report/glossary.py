@@ -31,7 +31,10 @@ GLOSSARY = (
     ("Feasible", "Every class keeps its SLO percentile and quality floor, and every budget holds, in the simulation."),
     ("Stable", "No queue grows over the run: the same load could go on for ever."),
     ("Converged", "The p95 latency is known to 10% of itself or better: more replications would change little."),
-    ("In domain", "Every prediction lies inside what was measured or quoted for its device; else it is extrapolated."),
+    (
+        "In domain",
+        "Every step time follows from steps of like size timed on its device, runtime and precision.",
+    ),
     ("Measured", "Timed by this project's executors on the device itself."),
     ("Quoted", "Taken from a publication, datasheet or price list, named in the sources."),
     ("Modelled", "Derived from measured or quoted figures by a stated rule, with an interval."),
