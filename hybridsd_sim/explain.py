@@ -144,7 +144,7 @@ def _edge_fault(best: Candidate, plan: CapacityPlan) -> str:
     if not best.meets_slo:
         faults.append(f"takes {best.latency_s:.1f} s, over the SLO of {request.slo_s:g} s")
     limit = _energy_limit(best.request_class, plan)
-    energy = best.cost.edge_energy_j
+    energy = None if best.cost.edge_energy_j is None else best.cost.edge_energy_j / request.num_images
     if limit is not None and (energy is None or energy > limit):
         used = "an unknown energy" if energy is None else f"{energy:.0f} J"
         faults.append(f"uses {used} of {limit:g} J a picture")
@@ -182,6 +182,11 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
                 f"{name}: on {pools[index]} the same gang takes {same.latency_s:.1f} s, of which {there:.1f} s are "
                 f"exchange that nothing hides (here {here:.1f} s); the fastest there takes {best.latency_s:.1f} s."
             )
+
+
+def _caution(option: Candidate) -> str:
+    """A warning where a plan that was turned down was not priced from steps timed there."""
+    return " Its steps were not timed there, so that these times are a guess within 40%." if option.cost.outside else ""
 
 
 def _unused_pools(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:

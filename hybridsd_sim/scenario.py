@@ -114,7 +114,7 @@ class RequestClass(Written):
     usd_per_image: Positive | None = None
     """Most dollars that one image may cost; null for no limit."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
-    """Higher goes first where a queue discipline asks."""
+    """Higher goes first in pools with the discipline edf; other disciplines do not look at it."""
 
 
 class EdgeFleet(Written):
@@ -172,7 +172,7 @@ class Pool(Written):
     model_load_s: NonNegative | None = None
     """Seconds to load a model that is not resident; null takes the catalogue's figure."""
     telemetry_period_s: NonNegative = 0.0
-    """Age at which a policy's view of the pool is renewed; 0 is always fresh."""
+    """Age at which a policy's view is renewed; 0 is always fresh. The longest of all pools holds for the whole view."""
 
     def _broken(self) -> Iterator[Broken]:
         low, high = self.replicas_min, self.replicas_max
@@ -193,7 +193,7 @@ class Budget(Written):
     usd_per_hour: Positive | None = None
     """Most dollars an hour for all pools together."""
     usd_per_image: Positive | None = None
-    """Most dollars an image, averaged over a request class."""
+    """Most dollars of rent an image, averaged over all request classes."""
     edge_energy_j_per_image: Positive | None = None
     """Most joules an image from any user's device."""
 
