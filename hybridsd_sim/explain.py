@@ -181,6 +181,7 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
             yield (
                 f"{name}: on {pools[index]} the same gang takes {same.latency_s:.1f} s, of which {there:.1f} s are "
                 f"exchange that nothing hides (here {here:.1f} s); the fastest there takes {best.latency_s:.1f} s."
+                f"{_caution(same)}"
             )
 
 
