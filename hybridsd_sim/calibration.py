@@ -31,7 +31,7 @@ SPREAD_OTHER_RUNTIME = 0.40
 """The same when the device was timed under another runtime or in another precision. Modelled."""
 SPREAD_DATASHEET = 0.60
 """The same when the device was never timed. Modelled."""
-DOMAIN_FACTOR = 3.0
+DOMAIN_FACTOR = 2.0
 """A round of FLOPs lies inside what was timed up to this factor beyond the smallest and the largest timed one."""
 ALIKE = {"bf16": "fp16"}
 """Precisions that run at one speed."""

@@ -168,12 +168,13 @@ def price(
     devices that nobody timed.
     """
     pricer = _Pricer(plan, request, profiles, cold=cold, prefer=prefer)
+    size = (request.height_px, request.width_px)
     flop, bare = plan_flops(plan, request, profiles)
     return PlanCost(
         plan=plan,
         request=request,
         parts=tuple(pricer.parts()),
-        quality=quality_of(plan, profiles, wanted=request.model, guided=request.guided),
+        quality=quality_of(plan, profiles, wanted=request.model, guided=request.guided, size=size),
         flops=flop,
         flops_without_attention_products=bare,
     )

@@ -47,12 +47,20 @@ class _Loss:
 NO_LOSS = _Loss(0.0, "quoted")
 
 
-def quality_of(plan: Plan, profiles: Profiles, *, wanted: str | None = None, guided: bool = True) -> Quality:
+def quality_of(
+    plan: Plan,
+    profiles: Profiles,
+    *,
+    wanted: str | None = None,
+    guided: bool = True,
+    size: tuple[int, int] | None = None,
+) -> Quality:
     """The CLIP score of a plan's pictures; None with a reason where no published table reaches.
 
     `wanted` is the model the user asked for. A small model that does every step is then the pair's switch step 0, so
     that one study's scores are compared; without such a study its own published score counts. All scores were published
-    with guidance, so that pictures without it (`guided` False) have none.
+    with guidance, so that pictures without it (`guided` False) have none, and at the model's native size, so that
+    another `size` (height, width in px) is marked as modelled.
     """
     if not guided:
         return Quality(None, "modelled", (), "CLIP scores were published with guidance only")
@@ -63,6 +71,7 @@ def quality_of(plan: Plan, profiles: Profiles, *, wanted: str | None = None, gui
     losses = [
         _switch_loss(plan, profiles, large),
         _step_loss(plan, profiles, large),
+        _size_loss(profiles, large, size),
         _vae_loss(plan),
         *(_method_loss(stage, profiles) for stage in plan.cloud_stages),
     ]
@@ -84,6 +93,14 @@ def _step_loss(plan: Plan, profiles: Profiles, large: str) -> _Loss:
         return NO_LOSS
     note = f"{large}'s score was published at {rows[0].num_inference_steps} steps"
     return _Loss(0.0, "modelled", (), note) if steps >= FEWEST_STEPS else _Loss(None, "modelled", (), note)
+
+
+def _size_loss(profiles: Profiles, large: str, size: tuple[int, int] | None) -> _Loss:
+    """No study tells what another size costs: the score is kept, and marked."""
+    native = profiles.model(large).native_px
+    if size is None or size == (native, native):
+        return NO_LOSS
+    return _Loss(0.0, "modelled", (), f"{large}'s score was published at {native} px")
 
 
 def _vae_loss(plan: Plan) -> _Loss:

@@ -101,3 +101,12 @@ def test_far_fewer_steps_than_published_have_no_score(profiles: Profiles) -> Non
     assert fewer.clip is None
     assert "25 steps" in fewer.note
     assert quality_of(plans[0], profiles, guided=False).clip is None
+
+
+def test_another_size_keeps_the_score_and_loses_the_label(profiles: Profiles) -> None:
+    """SD 1.4's score was published at 512 px: there it is quoted, at 768 px it is modelled."""
+    here, there = (quality_of(hybrid(25), profiles, size=(px, px)) for px in (512, 768))
+
+    assert (here.kind, there.kind) == ("quoted", "modelled")
+    assert here.clip == there.clip
+    assert "512 px" in there.note
