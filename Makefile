@@ -1,7 +1,7 @@
 # The project's commands. `make demo` needs git, make, Python 3.11 or newer, and pip.
 
 PYTHON      ?= $(shell command -v python3.11 || command -v python3)
-TEST_EXTRAS ?= test
+TEST_EXTRAS ?= test,executors
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -12,7 +12,7 @@ PINS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench wheel clean
+.PHONY: help demo test check bench gpu wheel clean
 
 help:  ## List these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -32,6 +32,9 @@ check: $(VENV)/.test  ## Lint, check types and layers, then run the tests
 
 bench: $(VENV)/.test  ## Run the benchmarks
 	$(BIN)/python -m pytest tests/benchmarks $(PYTEST_ARGS)
+
+gpu: $(VENV)/.test  ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 wheel: $(VENV)/.test  ## Build the source distribution and the wheel into dist/
 	$(BIN)/hatchling build

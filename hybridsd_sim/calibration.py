@@ -19,7 +19,7 @@ from math import log, sqrt
 from typing import Any
 
 from hybridsd_sim.errors import MissingDataError, Problem
-from hybridsd_sim.plan import Kind
+from hybridsd_sim.plan import KIND_ORDER, Kind
 from hybridsd_sim.profiles import CostRow, Profiles, Runtime
 from hybridsd_sim.unet import work
 
@@ -35,7 +35,6 @@ DOMAIN_FACTOR = 2.0
 """A round of FLOPs lies inside what was timed up to this factor beyond the smallest and the largest timed one."""
 ALIKE = {"bf16": "fp16"}
 """Precisions that run at one speed."""
-KIND_ORDER: Mapping[Kind, int] = {"measured": 0, "quoted": 1, "modelled": 2}
 LEAST_ARITHMETIC = 0.2
 """Least share of a timed step that is taken to be arithmetic, whatever the runtime's per-operation constant says."""
 LAUNCH_BOUND = 1.15

@@ -145,7 +145,7 @@ def _named(scenario: Scenario, profiles: Profiles) -> Iterator[tuple[str, Any, s
         yield f"edge.{name}.device", profiles.edge_device, fleet.device
         yield f"edge.{name}.network", profiles.network, fleet.network
     for name, pool in scenario.pools.items():
-        yield f"pools.{name}.gpu", profiles.gpu, pool.gpu
+        yield f"pools.{name}.gpu", profiles.device, pool.gpu
         yield f"pools.{name}.runtime", profiles.runtime, pool.runtime
         if pool.interconnect is not None:
             yield f"pools.{name}.interconnect", profiles.interconnect, pool.interconnect

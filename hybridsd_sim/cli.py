@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import shutil
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hybridsd_sim import __version__
-from hybridsd_sim.errors import HybridSDError, InputError, Problem, unknown_name
+from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.exits import run_to_exit
 
 if TYPE_CHECKING:
     from hybridsd_sim.profiles import Profiles
@@ -56,23 +56,7 @@ OutFolder = Annotated[Path | None, typer.Option("--out", help="Folder of the rep
 
 def main() -> None:
     """Run the command line; turn errors into messages and exit codes."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
-    try:
-        app(args=arguments)
-    except InputError as error:
-        _stop(2, error.problems, debug=debug)
-    except HybridSDError as error:
-        _stop(1, [error], debug=debug)
-    except Exception as error:  # noqa: BLE001 -- whatever else happens, people get a message and scripts an exit code
-        _stop(1, [f"{type(error).__name__}: {error}. Add --debug to see where."], debug=debug)
-
-
-def _stop(code: int, messages: Sequence[object], *, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
-    sys.stderr.writelines(f"error: {message}\n" for message in messages)
-    raise SystemExit(code)
+    run_to_exit(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -91,10 +75,10 @@ def check(
 ) -> None:
     """Validate a scenario and print it in brief."""
     from hybridsd_sim.candidates import check_names
-    from hybridsd_sim.profiles import load_profiles
     from hybridsd_sim.show import scenario_text
 
-    resolved, profiles = _scenario(path, scenario, set_), load_profiles()
+    resolved = _scenario(path, scenario, set_)
+    profiles = _profiles(resolved)
     policies = _policy_problems(resolved.search.policies, "search.policies", planned=True)
     _together(lambda: check_names(resolved, profiles), lambda: _refuse(policies))
     _print(format_, resolved.to_dict, lambda width: scenario_text(resolved, width))
@@ -150,7 +134,6 @@ def simulate(
     """Simulate policies side by side on the same requests and links."""
     from hybridsd_sim.candidates import check_names, find_candidates
     from hybridsd_sim.deployment import load_deployment, misfits
-    from hybridsd_sim.profiles import load_profiles
     from hybridsd_sim.show import simulation_data, simulation_text
     from hybridsd_sim.simulate import simulate as run
 
@@ -162,7 +145,8 @@ def simulate(
     )
     names = _split(policy) if policy else [*resolved.search.policies, *(["planned"] if deployment else [])]
     names, place = list(dict.fromkeys(names)), "--policy" if policy else "search.policies"
-    profiles, problems = load_profiles(), _policy_problems(names, place, planned=deployment is not None)
+    profiles = _profiles(resolved)
+    problems = _policy_problems(names, place, planned=deployment is not None)
     problems += misfits(deployment, resolved, profiles) if deployment else []
     _together(lambda: check_names(resolved, profiles), lambda: _refuse(problems))
     with _progress() as say:
@@ -189,12 +173,11 @@ def plan_(
 ) -> None:
     """Find the capacity plan. The plan of each request class and the nodes of each pool, confirmed by simulation."""
     from hybridsd_sim.optimize import optimize
-    from hybridsd_sim.profiles import load_profiles
     from hybridsd_sim.show import plan_data, plan_text
 
     flags = {"--budget-usd-per-hour": ("budget.usd_per_hour", budget_usd_per_hour)}
     resolved, _ = _together(lambda: _scenario(path, scenario, set_, flags), lambda: _check_folder(out))
-    profiles = load_profiles()
+    profiles = _profiles(resolved)
     with _progress() as say, _fan_out(jobs) as fan_out:
         result = optimize(resolved, profiles, map=fan_out, progress=say)
         say("drawing the report")
@@ -277,6 +260,13 @@ def _scenario(
     except InputError as error:
         places = {f"--set: {key}": flag for flag, (key, _) in given.items()}
         raise InputError(replace(p, place=places.get(p.place, p.place)) for p in error.problems) from None
+
+
+def _profiles(scenario: Scenario) -> Profiles:
+    """The shipped profiles, and over them those that the scenario names."""
+    from hybridsd_sim.profiles import load_profiles
+
+    return load_profiles(scenario.search.profiles)
 
 
 def _pairs(pairs: Sequence[str] | None, flag: str, example: str) -> dict[str, str]:

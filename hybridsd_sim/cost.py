@@ -18,7 +18,7 @@ from hybridsd_sim.calibration import Speed, speed_of
 from hybridsd_sim.errors import IllegalPlanError
 from hybridsd_sim.methods import Phase, find_method
 from hybridsd_sim.partition import Denoising, RankWork
-from hybridsd_sim.plan import Kind, Plan, Request, Site, Stage
+from hybridsd_sim.plan import KIND_ORDER, Kind, Plan, Request, Site, Stage
 from hybridsd_sim.profiles import Component, CostRow, Profiles
 from hybridsd_sim.quality import Quality, quality_of
 from hybridsd_sim.transfers import (
@@ -31,8 +31,6 @@ from hybridsd_sim.transfers import (
     transfer_s,
 )
 from hybridsd_sim.unet import unet_units, work
-
-_KIND_ORDER: dict[Kind, int] = {"measured": 0, "quoted": 1, "modelled": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +130,12 @@ class PlanCost:
     @property
     def kind(self) -> Kind:
         """The weakest kind among the parts that take time."""
-        kinds = [part.kind for part in self.parts if part.seconds > 0]
-        return max(kinds, key=_KIND_ORDER.__getitem__, default="modelled")
+        return _weakest([part for part in self.parts if part.seconds > 0])
+
+    @property
+    def steps_kind(self) -> Kind:
+        """The weakest kind among the denoising steps, transfers and all else apart."""
+        return _weakest(self.denoise_parts)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -150,6 +152,10 @@ class PlanCost:
     def outside(self) -> tuple[str, ...]:
         """Parts whose figure lies outside what was timed, each with its reason."""
         return tuple(f"{part.name} on {part.where}: {part.note}" for part in self.parts if not part.within)
+
+
+def _weakest(parts: Sequence[Part]) -> Kind:
+    return max((part.kind for part in parts), key=KIND_ORDER.__getitem__, default="modelled")
 
 
 def _total(values: Iterator[float | None]) -> float | None:
@@ -243,10 +249,11 @@ class _Pricer:
     def _loads(self) -> Iterator[Part]:
         if not self.cold:
             return
-        for site in self.plan.sites.values():
-            if site.tier == "cloud":
-                row = self.profiles.model_load(site.device)
-                yield self._held("model_load", site, row.seconds_median, _row_range(row), row.kind, (row.source,))
+        for name, site in self.plan.sites.items():
+            models = [stage.model for stage in self.plan.cloud_stages if stage.site.name == name]
+            for model in dict.fromkeys(models or ["*"] * (site.tier == "cloud")):
+                row = self.profiles.model_load(site.device, model)
+                yield self._held("model_load", site, row.seconds_median, row.range_s, row.kind, (row.source,))
 
     def _handover(self, index: int, stage: Stage, *, with_embedding: bool) -> Iterator[Part]:
         model = self.profiles.model(stage.model)
@@ -289,7 +296,7 @@ class _Pricer:
         for component in components:
             row = self.profiles.component_row(site.device, site.runtime, component, self._size, prefer=self.prefer)
             if row is not None:
-                times = (row.seconds_median, *_row_range(row))
+                times = (row.seconds_median, *row.range_s)
                 kinds.append(row.kind)
                 sources.append(row.source)
             else:
@@ -300,7 +307,7 @@ class _Pricer:
                 sources += speed.sources
                 notes.append(f"{component.name} from the device's UNet speed: {speed.note}")
             seconds, low, high = (a + b * repeats for a, b in zip((seconds, low, high), times, strict=True))
-        kind = max(kinds, key=_KIND_ORDER.__getitem__)
+        kind = max(kinds, key=KIND_ORDER.__getitem__)
         return self._held(name, site, seconds, (low, high), kind, tuple(dict.fromkeys(sources)), "; ".join(notes))
 
     @property
@@ -325,7 +332,7 @@ class _Pricer:
         row = self._exact_row(stage, phase)
         if row is not None:
             seconds = row.seconds_median * phase.rounds * self._calls(stage.site, phase.work.latents)
-            low, high = (bound / row.seconds_median * seconds for bound in _row_range(row))
+            low, high = (bound / row.seconds_median * seconds for bound in row.range_s)
             return self._held(name, stage.site, seconds, (low, high), row.kind, (row.source,))
         return self._modelled_phase(name, stage, phase)
 
@@ -347,7 +354,7 @@ class _Pricer:
         """Exposed exchange of one round: middle, low, high seconds, and the interconnect's source."""
         if rank.messages == 0:
             return 0.0, 0.0, 0.0, ()
-        name = stage.site.interconnect or self.profiles.gpu(stage.site.device).default_interconnect
+        name = stage.site.interconnect or self.profiles.default_interconnect(stage.site.device)
         link = self.profiles.interconnect(name)
         sharing = 1.0 if link.scales_with_devices else min(1.0, 2.0 / stage.degree)
         rates = (link.bandwidth_bytes_per_s, link.bandwidth_high, link.bandwidth_low)
@@ -391,10 +398,3 @@ class _Pricer:
         if rate is None:
             return None, 0.0, f"no {site.purchase} price for {site.device}"
         return rate * devices * seconds / 3600, 0.0, ""
-
-
-def _row_range(row: CostRow) -> tuple[float, float]:
-    """The row's 5th and 95th percentile; 10% to either side where the source gives none (modelled)."""
-    low = row.seconds_p05 if row.seconds_p05 is not None else 0.9 * row.seconds_median
-    high = row.seconds_p95 if row.seconds_p95 is not None else 1.1 * row.seconds_median
-    return low, high

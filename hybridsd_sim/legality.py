@@ -64,7 +64,7 @@ def _memory_problems(plan: Plan, request: Request, profiles: Profiles) -> list[P
 
 
 def _usable_bytes(site: Site, profiles: Profiles) -> float | None:
-    device = profiles.gpu(site.device) if site.tier == "cloud" else profiles.edge_device(site.device)
+    device = profiles.device(site.device) if site.tier == "cloud" else profiles.edge_device(site.device)
     return None if device.memory_gib is None else device.memory_gib * device.usable_memory_fraction * 2**30
 
 

@@ -57,7 +57,7 @@ class Method(ABC):
         """Every reason why this method cannot run `job` at `degree`; empty when it can."""
         bad_degree = [] if degree >= 1 else [Problem("degree", str(degree), "counts GPUs, so it is at least 1")]
         general = [*self.option_problems(options), *bad_degree]
-        return general or self._rule_problems(job, degree, self._settings(job, options))
+        return general or self._rule_problems(job, degree, self.settings(job, options))
 
     def option_problems(self, options: Mapping[str, Option]) -> Iterator[Problem]:
         """Options that the method does not have, and values of another type than their default's."""
@@ -78,9 +78,9 @@ class Method(ABC):
         """The stage as phases of equal rounds; the steps sum to `job.num_steps`. Degree 1 of any method is `single`."""
         if degree == 1:
             return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, work=whole(job)),)
-        return tuple(phase for phase in self._phases(job, degree, self._settings(job, options)) if phase.steps)
+        return tuple(phase for phase in self._phases(job, degree, self.settings(job, options)) if phase.steps)
 
-    def _settings(self, job: Denoising, options: Mapping[str, Option]) -> dict[str, Option]:
+    def settings(self, job: Denoising, options: Mapping[str, Option]) -> dict[str, Option]:
         return {**self.defaults, **options}
 
     @abstractmethod
@@ -127,12 +127,16 @@ def _guidance_problems(job: Denoising, degree: int) -> list[Problem]:
 
 
 class PatchMethod(Method):
-    """Horizontal stripes, one a GPU: what DistriFusion and PCPP share."""
+    """Horizontal stripes, one a GPU: what DistriFusion and PCPP share.
+
+    `unbiased_variance` multiplies every GroupNorm's variance by n / (n - 1) as the public code does.
+    """
 
     defaults: ClassVar[Mapping[str, Option]] = {
         "warmup_steps": 5,
         "sync_mode": "corrected_async_gn",
         "guidance_split": False,
+        "unbiased_variance": False,
     }
 
     def _rule_problems(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> list[Problem]:
@@ -231,7 +235,7 @@ class AsyncDiff(Method):
     name = "asyncdiff"
     defaults: ClassVar[Mapping[str, Option]] = {"stride": 1, "warmup_steps": 1}
 
-    def _settings(self, job: Denoising, options: Mapping[str, Option]) -> dict[str, Option]:
+    def settings(self, job: Denoising, options: Mapping[str, Option]) -> dict[str, Option]:
         warmup = {"warmup_steps": 3 if job.family == "sdxl" else 1}
         return {**self.defaults, **warmup, **options}
 
@@ -284,9 +288,10 @@ def _sync_mode_problems(settings: Mapping[str, Option]) -> list[Problem]:
 
 def _warmup_problems(settings: Mapping[str, Option]) -> list[Problem]:
     steps = settings["warmup_steps"]
-    if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0:
+    if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
         return []
-    return [Problem("warmup_steps", str(steps), "counts synchronous steps: an integer of at least 0")]
+    rule = "counts synchronous steps: at least 1, since the first step has no earlier one to reuse"
+    return [Problem("warmup_steps", str(steps), rule)]
 
 
 def _stripe_problems(job: Denoising, branch: int) -> list[Problem]:

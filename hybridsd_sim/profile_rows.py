@@ -10,7 +10,7 @@ import json
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -118,6 +118,11 @@ class Model(Row):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(value.split(";")) if isinstance(value, str) else value
+
+    @property
+    def network(self) -> str:
+        """A text that is the same for models of one network, such as SD 1.4 and 1.5."""
+        return json.dumps(self.config, sort_keys=True)
 
     def layers(self, height_px: int, width_px: int) -> tuple[Layer, ...]:
         """Every layer at this image size, in execution order, for one latent."""
@@ -309,6 +314,13 @@ class CostRow(Row):
         """Latents of the UNet call."""
         return self.batch_size * (2 if self.guidance else 1)
 
+    @property
+    def range_s(self) -> tuple[float, float]:
+        """The 5th and 95th percentile; 10% to either side where the source gives none (modelled)."""
+        low, high = self.seconds_p05, self.seconds_p95
+        middle = self.seconds_median
+        return 0.9 * middle if low is None else low, 1.1 * middle if high is None else high
+
     @model_validator(mode="after")
     def _percentiles_must_rise(self) -> Self:
         known = [value for value in (self.seconds_p05, self.seconds_median, self.seconds_p95) if value is not None]
@@ -328,15 +340,21 @@ class Protocol(Written):
 
 
 class Meta(Written):
-    """What stands beside a measured file: the machine, the software, the protocol. No paths, no host names."""
+    """What stands beside a measured file: the machine, the software, the protocol. No paths, no host names.
+
+    `processor` is what the chip calls itself. `ceilings` are the machine's own limits, measured in the same run, with
+    units in their names.
+    """
 
     device: Name
+    processor: str = ""
     driver: str = ""
     libraries: Mapping[str, str] = Field(default_factory=dict)
     date: Name
     protocol: Protocol
     commit: str = ""
     fit_errors: Mapping[str, float] = Field(default_factory=dict)
+    ceilings: Mapping[str, Positive] = Field(default_factory=dict)
 
 
 def columns_of(shape: type[Row]) -> dict[str, bool]:
@@ -375,21 +393,3 @@ TABLES: Mapping[str, type[Row]] = {
     "quality": QualityRow,
 }
 """The tables of the catalogue: `catalog/<name>.csv` holds one of these rows a line."""
-
-
-def mentions(row: Row, names: Mapping[str, Collection[str]]) -> Iterator[tuple[str, str, Collection[str]]]:
-    """Every name that a row mentions: its column, the name, and the names that exist."""
-    if isinstance(row, Gpu):
-        yield "default_interconnect", row.default_interconnect, names["interconnects"]
-    elif isinstance(row, EdgeDevice):
-        yield "default_runtime", row.default_runtime, names["runtimes"]
-    elif isinstance(row, Model):
-        yield from (("text_encoders", name, names["components"]) for name in row.text_encoders)
-        yield from (("vae", name, names["components"]) for name in (row.vae, row.small_vae))
-    elif isinstance(row, Price) and row.item.startswith("gpu:"):
-        yield "item", row.item.removeprefix("gpu:"), names["gpus"]
-    elif isinstance(row, CostRow):
-        whose = "components" if row.component in {"vae_decode", "text_encode"} else "models"
-        yield "device", row.device, {*names["gpus"], *names["edge_devices"], "*"}
-        yield "runtime", row.runtime, {*names["runtimes"], "*"}
-        yield "model", row.model, names[whose] if row.component.startswith("step") else {*names[whose], "*"}

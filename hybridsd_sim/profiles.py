@@ -9,23 +9,16 @@ do). Nothing is extrapolated.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
-from pydantic import ValidationError
+from typing import Literal, TypeVar
 
 from hybridsd_sim.errors import InputError, MissingDataError, Problem, unknown_name
-from hybridsd_sim.plan import Kind
+from hybridsd_sim.plan import KIND_ORDER
+from hybridsd_sim.profile_files import read_folders
 from hybridsd_sim.profile_rows import (
-    TABLES,
     Component,
     CostRow,
     EdgeDevice,
@@ -39,9 +32,6 @@ from hybridsd_sim.profile_rows import (
     Quantiles,
     Row,
     Runtime,
-    columns_of,
-    mentions,
-    row_problems,
 )
 
 __all__ = [
@@ -49,8 +39,7 @@ __all__ = [
     "QualityRow", "Quantiles", "Row", "Runtime", "data_folder", "load_profiles",
 ]  # fmt: skip
 
-_KIND_ORDER: Mapping[Kind, int] = {"measured": 0, "quoted": 1, "modelled": 2}
-_LISTS = ("prices", "quality", "costs")
+_PARTS = ("catalog", "quoted", "measured")
 _StepKey = tuple[str, str, str, tuple[int, int], int]
 NamedT = TypeVar("NamedT")
 
@@ -107,6 +96,13 @@ class Profiles:
         both: dict[str, Gpu | EdgeDevice] = {**self.edge_devices, **self.gpus}
         return _named("device", name, both)
 
+    def default_interconnect(self, device: str) -> str:
+        """The interconnect between GPUs of this kind. Raises `MissingDataError` for a device that has none."""
+        if isinstance(found := self.device(device), Gpu):
+            return found.default_interconnect
+        rule = "has no interconnect of its own"
+        raise MissingDataError(Problem("interconnect", device, rule, "Name one, or choose degree 1."))
+
     def peak_flop_per_s(self, device: str) -> float | None:
         """The datasheet's dense fp16 peak of a GPU or edge device; None where no datasheet gives one."""
         return self.device(device).fp16_flop_per_s
@@ -137,7 +133,7 @@ class Profiles:
         """
         limit = self.runtime(runtime).max_unet_batch
         held = min(latents, limit) if limit else latents
-        rows = self._steps.get((device, runtime, _architecture(self.model(model)), size, held), ())
+        rows = self._steps.get((device, runtime, self.model(model).network, size, held), ())
         fitting = [row for row in rows if precision in (None, row.precision)]
         return min(fitting, key=lambda row: _rank(row, prefer), default=None)
 
@@ -152,12 +148,15 @@ class Profiles:
         fitting = [row for row in rows if (row.height_px, row.width_px) == wanted]
         return min(fitting, key=lambda row: _rank(row, prefer), default=None)
 
-    def model_load(self, device: str, *, prefer: Sequence[str] = ()) -> CostRow:
-        """Seconds until another model is ready: the device's own row, else the one for any device."""
+    def model_load(self, device: str, model: str = "*", *, prefer: Sequence[str] = ()) -> CostRow:
+        """Seconds until another model is ready: this network's row on the device, else the one for any of them."""
+        network = self.models[model].network if model in self.models else ""
+        alike = {"*", *(name for name, other in self.models.items() if other.network == network)}
         rows = [row for row in self.costs if row.component == "model_load" and row.device in (device, "*")]
+        rows = [row for row in rows if row.model in alike]
         if not rows:
             raise MissingDataError(Problem("model_load", device, "no row says how long a model load takes"))
-        return min(rows, key=lambda row: (row.device == "*", _rank(row, prefer)))
+        return min(rows, key=lambda row: (row.device == "*", row.model == "*", _rank(row, prefer)))
 
     def gpu_price(self, gpu: str, purchase: str = "on_demand", provider: str | None = None) -> Price | None:
         """USD per GPU-hour: the first row of `provider`, else the row marked default; None where nobody sells it."""
@@ -205,7 +204,7 @@ def _named(what: str, name: str, known: Mapping[str, NamedT]) -> NamedT:
 
 def _rank(row: CostRow, prefer: Sequence[str]) -> tuple[int, int, _Newest]:
     place = next((index for index, name in enumerate(prefer) if name in row.source), len(prefer))
-    return place, _KIND_ORDER[row.kind], _Newest(row.source_date)
+    return place, KIND_ORDER[row.kind], _Newest(row.source_date)
 
 
 class _Newest(str):
@@ -220,18 +219,13 @@ class _Newest(str):
 
 def _steps_of(costs: Sequence[CostRow], models: Mapping[str, Model]) -> dict[_StepKey, list[CostRow]]:
     """The one-GPU step rows by what they timed, each list in the order of the rows."""
-    networks = {name: _architecture(model) for name, model in models.items()}
+    networks = {name: model.network for name, model in models.items()}
     steps: dict[_StepKey, list[CostRow]] = {}
     for row in costs:
         if row.component == "step" and row.degree == 1 and row.rank is None:
             size = (row.height_px, row.width_px)
             steps.setdefault((row.device, row.runtime, networks[row.model], size, row.latents), []).append(row)
     return steps
-
-
-def _architecture(model: Model) -> str:
-    """A text that is the same for models of the same network."""
-    return json.dumps(model.config, sort_keys=True)
 
 
 def data_folder(kind: Literal["profiles", "scenarios"]) -> Path:
@@ -244,152 +238,26 @@ def data_folder(kind: Literal["profiles", "scenarios"]) -> Path:
     raise InputError(Problem(f"shipped {kind}", str(package / "_data" / kind), rule, "Install the package again."))
 
 
-def load_profiles(path: str | Path | None = None) -> Profiles:
+def load_profiles(path: str | Path | Sequence[str | Path] | None = None) -> Profiles:
     """Read a profiles folder; None means the shipped one.
 
-    A folder without `catalog/` is laid over the shipped one: its quoted and measured rows join. Raises `InputError`
-    with everything wrong in every file, each with file and line.
+    A folder without `catalog/` is laid over the shipped one: its cost rows join, and replace those that timed the very
+    same; so are several folders, each over those before. Raises `InputError` with everything wrong in every file, each
+    with file and line.
     """
-    folders = [data_folder("profiles")] if path is None else _folders(Path(path))
-    read = _Read()
-    for folder in folders:
-        read.folder(folder)
-    read.check_names()
-    if read.problems:
-        raise InputError(read.problems)
-    return read.profiles()
+    given = [path] if isinstance(path, str | Path) else path or []
+    folders = _folders([Path(folder) for folder in given])
+    tables, metas, digest = read_folders(folders)
+    steps = _steps_of(tables["costs"], tables["models"])
+    return Profiles(**tables, metas=metas, digest=digest, _steps=steps)
 
 
-def _folders(path: Path) -> list[Path]:
-    if (path / "catalog").is_dir():
-        return [path]
-    if (path / "quoted").is_dir() or (path / "measured").is_dir():
-        return [data_folder("profiles"), path]
-    raise InputError(Problem(str(path), "not a profiles folder", "needs catalog/, quoted/ or measured/ inside"))
-
-
-class _Read:
-    """Reads folders and keeps what it finds, good rows and problems alike, with the file and line of each."""
-
-    def __init__(self) -> None:
-        self.tables: dict[str, list[tuple[str, Any]]] = {name: [] for name in (*TABLES, "costs")}
-        self.metas: dict[str, Meta] = {}
-        self.problems: list[Problem] = []
-        self.hash = hashlib.sha256()
-
-    def folder(self, folder: Path) -> None:
-        """Read the catalogue, where there is one, then quoted rows, then measured ones."""
-        if (folder / "catalog").is_dir():
-            for name, shape in TABLES.items():
-                self.tables[name] += self._table(folder, folder / "catalog" / f"{name}.csv", shape)
-        for file in sorted(folder.glob("quoted/*.csv")):
-            self._costs(folder, file, ("quoted", "modelled"))
-        for file in sorted(folder.glob("measured/*/*.csv")):
-            self._meta(folder, file, self._costs(folder, file, ("measured",)))
-
-    def _refuse(self, place: str, value: str, rule: str, remedy: str = "") -> None:
-        self.problems.append(Problem(place, value, rule, remedy))
-
-    def _text(self, folder: Path, path: Path) -> str:
-        """The file's text, which joins the digest; empty, with a problem, where there is none."""
-        try:
-            content = path.read_bytes().replace(b"\r\n", b"\n")
-            text = content.decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            self._refuse(str(path), type(error).__name__, "must be a UTF-8 file that can be read")
-            return ""
-        if not text.strip():
-            self._refuse(str(path), "empty", "must say something")
-        self.hash.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
-        return text
-
-    def _table(self, folder: Path, path: Path, shape: type[Row]) -> list[tuple[str, Any]]:
-        lines = csv.reader(self._text(folder, path).splitlines(), strict=True)
-        found: list[tuple[str, Any]] = []
-        try:
-            header = next(lines, [])
-            if header and self._header_is_right(f"{path}:1", header, shape):
-                for cells in lines:
-                    found += self._row(f"{path}:{lines.line_num}", header, cells, shape)
-        except csv.Error as error:
-            self._refuse(f"{path}:{lines.line_num}", str(error), "must be CSV")
-        return found
-
-    def _header_is_right(self, place: str, header: list[str], shape: type[Row]) -> bool:
-        needed = columns_of(shape)
-        before = len(self.problems)
-        for column, times in Counter(header).items():
-            if column not in needed:
-                close = get_close_matches(column, needed, n=1)
-                remedy = f"Did you mean {close[0]}?" if close else f"Columns: {', '.join(needed)}."
-                self._refuse(place, f"column {column!r}", "no such column", remedy)
-            elif times > 1:
-                self._refuse(place, f"column {column!r}", "stands there twice")
-        for column, required in needed.items():
-            if required and column not in header:
-                self._refuse(place, f"column {column!r}", "is missing")
-        return len(self.problems) == before
-
-    def _row(self, place: str, header: list[str], cells: list[str], shape: type[Row]) -> list[tuple[str, Any]]:
-        if len(cells) != len(header):
-            self._refuse(place, f"{len(cells)} cells", f"the header has {len(header)}; cells with commas need quotes")
-            return []
-        said = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
-        try:
-            return [(place, shape.model_validate(said, strict=False))]
-        except ValidationError as error:
-            self.problems += row_problems(error, place, said)
-            return []
-
-    def _costs(self, folder: Path, file: Path, kinds: tuple[Kind, ...]) -> list[tuple[str, Any]]:
-        rows = self._table(folder, file, CostRow)
-        self.tables["costs"] += rows
-        for place, row in rows:
-            if row.kind not in kinds:
-                self._refuse(f"{place}: kind", repr(row.kind), f"rows of this folder are {' or '.join(kinds)}")
-        return rows
-
-    def _meta(self, folder: Path, file: Path, rows: list[tuple[str, Any]]) -> None:
-        device, path = file.parent.name, file.with_suffix(".meta.yaml")
-        text, said = self._text(folder, path), None
-        if not text.strip():
-            return
-        try:
-            # BaseLoader leaves every scalar a text, which the shape then reads as it reads CSV cells.
-            said = yaml.load(text, yaml.BaseLoader)  # noqa: S506
-            meta = Meta.model_validate(said, strict=False)
-        except yaml.YAMLError as error:
-            self._refuse(str(path), " ".join(str(error).split()), "must be YAML")
-        except ValidationError as error:
-            self.problems += row_problems(error, str(path), said if isinstance(said, dict) else {})
-        else:
-            self.metas[f"{device}/{file.stem}"] = meta
-            for place, name in ((str(path), meta.device), *((place, row.device) for place, row in rows)):
-                if name != device:
-                    self._refuse(f"{place}: device", repr(name), f"must be its folder's, {device!r}")
-
-    def check_names(self) -> None:
-        """Names are unique in their table, every name that a row mentions exists, every price has one default."""
-        tables = self.tables.items()
-        names = {table: Counter(row.name for _, row in rows if hasattr(row, "name")) for table, rows in tables}
-        for table, rows in tables:
-            for place, row in rows:
-                if names[table][getattr(row, "name", "")] > 1:
-                    self._refuse(f"{place}: name", repr(row.name), "stands in the table more than once")
-                for column, name, known in mentions(row, names):
-                    if name not in known:
-                        self.problems.append(unknown_name(f"{place}: {column}", name, tuple(known)))
-        prices = self.tables["prices"]
-        defaults = Counter((row.item, row.purchase) for _, row in prices if row.default)
-        for key, place in {(row.item, row.purchase): place for place, row in reversed(prices)}.items():
-            if defaults[key] != 1:
-                rule = f"has {defaults[key]} rows with default true, and needs exactly one"
-                self._refuse(f"{place}: default", " ".join(filter(None, key)), rule)
-
-    def profiles(self) -> Profiles:
-        """What was read, by name."""
-        tables: dict[str, Any] = {name: [row for _, row in rows] for name, rows in self.tables.items()}
-        for name, rows in tables.items():
-            tables[name] = tuple(rows) if name in _LISTS else {row.name: row for row in rows}
-        steps = _steps_of(tables["costs"], tables["models"])
-        return Profiles(**tables, metas=self.metas, digest=self.hash.hexdigest(), _steps=steps)
+def _folders(given: Sequence[Path]) -> list[Path]:
+    """The folders to read: a catalogue first, the shipped one where none is given."""
+    rule = "needs catalog/, quoted/ or measured/ inside"
+    if strange := [path for path in given if not any((path / part).is_dir() for part in _PARTS)]:
+        raise InputError(Problem(str(path), "not a profiles folder", rule) for path in strange)
+    complete = [path for path in given if (path / "catalog").is_dir()]
+    if len(complete) > 1:
+        raise InputError(Problem(str(complete[1]), "a second catalog/", "only one of the folders may hold one"))
+    return [*(complete or [data_folder("profiles")]), *(path for path in given if path not in complete)]

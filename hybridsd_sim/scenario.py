@@ -142,7 +142,7 @@ class Pool(Written):
     """Cloud nodes of one kind behind one queue."""
 
     gpu: Text
-    """GPU of the catalogue (for example a100-sxm-80gb)."""
+    """GPU of the catalogue (for example a100-sxm-80gb), or any other device that is rented as a node."""
     gpus_per_node: Annotated[int, Field(ge=1, le=64)] = 1
     """GPUs in one node; a gang of parallel GPUs never leaves its node."""
     interconnect: Text | None = None
@@ -224,6 +224,8 @@ class Search(Written):
     """Policies that simulate compares."""
     static_switch: Share = 0.4
     """Share of the steps that static_switch leaves to the cloud; 0.4 is Hybrid SD's published 10 of 25."""
+    profiles: tuple[Text, ...] = ()
+    """Folders of your own cost rows, as the executors write them; they replace shipped rows that timed the same."""
     prefer_sources: tuple[Text, ...] = ()
     """Sources of cost rows to prefer where several disagree, best first."""
 
@@ -372,6 +374,9 @@ def _anchor(data: Mapping[str, Any], folder: Path) -> None:
         arrivals = spec.get("arrivals") if isinstance(spec, Mapping) else None
         if isinstance(arrivals, dict) and isinstance(arrivals.get("path"), str):
             arrivals["path"] = str((folder / arrivals["path"]).resolve())
+    search = data.get("search")
+    if isinstance(search, dict) and isinstance(search.get("profiles"), list):
+        search["profiles"] = [str((folder / str(given)).resolve()) for given in search["profiles"]]
 
 
 def _wrong_classes(origins: Mapping[str, Any], fleets: Collection[str]) -> Iterator[Broken]:

@@ -16,7 +16,7 @@ PROMPT_BYTES = 1024
 IMAGE_BYTES_PER_PX = 0.3
 """A JPEG at about 2.4 bits a pixel (300 kB at 1024 px). Modelled."""
 SERIALISE_BYTES_PER_S = 1e9
-"""Checksum and copy of a hand-over payload on one core. Modelled; a measured row replaces it."""
+"""Checksum and copy of a hand-over payload on one core. Modelled; measured on a CPU core: 0.7 to 1.0 GB/s."""
 
 
 def latent_elements(request: Request) -> int:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import hybridsd_sim
 from hybridsd_sim.cli import main
 from hybridsd_sim.errors import RunError
+from hybridsd_sim.profiles import data_folder
 from hybridsd_sim.show import LONGEST_WORD, figure, table, to_json, with_interval
 
 TINY = ("--set", "horizon_s=60", "--set", "warmup_s=10", "--set", "replications=1")
@@ -572,6 +573,29 @@ def test_policies_run_side_by_side_and_the_plan_is_followed(runs):
     for figures in (figures for run in data["runs"] for figures in run["summary"].values()):
         assert all(found["value"] is not None or found["note"] for found in figures.values())
     assert "simulating planned" in done[0].err
+
+
+def test_a_scenario_may_name_rows_of_its_own(cli, tmp_path):
+    """Rows that a scenario names go before the quoted ones: an A100 that was measured to be slow serves slowly."""
+    text = (data_folder("scenarios") / "quickstart.yaml").read_text()
+    (tmp_path / "slow.yaml").write_text(text.replace("search:", "search:\n  profiles: [mine]", 1))
+    rows = tmp_path / "mine" / "measured" / "a100-sxm-80gb" / "sd15.csv"
+    rows.parent.mkdir(parents=True)
+    rows.write_text(
+        "device,runtime,precision,model,component,height_px,width_px,guidance,seconds_median,kind,source,source_date\n"
+        "a100-sxm-80gb,compiled,fp16,sd15,step,512,512,true,0.2,measured,a test,2026-11-21\n"
+    )
+    rows.with_suffix(".meta.yaml").write_text(
+        "device: a100-sxm-80gb\ndate: 2026-11-21\nprotocol: {warmup_runs: 1, runs: 10}\n"
+    )
+    few = ("--set", "requests.picture.arrivals.rate_per_s=1", "--policy", "cloud_only")
+    arguments = (*few, *TINY, "--format", "json")
+    latencies_s = [
+        cli("simulate", name, *arguments, "--out", tmp_path / f"{n}").json["runs"][0]["summary"]["all"]
+        for n, name in enumerate(("quickstart", tmp_path / "slow.yaml"))
+    ]
+    usual, slow = (figures["latency_p50_s"]["value"] for figures in latencies_s)
+    assert usual < 3.0 < 25 * 0.2 < slow
 
 
 def test_a_run_says_what_made_it(runs):

@@ -180,7 +180,7 @@ def test_no_cut_sends_nothing_and_more_cuts_send_more(profiles: Profiles) -> Non
         ("distrifusion", 2, {"stride": 2}, True, "no such option"),
         ("pcpp", 2, {"partial": 1.5}, True, "from 0 to 1"),
         ("asyncdiff", 2, {"stride": 3}, True, "stride 1 or 2"),
-        ("asyncdiff", 2, {"warmup_steps": -1}, True, "at least 0"),
+        ("asyncdiff", 2, {"warmup_steps": -1}, True, "at least 1"),
         ("distrifusion", 0, {}, True, "at least 1"),
     ],
 )

@@ -21,7 +21,8 @@ INTERCONNECTS = "nvlink3-switch nvlink4-switch nvlink-bridge pcie3 pcie4 pcie5"
 EDGE_DEVICES = (
     "snapdragon-8-elite-gen-5 snapdragon-8-elite snapdragon-8-gen-3 snapdragon-8-gen-2 snapdragon-7-gen-4 "
     "snapdragon-x-elite snapdragon-x2-elite iphone-12-pro-max iphone-13-pro-max iphone-14-pro-max iphone-15-pro-max "
-    "ipad-pro-m1 ipad-pro-m2 macbook-pro-m1-max jetson-agx-orin rtx-3060 rtx-4080 rtx-4090 core-i7-12700 cpu-2core"
+    "ipad-pro-m1 ipad-pro-m2 macbook-pro-m1-max jetson-agx-orin rtx-3060 rtx-4080 rtx-4090 core-i7-12700 cpu-1core "
+    "cpu-2core"
 )
 NETWORKS = "lte 5g wifi5 wifi6 ethernet"
 COST_HEADER = [name for name in CostRow.model_fields if name not in {"kind", "source", "source_date", "notes"}]
@@ -293,9 +294,10 @@ def test_asyncdiff_rows_obey_its_degree_rule(profiles):
 
 
 def test_rows_of_several_gpus_name_the_steps_they_average(profiles):
-    """An average over a run says how many steps the run had."""
+    """A published average over a run says how many steps the run had; the executors time single steps."""
     for row in profiles.costs:
-        assert (row.degree > 1) == ("num_inference_steps=" in row.options)
+        if row.kind != "measured":
+            assert (row.degree > 1) == ("num_inference_steps=" in row.options)
         assert row.options == ";".join(sorted(row.options.split(";")))
 
 
@@ -342,6 +344,15 @@ def test_a_component_row_is_that_of_its_size(profiles):
     assert profiles.component_row("snapdragon-8-elite", "qnn", vae, (512, 512)).seconds_median < 0.18
     assert profiles.component_row("snapdragon-8-elite", "qnn", vae, (768, 768)) is None
     assert profiles.component_row("snapdragon-8-elite", "qnn", clip, (768, 768)).seconds_median == 0.001754
+
+
+def test_a_model_load_is_that_of_the_model(profiles):
+    """A device with rows of several models gives each its own; a model without one takes the row for any."""
+    large, small = (profiles.model_load("cpu-2core", model) for model in ("sd14", "bk-sdm-tiny"))
+    assert (large.model, small.model) == ("sd15", "bk-sdm-tiny")
+    assert large.seconds_median > small.seconds_median
+    assert profiles.model_load("cpu-2core", "sdxl").model == "*"
+    assert profiles.model_load("cpu-2core").model == "*"
 
 
 def test_a_model_load_falls_back_to_any_device(profiles):
@@ -399,13 +410,42 @@ def test_the_digest_is_that_of_the_contents(profiles, folder):
 
 def test_measured_rows_join_the_shipped_ones(profiles, tmp_path):
     """A folder with measured rows alone is laid over the shipped one, and its rows win."""
-    write_measured(tmp_path, {})
+    write_measured(tmp_path, {}, {"height_px": "640", "width_px": "640"})
     mine = load_profiles(tmp_path)
     row = mine.step_row("rtx-4090", "eager", "sd15", (512, 512), latents=2)
     assert (row.kind, row.seconds_median, row.guidance) == ("measured", 0.02, True)
-    assert len(mine.costs) == len(profiles.costs) + 1
+    assert mine.step_row("rtx-4090", "eager", "sd15", (640, 640), latents=2)
     assert mine.metas["rtx-4090/sd15"].protocol.runs == 20
     assert mine.metas["rtx-4090/sd15"].libraries == {"torch": "2.9.0"}
+
+
+@pytest.mark.parametrize("dates", [("2026-11-21", "2025-01-01"), ("2025-01-01", "2026-11-21")])
+def test_a_folder_on_top_replaces_what_timed_the_same(profiles, tmp_path, dates):
+    """The row of the last folder holds, whatever its date, and rows that timed something else stay."""
+    for name, seconds, date in zip("ab", ("0.01", "0.03"), dates, strict=True):
+        row = {"seconds_median": seconds, "seconds_p05": "", "seconds_p95": "", "source_date": date}
+        write_measured(tmp_path / name, row)
+    both = load_profiles([tmp_path / "a", tmp_path / "b"])
+    rows = both.cost_rows(device="rtx-4090", model="sd15", runtime="eager", height_px=512, batch_size=1, guidance=True)
+    assert [row.seconds_median for row in rows if row.precision == "fp16"] == [0.03]
+    untouched = [row for row in profiles.costs if row.device != "rtx-4090"]
+    assert [row for row in both.costs if row.device != "rtx-4090"] == untouched
+
+
+def test_a_quoted_row_on_top_leaves_a_measured_one(tmp_path):
+    """What is better known is not replaced."""
+    write_measured(tmp_path / "mine", {})
+    write_costs(tmp_path / "theirs" / "quoted" / "rumours.csv", {"kind": "quoted", "seconds_median": "0.021"})
+    both = load_profiles([tmp_path / "mine", tmp_path / "theirs"])
+    assert both.step_row("rtx-4090", "eager", "sd15", (512, 512), latents=2).seconds_median == 0.02
+
+
+def test_two_catalogues_contradict_each_other(profiles):
+    """Of several folders one may have a catalogue; none given means the shipped one."""
+    assert load_profiles([]).digest == profiles.digest
+    shipped = data_folder("profiles")
+    with pytest.raises(InputError, match="only one of the folders"):
+        load_profiles([shipped, shipped])
 
 
 def test_all_problems_come_at_once_with_file_and_line(folder):

@@ -135,6 +135,13 @@ def test_a_folder_or_a_binary_file_is_refused(tmp_path):
         load_scenario(tmp_path / "image.yaml")
 
 
+def test_profiles_in_the_file_are_relative_to_the_file(write):
+    """Folders of measured rows are found beside their scenario."""
+    path = write(BASE + "search: {profiles: [mine, ../theirs]}\n")
+    folder = path.parent.resolve()
+    assert load_scenario(path).search.profiles == (str(folder / "mine"), str(folder.parent / "theirs"))
+
+
 def test_a_path_in_the_file_is_relative_to_the_file(write, monkeypatch, tmp_path_factory):
     """A trace is found beside its scenario, wherever the command runs; a path of the call stays as it was given."""
     path = write(changed("rate_per_s: 1.5", "path: traces/day.csv").replace("poisson", "trace"))

@@ -108,7 +108,7 @@ def _choice(plan: CapacityPlan, name: str) -> Data:
         "request_class": name,
         "stages": stages,
         "label": served.label,
-        "kind": option.cost.kind,
+        "kind": option.cost.steps_kind,
         "vae": served.vae,
         "vae_site": served.vae_site,
         "switch_step": served.switch_step,

@@ -1,0 +1,359 @@
+"""The commands that touch torch: `python -m executors profile|count|run`.
+
+Results go to standard output, as text or as JSON alone; progress and logs go to standard error. Exit code 0 is fine, 1
+means that a run failed, 2 that the input is wrong, 130 that it was interrupted: every message names place, value, rule
+and remedy. Torch is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.exits import run_to_exit
+
+if TYPE_CHECKING:
+    from executors.profile import Outcome
+    from executors.progress import Progress
+
+app = typer.Typer(
+    help="Run, count and profile Stable Diffusion on real hardware, alone or in parallel.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    text = "text"
+    json = "json"
+
+
+class Ranks(StrEnum):
+    """Where the ranks of a parallel method run."""
+
+    process = "process"
+    loopback = "loopback"
+
+
+class Guidance(StrEnum):
+    """Whether steps are guided."""
+
+    on = "on"
+    off = "off"
+    both = "both"
+
+
+TEXT = Format.text
+OutputFormat = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+Options = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE of the method, e.g. stride=2.")]
+ProfilesFolder = Annotated[Path | None, typer.Option("--profiles", help="A profiles folder with models of yours.")]
+Weights = Annotated[Path | None, typer.Option(help="A local diffusers folder; default seeded random weights.")]
+Device = Annotated[str | None, typer.Option(help="Its name in the catalogue; default the one that is here.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of each rank.", min=1)]
+RanksIn = Annotated[Ranks | None, typer.Option(help="Default process; loopback must be asked for.")]
+_GUIDANCE = {Guidance.on: (True,), Guidance.off: (False,), Guidance.both: (True, False)}
+
+
+def main() -> None:
+    """Run the command line; turn errors into messages and exit codes."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # read when diffusers is imported, by the ranks too
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    run_to_exit(app)
+
+
+@app.callback()
+def _root(*, debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None: ...
+
+
+@app.command()
+def profile(
+    models: Annotated[list[str], typer.Option(help="Models of the catalogue.")],
+    out: Annotated[Path, typer.Option(help="The profiles folder that rows are written to.")],
+    sizes: Annotated[list[str] | None, typer.Option(help="Pixels: 512, or 512x768 (height x width).")] = None,
+    methods: Annotated[list[str] | None, typer.Option(help="Parallel methods; default single.")] = None,
+    degrees: Annotated[list[str] | None, typer.Option(help="Numbers of ranks; default 1.")] = None,
+    batch_sizes: Annotated[list[str] | None, typer.Option(help="Images a step; default 1.")] = None,
+    guidance: Annotated[Guidance, typer.Option(help="Guided steps evaluate the UNet twice.")] = Guidance.on,
+    runtime: Annotated[str, typer.Option(help="eager or compiled.")] = "eager",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    components: Annotated[list[str] | None, typer.Option(help="Default step,step_warmup.")] = None,
+    option: Options = None,
+    device: Device = None,
+    threads: Threads = None,
+    ranks: RanksIn = None,
+    runs: Annotated[int, typer.Option(help="Timed runs, at least 10.")] = 10,
+    warmup_runs: Annotated[int, typer.Option(help="Runs before the clock counts.")] = 3,
+    time_budget_s: Annotated[float | None, typer.Option(help="Leave what would take longer than this.")] = None,
+    weights: Weights = None,
+    profiles: ProfilesFolder = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Measure seconds, bytes, memory and energy of components and steps; write cost rows. Goes on where it stopped."""
+    from executors.devices import find_here
+    from executors.profile import profile as measure_all
+    from executors.sweep import STEPS, Sweep
+    from hybridsd_sim.profiles import load_profiles
+
+    sweep = Sweep(
+        models=_split(models), sizes=_sizes(sizes), methods=_split(methods) or ["single"],
+        degrees=_numbers(degrees, "--degrees"), batch_sizes=_numbers(batch_sizes, "--batch-sizes"),
+        guidance=_GUIDANCE[guidance], runtime=runtime, precision=precision, components=_split(components) or STEPS,
+        options=_options(option), ranks=None if ranks is None else ranks.value, warmup_runs=warmup_runs, runs=runs,
+    )  # fmt: skip
+    catalogue = load_profiles(profiles)
+    here = find_here(catalogue, device, threads)
+    try:
+        with _progress() as progress:
+            outcome = measure_all(
+                sweep, catalogue, here, out, weights=weights, time_budget_s=time_budget_s, progress=progress
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: the rows so far are in {out}; run it again to go on", err=True)
+        raise SystemExit(130) from None
+    for problem in outcome.refused:
+        typer.echo(f"not measured: {problem}", err=True)
+    for target in outcome.left:
+        typer.echo(f"left for want of time: {target}", err=True)
+    _print(format_, _outcome_data(outcome), lambda: _outcome_text(outcome))
+    if outcome.failed:
+        raise SystemExit(1)
+
+
+@app.command()
+def count(
+    models: Annotated[list[str], typer.Option(help="Models, paths of a config.json, or VAEs and text encoders.")],
+    sizes: Annotated[list[str] | None, typer.Option(help="Pixels: 512, or 512x768 (height x width).")] = None,
+    degrees: Annotated[list[str] | None, typer.Option(help="Instead: bytes a step between so many stripes.")] = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Count parameters, FLOPs and what parallel methods exchange, for one latent, on torch's meta device."""
+    from executors.count import are_components, component_rows, count_rows, pcpp_bytes_rows
+
+    names, pixels = _split(models), _sizes(sizes)
+    if degrees is not None:
+        rows = pcpp_bytes_rows(names, pixels, _numbers(degrees, "--degrees"))
+        what = "received by the busiest rank in a guided fp16 step"
+    elif are_components(names):
+        rows, what = component_rows(names, pixels), "for one prompt or latent"
+    else:
+        rows, what = count_rows(names, pixels), "for one latent"
+    title = "name" if rows and "name" in rows[0] else "model"
+    figures = [name for name in rows[0] if name != title] if rows else []
+    header = [what, *(row[title] for row in rows)]
+    _print(format_, {"rows": rows}, lambda: (header, [[name, *(row[name] for row in rows)] for name in figures]))
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Option(help="A model of the catalogue; with --listen the edge's.")],
+    out: Annotated[Path | None, typer.Option(help="The image: a .png file.")] = None,
+    small_model: Annotated[str | None, typer.Option(help="The model of the steps from --switch-step on.")] = None,
+    switch_step: Annotated[int | None, typer.Option(help="First step of the small model.")] = None,
+    method: Annotated[str, typer.Option(help="Parallel method of the first stage.")] = "single",
+    degree: Annotated[int, typer.Option(help="Number of ranks.")] = 1,
+    option: Options = None,
+    ranks: Annotated[Ranks, typer.Option(help="Where the ranks run.")] = Ranks.loopback,
+    num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Above 1: two UNet evaluations a step.")] = 7.5,
+    height_px: Annotated[int | None, typer.Option(help="Default the width, else the model's native size.")] = None,
+    width_px: Annotated[int | None, typer.Option(help="Default the height, else the model's native size.")] = None,
+    sampler: Annotated[str, typer.Option(help="ddim, euler or dpmsolver++.")] = "ddim",
+    seed: Annotated[int, typer.Option(help="Of the first latents.")] = 0,
+    prompt: Annotated[str, typer.Option(help="What to paint.")] = "a photograph of an astronaut riding a horse",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    payload: Annotated[str, typer.Option(help="Precision of what is handed over: fp32 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Threads = None,
+    timeout_s: Annotated[float, typer.Option(help="Longest silence of a rank or of the other side.")] = 120.0,
+    edge: Annotated[str | None, typer.Option(help="HOST:PORT of the edge that does the last steps.")] = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT: be the edge, until interrupted.")] = None,
+    weights: Weights = None,
+    small_weights: Weights = None,
+    profiles: ProfilesFolder = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Make one image and say what it took: text encoder, stages, VAE decoder. Or be the edge of somebody's run."""
+    from executors.commands import Ask, be_edge, make_image
+
+    ask = Ask(
+        model=model, small_model=small_model, switch_step=switch_step, method=method, degree=degree,
+        options=_options(option), ranks=ranks.value,
+        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, height_px=height_px,
+        width_px=width_px, sampler=sampler, seed=seed, prompt=prompt, precision=precision,
+        payload=payload, device=device, threads=threads, weights=weights, small_weights=small_weights,
+        profiles=profiles, timeout_s=timeout_s,
+    )  # fmt: skip
+    if listen is not None:
+        with suppress(KeyboardInterrupt):
+            be_edge(ask, _address(listen, "--listen"), lambda there: typer.echo(f"listening on {there}", err=True))
+        return
+    data = make_image(ask, out, None if edge is None else _address(edge, "--edge"))
+    parts = [*data["seconds"].items(), *data["bytes"].items()]
+    _print(format_, data, lambda: (["part", "seconds or bytes"], [[name, value] for name, value in parts]))
+
+
+# ---- Reading options ------------------------------------------------------------------------------------------------
+
+
+def _split(values: Sequence[str] | None) -> list[str]:
+    """Repeated and comma-separated values as one list without repetitions."""
+    return list(dict.fromkeys(name.strip() for value in values or () for name in value.split(",") if name.strip()))
+
+
+def _numbers(values: Sequence[str] | None, place: str) -> list[int]:
+    return [_number(text, place) for text in _split(values) or ["1"]]
+
+
+def _number(text: str, place: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(Problem(place, repr(text), "must be a whole number")) from None
+
+
+def _sizes(values: Sequence[str] | None) -> list[tuple[int, int]]:
+    """Sizes as (height_px, width_px); one number is a square."""
+    sizes = []
+    for text in _split(values) or ["512"]:
+        numbers = [_number(part, "--sizes") for part in text.split("x")]
+        if len(numbers) > 2:
+            raise InputError(
+                Problem("--sizes", repr(text), "must be one number, or height x width", "Such as 512x768.")
+            )
+        sizes.append((numbers[0], numbers[-1]))
+    return sizes
+
+
+def _options(given: Sequence[str] | None) -> dict[str, Any]:
+    """A method's options with typed values: true and false, numbers, and text."""
+    options: dict[str, Any] = {}
+    for pair in _split(given):
+        key, equals, text = (part.strip() for part in pair.partition("="))
+        if not key or not equals:
+            raise InputError(Problem("--option", repr(pair), "needs KEY=VALUE", "For example --option stride=2."))
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options
+
+
+def _address(text: str, place: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InputError(Problem(place, repr(text), "needs HOST:PORT", "For example 127.0.0.1:8471."))
+    return host, int(port)
+
+
+# ---- Printing -------------------------------------------------------------------------------------------------------
+
+
+def _print(format_: Format, data: Mapping[str, Any], text: Any) -> None:
+    """A result on standard output: JSON alone, or a table."""
+    from executors.written_rows import is_first_process
+
+    if not is_first_process():
+        return
+    if format_ is Format.json:
+        typer.echo(json.dumps(data, indent=2, allow_nan=False))
+        return
+    header, rows = text()
+    cells = [header, *([_figure(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _figure(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _outcome_data(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "device": outcome.here.name,
+        "threads": outcome.here.threads,
+        "rows_written": len(outcome.rows),
+        "kept": [str(target) for target in outcome.kept],
+        "left": [str(target) for target in outcome.left],
+        "failed": [str(target) for target in outcome.failed],
+        "refused": [str(problem) for problem in outcome.refused],
+        "files": [str(path) for path in outcome.files],
+        "ceilings": dict(outcome.ceilings),
+        "measured": outcome.summary,
+    }
+
+
+def _outcome_text(outcome: Outcome) -> tuple[list[str], list[list[object]]]:
+    """A line for each component; the share is that of the fastest arithmetic measured in the same run."""
+    header = [
+        "model",
+        "component",
+        "px",
+        "batch",
+        "ranks",
+        "median s",
+        "p5 s",
+        "p95 s",
+        "MB in",
+        "TFLOP/s",
+        "of ceiling",
+    ]
+    return header, [_outcome_line(entry) for entry in outcome.summary]
+
+
+def _outcome_line(entry: Mapping[str, Any]) -> list[object]:
+    size = f"{entry['height_px']}x{entry['width_px']}" if entry["height_px"] else "-"
+    ranks = "1" if entry["degree"] == 1 else f"{entry['method']} x{entry['degree']}"
+    if entry["rank"] is not None:
+        ranks += f", rank {entry['rank']} alone"
+    seconds = [entry[f"seconds_{point}"] for point in ("median", "p05", "p95")]
+    megabytes = None if entry["comm_bytes"] is None else entry["comm_bytes"] / 1e6
+    rate = None if entry["flop_per_s"] is None else entry["flop_per_s"] / 1e12
+    batch = f"{entry['batch_size']}{' guided' if entry['guidance'] else ''}"
+    return [
+        entry["model"],
+        entry["component"],
+        size,
+        batch,
+        ranks,
+        *seconds,
+        megabytes,
+        rate,
+        entry["share_of_ceiling"],
+    ]
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """How far a profile has come, on standard error: a bar with the time left for people, plain lines in logs."""
+    from executors.progress import Bar, Lines, Progress
+    from executors.written_rows import is_first_process
+
+    if not is_first_process():
+        yield Progress()
+        return
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    with Bar() as bar:
+        yield bar
+
+
+if __name__ == "__main__":
+    main()
