@@ -15,22 +15,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hybridsd_sim.calibration import Speed, speed_of
-from hybridsd_sim.errors import IllegalPlanError
-from hybridsd_sim.methods import Phase, find_method
-from hybridsd_sim.partition import Denoising, RankWork
 from hybridsd_sim.plan import KIND_ORDER, Kind, Plan, Request, Site, Stage
-from hybridsd_sim.profiles import Component, CostRow, Profiles
+from hybridsd_sim.profiles import Component, Profiles
 from hybridsd_sim.quality import Quality, quality_of
+from hybridsd_sim.steps import stage_times
 from hybridsd_sim.transfers import (
     PROMPT_BYTES,
     SERIALISE_BYTES_PER_S,
-    exchange_s,
     handover_bytes,
     image_bytes,
     latent_elements,
     transfer_s,
 )
-from hybridsd_sim.unet import unet_units, work
+from hybridsd_sim.unet import work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,21 +194,6 @@ def plan_flops(plan: Plan, request: Request, profiles: Profiles) -> tuple[float,
     return flop, bare
 
 
-def denoising(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
-    """What `methods` needs to know about a stage of a request."""
-    model = profiles.model(stage.model)
-    size = (request.height_px, request.width_px)
-    return Denoising(
-        layers=model.layers(*size),
-        units=unet_units(model.config, *size),
-        num_steps=stage.num_steps,
-        latents=request.unet_batch,
-        guided=request.guided,
-        latent_elements=latent_elements(request),
-        family=model.latent_space,
-    )
-
-
 class _Pricer:
     """Walks one plan's components in order and yields their parts."""
 
@@ -319,60 +301,11 @@ class _Pricer:
         return speed_of(*where, model=model, flop=flop, precision=site.precision, prefer=self.prefer)
 
     def _stage(self, stage: Stage) -> Iterator[Part]:
-        job = denoising(stage, self.request, self.profiles)
-        method, options = find_method(stage.method), dict(stage.options)
-        problems = method.problems(job, stage.degree, options)
-        if problems:
-            raise IllegalPlanError(problems)
-        for phase in method.phases(job, stage.degree, options):
-            yield self._phase(stage, phase)
-
-    def _phase(self, stage: Stage, phase: Phase) -> Part:
-        name = "denoise_warmup" if phase.name == "warmup" else "denoise"
-        row = self._exact_row(stage, phase)
-        if row is not None:
-            seconds = row.seconds_median * phase.rounds * self._calls(stage.site, phase.work.latents)
-            low, high = (bound / row.seconds_median * seconds for bound in row.range_s)
-            return self._held(name, stage.site, seconds, (low, high), row.kind, (row.source,))
-        return self._modelled_phase(name, stage, phase)
-
-    def _modelled_phase(self, name: str, stage: Stage, phase: Phase) -> Part:
-        flop = 2.0 * phase.work.macs
-        model = self.profiles.model(stage.model)
-        speed = self._speed(stage.site, stage.model, flop)
-        compute = speed.seconds(flop, model.ops * phase.work.ops_share * self._calls(stage.site, phase.work.latents))
-        exposed, low, high, sources = self._exposed(stage, phase.work, compute)
-        low = (compute * (1 - speed.spread) + low) * phase.rounds
-        high = (compute * (1 + speed.spread) + high) * phase.rounds
-        seconds = (compute + exposed) * phase.rounds
-        sources = (*speed.sources, *sources)
-        part = self._held(name, stage.site, seconds, (low, high), "modelled", sources, speed.note)
-        received = phase.work.received_bytes * phase.rounds
-        return replace(part, comm_bytes=received, comm_exposed_s=exposed * phase.rounds, within=speed.within)
-
-    def _exposed(self, stage: Stage, rank: RankWork, compute: float) -> tuple[float, float, float, tuple[str, ...]]:
-        """Exposed exchange of one round: middle, low, high seconds, and the interconnect's source."""
-        if rank.messages == 0:
-            return 0.0, 0.0, 0.0, ()
-        name = stage.site.interconnect or self.profiles.default_interconnect(stage.site.device)
-        link = self.profiles.interconnect(name)
-        sharing = 1.0 if link.scales_with_devices else min(1.0, 2.0 / stage.degree)
-        rates = (link.bandwidth_bytes_per_s, link.bandwidth_high, link.bandwidth_low)
-        middle, low, high = (exchange_s(rank, rate * sharing, link.latency_s, compute) for rate in rates)
-        return middle, low, high, (link.source,)
-
-    def _calls(self, site: Site, latents: float) -> int:
-        limit = self.profiles.runtime(site.runtime).max_unet_batch
-        return -(-int(latents) // limit) if limit else 1
-
-    def _exact_row(self, stage: Stage, phase: Phase) -> CostRow | None:
-        """The timed row of this very step on one device, if there is one; multi-GPU steps are modelled or measured."""
-        if stage.degree != 1:
-            return None
-        return self.profiles.step_row(
-            stage.site.device, stage.site.runtime, stage.model, self._size,
-            latents=int(phase.work.latents), precision=stage.site.precision, prefer=self.prefer,
-        )  # fmt: skip
+        for phase in stage_times(stage, self.request, self.profiles, prefer=self.prefer):
+            name = "denoise_warmup" if phase.name == "warmup" else "denoise"
+            bounds = (phase.low_s, phase.high_s)
+            part = self._held(name, stage.site, phase.seconds, bounds, phase.kind, phase.sources, phase.note)
+            yield replace(part, comm_bytes=phase.comm_bytes, comm_exposed_s=phase.comm_exposed_s, within=phase.within)
 
     def _held(
         self, name: str, site: Site, seconds: float, bounds: tuple[float, float], kind: Kind,

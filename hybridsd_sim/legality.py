@@ -5,11 +5,11 @@ Every rule is stated once; each refusal carries place, value, rule and remedy.
 
 from __future__ import annotations
 
-from hybridsd_sim.cost import denoising
 from hybridsd_sim.errors import Problem
 from hybridsd_sim.methods import find_method
 from hybridsd_sim.plan import Plan, Request, Site, Stage
 from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.steps import denoising
 
 ELEMENT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "w8a16": 1.0, "w6": 0.75, "w4": 0.5}
 """Bytes of one weight by precision."""
