@@ -28,6 +28,7 @@ from hybridsd_sim.errors import IllegalPlanError, InputError, Problem
 from hybridsd_sim.methods import find_method
 from hybridsd_sim.partition import Denoising, balanced_cut, boundary_elements, boundary_tensors
 from hybridsd_sim.profiles import Profiles, load_profiles
+from hybridsd_sim.roofline import layer_table
 from hybridsd_sim.unet import PIXELS_PER_LATENT, TEXT_TOKENS, Unit, unet_layers, unet_units
 
 META = "meta"
@@ -338,7 +339,7 @@ def _guided_image(config: Mapping[str, Any], height_px: int, width_px: int) -> D
     """Fifty guided steps of one image, as the planner sees them."""
     elements = int(config.get("in_channels", 4)) * (height_px // PIXELS_PER_LATENT) * (width_px // PIXELS_PER_LATENT)
     return Denoising(
-        layers=unet_layers(config, height_px, width_px),
+        table=layer_table(config, height_px, width_px),
         units=unet_units(config, height_px, width_px),
         num_steps=50,
         latents=GUIDED_LATENTS,

@@ -9,18 +9,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from hybridsd_sim.errors import IllegalPlanError
-from hybridsd_sim.methods import find_method
+from hybridsd_sim.errors import IllegalPlanError, Problem
+from hybridsd_sim.methods import Method, find_method
 from hybridsd_sim.partition import Denoising
-from hybridsd_sim.unet import PIXELS_PER_LATENT, unet_layers, unet_units
+from hybridsd_sim.roofline import layer_table
+from hybridsd_sim.unet import PIXELS_PER_LATENT, unet_units
 
 Option = bool | int | float | str
+EXECUTED: Mapping[str, Option] = MappingProxyType({"public_cut": False})
+"""Options of which the executors know one value only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +134,7 @@ def job_of(
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     latent = config["in_channels"] * (height_px // PIXELS_PER_LATENT) * (width_px // PIXELS_PER_LATENT)
     return Denoising(
-        layers=unet_layers(config, height_px, width_px),
+        table=layer_table(config, height_px, width_px),
         units=unet_units(config, height_px, width_px),
         num_steps=steps,
         latents=images * conditioning.branches,
@@ -138,12 +142,29 @@ def job_of(
         latent_elements=latent,
         family="sdxl" if config.get("addition_embed_type") == "text_time" else "",
         element_bytes=unet.dtype.itemsize,
+        weight_bytes=unet.dtype.itemsize,
     )
 
 
 def legal_settings(method: str, job: Denoising, degree: int, options: Mapping[str, Option]) -> dict[str, Any]:
     """The method's options with its defaults filled in. Raises `IllegalPlanError` with every rule that is broken."""
     rules = find_method(method)
-    if problems := rules.problems(job, degree, options):
+    problems = [*executed_problems(options), *rules.problems(job, degree, options)]
+    if problems:
         raise IllegalPlanError(problems)
-    return rules.settings(job, options)
+    return rules.settings(job, executed(rules, options))
+
+
+def executed(rules: Method, options: Mapping[str, Option]) -> dict[str, Option]:
+    """The options with those filled in of which the executors know one value only (`EXECUTED`)."""
+    return {**options, **{key: value for key, value in EXECUTED.items() if key in rules.defaults}}
+
+
+def executed_problems(options: Mapping[str, Option]) -> list[Problem]:
+    """Options that ask for what the executors do not do."""
+    return [
+        Problem(f"option {key}", str(options[key]).lower(), why, f"Leave it out, or say {str(value).lower()}.")
+        for key, value in EXECUTED.items()
+        if options.get(key, value) != value
+        for why in ["the executors cut AsyncDiff's components by their cost, for any network"]
+    ]

@@ -131,7 +131,7 @@ def gpus_called(profiles: Profiles, called: str, memory_gib: float) -> list[str]
     found = []
     for name, gpu in profiles.gpus.items():
         own_model, own_form = _read_label(gpu.label)
-        same_memory = abs(gpu.memory_gib - memory_gib) <= 0.15 * gpu.memory_gib
+        same_memory = gpu.memory_gib is not None and abs(gpu.memory_gib - memory_gib) <= 0.15 * gpu.memory_gib
         if own_model == model and same_memory and (not form or not own_form or form == own_form):
             found.append(name)
     return found

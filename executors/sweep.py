@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from diffusers import UNet2DConditionModel
 
-from executors.denoiser import Conditioning, Option, job_of
+from executors.denoiser import Conditioning, Option, executed, executed_problems, job_of
 from executors.devices import PRECISIONS
 from executors.models import build_unet
 from executors.timing import check_runs
@@ -201,8 +201,9 @@ def _step_target(
 ) -> Target:
     job = job_at(model, size, batch_size, guided=guided, precision=sweep.precision)
     rules = find_method(method)
-    options = {key: value for key, value in sweep.options.items() if key in rules.defaults}
-    problems = rules.problems(job, degree, options)
+    asked = {key: value for key, value in sweep.options.items() if key in rules.defaults}
+    options = executed(rules, asked)
+    problems = [*executed_problems(asked), *rules.problems(job, degree, options)]
     flop = {} if problems else _step_flop(rules, job, degree, options)
     components = tuple(name for name in STEPS if name in flop and name in sweep.components)
     if not components and not problems:

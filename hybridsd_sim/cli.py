@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybridsd_sim import __version__
-from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.arguments import options_of, policy_problems, read_scenario, refuse, split, together
+from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.exits import run_to_exit
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def check(
     from hybridsd_sim.candidates import check_names
     from hybridsd_sim.show import scenario_text
 
-    resolved = _scenario(path, scenario, set_)
+    resolved = read_scenario(path, scenario, set_)
     profiles = _profiles(resolved)
-    policies = _policy_problems(resolved.search.policies, "search.policies", planned=True)
-    _together(lambda: check_names(resolved, profiles), lambda: _refuse(policies))
+    policies = policy_problems(resolved.search.policies, "search.policies", planned=True)
+    together(lambda: check_names(resolved, profiles), lambda: refuse(policies))
     _print(format_, resolved.to_dict, lambda width: scenario_text(resolved, width))
 
 
@@ -100,22 +100,23 @@ def predict(
     width_px: Annotated[int | None, typer.Option(help="Default the height, else the model's native size.")] = None,
     num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Above 1: two UNet evaluations a step.")] = 7.5,
+    num_images: Annotated[int, typer.Option(help="Images generated together.")] = 1,
     measured_step_s: Annotated[float | None, typer.Option(help="Your own one-GPU guided step.")] = None,
     runtime: Annotated[str, typer.Option(help="How the UNet runs: eager, cudagraph, compiled, tensorrt.")] = "eager",
     format_: OutputFormat = TEXT,
 ) -> None:
     """Price one request under one plan. Time, bytes, dollars, joules and quality, each with its sources."""
-    from hybridsd_sim.predict import Ask, predict_cost, to_json
+    from hybridsd_sim.predict import Ask, prediction
     from hybridsd_sim.profiles import load_profiles
     from hybridsd_sim.show import prediction_text
 
     ask = Ask(
-        model=model, gpu=gpu, interconnect=interconnect, method=method, degree=degree, options=_options(option),
+        model=model, gpu=gpu, interconnect=interconnect, method=method, degree=degree, options=options_of(option),
         small_model=small_model, switch_step=switch_step, edge_device=edge_device, network=network,
         height_px=height_px, width_px=width_px, num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale, measured_step_s=measured_step_s, runtime=runtime,
+        guidance_scale=guidance_scale, num_images=num_images, measured_step_s=measured_step_s, runtime=runtime,
     )  # fmt: skip
-    figures = to_json(predict_cost(ask, load_profiles()))
+    figures = prediction(ask, load_profiles())
     _print(format_, lambda: figures, lambda width: prediction_text(figures, width))
 
 
@@ -138,17 +139,17 @@ def simulate(
     from hybridsd_sim.simulate import simulate as run
 
     flags = {"--seed": ("seed", seed), "--replications": ("replications", replications)}
-    resolved, deployment, _ = _together(
-        lambda: _scenario(path, scenario, set_, flags),
+    resolved, deployment, _ = together(
+        lambda: read_scenario(path, scenario, set_, flags),
         lambda: None if plan is None else load_deployment(plan),
         lambda: _check_folder(out),
     )
-    names = _split(policy) if policy else [*resolved.search.policies, *(["planned"] if deployment else [])]
+    names = split(policy) if policy else [*resolved.search.policies, *(["planned"] if deployment else [])]
     names, place = list(dict.fromkeys(names)), "--policy" if policy else "search.policies"
     profiles = _profiles(resolved)
-    problems = _policy_problems(names, place, planned=deployment is not None)
+    problems = policy_problems(names, place, planned=deployment is not None)
     problems += misfits(deployment, resolved, profiles) if deployment else []
-    _together(lambda: check_names(resolved, profiles), lambda: _refuse(problems))
+    together(lambda: check_names(resolved, profiles), lambda: refuse(problems))
     with _progress() as say:
         say("pricing candidate plans")
         options = find_candidates(resolved, profiles)
@@ -176,7 +177,7 @@ def plan_(
     from hybridsd_sim.show import plan_data, plan_text
 
     flags = {"--budget-usd-per-hour": ("budget.usd_per_hour", budget_usd_per_hour)}
-    resolved, _ = _together(lambda: _scenario(path, scenario, set_, flags), lambda: _check_folder(out))
+    resolved, _ = together(lambda: read_scenario(path, scenario, set_, flags), lambda: _check_folder(out))
     profiles = _profiles(resolved)
     with _progress() as say, _fan_out(jobs) as fan_out:
         result = optimize(resolved, profiles, map=fan_out, progress=say)
@@ -210,6 +211,29 @@ def report(
     _print(format_, lambda: {"reports": pages}, lambda _: "", *pages)
 
 
+@app.command()
+def verify(
+    profiles: Annotated[list[Path] | None, typer.Option(help="Folders of yours, laid over the shipped one.")] = None,
+    write_fits: Annotated[Path | None, typer.Option(help="Fit everything anew, and write it to this folder.")] = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Hold predictions against every published and measured table. Each is also made without its own group."""
+    from hybridsd_sim.fitting import fitted, write_fitted
+    from hybridsd_sim.profiles import load_profiles
+    from hybridsd_sim.show_verify import verification_text
+    from hybridsd_sim.verify import verification
+
+    known = load_profiles(profiles)
+    with _progress() as say:
+        if write_fits:
+            say("fitting")
+            known = fitted(known)
+            with _writing(write_fits):
+                write_fitted(known, write_fits)
+        data = verification(known, progress=say)
+    _print(format_, lambda: data, lambda width: verification_text(data, width))
+
+
 @trace_app.command()
 def describe(path: TracePath, format_: OutputFormat = TEXT) -> None:
     """Say what is in a trace: rate, burstiness, mix, popularity."""
@@ -232,83 +256,11 @@ def import_(
     _print(format_, lambda: {"requests": len(trace), "path": str(out)}, lambda _: f"{len(trace)} requests: {out}\n")
 
 
-def _together(*steps: Callable[[], Any]) -> list[Any]:
-    """What the steps return, or one `InputError` with the problems of all of them."""
-    results: list[Any] = []
-    problems: list[Problem] = []
-    for step in steps:
-        try:
-            results.append(step())
-        except InputError as error:
-            problems += error.problems
-    _refuse(problems)
-    return results
-
-
-def _scenario(
-    path: str, name: str | None, settings: Sequence[str] | None, flags: Mapping[str, tuple[str, Any]] | None = None
-) -> Scenario:
-    """The resolved scenario; `flags` are options that set a key of their own, and are named in messages about it."""
-    from hybridsd_sim.scenario import load_scenario
-
-    overrides: dict[str, Any] = _pairs(settings, "--set", "seed=2")
-    given = {flag: pair for flag, pair in (flags or {}).items() if pair[1] is not None}
-    if twice := [flag for flag, (key, _) in given.items() if key in overrides]:
-        raise InputError(Problem(flag, "given", f"--set {given[flag][0]} says it too", "Keep one.") for flag in twice)
-    try:
-        return load_scenario(path, scenario=name, overrides=overrides | dict(given.values()))
-    except InputError as error:
-        places = {f"--set: {key}": flag for flag, (key, _) in given.items()}
-        raise InputError(replace(p, place=places.get(p.place, p.place)) for p in error.problems) from None
-
-
 def _profiles(scenario: Scenario) -> Profiles:
     """The shipped profiles, and over them those that the scenario names."""
     from hybridsd_sim.profiles import load_profiles
 
     return load_profiles(scenario.search.profiles)
-
-
-def _pairs(pairs: Sequence[str] | None, flag: str, example: str) -> dict[str, str]:
-    """KEY=VALUE pairs; all that are none, or repeat a key, are reported together."""
-    found: dict[str, str] = {}
-    problems = []
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
-            problems.append(Problem(flag, repr(pair), "needs KEY=VALUE", f"For example {flag} {example}."))
-        elif key.strip() in found:
-            problems.append(Problem(flag, repr(pair), "a key may be given once only", "Keep one of them."))
-        found[key.strip()] = value
-    _refuse(problems)
-    return found
-
-
-def _options(given: Sequence[str] | None) -> tuple[tuple[str, Any], ...]:
-    """A method's options with typed values, sorted by key."""
-    from hybridsd_sim.written import read_value
-
-    pairs = _pairs(_split(given), "--option", "stride=2")
-    return tuple((key, read_value(value, f"--option {key}")) for key, value in sorted(pairs.items()))
-
-
-def _split(values: Sequence[str] | None) -> list[str]:
-    """Repeated and comma-separated values as one list."""
-    return [name.strip() for value in values or () for name in value.split(",") if name.strip()]
-
-
-def _policy_problems(names: Sequence[str], place: str, *, planned: bool) -> list[Problem]:
-    from hybridsd_sim.policies import POLICIES
-
-    problems = [unknown_name(place, name, list(POLICIES)) for name in names if name not in POLICIES]
-    if "planned" in names and not planned:
-        problems.append(Problem(place, "planned", "follows a plan, and none was given", "Add --plan with a plan.yaml."))
-    return problems if names else [Problem(place, "nothing", "needs a policy", f"Known: {', '.join(POLICIES)}.")]
-
-
-def _refuse(problems: Sequence[Problem]) -> None:
-    if problems:
-        raise InputError(problems)
 
 
 def _run_folder(scenario: Scenario, profiles: Profiles, ran: Sequence[str], plan: Path | None = None) -> Path:
@@ -351,7 +303,7 @@ def _write(result: Any, folder: Path, profiles: Profiles) -> tuple[dict[str, Any
     from hybridsd_sim.report.folder import read_run
 
     with _writing(folder):
-        page = write_report(result, folder, profiles_digest=profiles.digest)
+        page = write_report(result, folder, profiles=profiles)
     return read_run(folder)[0], str(page)
 
 

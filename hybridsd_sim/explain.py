@@ -187,7 +187,8 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
 
 def _caution(option: Candidate) -> str:
     """A warning where a plan that was turned down was not priced from steps timed there."""
-    return " Its steps were not timed there, so that these times are a guess within 40%." if option.cost.outside else ""
+    low, high = option.cost.latency_interval_s
+    return f" Its steps were not timed there: between {low:.1f} and {high:.1f} s at 90%." if option.cost.outside else ""
 
 
 def _unused_pools(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:

@@ -9,10 +9,9 @@ from hybridsd_sim.errors import Problem
 from hybridsd_sim.methods import find_method
 from hybridsd_sim.plan import Plan, Request, Site, Stage
 from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.roofline import ELEMENT_BYTES
 from hybridsd_sim.steps import denoising
 
-ELEMENT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "w8a16": 1.0, "w6": 0.75, "w4": 0.5}
-"""Bytes of one weight by precision."""
 LIVE_ACTIVATIONS = 4
 """Activations of the widest layer alive at once in a UNet call. Modelled: input, output, skip, workspace."""
 

@@ -20,8 +20,7 @@ from hybridsd_sim.errors import IllegalPlanError, Problem, unknown_name
 from hybridsd_sim.partition import (
     Denoising,
     RankWork,
-    component_work,
-    exchanged_layers,
+    component_works,
     halo_bytes,
     kv_bytes,
     stripe_work,
@@ -36,12 +35,20 @@ SYNC_MODES = ("full_sync", "sync_gn", "corrected_async_gn", "stale_gn", "separat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """`steps` denoising steps of the same cost: `rounds` rounds of `work`, fewer rounds than steps under stride 2."""
+    """`steps` denoising steps of the same cost in `rounds` rounds, fewer than steps under stride 2.
+
+    `ranks` are the different loads that ranks carry at the same time in a round; the slowest of them sets its pace.
+    """
 
     name: str
     steps: int
     rounds: int
-    work: RankWork
+    ranks: tuple[RankWork, ...]
+
+    @property
+    def work(self) -> RankWork:
+        """The load with the most FLOPs."""
+        return max(self.ranks, key=lambda rank: rank.macs)
 
 
 _TYPES = {bool: "must be true or false", int: "must be a whole number", float: "must be a number", str: "must be text"}
@@ -77,7 +84,7 @@ class Method(ABC):
     def phases(self, job: Denoising, degree: int, options: Mapping[str, Option]) -> tuple[Phase, ...]:
         """The stage as phases of equal rounds; the steps sum to `job.num_steps`. Degree 1 of any method is `single`."""
         if degree == 1:
-            return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, work=whole(job)),)
+            return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, ranks=(whole(job),)),)
         return tuple(phase for phase in self._phases(job, degree, self.settings(job, options)) if phase.steps)
 
     def settings(self, job: Denoising, options: Mapping[str, Option]) -> dict[str, Option]:
@@ -100,7 +107,7 @@ class Single(Method):
         return [] if degree == 1 else [Problem("degree", str(degree), "single runs on exactly 1 GPU", remedy)]
 
     def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]:
-        return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, work=whole(job)),)
+        return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, ranks=(whole(job),)),)
 
 
 class CfgParallel(Method):
@@ -114,8 +121,9 @@ class CfgParallel(Method):
         return _guidance_problems(job, degree)
 
     def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]:
-        half = replace(whole(job, job.latents / 2), received_bytes=job.noise_bytes() / 2, messages=1)
-        return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, work=half),)
+        half = whole(job, job.latents / 2)
+        half = replace(half, exchange="gather", received_bytes=job.noise_bytes() / 2, messages=1)
+        return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, ranks=(half,)),)
 
 
 def _guidance_problems(job: Denoising, degree: int) -> list[Problem]:
@@ -157,18 +165,21 @@ class PatchMethod(Method):
         steady = self._steady(job, branch, latents, degree, settings)
         rest = job.num_steps - warmup
         return (
-            Phase(name="warmup", steps=warmup, rounds=warmup, work=sync),
-            Phase(name="steady", steps=rest, rounds=rest, work=steady),
+            Phase(name="warmup", steps=warmup, rounds=warmup, ranks=(sync,)),
+            Phase(name="steady", steps=rest, rounds=rest, ranks=(steady,)),
         )
 
     def _synchronous(self, job: Denoising, branch: int, latents: float, degree: int) -> RankWork:
         """A warm-up step: the stripe's share of every layer, attention over the whole image, all gathered first."""
-        own = stripe_work(job, branch, latents, key_share=1.0)
         traffic = kv_bytes(job, latents) * (branch - 1) / branch + halo_bytes(job, latents) * (branch - 1)
+        exchanged = job.table.exchanged
+        layers = exchanged.layers + exchanged.group_norms if branch > 1 else 0
         return replace(
-            own,
+            stripe_work(job, branch, latents, key_share=1.0),
+            exchange="stripes",
             received_bytes=traffic + _noise_gather(job, degree),
-            messages=exchanged_layers(job) + 1 if branch > 1 else 1,
+            messages=layers + 1,
+            blocking_messages=layers + 1,
         )
 
     @abstractmethod
@@ -187,8 +198,9 @@ class DistriFusion(PatchMethod):
     ) -> RankWork:
         sync = self._synchronous(job, branch, latents, degree)
         if settings["sync_mode"] == "no_sync":
-            return replace(sync, received_bytes=_noise_gather(job, degree), messages=1)
-        return replace(sync, window=1.0)
+            return replace(sync, received_bytes=_noise_gather(job, degree), messages=1, blocking_messages=1)
+        messages, blocking = _steady_messages(job, branch, settings)
+        return replace(sync, window=1.0, messages=messages, blocking_messages=blocking)
 
 
 class Pcpp(PatchMethod):
@@ -216,24 +228,28 @@ class Pcpp(PatchMethod):
         own = stripe_work(job, branch, latents, key_share=min(1.0, (1 + neighbours * partial) / branch))
         sent = 1.0 if settings["whole_stripes"] else partial
         traffic = kv_bytes(job, latents) * neighbours * sent / branch + halo_bytes(job, latents) * (branch - 1)
-        attentions = sum(layer.op == "self_attention" for layer in job.layers)
+        messages, blocking = _steady_messages(job, branch, settings)
         return replace(
             own,
+            exchange="stripes",
             received_bytes=traffic + _noise_gather(job, degree),
-            messages=exchanged_layers(job) + 1 if branch > 1 else 1,
-            window=1.0 / max(1, attentions),
+            messages=messages,
+            blocking_messages=blocking,
+            window=1.0 / max(1, job.table.exchanged.self_attentions),
         )
 
 
 class AsyncDiff(Method):
     """Asynchronous denoising: the UNet cut into N components that run side by side on one-step-old inputs.
 
-    N = degree - stride + 1. Every GPU holds the whole model; boundary tensors are broadcast and block. With stride 2,
-    two denoising steps share one round and an extra GPU predicts the noise of the first.
+    N = degree - stride + 1. Every GPU holds the whole model; tensors between components block. With stride 2, two
+    denoising steps share one round and an extra GPU predicts the noise of the first. `public_cut` takes the components
+    and broadcasts of the public code for the networks that it knows; without it, and for any other network, the cut is
+    balanced and only tensors that cross it travel.
     """
 
     name = "asyncdiff"
-    defaults: ClassVar[Mapping[str, Option]] = {"stride": 1, "warmup_steps": 1}
+    defaults: ClassVar[Mapping[str, Option]] = {"stride": 1, "warmup_steps": 1, "public_cut": True}
 
     def settings(self, job: Denoising, options: Mapping[str, Option]) -> dict[str, Option]:
         warmup = {"warmup_steps": 3 if job.family == "sdxl" else 1}
@@ -255,10 +271,11 @@ class AsyncDiff(Method):
         warmup = min(int(settings["warmup_steps"]), job.num_steps)
         rest = job.num_steps - warmup
         rounds = -(-rest // stride)
-        steady = component_work(job, degree - stride + 1)
+        works = component_works(job, degree - stride + 1, public_cut=bool(settings["public_cut"]))
+        ranks = tuple(replace(work, walks=stride) for work in works)
         return (
-            Phase(name="warmup", steps=warmup, rounds=warmup, work=whole(job)),
-            Phase(name="steady", steps=rest, rounds=rounds, work=steady),
+            Phase(name="warmup", steps=warmup, rounds=warmup, ranks=(whole(job),)),
+            Phase(name="steady", steps=rest, rounds=rounds, ranks=ranks),
         )
 
 
@@ -279,6 +296,16 @@ def _branch(degree: int, settings: Mapping[str, Option]) -> int:
 
 def _noise_gather(job: Denoising, degree: int) -> float:
     return job.noise_bytes() * (degree - 1) / degree
+
+
+def _steady_messages(job: Denoising, branch: int, settings: Mapping[str, Option]) -> tuple[int, int]:
+    """Messages of a steady step and those of them that block: the noise always, GroupNorms as the mode says."""
+    if branch == 1:
+        return 1, 1
+    exchanged = job.table.exchanged
+    norms = 0 if settings["sync_mode"] == "separate_gn" else exchanged.group_norms
+    blocking = norms if settings["sync_mode"] == "sync_gn" else 0
+    return exchanged.layers + norms + 1, blocking + 1
 
 
 def _sync_mode_problems(settings: Mapping[str, Option]) -> list[Problem]:

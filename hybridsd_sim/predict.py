@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hybridsd_sim.break_even import BreakEven, against_one_gpu
 from hybridsd_sim.cost import Part, PlanCost, price
 from hybridsd_sim.errors import IllegalPlanError, InputError, Problem
 from hybridsd_sim.legality import plan_problems
 from hybridsd_sim.methods import METHODS, find_method
 from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
-from hybridsd_sim.profiles import CostRow, Profiles
+from hybridsd_sim.profiles import CostRow, Gpu, Profiles
 
 CLOUD, EDGE = "cloud", "edge"
 OWN_STEP = "--measured-step-s"
-MOST_GPUS, MOST_PX, MOST_STEPS, MOST_GUIDANCE = 64, 16384, 1000, 100
+MOST_GPUS, MOST_PX, MOST_STEPS, MOST_GUIDANCE, MOST_IMAGES = 64, 16384, 1000, 100, 64
 """The largest values that a scenario takes too."""
 
 
@@ -29,7 +30,8 @@ class Ask:
     """The question: a model on a GPU, perhaps handed over to a small model on an edge device.
 
     Without an edge device the small model runs on the cloud's GPU, as in the papers; without a network no transfer is
-    counted. One side of the image alone means a square; none means the model's native size.
+    counted. One side of the image alone means a square; none means the model's native size. `num_images` are denoised
+    together.
     """
 
     model: str
@@ -46,12 +48,40 @@ class Ask:
     width_px: int | None = None
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    num_images: int = 1
     measured_step_s: float | None = None
     runtime: str = "eager"
 
 
+def prediction(ask: Ask, profiles: Profiles) -> dict[str, Any]:
+    """What `predict` prints: the figures of `to_json`, then the plan against the same on one GPU.
+
+    `against_one_gpu` says in words what `speedup` and `break_even_bandwidth_bytes_per_s` are, and why there is no such
+    bandwidth where that is None; all of them are None on one GPU. Raises `InputError` as `predict_cost` does.
+    """
+    known, cost = _answer(ask, profiles)
+    return to_json(cost) | _compared(against_one_gpu(cost, known, prefer=(OWN_STEP,)))
+
+
+def _compared(found: BreakEven | None) -> dict[str, Any]:
+    """A bandwidth of nothing or of infinity is one that no interconnect has."""
+    keys = ("speedup", "speedup_interval", "break_even_bandwidth_bytes_per_s", "break_even_interval_bytes_per_s")
+    if found is None:
+        return dict.fromkeys((*keys, "against_one_gpu"))
+    bandwidths = (found.bandwidth_bytes_per_s, *found.bandwidth_interval)
+    even, *interval = (value if 0 < value < math.inf else None for value in bandwidths)
+    figures = (found.speedup, list(found.speedup_interval), even, interval)
+    return dict(zip(keys, figures, strict=True)) | {"against_one_gpu": found.sentence}
+
+
 def predict_cost(ask: Ask, profiles: Profiles) -> PlanCost:
     """The price of the asked plan. Raises `InputError` with everything that is wrong with the question."""
+    return _answer(ask, profiles)[1]
+
+
+def _answer(ask: Ask, profiles: Profiles) -> tuple[Profiles, PlanCost]:
+    """The profiles with the user's own measurement, and the price by them."""
+    profiles = _with_own_gpu(ask, profiles)
     _check(ask, profiles)
     native = profiles.model(ask.model).native_px
     request = Request(
@@ -60,13 +90,28 @@ def predict_cost(ask: Ask, profiles: Profiles) -> PlanCost:
         width_px=ask.width_px or ask.height_px or native,
         num_inference_steps=ask.num_inference_steps,
         guidance_scale=ask.guidance_scale,
+        num_images=ask.num_images,
     )
     if ask.measured_step_s is not None:
         profiles = profiles.with_costs((_own_row(ask, request, ask.measured_step_s),))
     try:
-        return _priced(asked_plan(ask, profiles), request, profiles)
+        return profiles, _priced(asked_plan(ask, profiles), request, profiles)
     except InputError as error:
         raise type(error)(_of_flag(problem, ask) for problem in error.problems) from None
+
+
+def _with_own_gpu(ask: Ask, profiles: Profiles) -> Profiles:
+    """The profiles and, where a step was measured on a GPU that they lack, that GPU: its memory and price unknown."""
+    if ask.measured_step_s is None or ask.gpu in profiles.gpus:
+        return profiles
+    if ask.interconnect is None and ask.degree > 1:
+        rule = f"the catalogue does not have {ask.gpu} and what joins several of it"
+        raise InputError(Problem("--interconnect", "not given", rule, f"One of {', '.join(profiles.interconnects)}."))
+    own = Gpu(
+        name=ask.gpu, label=ask.gpu, default_interconnect=ask.interconnect or next(iter(profiles.interconnects)),
+        usable_memory_fraction=1.0, kind="modelled", source=OWN_STEP, source_date="now",
+    )  # fmt: skip
+    return replace(profiles, gpus={**profiles.gpus, ask.gpu: own})
 
 
 def _priced(plan: Plan, request: Request, profiles: Profiles) -> PlanCost:
@@ -125,7 +170,7 @@ def _edge_site(name: str, profiles: Profiles) -> Site:
 
 
 def _own_row(ask: Ask, request: Request, seconds: float) -> CostRow:
-    """The user's measurement: one guided step, whether or not the request itself is guided."""
+    """The user's measurement: one guided step of one image, whatever the request's own guidance and images."""
     return CostRow(
         device=ask.gpu,
         runtime=ask.runtime,
@@ -178,6 +223,7 @@ def _number_problems(ask: Ask) -> Iterator[Problem]:
         ("--width-px", ask.width_px, 64, MOST_PX),
         ("--num-inference-steps", steps, 1, MOST_STEPS),
         ("--guidance-scale", ask.guidance_scale, 0, MOST_GUIDANCE),
+        ("--num-images", ask.num_images, 1, MOST_IMAGES),
         ("--switch-step", switch, 0, max(1, steps)),
     ):
         if value is not None and not low <= value <= high:
@@ -201,11 +247,16 @@ def _option_problems(ask: Ask) -> Iterator[Problem]:
 def to_json(cost: PlanCost) -> dict[str, Any]:
     """The contract's figures; what nobody knows is None, with the reason by figure under `unknown`.
 
-    `outside` lists the parts that lie outside what was timed; `parts` has every component with kind and sources.
+    `quality` is the CLIP score, `quality_fid` the FID (lower is better); `quality_note` says where the former was not
+    published as it stands. Where both are unknown for one reason, `unknown` gives it once, under `quality`. `outside`
+    lists the parts that lie outside what was timed; `parts` has every component with kind and sources.
     """
     rounds = sum(stage.num_steps for stage in cost.plan.stages)
     return {
         "latency_s": cost.latency_s,
+        "latency_interval_s": list(cost.latency_interval_s),
+        "images": cost.request.num_images,
+        "seconds_per_image": cost.latency_s / cost.request.num_images,
         "denoise_s": cost.denoise_s,
         "step_s": cost.denoise_s / rounds,
         "compute_s": cost.compute_s,
@@ -220,10 +271,13 @@ def to_json(cost: PlanCost) -> dict[str, Any]:
         "edge_energy_j": cost.edge_energy_j,
         "quality": cost.quality.clip,
         "quality_kind": None if cost.quality.clip is None else cost.quality.kind,
+        "quality_note": None if cost.quality.clip is None else cost.quality.note,
+        "quality_fid": cost.quality.fid,
+        "quality_fid_kind": None if cost.quality.fid is None else cost.quality.fid_score.kind,
         "interval_s": list(cost.interval_s),
         "kind": cost.kind,
         "plan": cost.plan.label,
-        "sources": list(cost.sources),
+        "sources": list(dict.fromkeys((*cost.sources, *cost.quality.fid_score.sources))),
         "unknown": _unknown(cost),
         "outside": list(cost.outside),
         "parts": [_part(part) for part in cost.parts],
@@ -236,8 +290,16 @@ def _unknown(cost: PlanCost) -> dict[str, str]:
         "usd": [part.unknown for part in cost.parts if part.usd is None],
         "edge_energy_j": [part.unknown for part in cost.parts if part.energy_j is None],
         "quality": [cost.quality.note] if cost.quality.clip is None else [],
+        "quality_fid": _fid_reason(cost),
     }
     return {name: "; ".join(dict.fromkeys(why)) for name, why in reasons.items() if why}
+
+
+def _fid_reason(cost: PlanCost) -> list[str]:
+    """Why the FID is unknown, unless the reader knows it from the CLIP score."""
+    quality, fid = cost.quality, cost.quality.fid_score
+    told = quality.clip is None and quality.note == fid.note
+    return [fid.note] if fid.value is None and not told else []
 
 
 def _part(part: Part) -> dict[str, Any]:

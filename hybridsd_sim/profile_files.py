@@ -1,6 +1,7 @@
 """Reads profiles folders: every table and every cost row checked, all problems at once with file and line.
 
-A folder holds `catalog/*.csv`, `quoted/*.csv` and `measured/<device>/<model>.csv` with `<model>.meta.yaml` beside it.
+A folder holds `catalog/*.csv`, `fitted/*.csv`, `quoted/*.csv` and `measured/<device>/<model>.csv` with
+`<model>.meta.yaml` beside it.
 Rows of a later folder replace those of earlier ones that timed the very same and are no better known.
 """
 
@@ -17,29 +18,32 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from hybridsd_sim.cost_rows import CostRow, Meta
 from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.fitted_rows import FITTED, Population
 from hybridsd_sim.plan import KIND_ORDER, Kind
 from hybridsd_sim.profile_rows import (
     TABLES,
-    CostRow,
     EdgeDevice,
     Gpu,
-    Meta,
+    Interconnect,
     Model,
     Price,
+    PublicCut,
     Row,
     columns_of,
     row_problems,
 )
 
-_LISTS = ("prices", "quality", "costs")
+_OPTIONAL = ("cuts",)
+_LISTS = ("prices", "quality", "cuts", "populations", "costs")
 
 
 def read_folders(folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Meta], str]:
     """Every table by name, the metas by `device/model`, and the SHA-256 of all the files.
 
-    `prices`, `quality` and `costs` are tuples of rows, other tables are rows by name. Raises `InputError` with
-    everything wrong in every file.
+    `prices`, `quality`, `cuts`, `populations` and `costs` are tuples of rows, other tables are rows by name. Raises
+    `InputError` with everything wrong in every file.
     """
     reader = _Reader()
     for folder in folders:
@@ -57,7 +61,7 @@ class _Reader:
     """Reads folders and keeps what it finds, good rows and problems alike, with the file and line of each."""
 
     def __init__(self) -> None:
-        self.tables: dict[str, list[tuple[str, Any]]] = {name: [] for name in (*TABLES, "costs")}
+        self.tables: dict[str, list[tuple[str, Any]]] = {name: [] for name in (*TABLES, *FITTED, "costs")}
         self.metas: dict[str, Meta] = {}
         self.problems: list[Problem] = []
         self.hash = hashlib.sha256()
@@ -67,7 +71,12 @@ class _Reader:
         before, self.tables["costs"] = self.tables["costs"], []
         if (folder / "catalog").is_dir():
             for name, shape in TABLES.items():
+                if name in _OPTIONAL and not (folder / "catalog" / f"{name}.csv").is_file():
+                    continue
                 self.tables[name] += self._table(folder, folder / "catalog" / f"{name}.csv", shape)
+        for name, shape in FITTED.items():
+            if (file := folder / "fitted" / f"{name}.csv").is_file():
+                self.tables[name] = self._table(folder, file, shape)
         for file in sorted(folder.glob("quoted/*.csv")):
             self._costs(folder, file, ("quoted", "modelled"))
         for file in sorted(folder.glob("measured/*/*.csv")):
@@ -195,9 +204,15 @@ def _mentions(row: Row, names: Mapping[str, Collection[str]]) -> Iterator[tuple[
         yield "default_interconnect", row.default_interconnect, names["interconnects"]
     elif isinstance(row, EdgeDevice):
         yield "default_runtime", row.default_runtime, names["runtimes"]
+    elif isinstance(row, Interconnect) and row.beyond_pairs:
+        yield "beyond_pairs", row.beyond_pairs, names["interconnects"]
     elif isinstance(row, Model):
         yield from (("text_encoders", name, names["components"]) for name in row.text_encoders)
         yield from (("vae", name, names["components"]) for name in (row.vae, row.small_vae))
+    elif isinstance(row, PublicCut):
+        yield "model", row.model, names["models"]
+    elif isinstance(row, Population):
+        yield "runtime", row.runtime, names["runtimes"]
     elif isinstance(row, Price) and row.item.startswith("gpu:"):
         yield "item", row.item.removeprefix("gpu:"), names["gpus"]
     elif isinstance(row, CostRow):

@@ -62,7 +62,7 @@ class Gpu(Row):
 
     name: Name
     label: Name
-    memory_gib: Positive
+    memory_gib: Positive | None = None
     memory_bandwidth_bytes_per_s: Positive | None = None
     fp16_flop_per_s: Positive | None = None
     tdp_w: Positive | None = None
@@ -140,9 +140,13 @@ class Component(Row):
     flop_linear_512: NotNegative
     flop_attention_512: NotNegative
 
+    def area(self, height_px: int, width_px: int) -> float:
+        """The image relative to the counted one; 1 for a prompt."""
+        return height_px * width_px / COUNTED_PX**2 if self.component == "vae_decode" else 1.0
+
     def flop(self, height_px: int, width_px: int) -> float:
         """FLOPs at this image size: attention products grow with the pixels squared, the rest with the pixels."""
-        area = height_px * width_px / COUNTED_PX**2 if self.component == "vae_decode" else 1.0
+        area = self.area(height_px, width_px)
         return (self.flop_conv_512 + self.flop_linear_512) * area + self.flop_attention_512 * area**2
 
 
@@ -150,6 +154,8 @@ class Interconnect(Row):
     """GPU to GPU, as achieved by collectives: bytes per second, per GPU and direction, with a range.
 
     `scales_with_devices`: every pair talks at full speed at once (a switch); otherwise the devices share.
+    `beyond_pairs` names what carries more than two devices where this joins only two. `shares_memory`: the ranks are
+    processes of one machine, which slow each other.
     """
 
     name: Name
@@ -160,6 +166,8 @@ class Interconnect(Row):
     latency_s: Positive
     peer_access: bool
     scales_with_devices: bool
+    beyond_pairs: Name | None = None
+    shares_memory: bool = False
 
 
 class Quantiles(Written):
@@ -257,11 +265,27 @@ class QualityRow(Row):
     lpips: NotNegative | None = None
 
 
+class PublicCut(Row):
+    """One component of the cut of a network in AsyncDiff's public code: the modules that it computes, in order."""
+
+    model: Name
+    components: Count
+    component: Annotated[int, Field(ge=0)]
+    modules: tuple[Name, ...]
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(value.split()) if isinstance(value, str) else value
+
+
 class Runtime(Row):
     """What a runtime adds to arithmetic: seconds an operation on the device, seconds a launch on the host.
 
-    `max_unet_batch` latents fit one UNet call (None: any number); `efficiency` is the share of the datasheet peak
-    reached where a device was never timed.
+    These and `efficiency`, the share of the datasheet peak, are what is believed before any row is looked at.
+    `max_unet_batch` latents fit one UNet call (None: any number). `overhead_share`: what an edge device takes end to
+    end beyond the sum of its components, as a share of that sum, with its 90% interval and its own source; 0: none
+    known.
     """
 
     name: Name
@@ -270,91 +294,10 @@ class Runtime(Row):
     launch_s_per_op: NotNegative
     max_unet_batch: Count | None = None
     efficiency: Share
-
-
-class CostRow(Row):
-    """Seconds of one component on one device. Sizes are 0 where the image does not matter; `*` stands for any name.
-
-    `model` names a component for `vae_decode` and `text_encode`. `guidance`: the row is one guided step, a UNet call on
-    2 x `batch_size` latents. A row of several GPUs averages over the steps named in its options, warm-up included.
-    """
-
-    device: Name
-    runtime: Name
-    precision: Name
-    model: Name
-    component: Literal[
-        "text_encode",
-        "step",
-        "step_warmup",
-        "vae_decode",
-        "model_load",
-        "handover_serialise",
-        "handover_parse",
-        "exchange",
-    ]
-    rank: Annotated[int, Field(ge=0)] | None = None
-    height_px: Annotated[int, Field(ge=0, multiple_of=8)] = 0
-    width_px: Annotated[int, Field(ge=0, multiple_of=8)] = 0
-    batch_size: Count = 1
-    guidance: bool = False
-    method: Name = "single"
-    degree: Count = 1
-    options: str = ""
-    seconds_median: Positive
-    seconds_p05: Positive | None = None
-    seconds_p95: Positive | None = None
-    num_samples: Count | None = None
-    peak_memory_bytes: Count | None = None
-    comm_bytes: Annotated[int, Field(ge=0)] | None = None
-    energy_j: NotNegative | None = None
-
-    @property
-    def latents(self) -> int:
-        """Latents of the UNet call."""
-        return self.batch_size * (2 if self.guidance else 1)
-
-    @property
-    def range_s(self) -> tuple[float, float]:
-        """The 5th and 95th percentile; 10% to either side where the source gives none (modelled)."""
-        low, high = self.seconds_p05, self.seconds_p95
-        middle = self.seconds_median
-        return 0.9 * middle if low is None else low, 1.1 * middle if high is None else high
-
-    @model_validator(mode="after")
-    def _percentiles_must_rise(self) -> Self:
-        known = [value for value in (self.seconds_p05, self.seconds_median, self.seconds_p95) if value is not None]
-        if sorted(known) != known:
-            raise ValueError("seconds_p05 <= seconds_median <= seconds_p95")
-        if self.component in ("step", "step_warmup", "vae_decode") and not (self.height_px and self.width_px):
-            raise ValueError(f"a {self.component} row needs height_px and width_px")
-        return self
-
-
-class Protocol(Written):
-    """How a measurement was made: runs before the clock counts, runs counted, and what was dropped from those."""
-
-    warmup_runs: Annotated[int, Field(ge=0)]
-    runs: Count
-    trimming: str = ""
-
-
-class Meta(Written):
-    """What stands beside a measured file: the machine, the software, the protocol. No paths, no host names.
-
-    `processor` is what the chip calls itself. `ceilings` are the machine's own limits, measured in the same run, with
-    units in their names.
-    """
-
-    device: Name
-    processor: str = ""
-    driver: str = ""
-    libraries: Mapping[str, str] = Field(default_factory=dict)
-    date: Name
-    protocol: Protocol
-    commit: str = ""
-    fit_errors: Mapping[str, float] = Field(default_factory=dict)
-    ceilings: Mapping[str, Positive] = Field(default_factory=dict)
+    overhead_share: NotNegative = 0.0
+    overhead_low: NotNegative = 0.0
+    overhead_high: NotNegative = 0.0
+    overhead_source: str = ""
 
 
 def columns_of(shape: type[Row]) -> dict[str, bool]:
@@ -391,5 +334,6 @@ TABLES: Mapping[str, type[Row]] = {
     "runtimes": Runtime,
     "prices": Price,
     "quality": QualityRow,
+    "cuts": PublicCut,
 }
 """The tables of the catalogue: `catalog/<name>.csv` holds one of these rows a line."""

@@ -1,33 +1,34 @@
 """Step costs, devices, GPUs, models, links, prices, quality: typed rows with sources; says what it does not have.
 
-A profiles folder holds `catalog/*.csv` (one table a file), `quoted/*.csv` (published cost rows) and
-`measured/<device>/<model>.csv` with `<model>.meta.yaml` beside it (written by the executors). Sources that disagree are
-all kept. Where one row must be chosen, measured goes before quoted before modelled, then the newer source before the
-older, then the earlier line; `prefer` names sources to take before all others, best first (any part of their text will
-do). Nothing is extrapolated.
+A profiles folder holds `catalog/*.csv` (one table a file), `fitted/*.csv` (what `fitting` made of the rows),
+`quoted/*.csv` (published cost rows) and `measured/<device>/<model>.csv` with `<model>.meta.yaml` beside it (written by
+the executors). Sources that disagree are all kept. Where one row must be chosen, measured goes before quoted before
+modelled, then the newer source before the older, then the earlier line; `prefer` names sources to take before all
+others, best first (any part of their text will do). Nothing is extrapolated.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from hybridsd_sim.cost_rows import CostRow, Meta
 from hybridsd_sim.errors import InputError, MissingDataError, Problem, unknown_name
+from hybridsd_sim.fitted_rows import MethodConstant, Population
 from hybridsd_sim.plan import KIND_ORDER
 from hybridsd_sim.profile_files import read_folders
 from hybridsd_sim.profile_rows import (
     Component,
-    CostRow,
     EdgeDevice,
     Gpu,
     Interconnect,
-    Meta,
     Model,
     Network,
     Price,
+    PublicCut,
     QualityRow,
     Quantiles,
     Row,
@@ -35,8 +36,9 @@ from hybridsd_sim.profile_rows import (
 )
 
 __all__ = [
-    "Component", "CostRow", "EdgeDevice", "Gpu", "Interconnect", "Meta", "Model", "Network", "Price", "Profiles",
-    "QualityRow", "Quantiles", "Row", "Runtime", "data_folder", "load_profiles",
+    "Component", "CostRow", "EdgeDevice", "Gpu", "Interconnect", "Meta", "MethodConstant", "Model", "Network",
+    "Population", "Price", "Profiles", "PublicCut", "QualityRow", "Quantiles", "Row", "Runtime", "data_folder",
+    "load_profiles",
 ]  # fmt: skip
 
 _PARTS = ("catalog", "quoted", "measured")
@@ -61,6 +63,9 @@ class Profiles:
     runtimes: Mapping[str, Runtime]
     prices: tuple[Price, ...]
     quality: tuple[QualityRow, ...]
+    cuts: tuple[PublicCut, ...]
+    populations: tuple[Population, ...]
+    constants: Mapping[str, MethodConstant]
     costs: tuple[CostRow, ...]
     metas: Mapping[str, Meta]
     digest: str
@@ -175,6 +180,19 @@ class Profiles:
 
     def egress_usd_per_gib(self, provider: str | None = None) -> float:
         return self.usd("egress", provider)
+
+    def public_cuts(self, model: str) -> dict[int, tuple[tuple[str, ...], ...]]:
+        """AsyncDiff's public cuts of this network by number of components: the modules of each, in order."""
+        network = self.model(model).network
+        rows = [row for row in self.cuts if self.model(row.model).network == network]
+        counts = sorted({row.components for row in rows})
+        return {count: tuple(row.modules for row in rows if row.components == count) for count in counts}
+
+    def without(self, left_out: Callable[[CostRow], bool]) -> Profiles:
+        """The same without the cost rows of which this is true."""
+        costs = tuple(row for row in self.costs if not left_out(row))
+        digest = hashlib.sha256(f"{self.digest}{len(costs)}".encode()).hexdigest()
+        return replace(self, costs=costs, digest=digest, _steps=_steps_of(costs, self.models))
 
     def with_costs(self, rows: Sequence[CostRow]) -> Profiles:
         """The same with these cost rows in front, such as a user's own measurement."""

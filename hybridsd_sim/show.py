@@ -169,8 +169,8 @@ def _pool_in_brief(pool: Pool) -> str:
 
 
 def prediction_text(figures: Data, width: int) -> str:
-    """The figures of `predict.to_json`, then its parts with their sources, then what nobody knows or timed."""
-    lists = {"parts", "sources", "unknown", "outside"}
+    """The figures of `predict.prediction`, its parts with their sources, then what is to be said about them."""
+    lists = {"parts", "sources", "unknown", "outside", "against_one_gpu"}
     sources = list(figures["sources"])
     parts = [
         (
@@ -182,8 +182,13 @@ def prediction_text(figures: Data, width: int) -> str:
         for part in figures["parts"]
     ]
     header = ("part", "where", "seconds [90% interval]", "devices", "usd", "edge_energy_j", "kind", "sources")
-    notes = [f"{name} is not known: {why}." for name, why in figures["unknown"].items()]
+    notes = [figures["against_one_gpu"]] if figures["against_one_gpu"] else []
+    notes += [f"{name} is not known: {why}." for name, why in figures["unknown"].items()]
     notes += [f"Outside what was timed: {text}." for text in figures["outside"]]
+    said = dict.fromkeys(
+        f"{part['name']} on {part['where']}: {part['note']}" for part in figures["parts"] if part["note"]
+    )
+    notes += [f"{text}." for text in said if text not in figures["outside"]]
     text = (
         table(("figure", "value"), [(key, value) for key, value in figures.items() if key not in lists], width),
         table(header, parts, width),

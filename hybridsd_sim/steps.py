@@ -1,18 +1,42 @@
-"""Seconds of a stage's denoising: what one rank computes in a round, and the exchange that it does not hide."""
+"""Seconds of a stage's denoising: what one rank computes in a round, and the exchange that it does not hide.
+
+A round takes as long as its slowest rank: the rank's kernels under the device's law (`calibration`), AsyncDiff's walks,
+and the part of the exchange that stays visible (`transfers`). Where the device's own time of the whole step is known,
+the law only says which share of it a rank needs. Intervals follow from the covariance of the device's parameters, the
+spread of the method constants and of the link, and what the law left unexplained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp, log, sqrt
 
-from hybridsd_sim.calibration import speed_of
+import numpy as np
+
+from hybridsd_sim.calibration import Z90, Fit, alike, call_kernels, calls, fit_of
 from hybridsd_sim.errors import IllegalPlanError
-from hybridsd_sim.methods import Phase, find_method
-from hybridsd_sim.partition import Denoising, RankWork
+from hybridsd_sim.methods import Option, Phase, find_method
+from hybridsd_sim.partition import Denoising
 from hybridsd_sim.plan import Kind, Request, Stage
-from hybridsd_sim.profiles import CostRow, Profiles
-from hybridsd_sim.transfers import exchange_s, latent_elements
+from hybridsd_sim.profiles import CostRow, Interconnect, Profiles
+from hybridsd_sim.roofline import ELEMENT_BYTES, Batch, Floats, layer_table
+from hybridsd_sim.transfers import (
+    actual_link,
+    constants_of,
+    contention,
+    exchange_s,
+    latent_elements,
+    link_bytes_per_s,
+    unexplained_share,
+    walk_s,
+)
 from hybridsd_sim.unet import unet_units
+
+SIMULTANEOUS = ("gloo", "nccl")
+"""What carries ranks that run at the same time; those of loopback take turns on one device."""
+_STEP = 1e-4
+"""Nudge of a logarithm in numeric derivatives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +60,20 @@ class PhaseTime:
 
 
 def denoising(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
-    """What `methods` needs to know about a stage of a request."""
-    model = profiles.model(stage.model)
+    """What `methods` needs to know about a stage of a request; its latents are those of one UNet call."""
+    model, precision = profiles.model(stage.model), stage.site.precision
     size = (request.height_px, request.width_px)
     return Denoising(
-        layers=model.layers(*size),
+        table=layer_table(model.config, *size, model.ops),
         units=unet_units(model.config, *size),
         num_steps=stage.num_steps,
-        latents=request.unet_batch,
+        latents=-(-request.unet_batch // calls(profiles, stage.site.runtime, request.unet_batch)),
         guided=request.guided,
         latent_elements=latent_elements(request),
         family=model.latent_space,
+        element_bytes=4.0 if precision == "fp32" else 2.0,
+        weight_bytes=ELEMENT_BYTES.get(precision, 2.0),
+        public_cuts=profiles.public_cuts(stage.model),
     )
 
 
@@ -58,70 +85,188 @@ def stage_times(
     method, options = find_method(stage.method), dict(stage.options)
     if problems := method.problems(job, stage.degree, options):
         raise IllegalPlanError(problems)
-    timer = _Timer(stage, request, profiles, prefer)
+    timer = _Timer(stage, request, profiles, prefer, method.settings(job, options))
     for phase in method.phases(job, stage.degree, options):
         yield timer.time(phase)
+
+
+def stage_rounds(stage: Stage, request: Request, profiles: Profiles) -> list[tuple[int, Round]]:
+    """The rounds of a stage on several GPUs, phase by phase, with how many there are of each."""
+    job, timer = denoising(stage, request, profiles), _Timer(stage, request, profiles, (), {})
+    site = stage.site
+    fit = fit_of(profiles, site.device, site.runtime, site.precision)
+    phases = find_method(stage.method).phases(job, stage.degree, dict(stage.options))
+    return [(phase.rounds * timer.calls, timer.round(phase, fit)) for phase in phases]
+
+
+def law_s(row: CostRow, profiles: Profiles) -> tuple[float, float, float]:
+    """Seconds that the device's law gives the step of a one-GPU row, and the ends of their 90% interval."""
+    fit, kernels = fit_of(profiles, row.device, row.runtime, row.precision), call_kernels(profiles, row)
+    middle = fit.seconds(kernels) * calls(profiles, row.runtime, row.latents)
+    width = exp(Z90 * fit.log_spread(kernels))
+    return middle, middle / width, middle * width
 
 
 class _Timer:
     """Times the phases of one stage."""
 
-    def __init__(self, stage: Stage, request: Request, profiles: Profiles, prefer: Sequence[str]) -> None:
-        self.stage, self.request, self.profiles, self.prefer = stage, request, profiles, prefer
+    def __init__(
+        self,
+        stage: Stage,
+        request: Request,
+        profiles: Profiles,
+        prefer: Sequence[str],
+        settings: Mapping[str, Option],
+    ) -> None:
+        self.settings = settings
+        self.stage, self.profiles, self.latents = stage, profiles, request.unet_batch
+        self.size = (request.height_px, request.width_px)
+        site = stage.site
+        self.calls = calls(profiles, site.runtime, request.unet_batch)
+        self.row = profiles.step_row(
+            site.device, site.runtime, stage.model, self.size,
+            latents=request.unet_batch, precision=site.precision, prefer=prefer,
+        )  # fmt: skip
 
     def time(self, phase: Phase) -> PhaseTime:
-        row = self._exact_row(phase)
-        if row is None:
-            return self._modelled(phase)
-        seconds = row.seconds_median * phase.rounds * self._calls(phase.work.latents)
-        low, high = (bound / row.seconds_median * seconds for bound in row.range_s)
-        return PhaseTime(name=phase.name, seconds=seconds, low_s=low, high_s=high, kind=row.kind, sources=(row.source,))
+        if self.stage.degree == 1 and self.row is not None:
+            return _timed(phase.name, self.row, phase.rounds * self.calls)
+        if self.stage.degree > 1 and (row := self._gang_row(phase)) is not None:
+            return _timed(phase.name, row, phase.steps, "measured as a whole, its exchange inside")
+        return self._modelled(phase)
+
+    def _gang_row(self, phase: Phase) -> CostRow | None:
+        """The measured step of this very gang, if there is one, over the device's own interconnect."""
+        stage, component = self.stage, "step_warmup" if phase.name == "warmup" else "step"
+        if stage.site.interconnect is not None:
+            return None
+        rows = self.profiles.cost_rows(
+            device=stage.site.device, runtime=stage.site.runtime, component=component, kind="measured",
+            method=stage.method, degree=stage.degree, height_px=self.size[0], width_px=self.size[1],
+        )  # fmt: skip
+        return next((row for row in rows if self._is_of(row)), None)
+
+    def _is_of(self, row: CostRow) -> bool:
+        """Whether a row timed this stage's network, latents, precision and options, each rank on its own device."""
+        said = dict(part.split("=", 1) for part in row.options.split(";") if "=" in part)
+        carried = row.rank is None and said.pop("ranks", "") in SIMULTANEOUS
+        mine = {name: str(value).lower() for name, value in self.settings.items()}
+        models = {self.profiles.model(name).network for name in (row.model, self.stage.model)}
+        same_precision = alike(row.precision) == alike(self.stage.site.precision)
+        same_work = len(models) == 1 and row.latents == self.latents and same_precision
+        return carried and same_work and all(mine.get(name) == value.lower() for name, value in said.items())
 
     def _modelled(self, phase: Phase) -> PhaseTime:
         site = self.stage.site
-        flop = 2.0 * phase.work.macs
-        model = self.profiles.model(self.stage.model)
-        speed = speed_of(
-            self.profiles, site.device, site.runtime, model=self.stage.model, flop=flop, precision=site.precision,
-            prefer=self.prefer,
-        )  # fmt: skip
-        compute = speed.seconds(flop, model.ops * phase.work.ops_share * self._calls(phase.work.latents))
-        exposed, low, high, sources = self._exposed(phase.work, compute)
+        fit = fit_of(self.profiles, site.device, site.runtime, site.precision)
+        round_ = self.round(phase, fit)
+        seconds, exposed = round_.seconds(round_.middle)
+        width, count = exp(Z90 * round_.log_spread()), phase.rounds * self.calls
+        anchor = f"; anchored on its step of {self.row.seconds_median:.4g} s" if self.row else ""
         return PhaseTime(
             name=phase.name,
-            seconds=(compute + exposed) * phase.rounds,
-            low_s=(compute * (1 - speed.spread) + low) * phase.rounds,
-            high_s=(compute * (1 + speed.spread) + high) * phase.rounds,
+            seconds=seconds * count,
+            low_s=seconds * count / width,
+            high_s=seconds * count * width,
             kind="modelled",
-            sources=(*speed.sources, *sources),
-            note=speed.note,
-            comm_bytes=phase.work.received_bytes * phase.rounds,
-            comm_exposed_s=exposed * phase.rounds,
-            within=speed.within,
+            sources=self._sources(fit, round_.link),
+            note=f"{fit.note}{anchor}",
+            comm_bytes=phase.work.received_bytes * count,
+            comm_exposed_s=exposed * count,
+            within=self.row is not None or fit.holds(phase.work.kernels.flops),
         )
 
-    def _exposed(self, rank: RankWork, compute: float) -> tuple[float, float, float, tuple[str, ...]]:
-        """Exposed exchange of one round: middle, low, high seconds, and the interconnect's source."""
-        if rank.messages == 0:
-            return 0.0, 0.0, 0.0, ()
-        stage = self.stage
-        name = stage.site.interconnect or self.profiles.default_interconnect(stage.site.device)
-        link = self.profiles.interconnect(name)
-        sharing = 1.0 if link.scales_with_devices else min(1.0, 2.0 / stage.degree)
-        rates = (link.bandwidth_bytes_per_s, link.bandwidth_high, link.bandwidth_low)
-        middle, low, high = (exchange_s(rank, rate * sharing, link.latency_s, compute) for rate in rates)
-        return middle, low, high, (link.source,)
+    def round(self, phase: Phase, fit: Fit) -> Round:
+        return Round(phase, fit, self.row, self._link(phase), self.stage.degree, self.profiles)
 
-    def _calls(self, latents: float) -> int:
-        limit = self.profiles.runtime(self.stage.site.runtime).max_unet_batch
-        return -(-int(latents) // limit) if limit else 1
-
-    def _exact_row(self, phase: Phase) -> CostRow | None:
-        """The timed row of this very step on one device, if there is one; multi-GPU steps are modelled."""
-        if self.stage.degree != 1:
+    def _link(self, phase: Phase) -> Interconnect | None:
+        if not phase.work.messages:
             return None
-        site, size = self.stage.site, (self.request.height_px, self.request.width_px)
-        return self.profiles.step_row(
-            site.device, site.runtime, self.stage.model, size,
-            latents=int(phase.work.latents), precision=site.precision, prefer=self.prefer,
-        )  # fmt: skip
+        site = self.stage.site
+        name = site.interconnect or self.profiles.default_interconnect(site.device)
+        return actual_link(self.profiles, name, self.stage.degree)
+
+    def _sources(self, fit: Fit, link: Interconnect | None) -> tuple[str, ...]:
+        own = (self.row.source,) if self.row else fit.sources
+        return tuple(dict.fromkeys((*own, *([link.source] if link else []))))
+
+
+def _timed(name: str, row: CostRow, count: int, note: str = "") -> PhaseTime:
+    """As many of a timed row as the phase has."""
+    low, high = row.range_s
+    return PhaseTime(
+        name=name,
+        seconds=row.seconds_median * count,
+        low_s=low * count,
+        high_s=high * count,
+        kind=row.kind,
+        sources=(row.source,),
+        note=note,
+        comm_bytes=float(row.comm_bytes or 0) * count,
+    )
+
+
+class Round:
+    """One round of a phase as a function of everything it rests on, each as a logarithm.
+
+    The vector holds the device's law, then the method constants, then the link's bandwidth relative to its middle.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        fit: Fit,
+        anchor: CostRow | None,
+        link: Interconnect | None,
+        degree: int,
+        profiles: Profiles,
+    ) -> None:
+        self.ranks, self.link, self.degree, self.anchor = phase.ranks, link, degree, anchor
+        whole = [call_kernels(profiles, anchor)] if anchor else []
+        self._batch = Batch([*whole, *(rank.kernels for rank in phase.ranks)])
+        self._ops = max(rank.kernels.ops for rank in phase.ranks)
+        constants, doubts = constants_of(profiles)
+        self._parts = np.cumsum([len(fit.law), len(constants)])
+        self.middle: Floats = np.concatenate([fit.law, constants, [0.0]])
+        link_spread = log(link.bandwidth_high / link.bandwidth_low) / (2 * Z90) if link else 0.0
+        self._covariance = _blocks(fit.covariance, doubts, np.array([[link_spread**2]]))
+        row_spread = log(anchor.range_s[1] / anchor.range_s[0]) / (2 * Z90) if anchor else fit.sigma
+        self._slower, doubt = contention(profiles, link)
+        self._noise = sqrt(row_spread**2 + doubt**2 + (unexplained_share(profiles) ** 2 if link else 0.0))
+
+    def seconds(self, vector: Floats) -> tuple[float, float]:
+        """Seconds of the slowest rank, and those of its exchange that show."""
+        law, constants, width = np.split(vector, self._parts)
+        times = self._batch.seconds(law)
+        if self.anchor:
+            times = times[1:] * (self.anchor.seconds_median / times[0])
+        slowest = (0.0, 0.0)
+        for rank, compute in zip(self.ranks, (times * self._slower).tolist(), strict=True):
+            busy, shown = compute + walk_s(rank, self._ops, exp(law[-1]), constants), 0.0
+            if self.link:
+                rate = link_bytes_per_s(self.link, rank, self.degree, constants) * exp(width[0])
+                shown = exchange_s(rank, rate, self.link.latency_s, compute, constants)
+            slowest = max(slowest, (busy + shown, shown))
+        return slowest
+
+    def with_constants(self, constants: Floats) -> float:
+        """Seconds with other method constants (logarithms), all else in its middle."""
+        law, _, width = np.split(self.middle, self._parts)
+        return self.seconds(np.concatenate([law, constants, width]))[0]
+
+    def log_spread(self) -> float:
+        """Standard deviation of the logarithm of the round's seconds."""
+        middle = self.seconds(self.middle)[0]
+        nudges = np.eye(len(self.middle)) * _STEP
+        gradient = np.array([log(self.seconds(self.middle + nudge)[0] / middle) for nudge in nudges]) / _STEP
+        return sqrt(float(gradient @ self._covariance @ gradient) + self._noise**2)
+
+
+def _blocks(*parts: Floats) -> Floats:
+    """A covariance of independent groups."""
+    size = sum(len(part) for part in parts)
+    whole, at = np.zeros((size, size)), 0
+    for part in parts:
+        whole[at : at + len(part), at : at + len(part)] = part
+        at += len(part)
+    return whole

@@ -35,6 +35,7 @@ class Layer:
     `rows` and `tokens` (rows x width) are those of the grid that the layer writes; both are 0 for work that does not
     depend on the image (time embeddings, keys and values of the text), which patch parallelism repeats on every device.
     `macs` of an attention op are the score and value products alone; its projections are linear layers beside it.
+    `in_elements` are what it reads: for attention the queries, keys and values, `head_width` wide in every head.
     `kv_elements` (self-attention): keys and values together. `halo_elements` (convolutions wider than 1 x 1): the input
     rows beyond ONE edge of a stripe, padding x input width x input channels. DistriFusion publishes both edges of every
     stripe, so a device sends 2 x halo_elements a latent for each convolution but `conv_in`, whose input every device
@@ -48,9 +49,11 @@ class Layer:
     macs: int
     rows: int
     tokens: int
+    in_elements: int
     out_elements: int
     kv_elements: int = 0
     halo_elements: int = 0
+    head_width: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,7 @@ def _conv(place: _Place, channels: int, out_channels: int, *, kernel: int = 3, s
         macs=weights * place.tokens,
         rows=place.rows,
         tokens=place.tokens,
+        in_elements=channels * place.tokens * stride * stride,
         out_elements=out_channels * place.tokens,
         halo_elements=(kernel // 2) * place.width * stride * channels,
     )
@@ -168,19 +172,32 @@ def _linear(place: _Place, width: int, out_width: int, *, bias: bool = True, vec
         macs=weights * count,
         rows=0 if vectors else place.rows,
         tokens=0 if vectors else place.tokens,
+        in_elements=width * count,
         out_elements=out_width * count,
     )
 
 
 def _norm(place: _Place, op: Literal["group_norm", "layer_norm"], channels: int) -> Layer:
-    return Layer(place.path, place.unit, op, 2 * channels, 0, place.rows, place.tokens, channels * place.tokens)
+    elements = channels * place.tokens
+    return Layer(place.path, place.unit, op, 2 * channels, 0, place.rows, place.tokens, elements, elements)
 
 
-def _products(place: _Place, width: int, *, keys: int, op: Literal["self_attention", "cross_attention"]) -> Layer:
+def _products(place: _Place, width: int, *, keys: int, head_width: int, op: Op) -> Layer:
     """Scores and weighted values of every image token over `keys` tokens; no parameters."""
-    kv_elements = 2 * keys * width if op == "self_attention" else 0
-    macs = 2 * place.tokens * keys * width
-    return Layer(place.path, place.unit, op, 0, macs, place.rows, place.tokens, width * place.tokens, kv_elements)
+    queries, read = place.tokens * width, 2 * keys * width
+    return Layer(
+        path=place.path,
+        unit=place.unit,
+        op=op,
+        params=0,
+        macs=2 * queries * keys,
+        rows=place.rows,
+        tokens=place.tokens,
+        in_elements=queries + read,
+        out_elements=queries,
+        kv_elements=read if op == "self_attention" else 0,
+        head_width=head_width,
+    )
 
 
 def _resnet(place: _Place, channels: int, out_channels: int, *, inner: int, time_width: int) -> Iterator[Layer]:
@@ -193,22 +210,27 @@ def _resnet(place: _Place, channels: int, out_channels: int, *, inner: int, time
         yield _conv(place.at("conv_shortcut"), channels, out_channels, kernel=1)
 
 
-def _attention(place: _Place, width: int, inner: int, *, text_width: int | None = None) -> Iterator[Layer]:
+def _attention(
+    place: _Place, width: int, inner: int, *, head_width: int, text_width: int | None = None
+) -> Iterator[Layer]:
     """Attention over the image itself, or over the text where `text_width` is given."""
     keys = TEXT_TOKENS if text_width else place.tokens
     source_width, vectors = text_width or width, TEXT_TOKENS if text_width else 0
     yield _linear(place.at("to_q"), width, inner, bias=False)
     yield _linear(place.at("to_k"), source_width, inner, bias=False, vectors=vectors)
     yield _linear(place.at("to_v"), source_width, inner, bias=False, vectors=vectors)
-    yield _products(place, inner, keys=keys, op="cross_attention" if text_width else "self_attention")
+    op: Op = "cross_attention" if text_width else "self_attention"
+    yield _products(place, inner, keys=keys, head_width=head_width, op=op)
     yield _linear(place.at("to_out.0"), inner, width)
 
 
-def _transformer_block(place: _Place, width: int, *, self_width: int, text_width: int) -> Iterator[Layer]:
+def _transformer_block(
+    place: _Place, width: int, *, self_width: int, head_width: int, text_width: int
+) -> Iterator[Layer]:
     yield _norm(place.at("norm1"), "layer_norm", width)
-    yield from _attention(place.at("attn1"), width, self_width)
+    yield from _attention(place.at("attn1"), width, self_width, head_width=head_width)
     yield _norm(place.at("norm2"), "layer_norm", width)
-    yield from _attention(place.at("attn2"), width, width, text_width=text_width)
+    yield from _attention(place.at("attn2"), width, width, head_width=head_width, text_width=text_width)
     yield _norm(place.at("norm3"), "layer_norm", width)
     yield _linear(place.at("ff.net.0.proj"), width, 8 * width)  # GEGLU: value and gate, each 4 x width
     yield _linear(place.at("ff.net.2"), 4 * width, width)
@@ -216,7 +238,8 @@ def _transformer_block(place: _Place, width: int, *, self_width: int, text_width
 
 def _transformer(plan: Blueprint, place: _Place, level: int, depth: int) -> Iterator[Layer]:
     width = plan.channels[level]
-    self_width = plan.self_heads.get(place.unit, plan.heads[level]) * width // plan.heads[level]
+    head_width = width // plan.heads[level]
+    self_width = plan.self_heads.get(place.unit, plan.heads[level]) * head_width
 
     def projection(name: str) -> Layer:
         at = place.at(name)
@@ -226,7 +249,8 @@ def _transformer(plan: Blueprint, place: _Place, level: int, depth: int) -> Iter
     yield projection("proj_in")
     for index in range(depth):
         block = place.at(f"transformer_blocks.{index}")
-        yield from _transformer_block(block, width, self_width=self_width, text_width=plan.config.cross_attention_dim)
+        text_width = plan.config.cross_attention_dim
+        yield from _transformer_block(block, width, self_width=self_width, head_width=head_width, text_width=text_width)
     yield projection("proj_out")
 
 

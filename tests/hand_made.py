@@ -91,7 +91,7 @@ def at_the_edge():
     plan = Plan(
         stages=(Stage(start=0, stop=25, model="sd14", site=LAPTOP),), text_encode_site="laptops", vae_site="laptops"
     )
-    unknown = {"energy_j": None, "note": "scaled by FLOPs; no power figure for snapdragon-x-elite"}
+    unknown = {"energy_j": None, "note": "scaled by FLOPs", "unknown": "no power figure for snapdragon-x-elite"}
     parts = [part("denoise", LAPTOP, 5.0, **unknown), part("vae_decode", LAPTOP, 0.5, **unknown, within=False)]
     return candidate("laptop", plan, parts, 0.2993)
 
@@ -220,8 +220,8 @@ def evaluated(name, result, *, feasible=True):
     )
 
 
-def hand_made_plan(scenario):
-    """The capacity plan made by hand."""
+def hand_made_plan(scenario, profiles_digest="0" * 64):
+    """The capacity plan made by hand, as if with the profiles of this digest."""
     chosen = {"phone": handed_over(10), "laptop": at_the_edge(), "studio": in_the_cloud()}
     cloud = {**chosen, "phone": handed_over(25)}
     edge = {"phone": handed_over(0), "laptop": at_the_edge()}
@@ -251,5 +251,5 @@ def hand_made_plan(scenario):
         evidence=(evaluated("chosen", best),),
         switch_curve={"phone": tuple(handed_over(k) for k in (0, 5, 10, 15, 20, 25))},
         refusals={("studio", refused): 3},
-        profiles_digest="0" * 64,
+        profiles_digest=profiles_digest,
     )

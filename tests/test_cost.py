@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import exp, log
+from statistics import fmean
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import CLOUD, PHONE, REQUEST, hybrid
-from hybridsd_sim import Plan, Profiles, Stage, price
+from hybridsd_sim import Plan, Profiles, Request, Site, Stage, price
+from hybridsd_sim.cost import COMPONENTS, PlanCost
 from hybridsd_sim.errors import MissingDataError
+from hybridsd_sim.handover import End, handling
 from hybridsd_sim.partition import RankWork
 from hybridsd_sim.predict import Ask, predict_cost
-from hybridsd_sim.transfers import exchange_s, handover_bytes
+from hybridsd_sim.published import PublishedRow, load_published
+from hybridsd_sim.roofline import plain_kernels
+from hybridsd_sim.transfers import constants_of, exchange_s, handover_bytes
 
 switch_steps = st.integers(0, 25)
+UNGAPPED = replace(PHONE, runtime="onnxruntime")
+"""The same phone under a runtime of which nobody published both components and end to end."""
+ENDS: tuple[End, End] = ("serialise", "parse")
 
 
 @given(switch_steps, st.sampled_from([None, "lte", "5g", "wifi6"]), st.booleans())
@@ -89,6 +98,134 @@ def test_an_edge_that_encodes_the_prompt_spares_the_network(profiles: Profiles) 
     assert not beside.critical
 
 
+@given(st.integers(1, 24))
+def test_a_handover_costs_both_ends(profiles: Profiles, k: int) -> None:
+    """The cloud serialises and is paid for it, the network carries, the phone parses and draws power for it."""
+    cost = price(hybrid(k), REQUEST, profiles)
+    parts = {part.name: part for part in cost.parts if part.name.startswith("handover")}
+    serialise, send, parse = (parts[name] for name in ("handover_serialise", "handover", "handover_parse"))
+
+    assert (serialise.tier, send.tier, parse.tier) == ("cloud", "network", "edge")
+    assert serialise.usd
+    assert parse.energy_j
+    assert [part.name for part in cost.parts if part.name in parts] == list(parts)
+
+
+def test_nothing_is_serialised_where_nothing_crosses(profiles: Profiles) -> None:
+    """Cloud-only and edge-only plans hand nothing over."""
+    for plan in (hybrid(0), hybrid(25)):
+        assert not any(
+            "serialise" in part.name or "parse" in part.name for part in price(plan, REQUEST, profiles).parts
+        )
+
+
+devices = st.sampled_from(["cpu-1core", "cpu-2core", "snapdragon-8-elite", "a100-sxm-80gb"])
+
+
+@given(devices, st.sampled_from(ENDS), st.integers(1, 10**7), st.integers(0, 10**7))
+def test_a_larger_payload_takes_no_less(profiles: Profiles, device: str, end: End, payload: int, more: int) -> None:
+    """Seconds and both ends of their interval rise with the bytes, timed or not; the interval holds the seconds."""
+    small, large = (handling(profiles, device, end, size) for size in (payload, payload + more))
+
+    assert large.seconds >= small.seconds > 0
+    assert all(a <= b for a, b in zip(small.bounds_s, large.bounds_s, strict=True))
+    assert small.bounds_s[0] <= small.seconds <= small.bounds_s[1]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_that_was_timed_takes_what_was_timed(profiles: Profiles, end: End) -> None:
+    """The only row of a device is given back at its payload as measured, and in proportion, modelled, elsewhere."""
+    (row,) = profiles.cost_rows(device="cpu-1core", component=f"handover_{end}")
+    payload = row.comm_bytes or 0
+    same, half = (handling(profiles, "cpu-1core", end, size) for size in (payload, payload // 2))
+
+    assert (same.seconds, same.kind, same.sources) == (pytest.approx(row.seconds_median), "measured", (row.source,))
+    assert same.bounds_s == pytest.approx(row.range_s)
+    assert half.seconds == pytest.approx(same.seconds / 2)
+    assert half.kind == "modelled"
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_that_nobody_timed_is_modelled_with_a_wide_interval(profiles: Profiles, end: End) -> None:
+    """A gigabyte takes a second, give or take a factor."""
+    found = handling(profiles, "snapdragon-8-elite", end, 10**9)
+
+    assert (found.seconds, found.kind) == (pytest.approx(1.0), "modelled")
+    assert found.bounds_s == (0.0, pytest.approx(10.0))
+
+
+@given(st.integers(0, 24), st.integers(1, 3))
+def test_a_phones_overhead_is_a_share_of_its_own_components(profiles: Profiles, k: int, images: int) -> None:
+    """End to end a phone takes more than its components: a part that costs latency and joules, not the cloud's."""
+    cost = price(hybrid(k), replace(REQUEST, num_images=images), profiles)
+    (overhead,) = (part for part in cost.parts if part.name == "device_overhead")
+    law = profiles.runtime(PHONE.runtime)
+    own = sum(p.seconds for p in cost.parts if p.where == PHONE.name and p.name in COMPONENTS)
+
+    assert overhead.seconds == pytest.approx(law.overhead_share * own)
+    assert (overhead.low_s, overhead.high_s) == pytest.approx((law.overhead_low * own, law.overhead_high * own))
+    assert (overhead.where, overhead.kind, overhead.critical) == (PHONE.name, "modelled", True)
+    assert overhead.energy_j
+    assert overhead.sources == (law.overhead_source,)
+
+
+@pytest.mark.parametrize("k", [0, 10, 25])
+def test_no_overhead_where_none_was_seen(profiles: Profiles, k: int) -> None:
+    """A runtime without a published gap has none, and a cloud never has one."""
+    stages = tuple(replace(s, site=UNGAPPED) if s.site == PHONE else s for s in hybrid(k).stages)
+    cost = price(replace(hybrid(k), stages=stages), REQUEST, profiles)
+
+    assert "device_overhead" not in {part.name for part in cost.parts}
+
+
+def end_to_end() -> list[PublishedRow]:
+    """Published seconds from prompt to picture of phones, tablets and computers that did not reload their models."""
+    return [row for row in load_published().rows if row.table == "phones-end-to-end" and row.counts]
+
+
+def on_the_edge(row: PublishedRow, profiles: Profiles) -> PlanCost:
+    """The price of the plan that a published figure belongs to."""
+    site = Site(name="here", tier="edge", device=row.device or "", runtime=row.runtime, precision=row.precision)
+    stage = Stage(start=0, stop=row.num_inference_steps, model=row.model, site=site)
+    plan = Plan(stages=(stage,), text_encode_site="here", vae_site="here")
+    (side,) = row.sides_px
+    request = Request(
+        model=row.model, height_px=side, width_px=side, num_inference_steps=row.num_inference_steps,
+        guidance_scale=7.5 if row.guidance else 1.0,
+    )  # fmt: skip
+    return price(plan, request, profiles)
+
+
+@pytest.mark.parametrize("runtime", ["qnn", "coreml"])
+def test_overheads_are_those_of_the_published_pairs(profiles: Profiles, runtime: str) -> None:
+    """The catalogue's share is the geometric mean of end to end over components; the pairs lie in their intervals."""
+    rows = [row for row in end_to_end() if row.runtime == runtime]
+    costs = [on_the_edge(row, profiles) for row in rows]
+    sums = [sum(part.seconds for part in cost.parts if part.name in COMPONENTS) for cost in costs]
+    law = profiles.runtime(runtime)
+
+    assert len(rows) >= 2
+    mean = exp(fmean(log(row.value / seconds) for row, seconds in zip(rows, sums, strict=True))) - 1
+    assert law.overhead_share == pytest.approx(mean, abs=0.02)
+    for row, cost in zip(rows, costs, strict=True):
+        low, high = cost.latency_interval_s
+        assert low <= row.value <= high, row
+
+
+@given(st.integers(1, 6), st.booleans(), st.sampled_from(["sd14", "hybrid-sd-224m"]))
+def test_a_phone_denoises_images_one_after_the_other(profiles: Profiles, images: int, guided: bool, small: str) -> None:
+    """A compiled call holds one latent, so that each image and each half of guidance takes the same again."""
+    scale = 7.0 if guided else 1.0
+    one, many = (
+        price(hybrid(0, small=small), replace(REQUEST, guidance_scale=scale, num_images=n), profiles)
+        for n in (1, images)
+    )
+    unguided = price(hybrid(0, small=small), replace(REQUEST, guidance_scale=1.0), profiles)
+
+    assert many.denoise_s == pytest.approx(images * one.denoise_s)
+    assert one.denoise_s == pytest.approx((2 if guided else 1) * unguided.denoise_s)
+
+
 def test_a_gang_is_charged_for_all_its_gpus(profiles: Profiles) -> None:
     """Four GPUs cost four times the seconds they are held, text encoder and VAE included."""
     plan = hybrid(25, method="distrifusion", degree=4)
@@ -134,24 +271,31 @@ def test_a_device_that_nobody_timed_is_refused_or_flagged(profiles: Profiles) ->
             price(Plan(stages=(stage,), text_encode_site="phone", vae_site="phone"), REQUEST, profiles)
 
 
-@given(st.floats(0, 1e9), st.integers(1, 200), st.sampled_from([0.0, 1 / 70, 1.0]), st.floats(1e-4, 1.0))
+@given(
+    received=st.floats(0, 1e9),
+    messages=st.integers(1, 200),
+    blocking=st.integers(0, 200),
+    window=st.sampled_from([0.0, 1 / 70, 1.0]),
+    compute=st.floats(1e-4, 1.0),
+)
 def test_hidden_exchange_is_never_more_than_there_is(
-    received: float, messages: int, window: float, compute: float
+    profiles: Profiles, received: float, messages: int, blocking: int, window: float, compute: float
 ) -> None:
     """What shows of an exchange lies between nothing and all of it; a blocking one shows whole."""
     rank = RankWork(
-        macs_conv=1.0,
-        macs_linear=1.0,
-        macs_attention=1.0,
+        kernels=plain_kernels(0.0, 0.0, 0.0, 0.0),
         latents=2,
+        exchange="broadcasts",
         received_bytes=received,
         messages=messages,
+        blocking_messages=min(blocking, messages),
         window=window,
     )
-    shown, total = exchange_s(rank, 1e10, 1e-5, compute), received / 1e10 + messages * 1e-5
+    constants, _ = constants_of(profiles)
+    shown, total = exchange_s(rank, 1e10, 1e-5, compute, constants), received / 1e10 + messages * 1e-5
 
     assert 0 <= shown <= total * (1 + 1e-12)
-    if window == 0.0:
+    if window == 0.0 or blocking >= messages:
         assert shown == pytest.approx(total)
 
 

@@ -10,6 +10,7 @@ from hybridsd_sim import Profiles
 from hybridsd_sim.errors import IllegalPlanError
 from hybridsd_sim.methods import METHODS, find_method
 from hybridsd_sim.partition import Denoising, balanced_cut, boundary_elements, whole
+from hybridsd_sim.roofline import layer_table
 from hybridsd_sim.unet import unet_units
 
 PARALLEL = ("cfg_parallel", "distrifusion", "pcpp", "asyncdiff")
@@ -21,13 +22,14 @@ def denoising(
     """A guided job of one image at a square size."""
     entry = profiles.model(model)
     return Denoising(
-        layers=entry.layers(px, px),
+        table=layer_table(entry.config, px, px, entry.ops),
         units=unet_units(entry.config, px, px),
         num_steps=steps,
         latents=num_images * (2 if guided else 1),
         guided=guided,
         latent_elements=4 * (px // 8) ** 2,
         family=entry.latent_space,
+        public_cuts=profiles.public_cuts(model),
     )
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from math import nan
@@ -39,9 +40,9 @@ def scenario(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plan(scenario):
+def plan(scenario, profiles):
     """The capacity plan made by hand."""
-    return hand_made_plan(scenario)
+    return hand_made_plan(scenario, profiles.digest)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +131,10 @@ def test_a_run_id_names_what_shapes_the_result(scenario):
 
 def test_the_folder_holds_what_is_promised(report):
     """Data, pages, figures and timeline stand in the run's folder, and nothing else does."""
-    figures = {f"figures/{name}.svg" for name in ("frontier", "latency", "components", "load", "switch")}
-    saved = {"provenance.json", "plan.yaml", "summary.csv", "pools.csv", "requests.parquet", "capacity.json"}
+    names = ("frontier", "latency", "components", "load", "switch", "known", "calibration")
+    figures = {f"figures/{name}.svg" for name in names}
+    tables = {"summary.csv", "pools.csv", "parts.csv", "calibration.csv", "calibration_rows.csv"}
+    saved = {"provenance.json", "plan.yaml", "requests.parquet", "capacity.json", *tables}
     assert set(everything(report)) == saved | figures | {"index.html", "report.md", "timeline.json.gz"}
 
 
@@ -199,7 +202,7 @@ def test_figures_are_well_formed_and_described(report):
         assert root.find("{http://www.w3.org/2000/svg}title").text
         assert "<dc:date>" not in path.read_text()
     pictures = [attributes for tag, attributes in read(report).tags if tag == "svg"]
-    assert len(pictures) == 5
+    assert len(pictures) == 7
     assert all(re.search(r"\d", attributes["aria-label"]) for attributes in pictures)
 
 
@@ -211,6 +214,8 @@ def test_figures_are_well_formed_and_described(report):
         ("components", ["US$ per 1,000 images", "GPU-seconds an image"], "95% intervals"),
         ("load", ["(share)", "requests waiting", "(min)"], "replications"),
         ("switch", ["(s)", "US$ per", "switch step"], "90% intervals"),
+        ("known", ["share of the plan's idle latency", " s"], "90% intervals"),
+        ("calibration", ["published step (s)", "predicted (s)"], "90% of quoted rows"),
     ],
 )
 def test_every_figure_has_units_intervals_and_kinds(report, name, units, note):
@@ -225,9 +230,10 @@ def test_every_kind_is_labelled(report):
     """Measured, quoted and modelled parts wear their labels, in words, on the page and in Markdown."""
     page, markdown = (report / "index.html").read_text(), (report / "report.md").read_text()
     for kind in ("measured", "quoted", "modelled"):
-        assert f'<span class="chip {kind}">{kind}</span>' in page
-        assert f"| {kind} |" in markdown
-    kinds = {(part["component"], part["kind"]) for part in data_of(report)["parts"] if part["request_class"] == "phone"}
+        assert f'<span class="chip {kind}">{markup.MARKS[kind]} {kind}</span>' in page
+        assert f"| {markup.MARKS[kind]} {kind} |" in markdown
+    phone = next(plan for plan in data_of(report)["plans"] if plan["request_class"] == "phone")
+    kinds = {(part["component"], part["kind"]) for part in phone["parts"]}
     assert {("denoise", "measured"), ("denoise", "quoted"), ("text_encode", "modelled")} <= kinds
 
 
@@ -243,7 +249,7 @@ def test_every_number_of_the_tables_has_a_unit(report):
     """Each line of summary.csv and pools.csv has a unit, and what is empty has its reason."""
     for name, owner in (("summary.csv", "request_class"), ("pools.csv", "pool")):
         found = lines(report / name)
-        assert {"policy", owner, "figure", "value", "low", "high", "unit", "note"} == set(found[0])
+        assert {"policy", owner, "figure", "value", "low", "high", "unit", "kind", "note"} == set(found[0])
         assert all(line["unit"] for line in found)
         assert all(
             float(line["value"]) >= 0.0 if line["value"] else line["note"] for line in found if name == "summary.csv"
@@ -259,7 +265,7 @@ def test_every_figure_of_the_summary_stands_on_the_page(report):
         assert line["unit"] in text
         value = line["value"]
         if value and line["figure"] == "latency_p95_s":
-            assert any(f">{numbers.number(float(value))}<" in row and ">s<" in row for row in rows)
+            assert any(f">{numbers.number(float(value))} <" in row and ">s<" in row for row in rows)
 
 
 def test_the_summary_is_the_simulations_own(report, plan):
@@ -290,9 +296,9 @@ def test_the_markdown_says_what_the_page_says(report):
     headings = re.findall(r"<h[123] id=[^>]*>(.*?)</h", page)
     assert [f"# {text}" for text in headings if f"# {text}" not in markdown] == []
     captions = re.findall(r"<caption>(.*?)</caption>", page)
-    assert all(f"*{caption}*" in markdown for caption in captions)
+    assert all(f"*{unescape(caption)}*" in markdown for caption in captions)
     linked = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", markdown)
-    assert len(linked) == 5
+    assert len(linked) == 7
     assert all((report / path).is_file() for path in linked)
     table = [line for line in markdown.splitlines() if line.startswith("|")]
     bars = [len(re.findall(r"(?<!\\)\|", line)) for line in table]
@@ -375,14 +381,14 @@ def test_two_plans_of_one_name_are_told_apart_by_their_class(scenario, plan, tmp
     assert not any(name == "not broken down" for _, name in found)
 
 
-def test_provenance_says_what_made_the_run(report, scenario):
+def test_provenance_says_what_made_the_run(report, scenario, profiles):
     """Version, libraries, seed, digests and the resolved scenario are kept; no folder, host or date is."""
     text = (report / "provenance.json").read_text()
     found = json.loads(text)
-    assert found["run_id"] == run_id(scenario, "0" * 64, 3, found["version"], "plan")
+    assert found["run_id"] == run_id(scenario, profiles.digest, 3, found["version"], "plan")
     assert {"numpy", "pandas", "scipy", "simpy"} <= set(found["libraries"])
     assert found["scenario"]["requests"]["phone"]["slo_s"] == 8.0
-    assert (found["seed"], found["scenario_digest"], found["profiles_digest"]) == (3, scenario.digest, "0" * 64)
+    assert (found["seed"], found["scenario_digest"], found["profiles_digest"]) == (3, scenario.digest, profiles.digest)
     assert not re.search(r"\d{4}-\d\d-\d\d", text)
 
 
@@ -509,7 +515,7 @@ def test_a_run_that_served_nobody_is_still_reported(scenario, plan, tmp_path, un
 def test_an_unknown_price_is_never_zero(scenario, plan, tmp_path):
     """Without a price, rent and cost are dashes with the reason, in the plan, the comparison and the figures."""
     priceless = [
-        replace(p, usd=None, note="no spot price for a100") if p.tier == "cloud" else p
+        replace(p, usd=None, unknown="no spot price for a100") if p.tier == "cloud" else p
         for p in handed_over(10).cost.parts
     ]
     option = replace(handed_over(10), cost=replace(handed_over(10).cost, parts=tuple(priceless)))
@@ -523,18 +529,18 @@ def test_an_unknown_price_is_never_zero(scenario, plan, tmp_path):
     assert "no price" in (folder / "figures" / "components.svg").read_text()
 
 
-def test_simulations_stand_side_by_side(scenario, tmp_path, undrawn):
+def test_simulations_stand_side_by_side(scenario, profiles, tmp_path, undrawn):
     """Several policies are reported together: a verdict for each, their figures, and no plan's sections."""
     options = {"phone": handed_over(10), "laptop": at_the_edge(), "studio": in_the_cloud()}
     results = [run(scenario, options, nodes, policy=policy) for nodes, policy in ((1, "cost_aware"), (2, "least_work"))]
-    folder = write_report(results, tmp_path / "run", profiles_digest="1" * 64).parent
+    folder = write_report(results, tmp_path / "run", profiles=profiles).parent
     text = " ".join(read(folder).text)
     assert "Policies side by side" in text
     assert "cost_aware" in text
     assert "Compared with" not in text
     assert not (folder / "plan.yaml").exists()
     provenance = json.loads((folder / "provenance.json").read_text())
-    assert provenance["run_id"] == run_id(scenario, "1" * 64, 3, provenance["version"], "cost_aware,least_work")
+    assert provenance["run_id"] == run_id(scenario, profiles.digest, 3, provenance["version"], "cost_aware,least_work")
 
 
 def test_one_policy_twice_keeps_both(scenario, tmp_path, undrawn):
@@ -619,10 +625,5 @@ def test_a_real_plan_is_reported(quickstart, profiles, tmp_path):
     text = " ".join(read(folder).text)
     assert "Rent" in text
     assert "arXiv" in text
-    assert {path.stem for path in (folder / "figures").iterdir()} == {
-        "frontier",
-        "latency",
-        "components",
-        "load",
-        "switch",
-    }
+    names = {"frontier", "latency", "components", "load", "switch", "known", "calibration"}
+    assert {path.stem for path in (folder / "figures").iterdir()} == names

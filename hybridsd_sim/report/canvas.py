@@ -22,7 +22,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 Axes = matplotlib.axes.Axes
 Figure = matplotlib.figure.Figure
@@ -126,6 +126,15 @@ def stretch(axes: Axes, values: Sequence[float], *, most: float = 8.0) -> None:
     axes.xaxis.set_major_formatter(plain)
 
 
+def few_ticks(axes: Axes) -> None:
+    """Plain numbers on logarithmic axes: at powers of ten, or at round numbers where the ends are close."""
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        wide = LogLocator(subs=(1.0,) if high / low > 30 else (1.0, 3.0))
+        axis.set_major_locator(wide if high / low > 8 else MaxNLocator(3, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(plain)
+        axis.set_minor_locator(NullLocator())
+
+
 def whole_ticks(axes: Axes, steps: Sequence[int], most: int = 6) -> None:
     """Ticks at the steps themselves, or at round ones where there are too many."""
     if len(steps) <= most:
@@ -164,12 +173,13 @@ def legend_of_fills(figure: Figure, fills: Mapping[str, tuple[str, str]]) -> Non
     figure.legend(handles=handles, loc="outside upper left", ncols=_columns(list(fills)))
 
 
-def legend_of_kinds(figure: Figure, kinds: Sequence[str]) -> None:
-    """One legend above the figure for the markers of the kinds, the promise and the chosen step."""
+def legend_of_kinds(figure: Figure, kinds: Sequence[str], *, chosen: bool = True) -> None:
+    """One legend above the figure for the markers of the kinds, and for the promise and the chosen step."""
     look: dict[str, Any] = {"linestyle": "", "color": "white", "markeredgecolor": INK, "markersize": 6}
     handles = [Line2D([], [], marker=KIND_MARKERS[kind], label=kind, **look) for kind in kinds]
-    handles.append(Line2D([], [], color=INK, linestyle=PROMISE, linewidth=1.1, label="SLO"))
-    handles.append(Line2D([], [], color=INK, linewidth=6, alpha=0.13, label="chosen"))
+    if chosen:
+        handles.append(Line2D([], [], color=INK, linestyle=PROMISE, linewidth=1.1, label="SLO"))
+        handles.append(Line2D([], [], color=INK, linewidth=6, alpha=0.13, label="chosen"))
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
 
 

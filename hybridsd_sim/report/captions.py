@@ -22,24 +22,31 @@ CAPTIONS = {
     "components": "Where dollars and GPU-seconds go. Hatched white: idle nodes, and requests outside the counted time.",
     "load": "How busy the rented GPUs are, and how many requests wait for them.",
     "switch": "What another switch step would do, on an idle fleet: latency with its 90% interval, and metered cost.",
+    "known": "What each plan's idle latency is made of, and how far its 90% interval reaches.",
+    "calibration": "Each device's law against the one-GPU rows that it was fitted to.",
 }
 
 
 def pictures(data: Data, drawn: Mapping[str, str]) -> list[Picture]:
     """The drawn figures with caption, alternative text and the kinds of the numbers behind them."""
-    kinds = {kind for run in data["runs"] for kind in run["kinds"]}
-    describe = {"frontier": _frontier, "latency": _latency, "components": _components, "load": _load, "switch": _switch}
     found = []
     for name, svg in drawn.items():
-        alt = " ".join(describe[name](data))
-        behind = (
-            {point["kind"] for curve in data["switch_curve"].values() for point in curve} if name == "switch" else kinds
-        )
-        behind = {*behind, "modelled"} if name == "frontier" else behind
-        found.append(
-            Picture(name, FIGURES[name][0], svg, alt, CAPTIONS[name], tuple(kind for kind in KINDS if kind in behind))
-        )
+        behind = _behind(name, data)
+        kinds = tuple(kind for kind in KINDS if kind in behind)
+        found.append(Picture(name, FIGURES[name][0], svg, " ".join(DESCRIBE[name](data)), CAPTIONS[name], kinds))
     return found
+
+
+def _behind(name: str, data: Data) -> set[str]:
+    """The kinds of the numbers that a figure shows."""
+    if name == "switch":
+        return {point["kind"] for curve in data["switch_curve"].values() for point in curve}
+    if name == "known":
+        return {kind for plan in data["plans"] for kind, share in plan["shares"].items() if share}
+    if name == "calibration":
+        return {row["kind"] for fit in data["calibration"] for row in fit["rows"]} | {"modelled"}
+    kinds = {kind for run in data["runs"] for kind in run["kinds"]}
+    return kinds | {"modelled"} if name == "frontier" else kinds
 
 
 def _frontier(data: Data) -> Iterator[str]:
@@ -88,3 +95,26 @@ def _switch(data: Data) -> Iterator[str]:
         if curve:
             points = ", ".join(f"step {point['switch_step']}: {number(point['latency_s'])} s" for point in curve)
             yield f"{name}: {points}."
+
+
+def _known(data: Data) -> Iterator[str]:
+    yield "Stacked bars of the share of each plan's idle latency that is measured, quoted and modelled."
+    for plan in data["plans"]:
+        parts = ", ".join(f"{percent(share)} {kind}" for kind, share in plan["shares"].items())
+        total = plan["totals"][0]
+        ends = f"{number(total['value'])} s, 90% interval {number(total['low'])} to {number(total['high'])} s"
+        yield f"{', '.join(plan['runs'])}, {plan['request_class']}: {ends}; {parts}."
+
+
+def _calibration(data: Data) -> Iterator[str]:
+    yield "Scatter plots of predicted against published seconds a step, a panel for each device, runtime and precision."
+    for fit in data["calibration"]:
+        if fit["rows"]:
+            yield f"{fit['device']}, {fit['runtime']}, {fit['precision']}: {len(fit['rows'])} rows."
+
+
+DESCRIBE = {
+    "frontier": _frontier, "latency": _latency, "components": _components, "load": _load, "switch": _switch,
+    "known": _known, "calibration": _calibration,
+}  # fmt: skip
+"""What makes the alternative text of each figure."""

@@ -6,11 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hybridsd_sim.metrics import ALL
-from hybridsd_sim.report.markup import Block, Cell, Heading, Paragraph, Table, answered, cell
-from hybridsd_sim.report.numbers import DASH, MINUS, Show, clip, listed, number, percent
+from hybridsd_sim.report.breakdown import weakest
+from hybridsd_sim.report.markup import MARKS, Block, Cell, Heading, Paragraph, Table, answered, cell
+from hybridsd_sim.report.numbers import DASH, MINUS, Show, clip, listed, number, percent, reach
+from hybridsd_sim.report.tally import SIMULATED
 
 Data = Mapping[str, Any]
 BENEATH = "beneath a figure its 95% interval"
+LEGEND = (
+    f"{MARKS['measured']} measured by this project's executors; {MARKS['quoted']} quoted from a publication, datasheet "
+    f"or price list; {MARKS['modelled']} modelled: derived from these by a stated rule, or simulated."
+)
 EXPECTED = ("cloud only", "edge only", "static switch")
 """Baselines that a capacity plan is held against wherever they can serve every class."""
 POOL_FIGURES: tuple[tuple[str, Show], ...] = (
@@ -27,10 +33,12 @@ def chosen_plan(data: Data) -> Iterator[Block]:
     yield Paragraph(sentence(data), "lead")
     rows = [_class_row(data, choice, run["summary"].get(choice["request_class"], {})) for choice in data["chosen"]]
     head = (
-        "Request class", "Plan", "Switch step", "Method × degree", "Nodes", "p95 latency (s)", "SLO (s)", "Inside SLO",
-        "Quality (CLIP)", "Metered cost (US$/image)", "Edge energy (J/image)",
+        "Request class", "Plan", "Switch step", "Method × degree", "Nodes", "Idle latency (s)", "p95 latency (s)",
+        "Inside SLO", "Quality (CLIP)", "Metered cost (US$/image)", "Edge energy (J/image)",
     )  # fmt: skip
-    yield Table(f"Each request class; {BENEATH}", head, tuple(rows), words=frozenset({0, 1, 3, 4}))
+    caption = "Each request class; beneath the idle latency its 90% interval, beneath other figures their 95% intervals"
+    yield Table(caption, head, tuple(rows), words=frozenset({0, 1, 3, 4}))
+    yield Paragraph(LEGEND, "note")
     yield pools(data, run)
 
 
@@ -95,8 +103,9 @@ def _class_row(data: Data, choice: Data, figures: Data) -> tuple[Cell, ...]:
     spec = data["scenario"]["classes"][name]
     return (
         Cell(name, f"from {spec['fleet']}"),
-        Cell(in_words(choice), f"step times {choice['kind']}" if choice["stages"] else ""),
+        Cell(in_words(choice)),
         *_how(choice),
+        _idle(data, name),
         cell(figures.get("latency_p95_s")),
         *_promised(spec, figures),
         cell(figures.get("metered_usd_per_image")),
@@ -116,14 +125,26 @@ def _how(choice: Data) -> tuple[Cell, Cell, Cell]:
     return step, Cell(f"{cloud[0]['method']} × {cloud[0]['degree']}"), Cell(nodes)
 
 
-def _promised(spec: Data, figures: Data) -> tuple[Cell, Cell, Cell]:
-    """SLO, attainment and quality."""
+def _idle(data: Data, name: str) -> Cell:
+    """The latency of a class's plan when nobody else is there."""
+    own, chosen = data["plans"], data["runs"][0]["name"]
+    plan = next((plan for plan in own if plan["request_class"] == name and chosen in plan["runs"]), None)
+    return Cell(DASH, "no legal plan") if plan is None else ranged(plan["totals"][0])
+
+
+def ranged(figure: Data) -> Cell:
+    """A figure with its 90% interval, and that in per cent, beneath."""
+    return cell(figure, number, reach(figure))
+
+
+def _promised(spec: Data, figures: Data) -> tuple[Cell, Cell]:
+    """Attainment and quality, each with what was promised."""
     floor = "no floor" if spec["quality_floor"] is None else f"floor {clip(spec['quality_floor'])}"
     quality = cell(figures.get("quality_mean"), clip, floor)
     if spec["slo_s"] is None:
-        return Cell("none"), Cell("none promised"), quality
-    slo = Cell(f"{spec['slo_s']:g}", f"for {spec['slo_percentile']:g} %")
-    return slo, cell(figures.get("slo_attainment"), percent), quality
+        return Cell("none promised"), quality
+    slo = f"SLO {spec['slo_s']:g} s for {spec['slo_percentile']:g} %"
+    return cell(figures.get("slo_attainment"), percent, slo), quality
 
 
 def pools(data: Data, run: Data) -> Block:
@@ -180,10 +201,12 @@ def _own_figures(data: Data) -> dict[str, Any]:
 
 
 def _policy_row(point: Data, data: Data, chosen: Data | None) -> tuple[Cell, ...]:
-    figures: Data = next((run["summary"][ALL] for run in data["runs"] if run["name"] == point["name"]), {})
+    own = "chosen" if chosen is None else point["name"]
+    figures: Data = next((run["summary"][ALL] for run in data["runs"] if run["name"] == own), {})
 
     def noted(key: str, show: Show, figure: str) -> Cell:
-        return cell({"value": point[key], "note": figures.get(figure, {}).get("note", "")}, show)
+        said = {key: figures.get(figure, {}).get(key, "") for key in ("note", "kind")}
+        return cell({"value": point[key], **said}, show)
 
     return (
         Cell(point["name"]),
@@ -198,8 +221,8 @@ def _policy_row(point: Data, data: Data, chosen: Data | None) -> tuple[Cell, ...
 
 
 def _interval(values: Sequence[float | None], show: Show, figure: Data | None = None) -> Cell:
-    note = (figure or {}).get("note", "")
-    return cell({"value": values[0], "low": values[1], "high": values[2], "note": note}, show)
+    said = {"note": (figure or {}).get("note", ""), "kind": SIMULATED}
+    return cell({"value": values[0], "low": values[1], "high": values[2], **said}, show)
 
 
 def _saving(chosen: Data, other: Data) -> Cell:
@@ -224,11 +247,18 @@ def _nearly_as_good(data: Data) -> Table:
     rows = []
     for point in data["alternatives"]:
         plans = "; ".join(f"{name}: {label}" for name, label in point["labels"].items())
-        rent, latency = Cell(number(point["usd_per_hour"])), _interval(point["latency_p95_s"], number)
-        rows.append((Cell(point["name"]), _nodes(point), rent, latency, Cell(clip(point["quality"])), Cell(plans)))
+        rent, latency = _rent(point, data), _interval(point["latency_p95_s"], number)
+        quality = cell({"value": point["quality"], "kind": SIMULATED}, clip)
+        rows.append((Cell(point["name"]), _nodes(point), rent, latency, quality, Cell(plans)))
     head = ("Other kind of plan", "Nodes", "Rent (US$/h)", "p95 latency (s)", "Quality (CLIP)", "Plans")
     caption = "Nearly as cheap, by formula and not simulated (modelled)"
     return Table(caption, head, tuple(rows), words=frozenset({0, 1, 5}))
+
+
+def _rent(point: Data, data: Data) -> Cell:
+    """What a plan's nodes cost an hour: as well known as the worst known of their prices."""
+    kinds = [rate["kind"] for rate in data["rates"] if point["replicas"].get(rate["where"])]
+    return cell({"value": point["usd_per_hour"], "kind": weakest(kinds)})
 
 
 def _nodes(point: Data) -> Cell:
@@ -239,7 +269,7 @@ def simulated(data: Data) -> Table:
     """Every capacity plan that the search simulated, in its order."""
     rows = []
     for point in data["evidence"]:
-        rent, latency = Cell(number(point["usd_per_hour"])), _interval(point["latency_p95_s"], number)
+        rent, latency = _rent(point, data), _interval(point["latency_p95_s"], number)
         share, answer = _interval(point["slo_attainment"], percent), answered(point["feasible"], point["reason"])
         rows.append((Cell(point["name"]), _nodes(point), rent, latency, share, answer))
     head = ("Name", "Nodes", "Rent (US$/h)", "p95 latency (s)", "Inside SLO", "Feasible")

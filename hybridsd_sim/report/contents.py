@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybridsd_sim.candidates import pool_site, request_of
+from hybridsd_sim.cost import price
+from hybridsd_sim.report.breakdown import breakdowns
+from hybridsd_sim.report.fits import constants_of, fits_of
+from hybridsd_sim.report.rates import rates_of
 from hybridsd_sim.report.tally import tally
 
 if TYPE_CHECKING:
     from hybridsd_sim.candidates import Candidate
     from hybridsd_sim.capacity import CapacityPlan, Evaluated
+    from hybridsd_sim.cost import PlanCost
+    from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
     from hybridsd_sim.simulate import SimResult
 
@@ -25,13 +33,32 @@ CHOSEN = "chosen"
 """Name of the run that follows the chosen plan."""
 
 
-def contents(result: CapacityPlan | Sequence[SimResult]) -> Data:
+def contents(result: CapacityPlan | Sequence[SimResult], profiles: Profiles) -> Data:
     """Everything that the pages, figures and tables of a report need, as plain data."""
     if isinstance(result, Sequence):
         runs = named(result)
-        return _clean({"kind": "simulation", **_shared(result[0].scenario, runs, {})})
+        served = [(name, *one) for name, run in runs.items() for one in _used(run)]
+        return _clean({"kind": "simulation", **_shared(result[0].scenario, runs, served, profiles)})
     runs = {CHOSEN: result.chosen_result, **result.baseline_results}
-    return _clean({"kind": "plan", **_shared(result.scenario, runs, result.chosen), **_planned(result)})
+    served = [(CHOSEN, name, option.cost) for name, option in result.chosen.items()]
+    served += [(name, *one) for name, run in result.baseline_results.items() for one in _used(run)]
+    served += [(point.name, *one) for point in result.alternatives for one in _by_formula(point, result, profiles)]
+    shared = _shared(result.scenario, runs, served, profiles, result.chosen)
+    return _clean({"kind": "plan", **shared, **_planned(result)})
+
+
+def _used(run: SimResult) -> Iterator[tuple[str, PlanCost]]:
+    """The plans by which a run served each class, in the order of the classes."""
+    order = list(run.scenario.requests)
+    for option in sorted(run.used.values(), key=lambda option: (order.index(option.request_class), option.plan.label)):
+        yield option.request_class, option.cost
+
+
+def _by_formula(point: Evaluated, plan: CapacityPlan, profiles: Profiles) -> Iterator[tuple[str, PlanCost]]:
+    """The plans of a capacity plan that was not simulated, priced again."""
+    prefer = plan.scenario.search.prefer_sources
+    for name, served in (point.deployment.plans if point.deployment else {}).items():
+        yield name, price(served, request_of(name, plan.scenario.requests[name]), profiles, prefer=prefer)
 
 
 def _clean(data: Data) -> Data:
@@ -47,14 +74,27 @@ def named(results: Sequence[SimResult]) -> dict[str, SimResult]:
     return runs
 
 
-def _shared(scenario: Scenario, runs: Mapping[str, SimResult], chosen: Mapping[str, Candidate]) -> Data:
-    first = next(iter(runs.values()))
+def _shared(
+    scenario: Scenario,
+    runs: Mapping[str, SimResult],
+    served: Sequence[tuple[str, str, PlanCost]],
+    profiles: Profiles,
+    chosen: Mapping[str, Candidate] = MappingProxyType({}),
+) -> Data:
+    plans = [cost.plan for *_, cost in served]
+    sites = [pool_site(name, pool) for name, pool in scenario.pools.items()]
+    sites += [site for plan in plans for site in plan.sites.values()]
+    rates = rates_of({site.name: site for site in sites}, profiles)
     return {
         "scenario": _scenario(scenario),
         "runs": [
-            tally(name, result, chosen if index == 0 else {}) for index, (name, result) in enumerate(runs.items())
+            tally(name, result, chosen if index == 0 else {}, rates)
+            for index, (name, result) in enumerate(runs.items())
         ],
-        "parts": list(_parts(chosen or first.used)),
+        "plans": breakdowns(served, rates),
+        "rates": [rate.to_dict() for rate in rates.values()],
+        "calibration": fits_of(sites, profiles),
+        "constants": constants_of(profiles),
     }
 
 
@@ -125,29 +165,13 @@ def _evaluated(point: Evaluated) -> Data:
 
 def _point(option: Candidate, chosen: Candidate | None) -> Data:
     """One switch step of the latency curve: idle latency with the bounds of its parts, and dollars an image."""
-    critical = [part for part in option.cost.parts if part.critical]
+    low_s, high_s = option.cost.latency_interval_s
     return {
-        "switch_step": option.plan.switch_step, "latency_s": option.latency_s,
-        "low_s": sum(part.low_s for part in critical), "high_s": sum(part.high_s for part in critical),
+        "switch_step": option.plan.switch_step, "latency_s": option.latency_s, "low_s": low_s, "high_s": high_s,
         "usd_per_image": None if option.cost.usd is None else option.cost.usd / option.cost.request.num_images,
         "quality": option.quality, "kind": option.cost.kind, "label": option.plan.label,
         "chosen": chosen is not None and option.plan == chosen.plan,
     }  # fmt: skip
-
-
-def _parts(options: Mapping[Any, Candidate]) -> Iterator[Data]:
-    """The parts behind the plans: value, 90% interval, kind and source of each."""
-    for option in sorted(options.values(), key=lambda option: option.request_class):
-        place = {"request_class": option.request_class, "plan": option.plan.label}
-        for part in option.cost.parts:
-            figures = {"component": part.name, "where": part.where, "value": part.seconds, "unit": "s"}
-            bounds = {"low": part.low_s, "high": part.high_s, "kind": part.kind, "sources": list(part.sources)}
-            yield {**place, **figures, **bounds, "note": part.note, "within": part.within}
-        quality = option.cost.quality
-        yield {
-            **place, "component": "quality", "where": "", "value": quality.clip, "unit": "CLIP score", "low": None,
-            "high": None, "kind": quality.kind, "sources": list(quality.sources), "note": quality.note, "within": True,
-        }  # fmt: skip
 
 
 def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The five figures of a report, from the plain data of `contents`; a figure without anything to show is left out."""
+"""The figures of a report, from the plain data of `contents`; a figure without anything to show is left out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from hybridsd_sim.metrics import ALL
 from hybridsd_sim.report import canvas as draw_with
 from hybridsd_sim.report.canvas import INK, KIND_MARKERS, LINES, MARKERS, PROMISE, SOFT, Axes, Data, Figure
+from hybridsd_sim.report.known_figures import calibration, known
 from hybridsd_sim.report.numbers import listed, number
 from hybridsd_sim.report.tally import COMPONENTS, HANDOVER, IDLE, TRANSFER, UNSPLIT
 
@@ -303,5 +304,7 @@ FIGURES = {
     "components": ("Cost and GPU-seconds by component", components),
     "load": ("Utilisation and queue over time", load),
     "switch": ("Latency and cost against the switch step", switch),
+    "known": ("How much of the latency is measured, quoted and modelled", known),
+    "calibration": ("Step times as predicted and as published", calibration),
 }
 """Name of each figure's file, its title, and what draws it."""

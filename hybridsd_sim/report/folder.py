@@ -1,15 +1,13 @@
 """A run's folder: what is saved, what is drawn from it, and how neither is ever seen half done.
 
-Data first (`provenance.json`, `plan.yaml`, `summary.csv`, `pools.csv`, `requests.parquet`, `capacity.json`), then
+Data first (`provenance.json`, `plan.yaml`, the tables of `report.tables`, `requests.parquet`, `capacity.json`), then
 pages, figures and the timeline from those files alone, so that a saved run drawn again gives the same bytes. A new
 folder is filled beside its place under a hidden name and moved there in one step; a failure leaves what was there.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
 import os
 import re
@@ -29,12 +27,16 @@ from hybridsd_sim.records import canonical_json, write_atomically
 
 if TYPE_CHECKING:
     from hybridsd_sim.capacity import CapacityPlan
+    from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
     from hybridsd_sim.simulate import SimResult
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever `capacity.json` changes so that older runs cannot be drawn."""
-SAVED = ("provenance.json", "plan.yaml", "summary.csv", "pools.csv", "requests.parquet", "capacity.json")
+SAVED = (
+    "provenance.json", "plan.yaml", "summary.csv", "pools.csv", "parts.csv", "calibration.csv", "calibration_rows.csv",
+    "requests.parquet", "capacity.json",
+)  # fmt: skip
 DRAWN = ("index.html", "report.md", "figures", "timeline.json.gz")
 LIBRARIES = ("matplotlib", "numpy", "pandas", "pyarrow", "scipy", "simpy")
 
@@ -49,21 +51,41 @@ def run_id(scenario: Scenario, profiles_digest: str | None, seed: int, version: 
 
 
 def write_report(
-    result: CapacityPlan | Sequence[SimResult], folder: Path, *, draw: bool = True, profiles_digest: str | None = None
+    result: CapacityPlan | Sequence[SimResult],
+    folder: Path,
+    *,
+    draw: bool = True,
+    profiles: Profiles | None = None,
+    profiles_digest: str | None = None,
 ) -> Path:
     """Save a capacity plan, or simulations side by side, into the run's folder and draw it; returns its `index.html`.
 
     `folder` appears whole or not at all, and takes the place of an earlier report; `draw` False saves the data only.
-    `profiles_digest` is for simulations, which do not carry it. Raises `InputError` if the folder holds anything that
-    no report wrote.
+    `profiles` are those that the result was made with; without them they are read again from where the scenario names
+    them. `profiles_digest` tells which they were, for simulations, which do not carry it. Raises `InputError` if the
+    profiles are others, or if the folder holds anything that no report wrote.
     """
     if isinstance(result, Sequence) and not result:
         raise InputError(Problem("results", "[]", "a report needs at least one simulation"))
+    digest = profiles_digest if isinstance(result, Sequence) else result.profiles_digest
+    known = _the_same(result, profiles, digest)
     with _replaced(Path(folder)) as fresh:
-        _save(result, fresh, profiles_digest)
+        _save(result, fresh, known, digest or (profiles.digest if profiles else None))
         if draw:
             draw_report(fresh)
     return Path(folder) / "index.html"
+
+
+def _the_same(result: CapacityPlan | Sequence[SimResult], profiles: Profiles | None, digest: str | None) -> Profiles:
+    """The profiles that the result was made with: kinds, intervals and fits of others would be wrong."""
+    from hybridsd_sim.profiles import load_profiles
+
+    scenario = result[0].scenario if isinstance(result, Sequence) else result.scenario
+    found = profiles or load_profiles(scenario.search.profiles)
+    if digest not in (None, found.digest):
+        rule = f"the result was made with others ({str(digest)[:12]})"
+        raise InputError(Problem("profiles", found.digest[:12], rule, "Give write_report the `profiles` of the run."))
+    return found
 
 
 def draw_report(folder: Path) -> Path:
@@ -108,22 +130,22 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return data, provenance
 
 
-def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, digest: str | None) -> None:
+def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, profiles: Profiles, digest: str | None) -> None:
     from hybridsd_sim.report.contents import CHOSEN, contents, named
     from hybridsd_sim.report.rows import write_rows
+    from hybridsd_sim.report.tables import tables
     from hybridsd_sim.scenario import dump_yaml
 
-    data = contents(result)
+    data = contents(result, profiles)
     if isinstance(result, Sequence):
         runs, scenario, extra = named(result), result[0].scenario, ",".join(run.policy for run in result)
     else:
         runs, scenario, extra = {CHOSEN: result.chosen_result, **result.baseline_results}, result.scenario, "plan"
-        digest = result.profiles_digest
         write_atomically(folder / "plan.yaml", dump_yaml(result.deployment.to_dict()).encode())
     write_atomically(folder / "provenance.json", _pretty(_provenance(scenario, digest, extra)))
     write_atomically(folder / "capacity.json", _ordered({"format": FORMAT, **data}))
-    write_atomically(folder / "summary.csv", _csv("request_class", _summary_lines(data)))
-    write_atomically(folder / "pools.csv", _csv("pool", _pool_lines(data)))
+    for name, content in tables(data).items():
+        write_atomically(folder / name, content)
     write_rows(folder / "requests.parquet", runs)
 
 
@@ -164,29 +186,6 @@ def _ordered(data: object) -> bytes:
 
 def _pretty(data: object) -> bytes:
     return (json.dumps(data, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
-
-
-def _summary_lines(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
-    for run in data["runs"]:
-        for name, row in run["summary"].items():
-            yield from ((run["name"], name, key, figure) for key, figure in row.items())
-
-
-def _pool_lines(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
-    for run in data["runs"]:
-        for row in run["pools"]:
-            yield from ((run["name"], row["pool"], key, figure) for key, figure in row.items() if key != "pool")
-
-
-def _csv(owner: str, lines: Iterator[tuple[str, str, str, Mapping[str, Any]]]) -> bytes:
-    """One figure a line, with interval, unit and, where it is empty, the reason."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("policy", owner, "figure", "value", "low", "high", "unit", "note"))
-    for policy, name, key, figure in lines:
-        numbers = ["" if figure[end] is None else repr(figure[end]) for end in ("value", "low", "high")]
-        writer.writerow((policy, name, key, *numbers, figure["unit"], figure.get("note", "")))
-    return text.getvalue().encode()
 
 
 def _timeline(folder: Path, data: Mapping[str, Any]) -> bytes:

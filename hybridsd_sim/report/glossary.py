@@ -27,6 +27,52 @@ NAMES = {
 }
 """Heading of each figure of a summary, with its unit."""
 
+PARTS = {
+    "text_encode": "Text encoding",
+    "text_encode_edge": "Text encoding at the edge",
+    "prompt_transfer": "Prompt to the cloud",
+    "embedding_transfer": "Text embedding over the network",
+    "embedding_transfer_serialise": "Text embedding, serialised",
+    "embedding_transfer_parse": "Text embedding, parsed",
+    "model_load": "Model load",
+    "denoise_warmup": "Denoising, warm-up steps",
+    "denoise": "Denoising",
+    "handover": "Hand-over over the network",
+    "handover_serialise": "Hand-over, serialised",
+    "handover_parse": "Hand-over, parsed",
+    "latent_transfer": "Latent over the network",
+    "latent_transfer_serialise": "Latent, serialised",
+    "latent_transfer_parse": "Latent, parsed",
+    "vae_decode": "VAE decoding",
+    "image_transfer": "Image to the edge",
+    "device_overhead": "Device beyond its components",
+    "latency_s": "Latency",
+    "metered_usd_per_image": "Metered cost of an image",
+    "edge_energy_j_per_image": "Edge energy of an image",
+    "quality_clip": "Quality (CLIP score)",
+    "quality_fid": "Quality (FID)",
+    "quality_lpips": "Quality (LPIPS)",
+}
+"""Parts of a plan, and what they sum to."""
+
+PARAMETERS = {
+    "linear_flop_per_s": "Rate of large linear layers",
+    "conv_share": "Convolutions, share of that rate",
+    "attention_share": "Attention, share of that rate",
+    "memory_bytes_per_s": "Memory rate",
+    "seconds_per_op": "Device time of an operation however small",
+    "launch_s_per_op": "Host time of a launch",
+    "message_s": "Time of a message beside the link",
+    "hidden_share": "Exchange that hides behind compute",
+    "stripes_link_share": "Link reached by many small gathers",
+    "broadcasts_link_share": "Link reached by whole activations",
+    "walk_share": "Cached module, share of a launch",
+    "unexplained_share": "Left unexplained",
+    "text_encode_ratio": "Text encoders, over the law's time",
+    "vae_decode_ratio": "VAE decoders, over the law's time",
+}
+"""Fitted parameters in words."""
+
 GLOSSARY = (
     ("Feasible", "Every class keeps its SLO percentile and quality floor, and every budget holds, in the simulation."),
     ("Stable", "No queue grows over the run: the same load could go on for ever."),
@@ -35,9 +81,9 @@ GLOSSARY = (
         "In domain",
         "Every step time follows from steps of like size timed on its device, runtime and precision.",
     ),
-    ("Measured", "Timed by this project's executors on the device itself."),
-    ("Quoted", "Taken from a publication, datasheet or price list, named in the sources."),
-    ("Modelled", "Derived from measured or quoted figures by a stated rule, with an interval."),
+    ("● Measured", "Timed by this project's executors on the device itself."),
+    ("■ Quoted", "Taken from a publication, datasheet or price list, named in the sources, or from the scenario."),
+    ("▲ Modelled", "Derived from measured or quoted figures by a stated rule, with an interval, or simulated."),
     ("Chosen", "The capacity plan that this report is about, as it was simulated."),
     ("Cloud only, edge only", "Every step of every request in the cloud, or on the user's device."),
     ("Static switch", "Every request is handed over after one share of its steps; 40% is the 10 of 25 of Hybrid SD."),
@@ -60,7 +106,15 @@ GLOSSARY = (
         "95% interval",
         "Where the figure falls in 95 of 100 repetitions of the run, from replications or batches of time.",
     ),
-    ("90% interval", "Where the prediction of a part's seconds is expected, from its rows' percentiles or residuals."),
+    (
+        "90% interval",
+        (
+            "Where a part's seconds are expected: its row's 5th to 95th percentile (where the source prints none, what "
+            "repetition does: hosts and versions may differ by more), or what the law's parameters and residuals leave "
+            "open. Ends of a total are sums of ends, as if all parts erred the same way."
+        ),
+    ),
+    ("Rows fitted", "Timed one-GPU steps, measured or quoted, that a device's law was fitted to."),
     ("—", "Not known, with the reason beneath. A question mark is an end that the run is too short to tell."),
 )
 """Words of the report and their definitions."""

@@ -1,7 +1,8 @@
 """What pages are made of, each written as HTML and as Markdown: the same blocks, two ways of writing them.
 
 A `Cell` is what a table shows at one place: text, smaller lines beneath, and a mark (measured, quoted or modelled; yes
-or no) that never speaks by colour alone. What nobody knows is an em dash with its reason beneath.
+or no) that never speaks by colour alone. A kind has one shape everywhere, in figures too. What nobody knows is an em
+dash with its reason beneath.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ SHORT_LETTERS = 18
 """Letters of a cell that stays on one line."""
 SIGNS = {True: "✓", False: "✗"}
 ANSWERS = {True: "yes", False: "no"}
+MARKS = {"measured": "●", "quoted": "■", "modelled": "▲"}
+"""The shape of each kind, the best known first."""
 
 
 class Block(Protocol):
@@ -30,13 +33,17 @@ class Block(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One place of a table: text, smaller lines beneath, a kind or an answer as a mark, sources to point at."""
+    """One place of a table: text, smaller lines beneath, a kind or an answer as a mark, sources to point at.
+
+    `kind` is written out in place of the text, `mark` is the kind of the figure in it, as its shape alone.
+    """
 
     text: str
     sub: str = ""
     kind: str = ""
     answer: bool | None = None
     sources: tuple[int, ...] = ()
+    mark: str = ""
 
     def html(self) -> str:
         text = escape(self.text)
@@ -44,26 +51,30 @@ class Cell:
             text = chip(self.kind)
         elif self.answer is not None:
             text = f'<span class="{ANSWERS[self.answer]}">{SIGNS[self.answer]} {text}</span>'
+        shape = f" {mark(self.mark)}" if self.mark else ""
         notes = "".join(f' <a href="#source-{n}">[{n}]</a>' for n in self.sources)
         lines = "".join(
             f"<small{_classes(short=_is_short(line))}>{escape(line)}</small>" for line in self.sub.splitlines()
         )
-        return f"{text}{notes}{lines}"
+        return f"{text}{shape}{notes}{lines}"
 
     def markdown(self) -> str:
         sign = "" if self.answer is None else f"{SIGNS[self.answer]} "
+        text = f"{MARKS[self.kind]} {self.kind}" if self.kind else self.text
+        shape = f" {MARKS[self.mark]}" if self.mark else ""
         notes = "".join(f" [{n}]" for n in self.sources)
         lines = "".join(f"<br>{line}" for line in self.sub.splitlines())
-        return f"{sign}{self.kind or self.text}{notes}{lines}".replace("|", "\\|")
+        return f"{sign}{text}{shape}{notes}{lines}".replace("|", "\\|")
 
 
 def cell(figure: Mapping[str, Any] | None, show: Show = number, sub: str = "") -> Cell:
-    """A figure with its interval beneath, then `sub`; its reason where it has no value."""
+    """A figure marked with its kind, its interval beneath, then `sub`; its reason where it has no value."""
     if figure is None:
         return Cell(DASH, sub)
     if figure["value"] is None:
         return Cell(DASH, figure.get("note", "") or "not known")
-    return Cell(show(figure["value"]), "\n".join(filter(None, (interval(figure, show), sub))))
+    beneath = "\n".join(filter(None, (interval(figure, show), sub)))
+    return Cell(show(figure["value"]), beneath, mark=figure.get("kind", ""))
 
 
 def answered(good: bool, reason: str = "") -> Cell:  # noqa: FBT001 - the answer itself
@@ -212,13 +223,15 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Blocks that a reader opens when they want them."""
+    """Blocks that a reader opens when they want them, or that stand open to be closed."""
 
     summary: str
     blocks: tuple[Block, ...]
+    opened: bool = False
 
     def html(self) -> str:
-        return f"<details><summary>{escape(self.summary)}</summary>\n{to_html(self.blocks)}\n</details>"
+        tag = "details open" if self.opened else "details"
+        return f"<{tag}><summary>{escape(self.summary)}</summary>\n{to_html(self.blocks)}\n</details>"
 
     def markdown(self) -> str:
         return f"**{self.summary}**\n\n{to_markdown(self.blocks)}".rstrip()
@@ -236,7 +249,12 @@ def to_markdown(blocks: Iterable[Block]) -> str:
 
 def chip(kind: str) -> str:
     """A kind as a small label: filled, outlined or dashed, so that it is told apart without colours."""
-    return f'<span class="chip {kind}">{kind}</span>'
+    return f'<span class="chip {kind}">{MARKS[kind]} {kind}</span>'
+
+
+def mark(kind: str) -> str:
+    """A kind as its shape alone, for a figure among figures; readers that show no shapes hear the word."""
+    return f'<span class="mark {kind}" role="img" aria-label="{kind}" title="{kind}">{MARKS[kind]}</span>'
 
 
 def linked(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 DASH, MINUS = "—", "\N{MINUS SIGN}"
 SIGNIFICANT = 3
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 Show = Callable[[float | None], str]
 
 
@@ -24,6 +25,15 @@ def number(value: float | None) -> str:
         return f"{mantissa}e{int(exponent)}"
     rounded = float(f"{mantissa}e{exponent}")
     return f"{rounded:,.{max(0, SIGNIFICANT - 1 - int(exponent))}f}".replace("-", MINUS)
+
+
+def scaled(value: float, unit: str) -> tuple[Show, str]:
+    """How figures of this size are written, and their unit with its prefix (`TFLOP/s`, `µs`); a share has none."""
+    if unit == "share":
+        return number, ""
+    size, prefix = next((pair for pair in PREFIXES if abs(value) >= pair[0]), PREFIXES[-1])
+    short = {"bytes/s": "B/s"}.get(unit, unit)
+    return lambda figure: DASH if figure is None else number(figure / size), f"{prefix}{short}"
 
 
 def percent(share: float | None) -> str:
@@ -55,6 +65,15 @@ def interval(figure: Mapping[str, Any], show: Show) -> str:
         return ""
     beyond = next((end for end in ends if end[0] in "<>"), "")
     return beyond or f"{ends[0].removesuffix(' %')}–{ends[1]}"
+
+
+def reach(figure: Mapping[str, Any]) -> str:
+    """How far the ends of an interval lie from its figure, in per cent of it; nothing where that cannot be said."""
+    value, low, high = (figure.get(end) for end in ("value", "low", "high"))
+    if not value or low is None or high is None:
+        return ""
+    down, up = (f"{100 * share:.{0 if share >= 0.0995 else 1}f}" for share in (1.0 - low / value, high / value - 1.0))
+    return f"± {up} %" if down == up else f"{MINUS}{down} % / +{up} %"
 
 
 def listed(items: Sequence[str]) -> str:

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hybridsd_sim.metrics import ALL
-from hybridsd_sim.report.choices import BENEATH, chosen_plan, compared, pools, simulated
+from hybridsd_sim.report.calibrated import calibrated
+from hybridsd_sim.report.choices import BENEATH, LEGEND, chosen_plan, compared, pools, simulated
 from hybridsd_sim.report.glossary import GLOSSARY, NAMES
+from hybridsd_sim.report.known import how_known, sources_of
 from hybridsd_sim.report.markup import (
     Block,
     Bullets,
@@ -25,9 +27,11 @@ from hybridsd_sim.report.markup import (
     answered,
     cell,
 )
-from hybridsd_sim.report.numbers import DASH, Show, clip, number, percent
+from hybridsd_sim.report.numbers import Show, clip, number, percent
 
 Data = Mapping[str, Any]
+ELSEWHERE = ("known", "calibration")
+"""Figures that stand in sections of their own."""
 QUESTIONS = {"feasible": "Feasible", "stable": "Stable", "converged": "Converged", "in_domain": "In domain"}
 SIDE_BY_SIDE = (
     "latency_p50_s", "latency_p95_s", "slo_attainment", "goodput_per_s", "quality_mean", "gpu_seconds_per_image",
@@ -46,6 +50,7 @@ def plan_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iter
     if data["explanation"]:
         yield Heading("Why this plan", "why")
         yield Bullets(tuple(data["explanation"]))
+    yield from how_known(data, pictures)
     yield from _rest(data, provenance, pictures)
     yield from _refused(data)
     yield from words()
@@ -61,19 +66,24 @@ def simulation_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -
     classes = list(data["scenario"]["classes"])
     for name in [ALL, *(classes if len(classes) > 1 else ())]:
         yield _side_by_side(data, name)
+    yield Paragraph(LEGEND, "note")
     for run in data["runs"]:
         yield pools(data, run)
+    yield from how_known(data, pictures)
     yield from _rest(data, provenance, pictures)
     yield from words()
 
 
 def _rest(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     yield Heading("Figures", "figures")
-    yield from pictures
-    if not pictures:
+    drawn = [picture for picture in pictures if picture.name not in ELSEWHERE]
+    yield from drawn
+    if not drawn:
         yield Paragraph("There is nothing to draw: no request was served.", "note")
     yield from _details(data)
-    yield from _provenance(data, provenance)
+    sources = sources_of(data)
+    yield from calibrated(data, pictures, sources)
+    yield from _provenance(provenance, sources)
 
 
 def _conditions(data: Data, provenance: Data) -> Paragraph:
@@ -112,7 +122,7 @@ def _verdicts(runs: Sequence[Data]) -> Table:
 def _side_by_side(data: Data, name: str) -> Table:
     rows = []
     for run in data["runs"]:
-        rent = cell({"value": run["usd_per_hour"], "note": "no price for a rented pool"})
+        rent = cell(run["summary"][ALL]["rent_usd_per_hour"])
         rows.append((Cell(run["name"]), rent, *(cell(run["summary"][name][key], shown(key)) for key in SIDE_BY_SIDE)))
     head = ("Policy", "Rent, all classes (US$/h)", *(NAMES[key] for key in SIDE_BY_SIDE))
     title = "All requests" if name == ALL else f"Request class {name}"
@@ -145,38 +155,16 @@ def _every_figure(run: Data) -> Table:
     return Table(f"Run {run['name']}; {BENEATH}", ("Figure", *classes, "Unit"), tuple(rows), words=words_at)
 
 
-def _provenance(data: Data, provenance: Data) -> Iterator[Block]:
+def _provenance(provenance: Data, sources: Sequence[str]) -> Iterator[Block]:
     yield Heading("Where the numbers come from", "provenance")
-    sources = tuple(dict.fromkeys(source for part in data["parts"] for source in part["sources"]))
-    rows = tuple(_part_row(part, sources) for part in data["parts"])
-    if rows:
-        head = ("Component", "Request class", "Where", "Value", "90% interval", "Kind", "Source")
-        caption = "Parts behind the plans, for one request on an idle fleet"
-        yield Table(caption, head, rows, words=frozenset({0, 1, 2, 5, 6}))
-        yield Heading("Sources", "sources", 3)
-        yield Bullets(sources, numbered=True)
+    if sources:
+        yield Bullets(tuple(sources), numbered=True)
     libraries = ", ".join(f"{name} {version}" for name, version in sorted(provenance["libraries"].items()))
     made_by = f"{provenance['package']} {provenance['version']} with {libraries}"
     digests = (("Scenario digest", provenance["scenario_digest"]), ("Profiles digest", provenance["profiles_digest"]))
     overrides = ("Overrides", "; ".join(provenance["overrides_applied"]) or "none")
     known = tuple((name, digest or "not recorded") for name, digest in digests)
     yield Terms((("Made by", made_by), ("Run", provenance["run_id"]), *known, overrides))
-
-
-def _part_row(part: Data, sources: Sequence[str]) -> tuple[Cell, ...]:
-    show, unit = clip if part["unit"] == "CLIP score" else number, part["unit"]
-    note = part["note"] if part["within"] else f"outside what was timed: {part['note']}"
-    low, high = part["low"], part["high"]
-    found = tuple(sources.index(source) + 1 for source in part["sources"])
-    return (
-        Cell(part["component"].replace("_", " ")),
-        Cell(part["request_class"]),
-        Cell(part["where"] or "published tables"),
-        Cell(DASH, part["note"]) if part["value"] is None else Cell(f"{show(part['value'])} {unit}"),
-        Cell("none given" if low is None or high is None else f"{show(low)}–{show(high)} {unit}"),
-        Cell(part["kind"], kind=part["kind"]),
-        Cell("" if found else "this model's own rule", note, sources=found),
-    )
 
 
 def _refused(data: Data) -> Iterator[Block]:

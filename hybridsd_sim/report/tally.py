@@ -14,16 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybridsd_sim.metrics import ALL, pool_table, utilisation_series
+from hybridsd_sim.plan import Kind
 from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, column
+from hybridsd_sim.report.breakdown import weakest
 
 if TYPE_CHECKING:
     from hybridsd_sim.candidates import Candidate
     from hybridsd_sim.cost import Part, PlanCost
+    from hybridsd_sim.report.rates import Rate
     from hybridsd_sim.simulate import SimResult
 
 Data = dict[str, Any]
 SERIES_BINS = 60
 CURVE_POINTS = 121
+SIMULATED: Kind = "modelled"
+"""Kind of what a simulation says, however well its step times are known."""
 IDLE, TRANSFER, HANDOVER, UNSPLIT = "idle or not counted", "transfer", "hand-over", "not broken down"
 COMPONENTS = {
     "text_encode": "text encoder",
@@ -35,10 +40,11 @@ COMPONENTS = {
 """What a part is called where parts are added up; every other cloud part belongs to the hand-over."""
 
 
-def tally(name: str, result: SimResult, chosen: Mapping[str, Candidate]) -> Data:
+def tally(name: str, result: SimResult, chosen: Mapping[str, Candidate], rates: Mapping[str, Rate]) -> Data:
     """One run as plain data; `chosen` are the candidates of the plan that it followed, where there is one."""
     known = {(option.request_class, option.plan.label): option for option in (*result.used.values(), *chosen.values())}
-    summary = _summary(result, known)
+    rent_kind = weakest(rates[pool].kind for pool, nodes in result.replicas.items() if nodes and pool in rates)
+    summary = _summary(result, known, rent_kind)
     return {
         "name": name,
         "policy": result.policy,
@@ -55,16 +61,22 @@ def tally(name: str, result: SimResult, chosen: Mapping[str, Candidate]) -> Data
     }
 
 
-def _summary(result: SimResult, known: Mapping[tuple[str, str], Candidate]) -> dict[str, dict[str, Data]]:
-    """Per class and for all: quantity to value, interval, unit and, for a null, the reason."""
+def _summary(
+    result: SimResult, known: Mapping[tuple[str, str], Candidate], rent_kind: Kind
+) -> dict[str, dict[str, Data]]:
+    """Per class and for all: quantity to value, interval, unit, kind and, for a null, the reason."""
     frame = result.summary.reset_index()
     units = result.summary.attrs["units"]
     rows = {}
     for row in frame.to_dict("records"):
         cls = str(row["request_class"])
         costs = [option.cost for (owner, _), option in known.items() if cls in (ALL, owner)]
+        kinds = {"quality_mean": weakest(cost.quality.kind for cost in costs), "rent_usd_per_hour": rent_kind}
         served = float(row.get("served", 1))
-        rows[cls] = {key: _why(key, cls, figure, costs, served) for key, figure in _tidy(row, units)}
+        rows[cls] = {
+            key: _why(key, cls, {**figure, "kind": kinds.get(key, SIMULATED)}, costs, served)
+            for key, figure in _tidy(row, units)
+        }
     return rows
 
 
@@ -97,16 +109,14 @@ def _reason(key: str, cls: str, costs: Sequence[PlanCost], served: float) -> str
     if key.startswith("quality"):
         return _first(cost.quality.note for cost in costs if cost.quality.clip is None)
     if "energy" in key:
-        return _first(part.note for part in _all_parts(costs) if part.energy_j is None)
+        return _first(part.unknown for part in _all_parts(costs) if part.energy_j is None)
     if "usd" in key:
-        return _first(part.note for part in _all_parts(costs) if part.usd is None)
+        return _first(part.unknown for part in _all_parts(costs) if part.usd is None)
     return "not estimable from this run"
 
 
 def _first(notes: Iterator[str]) -> str:
-    """The last clause of the first note: parts append what they lack to how they were timed."""
-    note = next((note for note in notes if note), "")
-    return note.rpartition("; ")[2] or "nobody knows it for this plan"
+    return next((note for note in notes if note), "nobody knows it for this plan")
 
 
 def _all_parts(costs: Sequence[PlanCost]) -> Iterator[Part]:
@@ -120,7 +130,13 @@ def _known(value: float | None) -> bool:
 def _pools(result: SimResult) -> list[Data]:
     frame = pool_table(result.scenario, result.policy, result.replications, result.replicas)
     units = frame.attrs["units"]
-    return [{"pool": row["pool"], **dict(_tidy(row, units))} for row in frame.reset_index().to_dict("records")]
+    rows = frame.reset_index().to_dict("records")
+    return [{"pool": row["pool"], **{key: _of_pool(key, figure) for key, figure in _tidy(row, units)}} for row in rows]
+
+
+def _of_pool(key: str, figure: Data) -> Data:
+    """How many GPUs there are is a decision; what they did was simulated."""
+    return {**figure, "kind": "" if key == "gpus" else SIMULATED}
 
 
 def _curve(result: SimResult, cls: str) -> Data | None:

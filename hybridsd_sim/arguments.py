@@ -1,0 +1,86 @@
+"""What the command line was given: scenarios with flags on top, KEY=VALUE pairs, lists; all problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hybridsd_sim.errors import InputError, Problem, unknown_name
+
+if TYPE_CHECKING:
+    from hybridsd_sim.scenario import Scenario
+
+
+def together(*steps: Callable[[], Any]) -> list[Any]:
+    """What the steps return, or one `InputError` with the problems of all of them."""
+    results: list[Any] = []
+    problems: list[Problem] = []
+    for step in steps:
+        try:
+            results.append(step())
+        except InputError as error:
+            problems += error.problems
+    refuse(problems)
+    return results
+
+
+def read_scenario(
+    path: str, name: str | None, settings: Sequence[str] | None, flags: Mapping[str, tuple[str, Any]] | None = None
+) -> Scenario:
+    """The resolved scenario; `flags` are options that set a key of their own, and are named in messages about it."""
+    from hybridsd_sim.scenario import load_scenario
+
+    overrides: dict[str, Any] = pairs_of(settings, "--set", "seed=2")
+    given = {flag: pair for flag, pair in (flags or {}).items() if pair[1] is not None}
+    if twice := [flag for flag, (key, _) in given.items() if key in overrides]:
+        raise InputError(Problem(flag, "given", f"--set {given[flag][0]} says it too", "Keep one.") for flag in twice)
+    try:
+        return load_scenario(path, scenario=name, overrides=overrides | dict(given.values()))
+    except InputError as error:
+        places = {f"--set: {key}": flag for flag, (key, _) in given.items()}
+        raise InputError(replace(p, place=places.get(p.place, p.place)) for p in error.problems) from None
+
+
+def pairs_of(pairs: Sequence[str] | None, flag: str, example: str) -> dict[str, str]:
+    """KEY=VALUE pairs; all that are none, or repeat a key, are reported together."""
+    found: dict[str, str] = {}
+    problems = []
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            problems.append(Problem(flag, repr(pair), "needs KEY=VALUE", f"For example {flag} {example}."))
+        elif key.strip() in found:
+            problems.append(Problem(flag, repr(pair), "a key may be given once only", "Keep one of them."))
+        found[key.strip()] = value
+    refuse(problems)
+    return found
+
+
+def options_of(given: Sequence[str] | None) -> tuple[tuple[str, Any], ...]:
+    """A method's options with typed values, sorted by key."""
+    from hybridsd_sim.written import read_value
+
+    pairs = pairs_of(split(given), "--option", "stride=2")
+    return tuple((key, read_value(value, f"--option {key}")) for key, value in sorted(pairs.items()))
+
+
+def split(values: Sequence[str] | None) -> list[str]:
+    """Repeated and comma-separated values as one list."""
+    return [name.strip() for value in values or () for name in value.split(",") if name.strip()]
+
+
+def policy_problems(names: Sequence[str], place: str, *, planned: bool) -> list[Problem]:
+    """Policies that do not exist, or that follow a plan where none was `planned`."""
+    from hybridsd_sim.policies import POLICIES
+
+    problems = [unknown_name(place, name, list(POLICIES)) for name in names if name not in POLICIES]
+    if "planned" in names and not planned:
+        problems.append(Problem(place, "planned", "follows a plan, and none was given", "Add --plan with a plan.yaml."))
+    return problems if names else [Problem(place, "nothing", "needs a policy", f"Known: {', '.join(POLICIES)}.")]
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raise one `InputError` with all of them, if there are any."""
+    if problems:
+        raise InputError(problems)

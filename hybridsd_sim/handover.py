@@ -1,0 +1,71 @@
+"""What the two ends of a hand-over take: tensors into bytes with their checksum at the sender, and out of them again.
+
+Both depend on the payload alone, so that timed rows of every model and size serve: their rate is that of the device,
+and seconds are in proportion to the bytes. Where a device has no rows, a usual rate serves, with a wide interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from hybridsd_sim.plan import KIND_ORDER, Kind
+from hybridsd_sim.profiles import CostRow, Profiles
+from hybridsd_sim.transfers import SERIALISE_BYTES_PER_S
+
+End = Literal["serialise", "parse"]
+HEADER_SHARE = 0.01
+"""A payload counts as timed up to this share below a timed one, which has a header besides its tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handling:
+    """Seconds of one end of a hand-over with their 90% interval; `note` says where they come from."""
+
+    seconds: float
+    bounds_s: tuple[float, float]
+    kind: Kind
+    sources: tuple[str, ...]
+    note: str
+
+
+def handling(profiles: Profiles, device: str, end: End, payload_bytes: int, *, prefer: Sequence[str] = ()) -> Handling:
+    """What `device` takes to serialise or to parse a payload.
+
+    Its own rows go before those of any device (`*`), then measured before quoted; `prefer` names sources to take before
+    all others. A row's `comm_bytes` are its payload. The figure has the rows' kind inside the payloads that were timed
+    and is modelled outside.
+    """
+    rows = _best(profiles.cost_rows(component=f"handover_{end}"), device, prefer)
+    if not rows:
+        seconds = payload_bytes / SERIALISE_BYTES_PER_S
+        rate = f"checksum and copy at {SERIALISE_BYTES_PER_S / 1e9:g} GB/s"
+        return Handling(seconds, (0.0, 10 * seconds), "modelled", (), rate)
+    timed = sorted(row.comm_bytes or 0 for row in rows)
+    within = (1 - HEADER_SHARE) * timed[0] <= payload_bytes <= timed[-1]
+    return Handling(
+        seconds=payload_bytes * median(row.seconds_median / (row.comm_bytes or 1) for row in rows),
+        bounds_s=_bounds_s(rows, payload_bytes),
+        kind=rows[0].kind if within else "modelled",
+        sources=tuple(dict.fromkeys(row.source for row in rows)),
+        note=f"in proportion to its bytes, from {timed[0]:,} to {timed[-1]:,} bytes on {device}",
+    )
+
+
+def _bounds_s(rows: Sequence[CostRow], payload_bytes: int) -> tuple[float, float]:
+    """From the fastest to the slowest rate; a small payload may take as long as the quickest timed one."""
+    lows = [row.range_s[0] / (row.comm_bytes or 1) for row in rows]
+    highs = [row.range_s[1] / (row.comm_bytes or 1) for row in rows]
+    return payload_bytes * min(lows), max(payload_bytes * max(highs), min(row.range_s[1] for row in rows))
+
+
+def _best(rows: Sequence[CostRow], device: str, prefer: Sequence[str]) -> list[CostRow]:
+    """The best known rows for a device that say how many bytes they handled."""
+    ranked: dict[tuple[bool, bool, int], list[CostRow]] = {}
+    for row in rows:
+        if row.comm_bytes and row.device in (device, "*"):
+            liked = any(name in row.source for name in prefer)
+            ranked.setdefault((not liked, row.device == "*", KIND_ORDER[row.kind]), []).append(row)
+    return ranked[min(ranked)] if ranked else []

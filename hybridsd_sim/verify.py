@@ -1,0 +1,252 @@
+"""Predictions held against every published and measured table: how far off, how sure, and how far off without help.
+
+Every figure is predicted twice: with everything that is known, and with the figure's own group left out of all rows and
+fits (a resolution, a model or a device, as its table says). The second is the one to quote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from hybridsd_sim.calibration import alike
+from hybridsd_sim.cases import Case, cases_of, leaves_out
+from hybridsd_sim.errors import InputError
+from hybridsd_sim.fitting import is_multi_gpu_time, own_fits
+from hybridsd_sim.fitting import refit as fit_again
+from hybridsd_sim.profiles import CostRow, Profiles
+from hybridsd_sim.published import Published, Table, load_published
+from hybridsd_sim.reproduce import Prediction, read_options
+
+Refit = Callable[..., Profiles]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A case with what was predicted, from everything and with its group left out; None, with the reason, where not."""
+
+    case: Case
+    predicted: Prediction | None
+    held_out: Prediction | None
+    fitted: bool = False
+    why: str = ""
+    why_held_out: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """Predicted over published, less 1."""
+        return None if self.predicted is None else self.predicted.value / self.case.published - 1
+
+    @property
+    def held_out_error(self) -> float | None:
+        return None if self.held_out is None else self.held_out.value / self.case.published - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedTable:
+    """A table with all its cases; the figures are over those that count and were predicted."""
+
+    table: Table
+    cases: Sequence[Checked]
+    counted: Sequence[Checked] = field(init=False)
+
+    def __post_init__(self) -> None:
+        kept = tuple(found for found in self.cases if found.case.counts and found.predicted is not None)
+        object.__setattr__(self, "counted", kept)
+
+    @property
+    def calibration_rows(self) -> int:
+        """How many of the cases' rows were used in a fit, those that do not count too."""
+        return sum(found.fitted for found in self.cases)
+
+    @property
+    def mare(self) -> float | None:
+        """Mean absolute relative error."""
+        return _mean(abs(found.error) for found in self.counted if found.error is not None)
+
+    @property
+    def worst(self) -> Checked | None:
+        return max(self.counted, key=lambda found: abs(found.error or 0.0), default=None)
+
+    @property
+    def mare_held_out(self) -> float | None:
+        errors = (found.held_out_error for found in self.counted)
+        return _mean(abs(error) for error in errors if error is not None)
+
+    @property
+    def worst_held_out(self) -> float | None:
+        errors = (found.held_out_error for found in self.counted)
+        return max((abs(error) for error in errors if error is not None), default=None)
+
+    @property
+    def coverage90(self) -> float | None:
+        """Share of published values inside the predicted 90% interval; None where the quantity has none."""
+        return coverage(self.counted)
+
+    @property
+    def coverage90_held_out(self) -> float | None:
+        return coverage(self.counted, held_out=True)
+
+    @property
+    def wrong_order(self) -> list[tuple[Checked, Checked]]:
+        """Pairs of configurations that the prediction does not put in the published order."""
+        pairs = (pair for pair in combinations(self.counted, 2) if _ranked(*pair))
+        return [(a, b) for a, b in pairs if (_value(a) - _value(b)) * (a.case.published - b.case.published) <= 0]
+
+    @property
+    def ranking_right(self) -> bool | None:
+        """Whether all comparable configurations come in the published order; None where none are comparable."""
+        pairs = any(_ranked(a, b) for a, b in combinations(self.counted, 2))
+        return not self.wrong_order if pairs else None
+
+
+def coverage(cases: Iterable[Checked], *, held_out: bool = False) -> float | None:
+    """Share of published values inside the predicted interval, over cases that have one."""
+    found = ((case.held_out if held_out else case.predicted, case.case.published) for case in cases)
+    inside = [p.low <= value <= p.high for p, value in found if p and p.low is not None and p.high is not None]
+    return _mean(inside)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return fmean(known) if known else None
+
+
+def _value(found: Checked) -> float:
+    return 0.0 if found.predicted is None else found.predicted.value
+
+
+def _ranked(a: Checked, b: Checked) -> bool:
+    """Whether two cases are configurations of one job, ranked by one publication, and published apart.
+
+    One job: the same model, size, step and number of steps on several devices. Configurations stand in one table or
+    figure of the source, or share a degree.
+    """
+    one, other = a.case.row, b.case.row
+    if not (isinstance(one, CostRow) and isinstance(other, CostRow) and one.degree > 1 and other.degree > 1):
+        return False
+    comparable = a.case.source == b.case.source or one.degree == other.degree
+    apart = a.case.high < b.case.low or b.case.high < a.case.low
+    return _job(one) == _job(other) and comparable and apart
+
+
+def _job(row: CostRow) -> tuple[object, ...]:
+    steps = read_options(row.options).get("num_inference_steps")
+    return row.device, row.runtime, row.model, row.component, row.height_px, row.width_px, row.latents, steps
+
+
+# ---- Predicting -----------------------------------------------------------------------------------------------------
+
+
+def verification(profiles: Profiles, *, progress: Progress | None = None) -> dict[str, Any]:
+    """The shipped tables, and whatever the profiles measured, checked, as data."""
+    return to_json(verify(profiles, load_published(), progress=progress))
+
+
+def verify(
+    profiles: Profiles, published: Published, *, refit: Refit = fit_again, progress: Progress | None = None
+) -> list[CheckedTable]:
+    """Every table checked. `refit(profiles, without=...)` gives the profiles without some cost rows, fitted again.
+
+    `progress` hears what comes next.
+    """
+    tables = cases_of(profiles, published)
+    cases = [case for _, found in tables.values() for case in found]
+    tell = progress or (lambda _: None)
+    tell(f"predicting {len(cases)} figures")
+    used = used_in_fits(profiles)
+    checked = {id(case): _check(case, profiles, used) for case in cases}
+    keys = list(dict.fromkeys(case.key for case in cases))
+    for number, key in enumerate(keys, 1):
+        tell(f"leaving out {number} of {len(keys)}: {key.name}")
+        without = leaves_out(key, profiles)
+        held = refit(profiles, without=without) if any(map(without, profiles.costs)) else profiles
+        for case in (case for case in cases if case.key == key):
+            prediction, why = _predicted(case, held)
+            checked[id(case)] = replace(checked[id(case)], held_out=prediction, why_held_out=why)
+    return [CheckedTable(table=table, cases=[checked[id(case)] for case in found]) for table, found in tables.values()]
+
+
+def used_in_fits(profiles: Profiles) -> frozenset[CostRow]:
+    """The cost rows that shaped a device's law, a method's constants, or the ratios of encoders and decoders."""
+    fits = own_fits(profiles)
+    laws = {(fit.device, fit.runtime, fit.precision) for fit in fits}
+    shared = (row for row in profiles.costs if is_multi_gpu_time(row) or _shapes_ratio(row, laws))
+    return frozenset(row for fit in fits for row in fit.rows).union(shared)
+
+
+def _shapes_ratio(row: CostRow, laws: Collection[tuple[str, str, str]]) -> bool:
+    timed = (row.device, row.runtime, alike(row.precision)) in laws
+    return timed and row.component in {"vae_decode", "text_encode"} and row.batch_size == row.degree == 1
+
+
+def _check(case: Case, profiles: Profiles, used: frozenset[CostRow]) -> Checked:
+    prediction, why = _predicted(case, profiles)
+    fitted = isinstance(case.row, CostRow) and case.row in used
+    return Checked(case=case, predicted=prediction, held_out=None, fitted=fitted, why=why)
+
+
+def _predicted(case: Case, profiles: Profiles) -> tuple[Prediction | None, str]:
+    try:
+        return case.predict(profiles), ""
+    except InputError as error:
+        return None, str(error)
+
+
+# ---- As data --------------------------------------------------------------------------------------------------------
+
+
+def to_json(tables: Sequence[CheckedTable]) -> dict[str, Any]:
+    """The contract's figures of every table, its cases, and the coverage of all intervals together."""
+    cases = [found for table in tables for found in table.counted]
+    return {
+        "tables": [_table_data(table) for table in tables],
+        "coverage90": coverage(cases),
+        "coverage90_held_out": coverage(cases, held_out=True),
+    }
+
+
+def _table_data(table: CheckedTable) -> dict[str, Any]:
+    worst = table.worst
+    return {
+        "name": table.table.name,
+        "title": table.table.title,
+        "source": table.table.source,
+        "group": table.table.group,
+        "rows": len(table.counted),
+        "calibration_rows": table.calibration_rows,
+        "mare": table.mare,
+        "worst": None if worst is None or worst.error is None else abs(worst.error),
+        "worst_row": None if worst is None else worst.case.label,
+        "mare_held_out": table.mare_held_out,
+        "worst_held_out": table.worst_held_out,
+        "held_out_rows": sum(found.held_out is not None for found in table.counted),
+        "coverage90": table.coverage90,
+        "coverage90_held_out": table.coverage90_held_out,
+        "ranking_right": table.ranking_right,
+        "wrong_order": [[a.case.label, b.case.label] for a, b in table.wrong_order],
+        "cases": [_case_data(found) for found in table.cases],
+    }
+
+
+def _case_data(found: Checked) -> dict[str, Any]:
+    case, predicted = found.case, found.predicted
+    return {
+        "label": case.label,
+        "published": case.published,
+        "predicted": None if predicted is None else predicted.value,
+        "low": None if predicted is None else predicted.low,
+        "high": None if predicted is None else predicted.high,
+        "error": found.error,
+        "held_out": None if found.held_out is None else found.held_out.value,
+        "held_out_error": found.held_out_error,
+        "fitted": found.fitted,
+        "counts": case.counts,
+        "why": found.why or found.why_held_out,
+        "notes": case.notes,
+        "source": case.source,
+    }
