@@ -162,7 +162,7 @@ class _Timer:
         round_ = self.round(phase, fit)
         seconds, exposed = round_.seconds(round_.middle)
         width, count = exp(Z90 * round_.log_spread()), phase.rounds * self.calls
-        anchor = f"; anchored on its step of {self.row.seconds_median:.4g} s" if self.row else ""
+        within = self.row is not None or fit.holds(phase.work.kernels.flops)
         return PhaseTime(
             name=phase.name,
             seconds=seconds * count,
@@ -170,11 +170,19 @@ class _Timer:
             high_s=seconds * count * width,
             kind="modelled",
             sources=self._sources(fit, round_.link),
-            note=f"{fit.note}{anchor}",
+            note=self._note(fit, phase, within=within),
             comm_bytes=phase.work.received_bytes * count,
             comm_exposed_s=exposed * count,
-            within=self.row is not None or fit.holds(phase.work.kernels.flops),
+            within=within,
         )
+
+    def _note(self, fit: Fit, phase: Phase, *, within: bool) -> str:
+        if self.row is not None:
+            return f"{fit.note}; anchored on its step of {self.row.seconds_median:.4g} s"
+        if within or not fit.flops:
+            return fit.note
+        call, least, most = (flop / 1e12 for flop in (phase.work.kernels.flops, min(fit.flops), max(fit.flops)))
+        return f"{fit.note}; a call of {call:.3g} TFLOPs, where {least:.3g} to {most:.3g} were timed"
 
     def round(self, phase: Phase, fit: Fit) -> Round:
         return Round(phase, fit, self.row, self._link(phase), self.stage.degree, self.profiles)

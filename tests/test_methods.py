@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from hybridsd_sim import Profiles
 from hybridsd_sim.errors import IllegalPlanError
 from hybridsd_sim.methods import METHODS, find_method
-from hybridsd_sim.partition import Denoising, balanced_cut, boundary_elements, whole
+from hybridsd_sim.partition import (
+    TIME_EMBEDDING,
+    Denoising,
+    balanced_cut,
+    boundary_elements,
+    component_works,
+    whole,
+)
 from hybridsd_sim.roofline import layer_table
 from hybridsd_sim.unet import unet_units
 
@@ -143,6 +150,140 @@ def test_asyncdiff_warms_sdxl_up_for_three_steps(profiles: Profiles) -> None:
     warmups = [METHODS["asyncdiff"].phases(denoising(profiles, m, 1024), 2, {})[0].steps for m in ("sd15", "sdxl")]
 
     assert warmups == [1, 3]
+
+
+ASYNCDIFF = {
+    ("sd15", 512): {2: (65, (0.44, 0.56)), 3: (73, (0.31, 0.38, 0.31)), 4: (65, (0.22, 0.22, 0.31, 0.25))},
+    ("sd21", 768): {2: (146, (0.47, 0.53)), 3: (129, (0.325, 0.384, 0.291)), 4: (188, (0.25, 0.27, 0.22, 0.26))},
+    ("sdxl", 1024): {2: (257, (0.56, 0.44)), 3: (257, (0.35, 0.34, 0.31)), 4: (276, (0.29, 0.23, 0.24, 0.23))},
+}
+"""AsyncDiff's public cuts of a guided step: MB broadcast a round in fp16, and each component's share of the MACs.
+
+Counted by hooks on the public code's modules (czg1225/AsyncDiff @61d2be1).
+"""
+CUTS = [(model, px, count) for (model, px), cuts in ASYNCDIFF.items() for count in cuts]
+
+
+@pytest.mark.parametrize(("model", "px", "count"), CUTS)
+def test_asyncdiff_broadcasts_what_its_public_code_lists(profiles: Profiles, model: str, px: int, count: int) -> None:
+    """Every listed module's output travels in every round, to every rank: within 2% of what the code sends."""
+    megabytes, _ = ASYNCDIFF[model, px][count]
+    works = component_works(denoising(profiles, model, px), count, public_cut=True)
+
+    assert {round(work.received_bytes) for work in works} == {round(works[0].received_bytes)}
+    assert works[0].received_bytes / 1e6 == pytest.approx(megabytes, rel=0.02)
+    assert all(work.window == 0 for work in works)  # broadcasts block
+
+
+@pytest.mark.parametrize(("model", "px", "count"), CUTS)
+def test_asyncdiff_components_are_those_of_its_public_code(profiles: Profiles, model: str, px: int, count: int) -> None:
+    """Each component's share of the MACs, attention included, is the public cut's."""
+    _, shares = ASYNCDIFF[model, px][count]
+    job = denoising(profiles, model, px)
+    works = component_works(job, count, public_cut=True)
+
+    assert [work.macs / whole(job).macs for work in works] == pytest.approx(shares, abs=0.03)
+
+
+@pytest.mark.parametrize("public", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl", "koala-700m", "hybrid-sd-224m"])
+def test_components_compute_everything_once(profiles: Profiles, model: str, count: int, public: bool) -> None:
+    """FLOPs and launches of all components are the UNet's, and the time embedding's once for each of them."""
+    job = denoising(profiles, model, 512)
+    works = component_works(job, count, public_cut=public)
+    shared = job.kernels(units=[TIME_EMBEDDING])
+
+    repeated = (count - 1) * shared.flops
+    assert len(works) == count
+    assert sum(work.kernels.flops for work in works) == pytest.approx(whole(job).kernels.flops + repeated)
+    assert sum(work.kernels.ops for work in works) == pytest.approx(whole(job).kernels.ops + (count - 1) * shared.ops)
+
+
+@pytest.mark.parametrize(("model", "px", "count"), CUTS)
+def test_a_balanced_cut_is_no_heavier_than_the_public_one_and_sends_less(
+    profiles: Profiles, model: str, px: int, count: int
+) -> None:
+    """What contiguous parts allow at best, with only the tensors that cross: SDXL's public cut is not contiguous."""
+    job = denoising(profiles, model, px)
+    public, balanced = (component_works(job, count, public_cut=flag) for flag in (True, False))
+
+    if model != "sdxl":
+        assert max(work.macs for work in balanced) <= max(work.macs for work in public)
+    assert balanced[0].messages > 1
+
+
+def test_a_network_that_the_public_code_does_not_know_is_cut_evenly(profiles: Profiles) -> None:
+    """Asking for the public cut of another network gives the balanced one; SD 1.4 is SD 1.5's network."""
+    job = denoising(profiles, "koala-700m", 1024)
+    sd14, sd15 = (denoising(profiles, model, 512) for model in ("sd14", "sd15"))
+
+    assert component_works(job, 3, public_cut=True) == component_works(job, 3, public_cut=False)
+    assert component_works(sd14, 3, public_cut=True) == component_works(sd15, 3, public_cut=True)
+
+
+def test_asyncdiff_walks_over_cached_modules_once_for_each_step_of_a_round(profiles: Profiles) -> None:
+    """A round of stride 2 passes through the network twice; the warm-up computes everything and walks over nothing."""
+    job = denoising(profiles, "sd15", 512)
+    for degree, stride in ((2, 1), (3, 2)):
+        warmup, steady = METHODS["asyncdiff"].phases(job, degree, {"stride": stride})
+        assert {rank.walks for rank in steady.ranks} == {stride}
+        assert [rank.walks for rank in warmup.ranks] == [0]
+
+
+@pytest.mark.parametrize("name", ["distrifusion", "pcpp"])
+@pytest.mark.parametrize("degree", [2, 8])
+def test_group_norms_exchange_as_their_mode_says(profiles: Profiles, name: str, degree: int) -> None:
+    """Every attention and wide convolution sends a message; GroupNorms none, a free one, or one that all wait for."""
+    job = denoising(profiles, "sdxl", 1024)
+    layers = sum(bool(layer.kv_elements or layer.halo_elements) for layer in job.layers)
+    norms = sum(layer.op == "group_norm" for layer in job.layers)
+    steady = {
+        mode: METHODS[name].phases(job, degree, {"sync_mode": mode})[-1].work
+        for mode in ("separate_gn", "corrected_async_gn", "stale_gn", "sync_gn", "full_sync")
+    }
+    found = {mode: (work.messages, work.blocking_messages) for mode, work in steady.items()}
+
+    assert found == {
+        "separate_gn": (layers + 1, 1),
+        "corrected_async_gn": (layers + norms + 1, 1),
+        "stale_gn": (layers + norms + 1, 1),
+        "sync_gn": (layers + norms + 1, norms + 1),
+        "full_sync": (layers + norms + 1, layers + norms + 1),
+    }
+
+
+def test_without_synchronising_only_the_noise_travels(profiles: Profiles) -> None:
+    """DistriFusion's no_sync freezes its buffers after the warm-up: the same work, one small gather."""
+    job = denoising(profiles, "sdxl", 1024)
+    warmup, steady = METHODS["distrifusion"].phases(job, 8, {"sync_mode": "no_sync"})
+
+    assert steady.work.kernels == warmup.work.kernels
+    assert steady.work.received_bytes == pytest.approx(job.noise_bytes() * 7 / 8)
+    assert steady.work.messages == 1
+
+
+@pytest.mark.parametrize(("degree", "stripes_seen"), [(2, 1.3), (4, 1.6), (8, 1.6)])
+def test_pcpp_scores_its_own_stripe_and_a_part_of_each_neighbour(
+    profiles: Profiles, degree: int, stripes_seen: float
+) -> None:
+    """With p = 0.3 an inner stripe sees 1.6 stripes of the keys and one of two 1.3, of the N that DistriFusion sees."""
+    job = denoising(profiles, "sdxl", 1024)
+    products = job.latents * sum(layer.macs for layer in job.layers if layer.op == "self_attention") / degree
+    pcpp, distrifusion = (METHODS[name].phases(job, degree, {})[-1].work for name in ("pcpp", "distrifusion"))
+
+    assert distrifusion.macs - pcpp.macs == pytest.approx(products * (1 - stripes_seen / degree))
+
+
+@given(st.sampled_from([2, 4, 8]), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_a_larger_part_of_the_neighbours_costs_more(profiles: Profiles, degree: int, one: float, other: float) -> None:
+    """PCPP scores and receives no less with a larger part, at most what DistriFusion does."""
+    job = denoising(profiles, "sdxl", 1024)
+    less, more = (METHODS["pcpp"].phases(job, degree, {"partial": part})[-1].work for part in sorted((one, other)))
+    everything = METHODS["distrifusion"].phases(job, degree, {})[-1].work
+
+    assert less.macs <= more.macs <= everything.macs * (1 + 1e-12)
+    assert less.received_bytes <= more.received_bytes <= everything.received_bytes * (1 + 1e-12)
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=14), st.integers(1, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from math import log
 
 import numpy as np
@@ -63,6 +64,11 @@ def relative_width(found: list[PhaseTime]) -> float:
     return sum(phase.high_s for phase in found) / sum(phase.low_s for phase in found)
 
 
+def never_rises(values: list[float]) -> bool:
+    """Whether each is at most the one before it, but for rounding."""
+    return all(after <= before * (1 + 1e-9) for before, after in pairwise(values))
+
+
 # ---- One GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -109,13 +115,13 @@ def test_the_law_stands_in_for_a_step_that_nobody_timed(profiles: Profiles) -> N
     assert "anchored" not in phases(profiles, untimed, A5000, "asyncdiff", 2)[-1].note
 
 
-def test_a_fixed_batch_runtime_pays_for_each_latent(profiles: Profiles) -> None:
+@pytest.mark.parametrize("side_px", [512, 448], ids=["timed", "modelled"])
+def test_a_fixed_batch_runtime_pays_for_each_latent(profiles: Profiles, side_px: int) -> None:
     """Guidance doubles what a phone takes, where every call holds one latent."""
     phone = Site(name="phone", tier="edge", device="snapdragon-8-elite", runtime="qnn", precision="w8a16")
+    plain, guided = (seconds(profiles, job("sd15", side_px, guided=flag), phone) for flag in (False, True))
 
-    assert seconds(profiles, job("sd15"), phone) == pytest.approx(
-        2 * seconds(profiles, job("sd15", guided=False), phone)
-    )
+    assert guided == pytest.approx(2 * plain)
 
 
 # ---- Anchors --------------------------------------------------------------------------------------------------------
@@ -187,7 +193,20 @@ def test_more_gpus_never_compute_more_each(
             )
             for degree in degrees
         ]
-        assert times == sorted(times, reverse=True), site
+        assert never_rises(times), site
+
+
+@pytest.mark.parametrize("public", [True, False])
+@pytest.mark.parametrize("degree", [2, 3, 4])
+def test_the_slowest_rank_sets_the_pace(profiles: Profiles, degree: int, public: bool) -> None:
+    """A round of AsyncDiff takes as long as its slowest component alone, wherever that stands in the order."""
+    together = compute_round(profiles, A5000, None, "asyncdiff", degree, public_cut=public)
+    law = together.middle[:6]
+    alone = together._batch.seconds(law)
+    walked = together.seconds(together.middle)[0] - max(alone)
+
+    assert 0 < walked < 0.1 * max(alone)
+    assert all(together.seconds(together.middle)[0] > time for time in alone)
 
 
 @pytest.mark.parametrize("degree", [2, 4, 8])
@@ -203,7 +222,7 @@ def test_the_less_is_waited_for_the_faster_is_distrifusion(
         for mode in ("full_sync", "sync_gn", "corrected_async_gn", "stale_gn", "separate_gn", "no_sync")
     }
 
-    assert list(times.values()) == sorted(times.values(), reverse=True)
+    assert never_rises(list(times.values()))
     assert times["full_sync"] > times["corrected_async_gn"] > times["no_sync"]
     assert times["sync_gn"] > times["corrected_async_gn"] > times["separate_gn"]
 
@@ -240,9 +259,9 @@ def test_a_slower_link_takes_longer(profiles: Profiles, gang: tuple[str, int], s
     totals = [sum(phase.seconds for phase in some) for some in found]
     shown = [sum(phase.comm_exposed_s for phase in some) for some in found]
 
-    assert totals == sorted(totals)
+    assert never_rises(totals[::-1])
     assert totals[1] < totals[2]  # PCIe is slower than NVLink
-    assert shown == sorted(shown)
+    assert never_rises(shown[::-1])
 
 
 def test_the_exchange_that_shows_is_part_of_the_time(profiles: Profiles) -> None:
@@ -254,6 +273,40 @@ def test_the_exchange_that_shows_is_part_of_the_time(profiles: Profiles) -> None
         for phase, timed in zip(expected, phases(profiles, request, A100, method, degree), strict=True):
             assert 0 <= timed.comm_exposed_s < timed.seconds
             assert timed.comm_bytes == pytest.approx(phase.rounds * phase.work.received_bytes)
+
+
+def with_gang(profiles: Profiles, options: str) -> tuple[Profiles, CostRow]:
+    """The profiles with somebody's own step of DistriFusion on four A100."""
+    (one_gpu, *_) = profiles.cost_rows(device="a100-sxm-80gb", model="sdxl", degree=1, runtime="cudagraph")
+    said = {"method": "distrifusion", "degree": 4, "options": options, "kind": "measured", "seconds_median": 0.123}
+    row = CostRow.model_validate(one_gpu.model_dump() | said)
+    return profiles.with_costs([row]), row
+
+
+def test_a_gang_that_was_measured_takes_what_was_measured(profiles: Profiles) -> None:
+    """One's own row of several GPUs goes before the model, for its method, options, size and link alone."""
+    own, row = with_gang(profiles, "guidance_split=false;ranks=nccl;sync_mode=corrected_async_gn")
+    warmup, steady = phases(own, job(), A100, "distrifusion", 4)
+    others = [
+        phases(own, job(), replace(A100, interconnect="pcie4"), "distrifusion", 4)[-1],
+        phases(own, job(), A100, "distrifusion", 4, sync_mode="no_sync")[-1],
+        phases(own, job(), A100, "pcpp", 4)[-1],
+        phases(own, job(side_px=2048), A100, "distrifusion", 4)[-1],
+    ]
+
+    assert steady.seconds == pytest.approx(45 * 0.123)
+    assert (steady.kind, steady.sources) == ("measured", (row.source,))
+    assert warmup.kind == "modelled"
+    assert {phase.kind for phase in others} == {"modelled"}
+
+
+@pytest.mark.xfail(reason="an option that a row does not mention is taken to be any", strict=True)
+def test_a_measured_gang_that_does_not_mention_an_option_had_its_default(profiles: Profiles) -> None:
+    """A row that says nothing of its synchronisation is none of a run without any."""
+    own, _ = with_gang(profiles, "ranks=nccl")
+
+    assert phases(own, job(), A100, "distrifusion", 4)[-1].kind == "measured"
+    assert phases(own, job(), A100, "distrifusion", 4, sync_mode="no_sync")[-1].kind == "modelled"
 
 
 def test_what_a_method_cannot_run_is_refused(profiles: Profiles) -> None:

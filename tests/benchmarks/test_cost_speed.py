@@ -1,0 +1,118 @@
+"""How fast prices are against the arithmetic that they rest on, in the same run: `pytest tests/benchmarks`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from hybridsd_sim import Plan, Profiles, Request, Site, Stage, price
+from hybridsd_sim.calibration import PARAMETERS, call_kernels, fit_of
+from hybridsd_sim.fitting import is_one_gpu_step, refit
+from hybridsd_sim.roofline import Batch
+from hybridsd_sim.steps import stage_rounds, stage_times
+from hybridsd_sim.transfers import CONSTANTS
+
+MOST_OVERHEAD = 6.0
+"""Seconds of a stage with its interval, over those of its rounds' rooflines, one for each derivative."""
+MOST_FITTING = 700.0
+"""Seconds of fitting a device's law, over those of timing all its rows under one law."""
+LEAST_GAIN = 5.0
+"""Seconds of a device's first price over those of the next."""
+VECTOR = len(PARAMETERS) + len(CONSTANTS) + 1
+"""What a round's interval takes derivatives of: the law, the constants and the link."""
+SITE = Site(name="cloud", tier="cloud", device="a100-sxm-80gb", runtime="eager", gpus_per_node=8)
+REQUEST = Request(model="sdxl", height_px=1024, width_px=1024, num_inference_steps=50)
+GANGS = [("cfg_parallel", 2), ("distrifusion", 4), ("pcpp", 8), ("asyncdiff", 4)]
+
+
+def stage_of(method: str, degree: int) -> Stage:
+    """Fifty steps of SDXL on a gang."""
+    return Stage(start=0, stop=50, model="sdxl", site=SITE, method=method, degree=degree)
+
+
+def ratio_of(benchmark: BenchmarkFixture, ours: Callable[[], object], reference: Callable[[], object]) -> float:
+    """The median of back-to-back ratios, so that a busy machine slows down both."""
+    ratios = []
+
+    def both() -> None:
+        ratios.append(_seconds(ours) / _seconds(reference))
+
+    benchmark.pedantic(both, rounds=30, warmup_rounds=2)
+    benchmark.extra_info["ratio"] = round(median(ratios), 2)
+    return median(ratios)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize(("method", "degree"), GANGS)
+def test_a_stage_takes_little_more_than_its_rooflines(
+    benchmark: BenchmarkFixture, profiles: Profiles, method: str, degree: int
+) -> None:
+    """The seconds of every phase with their interval: at most `MOST_OVERHEAD` of the rooflines they consist of."""
+    stage = stage_of(method, degree)
+    rounds = [round_ for _, round_ in stage_rounds(stage, REQUEST, profiles)]
+    law = fit_of(profiles, SITE.device, SITE.runtime, SITE.precision).law
+
+    def rooflines() -> None:
+        for round_ in rounds:
+            for _ in range(VECTOR + 2):
+                round_._batch.seconds(law)
+
+    assert ratio_of(benchmark, lambda: list(stage_times(stage, REQUEST, profiles)), rooflines) < MOST_OVERHEAD
+
+
+def test_a_law_is_fitted_in_few_looks_at_its_rows(benchmark: BenchmarkFixture, profiles: Profiles) -> None:
+    """All rows of the device that was timed most often, fitted anew: at most so many times their rooflines."""
+    rows = fit_of(profiles, SITE.device, SITE.runtime, SITE.precision).rows
+    batch = Batch([call_kernels(profiles, row) for row in rows])
+    law = fit_of(profiles, SITE.device, SITE.runtime, SITE.precision).law
+
+    def fit() -> None:
+        again = profiles.without(lambda _: False)  # another object, of which nothing is remembered
+        fit_of(again, SITE.device, SITE.runtime, SITE.precision)
+
+    def looks() -> None:
+        for _ in range(10):
+            batch.seconds(law)
+
+    assert ratio_of(benchmark, fit, looks) * 10 < MOST_FITTING
+
+
+def test_the_next_price_finds_its_law(benchmark: BenchmarkFixture, profiles: Profiles) -> None:
+    """Only the first price on a device waits for its fit: the next takes at most a fifth as long."""
+    stage = stage_of("distrifusion", 4)
+    plan = Plan(stages=(stage,), text_encode_site="cloud", vae_site="cloud", network="wifi6")
+
+    def first() -> None:
+        price(plan, REQUEST, profiles.without(lambda _: False))
+
+    def again() -> None:
+        price(plan, REQUEST, profiles)
+
+    assert ratio_of(benchmark, first, again) > LEAST_GAIN
+
+
+def test_leaving_a_device_out_costs_a_few_fits(benchmark: BenchmarkFixture, profiles: Profiles) -> None:
+    """Without a device everything that rests on it is fitted again, in at most four times all laws' own fits."""
+    keys = {(row.device, row.runtime, row.precision) for row in profiles.costs if is_one_gpu_step(row)}
+
+    def all_laws() -> None:
+        again = profiles.without(lambda _: False)
+        for key in keys:
+            fit_of(again, *key)
+
+    def held_out() -> None:
+        refit(profiles, without=lambda row: row.device == SITE.device)
+
+    ratios = [_seconds(held_out) / _seconds(all_laws) for _ in range(3)]
+    benchmark.pedantic(held_out, rounds=1)
+    benchmark.extra_info["ratio"] = round(median(ratios), 2)
+    assert median(ratios) < 4.0
