@@ -9,6 +9,14 @@ from pydantic import Field, model_validator
 
 from hybridsd_sim.profile_rows import Count, Name, NotNegative, Positive, Row, Written
 
+ALIKE = {"bf16": "fp16"}
+"""Precisions that run at one speed."""
+
+
+def alike(precision: str) -> str:
+    """The precision under whose name rows of this one are used and fitted."""
+    return ALIKE.get(precision, precision)
+
 
 class CostRow(Row):
     """Seconds of one component on one device. Sizes are 0 where the image does not matter; `*` stands for any name.
@@ -46,6 +54,11 @@ class CostRow(Row):
     peak_memory_bytes: Count | None = None
     comm_bytes: Annotated[int, Field(ge=0)] | None = None
     energy_j: NotNegative | None = None
+
+    @property
+    def said(self) -> dict[str, str]:
+        """The options, by name."""
+        return dict(part.split("=", 1) for part in self.options.split(";") if "=" in part)
 
     @property
     def latents(self) -> int:

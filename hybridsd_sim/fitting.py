@@ -19,13 +19,13 @@ import numpy as np
 
 from hybridsd_sim.calibration import (
     Fit,
-    alike,
     component_law_s,
     fit_of,
     memory_bytes_per_s,
     peak_flop_per_s,
     starting_belief,
 )
+from hybridsd_sim.cost_rows import alike
 from hybridsd_sim.fitted_rows import EFFICIENCIES, MethodConstant, Population
 from hybridsd_sim.methods import METHODS
 from hybridsd_sim.plan import Request, Site, Stage
@@ -36,7 +36,7 @@ from hybridsd_sim.steps import Round, stage_rounds
 from hybridsd_sim.transfers import CONSTANTS, constants_of
 
 ITERATIONS = 6
-"""Rounds of expectation and maximisation from nothing; two are enough from populations that are nearly right."""
+"""Rounds of expectation and maximisation; thirty move a law's seconds by about 1.5%."""
 START_DEVICES = 1.0
 """How many devices the starting belief about a runtime weighs."""
 MULTI_GPU_SPREAD = 0.03
@@ -46,6 +46,7 @@ LONG_RUN = 10_000
 """Steps of a run whose warm-up hardly shows in the mean."""
 LINKS = {"gloo": "tcp-one-host"}
 """Interconnects of process groups that do not use the device's own."""
+METHOD_CONSTANTS = (*(constant.name for constant in CONSTANTS), "unexplained_share")
 LEAST_RATIO_SPREAD = 0.2
 SOURCE = "fitted to the rows of this folder by hybridsd_sim.fitting"
 
@@ -55,17 +56,19 @@ def refit(profiles: Profiles, *, without: Callable[[CostRow], bool]) -> Profiles
     kept = profiles.without(without)
     gone = [row for row in profiles.costs if without(row)]
     if touched := {(row.runtime, alike(row.precision)) for row in gone if is_one_gpu_step(row)}:
-        kept = with_populations(kept, iterations=2, only=touched)
+        # from nothing: populations that saw the rows would still remember them
+        rest = tuple(row for row in kept.populations if (row.runtime, row.precision) not in touched)
+        kept = with_populations(replace(kept, populations=rest), only=touched)
     if any(is_multi_gpu_time(row) for row in gone):
         return with_constants(kept)
-    shared = {row.name: row for row in (*_component_ratios(kept), *_contention(kept))}
-    return replace(kept, constants={**profiles.constants, **shared})
+    methods = {name: row for name, row in kept.constants.items() if name in METHOD_CONSTANTS}
+    return _with_shared(replace(kept, constants=methods))
 
 
 def fitted(profiles: Profiles) -> Profiles:
     """The profiles with everything fitted anew from their rows."""
     bare = replace(profiles, populations=(), constants={})
-    return with_constants(with_populations(bare, iterations=ITERATIONS))
+    return with_constants(with_populations(bare))
 
 
 # ---- Populations ----------------------------------------------------------------------------------------------------
@@ -83,7 +86,7 @@ def own_fits(profiles: Profiles, only: Collection[tuple[str, str]] | None = None
 
 
 def with_populations(
-    profiles: Profiles, *, iterations: int, only: Collection[tuple[str, str]] | None = None
+    profiles: Profiles, *, iterations: int = ITERATIONS, only: Collection[tuple[str, str]] | None = None
 ) -> Profiles:
     """The profiles with the populations estimated from their one-GPU rows.
 
@@ -151,7 +154,7 @@ def is_shared_memory_time(row: CostRow) -> bool:
 
 def timed_stage(row: CostRow) -> tuple[Stage, Request]:
     """The stage and request whose average step a row timed."""
-    said = dict(part.split("=", 1) for part in row.options.split(";") if "=" in part)
+    said = row.said
     steps = int(said.pop("num_inference_steps", "50"))
     defaults = METHODS[row.method].defaults
     options = tuple(
@@ -180,9 +183,14 @@ def _plain(text: str) -> bool | float | str:
 def with_constants(profiles: Profiles) -> Profiles:
     """The profiles with the method constants fitted to their published multi-GPU times."""
     rows = [row for row in profiles.costs if is_multi_gpu_time(row)]
-    found = {row.name: row for row in (*_method_constants(profiles, rows), *_component_ratios(profiles))}
-    profiles = replace(profiles, constants=found)
-    return replace(profiles, constants={**found, **{row.name: row for row in _contention(profiles)}})
+    return _with_shared(replace(profiles, constants={row.name: row for row in _method_constants(profiles, rows)}))
+
+
+def _with_shared(profiles: Profiles) -> Profiles:
+    """The profiles with their method constants, and the ratios that other rows tell."""
+    known = {**profiles.constants, **{row.name: row for row in _component_ratios(profiles)}}
+    profiles = replace(profiles, constants=known)
+    return replace(profiles, constants={**known, **{row.name: row for row in _contention(profiles)}})
 
 
 def _method_constants(profiles: Profiles, rows: Sequence[CostRow]) -> Iterator[MethodConstant]:
@@ -227,7 +235,7 @@ class _Timed:
 
     def error(self, constants: Floats) -> float:
         """log(predicted / published)."""
-        total = sum(count * round_.with_constants(constants) for count, round_ in self._rounds)
+        total = sum(count * round_.seconds_with(constants) for count, round_ in self._rounds)
         return log(total / self._observed)
 
 
@@ -283,6 +291,12 @@ def _newest(fits: Sequence[Fit]) -> str:
     return max(row.source_date for fit in fits for row in fit.rows)
 
 
+LAW_COLUMNS = ("device", "runtime", "precision", "parameter", "value", "low", "high", "rows")
+RESIDUAL_COLUMNS = (
+    "device", "runtime", "precision", "model", "height_px", "width_px", "latents", "kind", "seconds", "law_s",
+    "relative_error", "source",
+)  # fmt: skip
+
 # ---- Written tables -------------------------------------------------------------------------------------------------
 
 
@@ -294,15 +308,16 @@ def write_fitted(profiles: Profiles, folder: Path) -> None:
     """
     fits = own_fits(profiles)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "populations.csv", [row.model_dump() for row in profiles.populations])
-    _write(folder / "constants.csv", [row.model_dump() for row in profiles.constants.values()])
-    _write(folder / "laws.csv", [line for fit in fits for line in law_lines(fit)])
-    _write(folder / "residuals.csv", [line for fit in fits for line in residual_lines(fit)])
+    populations, constants = [row.model_dump() for row in profiles.populations], profiles.constants.values()
+    _write(folder / "populations.csv", list(Population.model_fields), populations)
+    _write(folder / "constants.csv", list(MethodConstant.model_fields), [row.model_dump() for row in constants])
+    _write(folder / "laws.csv", LAW_COLUMNS, [line for fit in fits for line in law_lines(fit)])
+    _write(folder / "residuals.csv", RESIDUAL_COLUMNS, [line for fit in fits for line in residual_lines(fit)])
 
 
-def _write(path: Path, lines: Sequence[Mapping[str, object]]) -> None:
+def _write(path: Path, columns: Sequence[str], lines: Sequence[Mapping[str, object]]) -> None:
     text = StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     write_atomically(path, text.getvalue().encode())

@@ -2,7 +2,7 @@
 
 A method says how the UNet evaluations of a stage are spread over `degree` GPUs: how many rounds there are, what the
 busiest rank computes in one round, what it receives, and behind how much of its own compute the exchange may hide. How
-long that takes on a given GPU and interconnect is the business of `calibration` and `cost`. Executors ask here what is
+long that takes on a given GPU and interconnect is the business of `steps`. Executors ask here what is
 legal, so a rule is stated once.
 
 Sources: DistriFusion (arXiv 2402.19481, code mit-han-lab/distrifuser), PCPP (arXiv 2412.02962, code xiuyuz/pcpp),
@@ -272,7 +272,8 @@ class AsyncDiff(Method):
         rest = job.num_steps - warmup
         rounds = -(-rest // stride)
         works = component_works(job, degree - stride + 1, public_cut=bool(settings["public_cut"]))
-        ranks = tuple(replace(work, walks=stride) for work in works)
+        passes = stride * job.table.ops
+        ranks = tuple(replace(work, walked_ops=passes - work.kernels.ops) for work in works)
         return (
             Phase(name="warmup", steps=warmup, rounds=warmup, ranks=(whole(job),)),
             Phase(name="steady", steps=rest, rounds=rounds, ranks=ranks),

@@ -13,9 +13,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from hybridsd_sim.cost_rows import CostRow, Meta
+from hybridsd_sim.cost_rows import CostRow, Meta, alike
 from hybridsd_sim.errors import InputError, MissingDataError, Problem, unknown_name
 from hybridsd_sim.fitted_rows import MethodConstant, Population
 from hybridsd_sim.plan import KIND_ORDER
@@ -74,6 +74,9 @@ class Profiles:
     def __repr__(self) -> str:
         counts = f"{len(self.gpus)} GPUs, {len(self.models)} models, {len(self.costs)} cost rows"
         return f"Profiles({counts}, {self.digest[:8]})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001 the protocol of pretty printers
+        printer.text(repr(self))
 
     def gpu(self, name: str) -> Gpu:
         return _named("gpu", name, self.gpus)
@@ -139,8 +142,17 @@ class Profiles:
         limit = self.runtime(runtime).max_unet_batch
         held = min(latents, limit) if limit else latents
         rows = self._steps.get((device, runtime, self.model(model).network, size, held), ())
-        fitting = [row for row in rows if precision in (None, row.precision)]
+        fitting = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
         return min(fitting, key=lambda row: _rank(row, prefer), default=None)
+
+    def step_rows(
+        self, device: str, runtime: str, model: str, precision: str | None = None, *, prefer: Sequence[str] = ()
+    ) -> list[CostRow]:
+        """All steps of this network that were timed on one such device under the runtime, best known first."""
+        where = (device, runtime, self.model(model).network)
+        rows = [row for key, rows in self._steps.items() if key[:3] == where for row in rows]
+        fitting = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
+        return sorted(fitting, key=lambda row: _rank(row, prefer))
 
     def component_row(
         self, device: str, runtime: str, component: Component, size: tuple[int, int], *, prefer: Sequence[str] = ()

@@ -60,13 +60,15 @@ class PublishedRow(Row):
 
     `model` names a component for quantities of a decoder. With a `small_model`, a plan hands over at `switch_step`, and
     a ratio divides by the small model's. `degrees` and `sides_px` (of square images) are single values, but for ranges
-    and ratios. Rows that do not count are outliers, with the reason in `notes`.
+    and ratios. Rows that do not count are outliers, with the reason in `notes`. `fitted` are those from which a
+    constant of the catalogue was derived; it stays when the figure is left out.
     """
 
     table: Name
     quantity: Name
     value: Positive
     counts: bool = True
+    fitted: bool = False
     model: Name
     small_model: Name | None = None
     switch_step: Annotated[int, Field(ge=0)] | None = None

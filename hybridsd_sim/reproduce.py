@@ -1,13 +1,15 @@
 """What the model says about a published or measured figure: the plan behind the figure, priced.
 
 A cost row of one device is answered by the device's fitted law, never by the row itself; one of several devices by the
-price of its plan. Every other quantity that somebody published has its function in `QUANTITIES`.
+price of its plan, without the rows that timed such gangs as a whole. Every other quantity that somebody published has
+its function in `QUANTITIES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from math import exp, hypot, log
 
@@ -22,13 +24,11 @@ from hybridsd_sim.published import PublishedRow, what_is_timed
 from hybridsd_sim.steps import denoising, law_s
 from hybridsd_sim.written import read_scalar
 
-ELEMENT_BYTES = 2
-"""Activations travel in fp16."""
+ACTIVATION_BYTES = 2
+"""Of an element that travels, in fp16."""
 GUIDED, UNGUIDED = 7.5, 1.0
 STEPS_OF_A_RUN = 21
 """Steps of the run of which one step is looked at: one synchronous, and an even number of steady ones."""
-LINKS = {"gloo": "tcp-one-host"}
-"""Interconnects of process groups that do not use the device's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ def predict_cost_row(row: CostRow, profiles: Profiles) -> Prediction:
     if what == "one_gpu":
         return _by_law(row, profiles)
     if what == "multi_gpu":
-        return _multi_gpu_step(row, profiles)
+        return _multi_gpu_step(row, _without_gangs(profiles))
     if what == "exchange":
-        return _exchange_round(row, profiles)
+        return _exchange_round(row, _without_gangs(profiles))
     raise InputError(Problem("component", row.component, "is not a time that a law predicts"))
 
 
@@ -77,6 +77,19 @@ def _by_law(row: CostRow, profiles: Profiles) -> Prediction:
 
 
 # ---- Cost rows of several devices -----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def _without_gangs(profiles: Profiles) -> Profiles:
+    """The profiles without measured steps of whole gangs, which a price would repeat; no device's law rests on them.
+
+    Made once for each profiles, so that the laws are not fitted again for every row.
+    """
+    return profiles.without(_is_gang_step) if any(map(_is_gang_step, profiles.costs)) else profiles
+
+
+def _is_gang_step(row: CostRow) -> bool:
+    return row.kind == "measured" and row.degree > 1 and row.component in {"step", "step_warmup"}
 
 
 def _multi_gpu_step(row: CostRow, profiles: Profiles) -> Prediction:
@@ -100,8 +113,7 @@ def _one_step_in_a_run(row: CostRow) -> tuple[Stage, Request]:
     options = dict(stage.options)
     if "warmup_steps" in find_method(row.method).defaults:
         options["warmup_steps"] = 1
-    site = replace(stage.site, interconnect=LINKS.get(str(read_options(row.options).get("ranks"))))
-    stage = replace(stage, stop=STEPS_OF_A_RUN, site=site, options=tuple(sorted(options.items())))
+    stage = replace(stage, stop=STEPS_OF_A_RUN, options=tuple(sorted(options.items())))
     return stage, replace(request, num_inference_steps=STEPS_OF_A_RUN)
 
 
@@ -181,7 +193,7 @@ def _gang_price(
 
 def _traffic_elements_per_step(row: PublishedRow, profiles: Profiles, method: str | None = None) -> Prediction:
     cost = _gang_price(row, row.degrees[0], row.sides_px[0], profiles, method)
-    return Prediction(cost.comm_bytes / ELEMENT_BYTES / row.num_inference_steps)
+    return Prediction(cost.comm_bytes / ACTIVATION_BYTES / row.num_inference_steps)
 
 
 def _traffic_saved_against_distrifusion(row: PublishedRow, profiles: Profiles) -> Prediction:

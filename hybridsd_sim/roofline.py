@@ -38,7 +38,8 @@ _KIND_OF = {
 PARAMETERS = (
     "linear_flop_per_s", "conv_share", "attention_share", "memory_bytes_per_s", "seconds_per_op", "launch_s_per_op",
 )  # fmt: skip
-"""A law's parameters: the rate of large linear layers, those of convolutions and attention as shares of it, ..."""
+"""A law's parameters: the rate of large linear layers, those of convolutions and attention as shares of it, the rate of
+the memory, and the seconds that an operation takes at least on the device and on the host."""
 NORM_PASSES = 2.5
 """How often a norm and the pointwise work around it (activation, residual sum) read and write their tensor: the norm
 once, the activation or sum one and a half times more. Modelled."""

@@ -9,7 +9,7 @@ from hybridsd_sim.show import sentences, table
 
 Data = Mapping[str, Any]
 HEADER = (
-    "table", "rows", "fitted", "error", "worst", "error held out", "worst held out", "in interval",
+    "table", "rows", "fitted", "error", "worst", "in interval", "rows held out", "error held out", "worst held out",
     "in interval held out", "order",
 )  # fmt: skip
 SHOWN = 3
@@ -17,6 +17,7 @@ SHOWN = 3
 LEGEND = (
     "error: mean of |predicted / published - 1|.",
     "held out: with the row's own group (a resolution, a model or a device) left out of all rows and fits.",
+    "rows held out: those that can still be predicted then; the figures held out are over these alone.",
     "fitted: rows that shaped a law or a constant.",
     "in interval: share of published values inside the predicted 90% interval.",
 )
@@ -26,7 +27,7 @@ def verification_text(data: Data, width: int) -> str:
     """A line a table, the worst row of each, then what is out of order, not counted or not predicted."""
     tables = data["tables"]
     rows = [_line(found) for found in tables]
-    rows.append(("all", sum(found["rows"] for found in tables), *[""] * 5, *_shares(data), ""))
+    rows.append(_total(data))
     worst = [_worst(found) for found in tables if found["worst_row"]]
     notes = [note for found in tables for note in _notes(found)]
     text = (
@@ -39,9 +40,21 @@ def verification_text(data: Data, width: int) -> str:
 
 
 def _line(found: Data) -> tuple[Any, ...]:
-    errors = (percent(found[key]) for key in ("mare", "worst", "mare_held_out", "worst_held_out"))
+    error, worst, error_out, worst_out = (
+        percent(found[key]) for key in ("mare", "worst", "mare_held_out", "worst_held_out")
+    )
+    inside, inside_out = _shares(found)
     order = {None: "", True: "right", False: f"{len(found['wrong_order'])} wrong"}[found["ranking_right"]]
-    return found["name"], found["rows"], found["calibration_rows"], *errors, *_shares(found), order
+    everything = found["rows"], found["calibration_rows"], error, worst, inside
+    return found["name"], *everything, found["held_out_rows"], error_out, worst_out, inside_out, order
+
+
+def _total(data: Data) -> tuple[Any, ...]:
+    rows, fitted, held_out = (
+        sum(found[key] for found in data["tables"]) for key in ("rows", "calibration_rows", "held_out_rows")
+    )
+    inside, inside_out = _shares(data)
+    return "all", rows, fitted, "", "", inside, held_out, "", "", inside_out, ""
 
 
 def _shares(found: Data) -> tuple[str, str]:
@@ -67,9 +80,19 @@ def _notes(found: Data) -> Iterator[str]:
     for reason in dict.fromkeys(case["notes"] for case in outliers):
         those = [f"{case['label']} ({_off(case)})" for case in outliers if case["notes"] == reason]
         yield f"{name}, not counted: {_some(those)}. Because: {reason}."
-    missing = [case for case in cases if case["predicted"] is None]
-    for reason in dict.fromkeys(case["why"] for case in missing):
-        yield f"{name}, not predicted: {_some([case['label'] for case in missing if case['why'] == reason])}. {reason}"
+    if found["kept_when_held_out"]:
+        because = f": {found['notes']}" if found["notes"] else ""
+        shaped = f"constants of the catalogue that {found['kept_when_held_out']} of its figures shaped"
+        yield f"{name}, held out, keeps {shaped}{because}."
+    known = [case for case in cases if not case["why"]]
+    yield from _missing(f"{name}, not predicted", cases, "why")
+    yield from _missing(f"{name}, not predicted when held out", known, "why_held_out")
+
+
+def _missing(what: str, cases: Sequence[Data], key: str) -> Iterator[str]:
+    """The cases without a prediction, by the reason that they give under `key`."""
+    for reason in dict.fromkeys(case[key] for case in cases if case[key]):
+        yield f"{what}: {_some([case['label'] for case in cases if case[key] == reason])}. {reason}"
 
 
 def _some(labels: Sequence[str]) -> str:

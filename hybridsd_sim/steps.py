@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, log, sqrt
+from math import exp, hypot, log, sqrt
 
 import numpy as np
 
-from hybridsd_sim.calibration import Z90, Fit, alike, call_kernels, calls, fit_of
+from hybridsd_sim.calibration import ROWS_OF_DOUBT, SOURCE_SPREAD, Z90, Fit, call_kernels, calls, fit_of
+from hybridsd_sim.cost_rows import alike
 from hybridsd_sim.errors import IllegalPlanError
 from hybridsd_sim.methods import Option, Phase, find_method
 from hybridsd_sim.partition import Denoising
@@ -35,6 +36,8 @@ from hybridsd_sim.unet import unet_units
 
 SIMULTANEOUS = ("gloo", "nccl")
 """What carries ranks that run at the same time; those of loopback take turns on one device."""
+LEAST_DISTANCE = 1e-9
+"""By how much a step of another shape is farther than the very step."""
 _STEP = 1e-4
 """Nudge of a logarithm in numeric derivatives."""
 
@@ -123,16 +126,48 @@ class _Timer:
         self.size = (request.height_px, request.width_px)
         site = stage.site
         self.calls = calls(profiles, site.runtime, request.unet_batch)
-        self.row = profiles.step_row(
-            site.device, site.runtime, stage.model, self.size,
-            latents=request.unet_batch, precision=site.precision, prefer=prefer,
-        )  # fmt: skip
+        rows = profiles.step_rows(site.device, site.runtime, stage.model, site.precision, prefer=prefer)
+        wanted = self.size[0] * self.size[1] * request.unet_batch / self.calls
+        self.anchor = min(rows, key=lambda row: self._distance(row, wanted), default=None)
+        self.row = self.anchor if self.anchor is not None and self._is_exact(self.anchor) else None
+        self.level_spread = self._level_spread(rows)
+
+    def _distance(self, row: CostRow, wanted: float) -> float:
+        """How far a row's call lies from the wanted one, in logarithms of image area times latents."""
+        held = row.latents / calls(self.profiles, row.runtime, row.latents)
+        return abs(log(row.height_px * row.width_px * held / wanted)) + (not self._is_exact(row)) * LEAST_DISTANCE
+
+    def _is_exact(self, row: CostRow) -> bool:
+        held = row.latents / calls(self.profiles, row.runtime, row.latents)
+        return (row.height_px, row.width_px, held) == (*self.size, self.latents / self.calls)
+
+    def _level_spread(self, rows: Sequence[CostRow]) -> float:
+        """Standard deviation of the anchor's logarithm: its repetition and, unless measured, what sources differ by."""
+        anchor = self.anchor
+        if anchor is None:
+            return 0.0
+        low, high = anchor.range_s
+        repetition = log(high / low) / (2 * Z90)
+        if anchor.kind == "measured":
+            return repetition
+        gaps = [log(row.seconds_median / anchor.seconds_median) for row in rows if self._timed_the_same(row, anchor)]
+        doubt = ROWS_OF_DOUBT * SOURCE_SPREAD**2 + sum(gap**2 for gap in gaps)
+        return hypot(repetition, sqrt(doubt / (ROWS_OF_DOUBT + len(gaps) - 1)))
+
+    @staticmethod
+    def _timed_the_same(row: CostRow, anchor: CostRow) -> bool:
+        return (row.height_px, row.width_px, row.latents) == (anchor.height_px, anchor.width_px, anchor.latents)
 
     def time(self, phase: Phase) -> PhaseTime:
         if self.stage.degree == 1 and self.row is not None:
-            return _timed(phase.name, self.row, phase.rounds * self.calls)
+            width = exp(Z90 * self.level_spread)
+            seconds = self.row.seconds_median
+            bounds = self.row.range_s if self.row.kind == "measured" else (seconds / width, seconds * width)
+            count = phase.rounds * self.calls / calls(self.profiles, self.row.runtime, self.row.latents)
+            return _timed(phase.name, self.row, count, bounds=bounds)
         if self.stage.degree > 1 and (row := self._gang_row(phase)) is not None:
-            return _timed(phase.name, row, phase.steps, "measured as a whole, its exchange inside")
+            note = "measured as a whole, its exchange inside"
+            return _timed(phase.name, row, phase.steps, bounds=row.range_s, note=note)
         return self._modelled(phase)
 
     def _gang_row(self, phase: Phase) -> CostRow | None:
@@ -148,13 +183,13 @@ class _Timer:
 
     def _is_of(self, row: CostRow) -> bool:
         """Whether a row timed this stage's network, latents, precision and options, each rank on its own device."""
-        said = dict(part.split("=", 1) for part in row.options.split(";") if "=" in part)
+        said = row.said
         carried = row.rank is None and said.pop("ranks", "") in SIMULTANEOUS
-        mine = {name: str(value).lower() for name, value in self.settings.items()}
+        mine, usual = (_texts(options) for options in (self.settings, find_method(row.method).defaults))
         models = {self.profiles.model(name).network for name in (row.model, self.stage.model)}
         same_precision = alike(row.precision) == alike(self.stage.site.precision)
         same_work = len(models) == 1 and row.latents == self.latents and same_precision
-        return carried and same_work and all(mine.get(name) == value.lower() for name, value in said.items())
+        return carried and same_work and mine == _texts({**usual, **said})
 
     def _modelled(self, phase: Phase) -> PhaseTime:
         site = self.stage.site
@@ -177,15 +212,19 @@ class _Timer:
         )
 
     def _note(self, fit: Fit, phase: Phase, *, within: bool) -> str:
-        if self.row is not None:
-            return f"{fit.note}; anchored on its step of {self.row.seconds_median:.4g} s"
+        if self.anchor is not None:
+            row = self.anchor
+            return (
+                f"{fit.note}; anchored on its step of {row.seconds_median:.4g} s at {row.height_px}x{row.width_px} px"
+            )
         if within or not fit.flops:
             return fit.note
         call, least, most = (flop / 1e12 for flop in (phase.work.kernels.flops, min(fit.flops), max(fit.flops)))
         return f"{fit.note}; a call of {call:.3g} TFLOPs, where {least:.3g} to {most:.3g} were timed"
 
     def round(self, phase: Phase, fit: Fit) -> Round:
-        return Round(phase, fit, self.row, self._link(phase), self.stage.degree, self.profiles)
+        anchor = None if self.anchor is None else (self.anchor, self.level_spread)
+        return Round(phase, fit, anchor, self._link(phase), self.stage.degree, self.profiles)
 
     def _link(self, phase: Phase) -> Interconnect | None:
         if not phase.work.messages:
@@ -195,13 +234,18 @@ class _Timer:
         return actual_link(self.profiles, name, self.stage.degree)
 
     def _sources(self, fit: Fit, link: Interconnect | None) -> tuple[str, ...]:
-        own = (self.row.source,) if self.row else fit.sources
+        own = (self.anchor.source,) if self.anchor else fit.sources
         return tuple(dict.fromkeys((*own, *([link.source] if link else []))))
 
 
-def _timed(name: str, row: CostRow, count: int, note: str = "") -> PhaseTime:
-    """As many of a timed row as the phase has."""
-    low, high = row.range_s
+def _texts(options: Mapping[str, Option]) -> dict[str, str]:
+    """Options as a row writes them; the cost of a step does not depend on how many steps are synchronous."""
+    return {name: str(value).lower() for name, value in options.items() if name != "warmup_steps"}
+
+
+def _timed(name: str, row: CostRow, count: float, *, bounds: tuple[float, float], note: str = "") -> PhaseTime:
+    """As many of a timed row as the phase has; `bounds` are those of one."""
+    low, high = bounds
     return PhaseTime(
         name=name,
         seconds=row.seconds_median * count,
@@ -224,40 +268,40 @@ class Round:
         self,
         phase: Phase,
         fit: Fit,
-        anchor: CostRow | None,
+        anchor: tuple[CostRow, float] | None,
         link: Interconnect | None,
         degree: int,
         profiles: Profiles,
     ) -> None:
-        self.ranks, self.link, self.degree, self.anchor = phase.ranks, link, degree, anchor
-        whole = [call_kernels(profiles, anchor)] if anchor else []
+        self.ranks, self.link, self.degree = phase.ranks, link, degree
+        row, level_spread = anchor or (None, fit.sigma)
+        whole = [call_kernels(profiles, row)] if row else []
+        self._anchor_s = row.seconds_median / calls(profiles, row.runtime, row.latents) if row else None
         self._batch = Batch([*whole, *(rank.kernels for rank in phase.ranks)])
-        self._ops = max(rank.kernels.ops for rank in phase.ranks)
         constants, doubts = constants_of(profiles)
         self._parts = np.cumsum([len(fit.law), len(constants)])
         self.middle: Floats = np.concatenate([fit.law, constants, [0.0]])
         link_spread = log(link.bandwidth_high / link.bandwidth_low) / (2 * Z90) if link else 0.0
         self._covariance = _blocks(fit.covariance, doubts, np.array([[link_spread**2]]))
-        row_spread = log(anchor.range_s[1] / anchor.range_s[0]) / (2 * Z90) if anchor else fit.sigma
-        self._slower, doubt = contention(profiles, link)
-        self._noise = sqrt(row_spread**2 + doubt**2 + (unexplained_share(profiles) ** 2 if link else 0.0))
+        self._slower, doubt = contention(profiles, link, fit.device)
+        self._noise = sqrt(level_spread**2 + doubt**2 + (unexplained_share(profiles) ** 2 if link else 0.0))
 
     def seconds(self, vector: Floats) -> tuple[float, float]:
         """Seconds of the slowest rank, and those of its exchange that show."""
         law, constants, width = np.split(vector, self._parts)
         times = self._batch.seconds(law)
-        if self.anchor:
-            times = times[1:] * (self.anchor.seconds_median / times[0])
+        if self._anchor_s:
+            times = times[1:] * (self._anchor_s / times[0])
         slowest = (0.0, 0.0)
         for rank, compute in zip(self.ranks, (times * self._slower).tolist(), strict=True):
-            busy, shown = compute + walk_s(rank, self._ops, exp(law[-1]), constants), 0.0
+            busy, shown = compute + walk_s(rank, exp(law[-1]), constants), 0.0
             if self.link:
                 rate = link_bytes_per_s(self.link, rank, self.degree, constants) * exp(width[0])
                 shown = exchange_s(rank, rate, self.link.latency_s, compute, constants)
             slowest = max(slowest, (busy + shown, shown))
         return slowest
 
-    def with_constants(self, constants: Floats) -> float:
+    def seconds_with(self, constants: Floats) -> float:
         """Seconds with other method constants (logarithms), all else in its middle."""
         law, _, width = np.split(self.middle, self._parts)
         return self.seconds(np.concatenate([law, constants, width]))[0]

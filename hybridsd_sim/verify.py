@@ -1,7 +1,8 @@
 """Predictions held against every published and measured table: how far off, how sure, and how far off without help.
 
 Every figure is predicted twice: with everything that is known, and with the figure's own group left out of all rows and
-fits (a resolution, a model or a device, as its table says). The second is the one to quote.
+fits (a resolution, a model or a device, as its table says). The second is the one to quote, but where figures shaped a
+constant of the catalogue: that stays (`kept_when_held_out` of a table counts them).
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from hybridsd_sim.calibration import alike
 from hybridsd_sim.cases import Case, cases_of, leaves_out
+from hybridsd_sim.cost_rows import alike
 from hybridsd_sim.errors import InputError
-from hybridsd_sim.fitting import is_multi_gpu_time, own_fits
+from hybridsd_sim.fitting import is_multi_gpu_time, is_shared_memory_time, own_fits
 from hybridsd_sim.fitting import refit as fit_again
 from hybridsd_sim.profiles import CostRow, Profiles
-from hybridsd_sim.published import Published, Table, load_published
+from hybridsd_sim.published import Published, PublishedRow, Table, load_published
 from hybridsd_sim.reproduce import Prediction, read_options
 
 Refit = Callable[..., Profiles]
@@ -60,8 +61,13 @@ class CheckedTable:
 
     @property
     def calibration_rows(self) -> int:
-        """How many of the cases' rows were used in a fit, those that do not count too."""
+        """How many of the cases' rows were used in a fit or for a constant, those that do not count too."""
         return sum(found.fitted for found in self.cases)
+
+    @property
+    def kept_when_held_out(self) -> int:
+        """How many of the figures shaped a constant of the catalogue, which no leaving out takes back."""
+        return sum(found.fitted and isinstance(found.case.row, PublishedRow) for found in self.cases)
 
     @property
     def mare(self) -> float | None:
@@ -172,11 +178,15 @@ def verify(
 
 
 def used_in_fits(profiles: Profiles) -> frozenset[CostRow]:
-    """The cost rows that shaped a device's law, a method's constants, or the ratios of encoders and decoders."""
+    """The cost rows that shaped a device's law or one of the constants that devices share."""
     fits = own_fits(profiles)
     laws = {(fit.device, fit.runtime, fit.precision) for fit in fits}
-    shared = (row for row in profiles.costs if is_multi_gpu_time(row) or _shapes_ratio(row, laws))
+    shared = (row for row in profiles.costs if _shapes_constant(row, laws))
     return frozenset(row for fit in fits for row in fit.rows).union(shared)
+
+
+def _shapes_constant(row: CostRow, laws: Collection[tuple[str, str, str]]) -> bool:
+    return is_multi_gpu_time(row) or is_shared_memory_time(row) or _shapes_ratio(row, laws)
 
 
 def _shapes_ratio(row: CostRow, laws: Collection[tuple[str, str, str]]) -> bool:
@@ -186,7 +196,7 @@ def _shapes_ratio(row: CostRow, laws: Collection[tuple[str, str, str]]) -> bool:
 
 def _check(case: Case, profiles: Profiles, used: frozenset[CostRow]) -> Checked:
     prediction, why = _predicted(case, profiles)
-    fitted = isinstance(case.row, CostRow) and case.row in used
+    fitted = case.row in used if isinstance(case.row, CostRow) else case.row.fitted
     return Checked(case=case, predicted=prediction, held_out=None, fitted=fitted, why=why)
 
 
@@ -217,8 +227,10 @@ def _table_data(table: CheckedTable) -> dict[str, Any]:
         "title": table.table.title,
         "source": table.table.source,
         "group": table.table.group,
+        "notes": table.table.notes,
         "rows": len(table.counted),
         "calibration_rows": table.calibration_rows,
+        "kept_when_held_out": table.kept_when_held_out,
         "mare": table.mare,
         "worst": None if worst is None or worst.error is None else abs(worst.error),
         "worst_row": None if worst is None else worst.case.label,
@@ -246,7 +258,8 @@ def _case_data(found: Checked) -> dict[str, Any]:
         "held_out_error": found.held_out_error,
         "fitted": found.fitted,
         "counts": case.counts,
-        "why": found.why or found.why_held_out,
+        "why": found.why,
+        "why_held_out": found.why_held_out,
         "notes": case.notes,
         "source": case.source,
     }

@@ -197,9 +197,6 @@ def test_rows_of_one_source_that_contradict_each_other_widen_the_interval(deviat
     assert all(wide > narrow for narrow, wide in zip(widths(clean), widths(torn), strict=True))
 
 
-@pytest.mark.xfail(
-    reason="offsets of sources are taken as they come: only residuals within a source widen", strict=True
-)
 @pytest.mark.parametrize("factor", [1.5, 3.0])
 def test_sources_that_contradict_each_other_widen_the_interval(factor: float) -> None:
     """Two tables that are this far apart on every step leave the device less known than two that agree."""
@@ -404,7 +401,6 @@ def test_full_precision_is_slower_on_every_gpu(profiles: Profiles, gpu: str, run
         assert full > half, call
 
 
-@pytest.mark.xfail(reason="a rate taken from rows of another precision is not slowed down for fp32", strict=True)
 def test_full_precision_is_slower_without_a_datasheet() -> None:
     """A phone that was timed in fp16 takes longer in fp32 as well."""
     known = bare().with_costs([row(call, 0.2, device="phone") for call in TIMED[:1]])

@@ -90,7 +90,16 @@ def test_a_timed_step_is_taken_as_it_stands(profiles: Profiles) -> None:
 
     assert found.seconds == pytest.approx(50 * row.seconds_median)
     assert (found.kind, found.sources, found.within) == (row.kind, (row.source,), True)
-    assert (found.low_s, found.high_s) == pytest.approx([50 * bound for bound in row.range_s])
+    low, high = (50 * bound for bound in row.range_s)
+    assert found.low_s < low < found.seconds < high < found.high_s
+
+
+def test_sources_that_differ_widen_a_quoted_step(profiles: Profiles) -> None:
+    """Where several sources timed one step, the interval of the one that is used reaches towards the others."""
+    many = phases(profiles, job("sd15"), replace(A100, runtime="eager"))[0]
+    one = phases(profiles, job("sdxl", 1024), A100)[0]
+
+    assert many.high_s / many.low_s > 1.5 * one.high_s / one.low_s
 
 
 @given(sites, models, st.integers(1, 100))
@@ -103,16 +112,24 @@ def test_steps_cost_alike_on_one_gpu(profiles: Profiles, site: Site, model: str,
 
 
 def test_the_law_stands_in_for_a_step_that_nobody_timed(profiles: Profiles) -> None:
-    """An untimed size is the law's, modelled; one like it that was timed is anchored there on several GPUs."""
-    untimed, timed = job("sd15", 640), job("sd15")
+    """An untimed size takes what the law says, scaled by how the nearest timed one of the network differs from it."""
     row = profiles.cost_rows(device="rtx-a5000", model="sd15", degree=1, runtime="eager")[0]
-    middle, low, high = law_s(row.model_copy(update={"height_px": 640, "width_px": 640}), profiles)
-    (found,) = phases(profiles, untimed, A5000)
+    larger = row.model_copy(update={"height_px": 640, "width_px": 640})
+    (law, _, _), (nearest, _, _) = law_s(larger, profiles), law_s(row, profiles)
+    (found,) = phases(profiles, job("sd15", 640), A5000)
 
-    assert (found.seconds, found.low_s, found.high_s) == pytest.approx((50 * middle, 50 * low, 50 * high))
-    assert found.kind == "modelled"
-    assert "anchored" in phases(profiles, timed, A5000, "asyncdiff", 2)[-1].note
-    assert "anchored" not in phases(profiles, untimed, A5000, "asyncdiff", 2)[-1].note
+    assert found.seconds == pytest.approx(50 * law * row.seconds_median / nearest)
+    assert (found.kind, "anchored" in found.note) == ("modelled", True)
+
+
+def test_a_network_that_nobody_timed_there_takes_what_the_law_says(profiles: Profiles) -> None:
+    """Without any row of the network on the device there is nothing to anchor on."""
+    row = profiles.cost_rows(device="rtx-a5000", model="sd15", degree=1, runtime="eager")[0]
+    law = law_s(row.model_copy(update={"model": "bk-sdm-tiny"}), profiles)
+    (found,) = phases(profiles, job("bk-sdm-tiny", 512), A5000)
+
+    assert (found.seconds, found.low_s, found.high_s) == pytest.approx([50 * bound for bound in law])
+    assert "anchored" not in found.note
 
 
 @pytest.mark.parametrize("side_px", [512, 448], ids=["timed", "modelled"])
@@ -134,7 +151,8 @@ def compute_round(
     request = job()
     work = denoising(stage_of(request, site), request, profiles)
     phase = find_method(method).phases(work, degree, options)[-1]  # type: ignore[arg-type]
-    return Round(phase, fit_of(profiles, site.device, site.runtime, site.precision), anchor, None, degree, profiles)
+    fit = fit_of(profiles, site.device, site.runtime, site.precision)
+    return Round(phase, fit, None if anchor is None else (anchor, 0.02), None, degree, profiles)
 
 
 @given(st.floats(0.1, 10.0), st.sampled_from([("cfg_parallel", 2), ("distrifusion", 4), ("pcpp", 8)]), sites)
@@ -224,7 +242,8 @@ def test_the_less_is_waited_for_the_faster_is_distrifusion(
 
     assert never_rises(list(times.values()))
     assert times["full_sync"] > times["corrected_async_gn"] > times["no_sync"]
-    assert times["sync_gn"] > times["corrected_async_gn"] > times["separate_gn"]
+    # over a slow link nothing more can hide, so that what waits for everybody costs no more than what does not
+    assert times["sync_gn"] >= times["corrected_async_gn"] > times["separate_gn"]
 
 
 @given(st.sampled_from([2, 4, 8]), st.sampled_from(LINKS), st.sampled_from([1024, 2048]), st.floats(0.0, 1.0))
@@ -300,7 +319,6 @@ def test_a_gang_that_was_measured_takes_what_was_measured(profiles: Profiles) ->
     assert {phase.kind for phase in others} == {"modelled"}
 
 
-@pytest.mark.xfail(reason="an option that a row does not mention is taken to be any", strict=True)
 def test_a_measured_gang_that_does_not_mention_an_option_had_its_default(profiles: Profiles) -> None:
     """A row that says nothing of its synchronisation is none of a run without any."""
     own, _ = with_gang(profiles, "ranks=nccl")

@@ -75,7 +75,6 @@ def test_what_shows_lies_between_nothing_and_all_of_it(
     assert 0.0 <= shown <= total * (1 + 1e-12)
 
 
-@pytest.mark.xfail(reason="each message may hide behind its window, however many there are", strict=True)
 @given(ranks(), rates, latencies, compute_times)
 def test_no_more_hides_than_there_is_compute(rank: RankWork, rate: float, latency_s: float, compute_s: float) -> None:
     """A second of compute hides at most a second of exchange: all messages share one link."""
@@ -240,10 +239,10 @@ def test_constants_are_the_fitted_ones_and_else_what_was_believed(profiles: Prof
     assert unexplained_share(bare) > unexplained_share(profiles) > 0
 
 
-@given(st.integers(0, 3), st.floats(1.0, 5000.0), st.floats(1e-6, 1e-4))
-def test_walks_cost_the_host_a_share_of_its_launches(walks: int, ops: float, launch_s: float) -> None:
-    """Each pass over cached modules costs launches times their share; without walks nothing."""
-    rank = RankWork(kernels=plain_kernels(0, 0, 0, ops), latents=2, walks=walks)
+@given(st.floats(0.0, 5000.0), st.floats(1e-6, 1e-4))
+def test_walks_cost_the_host_a_share_of_its_launches(ops: float, launch_s: float) -> None:
+    """Cached modules cost their launches times the share; without any nothing."""
+    rank = RankWork(kernels=plain_kernels(0, 0, 0, 1.0), latents=2, walked_ops=ops)
     share = np.exp(BELIEVED[NAMES.index("walk_share")])
 
-    assert walk_s(rank, ops, launch_s, BELIEVED) == pytest.approx(walks * ops * launch_s * share)
+    assert walk_s(rank, launch_s, BELIEVED) == pytest.approx(ops * launch_s * share)

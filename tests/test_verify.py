@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from hybridsd_sim.cases import Case, GroupKey, cases_of, leaves_out
 from hybridsd_sim.errors import InputError
+from hybridsd_sim.fitting import is_multi_gpu_time, is_shared_memory_time
 from hybridsd_sim.published import Published, PublishedRow, Table, load_published, what_is_timed
 from hybridsd_sim.reproduce import Prediction, predict_cost_row, predict_figure
 from hybridsd_sim.show_verify import verification_text
-from hybridsd_sim.verify import Checked, CheckedTable, coverage, to_json, verify
+from hybridsd_sim.verify import Checked, CheckedTable, coverage, to_json, used_in_fits, verify
 
 CONTRACT = {"name", "source", "rows", "calibration_rows", "mare", "worst", "mare_held_out", "coverage90"}
 
@@ -175,6 +176,88 @@ def test_the_order_of_configurations(few, distrifusion):
     assert [len(table.wrong_order) for table in tables[::2]] == [0, 0]
 
 
+# ---- What a prediction rests on -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def gang(few):
+    """A way to say that somebody measured a whole gang: its method's usual options, and what carried its ranks."""
+
+    def row(component, ranks, seconds):
+        columns = {
+            "component": component, "options": f"ranks={ranks}", "kind": "measured", "source": "mine",
+            "seconds_median": seconds, "seconds_p05": None, "seconds_p95": None,
+        }  # fmt: skip
+        return next(iter(several_gpus(few))).model_copy(update=columns)
+
+    return row
+
+
+@pytest.mark.parametrize("ranks", ["gloo", "nccl"])
+@pytest.mark.parametrize("component", ["step", "step_warmup"])
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_a_measured_gang_is_predicted_without_its_own_seconds(few, gang, ranks, component, factor):
+    """However long a gang's step was measured to take, its prediction is that of the law, to the last digit."""
+    known, other = gang(component, ranks, 0.1), gang(component, ranks, 0.1 * factor)
+    predictions = [
+        predict_cost_row(known, few),
+        predict_cost_row(known, few.with_costs([known])),
+        predict_cost_row(other, few.with_costs([other])),
+        predict_cost_row(known, few.with_costs([other, known])),
+    ]
+
+    assert len(set(predictions)) == 1
+    assert predictions[0].low < predictions[0].value < predictions[0].high
+
+
+def test_a_published_gang_is_not_answered_by_a_measured_one(few, gang):
+    """Nor does a measured row of the same gang stand in for the law where somebody else's time is predicted."""
+    published = gang("step", "nccl", 0.1).model_copy(update={"kind": "quoted"})
+
+    assert predict_cost_row(published, few.with_costs([gang("step", "nccl", 9.0)])) == predict_cost_row(published, few)
+
+
+def test_rows_that_shaped_a_constant_count_as_fitted(profiles):
+    """For each constant that devices share, as many rows are marked as it says that it rests on."""
+    used = used_in_fits(profiles)
+    shapes = {
+        "vae_decode_ratio": lambda row: row.component == "vae_decode",
+        "text_encode_ratio": lambda row: row.component == "text_encode",
+        "contention": is_shared_memory_time,
+    }
+    marked = {
+        name: sum(row in used and shapes.get(name, is_multi_gpu_time)(row) for row in profiles.costs)
+        for name in profiles.constants
+    }
+
+    assert marked == {name: constant.rows for name, constant in profiles.constants.items()}
+    assert marked.keys() > shapes.keys()
+    assert min(marked.values()) > 0
+
+
+def test_figures_that_shaped_an_overhead_count_as_fitted(profiles, published):
+    """Latencies end to end under a runtime with an overhead are where that overhead is from; outliers are not."""
+    shaped = {
+        row
+        for row in published.rows
+        if row.quantity == "latency_s" and row.counts and profiles.runtime(row.runtime).overhead_share is not None
+    }
+
+    assert {row for row in published.rows if row.fitted} == shaped
+    assert Counter(row.runtime for row in shaped) == {"coreml": 13, "qnn": 2}
+
+
+def test_a_constant_that_stays_when_held_out_is_said_aloud(profiles):
+    """Figures from which a constant was derived are counted as fitted, and the text says that it stays."""
+    tables = Published({"t": table_of(notes="the overhead stays")}, (figure(fitted=True), figure()))
+    data = to_json(verify(profiles, tables, refit=keep))
+    found = next(table for table in data["tables"] if table["name"] == "t")
+
+    assert (found["calibration_rows"], found["kept_when_held_out"]) == (1, 1)
+    assert [case["fitted"] for case in found["cases"]] == [True, False]
+    assert "that 1 of its figures shaped: the overhead stays." in verification_text(data, 240)
+
+
 # ---- What is left out -----------------------------------------------------------------------------------------------
 
 
@@ -248,13 +331,25 @@ def test_a_users_own_measurement_forms_a_table(few):
     assert [case.row for case in tables["measured rtx-4090"][1]] == [own]
 
 
-def test_every_case_is_predicted_or_says_why_not(report):
-    """Nothing disappears: a case has a prediction or a reason."""
+def test_every_case_is_predicted_or_says_why_not(report, profiles, published):
+    """Nothing disappears: each case of each table has a prediction or a reason, never both, held out or not."""
+    expected = {name: [case.label for case in cases] for name, (_, cases) in cases_of(profiles, published).items()}
+    assert {table["name"]: [case["label"] for case in table["cases"]] for table in report["tables"]} == expected
+
+    for case in (case for table in report["tables"] for case in table["cases"]):
+        for value, error, why in (("predicted", "error", "why"), ("held_out", "held_out_error", "why_held_out")):
+            assert (case[value] is None) == bool(case[why]), case
+            known = None if case[value] is None else pytest.approx(case[value] / case["published"] - 1)
+            assert case[error] == known, case
+
+
+def test_counts_are_those_of_the_cases(report):
+    """Rows, held-out rows and fitted rows of a table are the cases that count and were predicted so, or were fitted."""
     for table in report["tables"]:
-        assert all(
-            (case["predicted"] is None) == bool(case["why"]) or case["held_out"] is None for case in table["cases"]
-        )
-        assert table["rows"] == sum(case["counts"] and case["predicted"] is not None for case in table["cases"])
+        counted = [case for case in table["cases"] if case["counts"] and case["predicted"] is not None]
+        assert table["rows"] == len(counted)
+        assert table["held_out_rows"] == sum(case["held_out"] is not None for case in counted)
+        assert table["calibration_rows"] == sum(case["fitted"] for case in table["cases"])
 
 
 @pytest.mark.parametrize(
@@ -304,6 +399,18 @@ def test_the_text_names_every_table_and_keeps_the_width(report, width):
 
     assert all(table["name"].split(",")[0].split()[0] in text for table in report["tables"])
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_the_text_says_over_how_many_rows_the_held_out_error_is():
+    """A row that cannot be predicted without its group is not in the figures held out: their own count says so."""
+    lost = replace(checked(1.0, 1.2), held_out=None, why_held_out="no row left.")
+    data = to_json([CheckedTable(table=table_of(), cases=[checked(1.0, 1.1), lost])])
+    text = verification_text(data, 240)
+    header, _, line, *_ = text.splitlines()
+    cells = {name: line[header.index(name) :].split()[0] for name in ("rows ", "rows held out", "error held out")}
+
+    assert cells == {"rows ": "2", "rows held out": "1", "error held out": "10.0%"}
+    assert "not predicted when held out: one. no row left." in text
 
 
 def test_an_unknown_format_is_refused():

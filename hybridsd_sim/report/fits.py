@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from math import exp, expm1
 from typing import TYPE_CHECKING, Any
 
-from hybridsd_sim.calibration import Z90, alike, fit_of
+from hybridsd_sim.calibration import Z90, fit_of
+from hybridsd_sim.cost_rows import alike
 from hybridsd_sim.errors import MissingDataError
 from hybridsd_sim.plan import Site
 from hybridsd_sim.transfers import CONSTANTS
