@@ -18,6 +18,7 @@ from hybridsd_sim.legality import plan_problems
 from hybridsd_sim.methods import METHODS, find_method
 from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
 from hybridsd_sim.profiles import CostRow, Gpu, Profiles
+from hybridsd_sim.quality import score_interval
 
 CLOUD, EDGE = "cloud", "edge"
 OWN_STEP = "--measured-step-s"
@@ -271,8 +272,10 @@ def to_json(cost: PlanCost) -> dict[str, Any]:
         "edge_energy_j": cost.edge_energy_j,
         "quality": cost.quality.clip,
         "quality_kind": None if cost.quality.clip is None else cost.quality.kind,
+        "quality_interval": score_interval("clip", cost.quality.clip, cost.quality.kind),
         "quality_note": None if cost.quality.clip is None else cost.quality.note,
         "quality_fid": cost.quality.fid,
+        "quality_fid_interval": score_interval("fid", cost.quality.fid, cost.quality.fid_score.kind),
         "quality_fid_kind": None if cost.quality.fid is None else cost.quality.fid_score.kind,
         "interval_s": list(cost.interval_s),
         "kind": cost.kind,

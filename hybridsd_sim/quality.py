@@ -40,6 +40,21 @@ SAMPLERS: Mapping[str, tuple[str, ...]] = {
 """The sampler that a table, or else its study, names; "DPM-Solver" is either of diffusers' multistep solvers."""
 
 
+REPEATS: Mapping[str, float] = {"clip": 0.004, "fid": 1.0}
+"""By how much printings of one model's score differ: SD 1.4's CLIP score is 0.2958, 0.2993 and 0.3015 in three tables,
+its FID 12.22, 13.05 and 13.86 (Hybrid SD's repository, ObCLIP). No LPIPS was printed twice."""
+MODELLED_WIDER = 2.0
+"""By how much wider the interval of a score is that no table prints. Modelled."""
+
+
+def score_interval(measure: str, value: float | None, kind: Kind) -> tuple[float, float] | None:
+    """The 90% interval of a score (`clip`, `fid`); None where there is no score or nobody printed one twice."""
+    if value is None or measure not in REPEATS:
+        return None
+    width = REPEATS[measure] * (MODELLED_WIDER if kind == "modelled" else 1.0)
+    return max(0.0, value - width), value + width
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """A score with its kind, its sources, and why it is None if it is."""

@@ -15,7 +15,7 @@ from hybridsd_sim.method_losses import method_loss
 from hybridsd_sim.methods import find_method
 from hybridsd_sim.predict import Ask, predict_cost, to_json
 from hybridsd_sim.profiles import QualityRow
-from hybridsd_sim.quality import Quality, quality_of
+from hybridsd_sim.quality import Quality, quality_of, score_interval
 from hybridsd_sim.steps import denoising
 
 PAIRS = [("sd14", "bk-sdm-tiny"), ("sd14", "bk-sdm-small"), ("sd14", "hybrid-sd-224m"), ("sdxl", "koala-700m")]
@@ -520,3 +520,19 @@ def test_predict_says_the_fid_beside_the_clip_score(profiles: Profiles) -> None:
     assert scored["quality_fid"] is None
     assert "pcpp" in scored["unknown"]["quality"]
     assert "quality_fid" not in scored["unknown"]
+
+
+@given(st.sampled_from(["clip", "fid"]), st.floats(0.0, 100.0))
+def test_an_interval_holds_its_score_and_is_wider_where_none_was_printed(measure: str, value: float) -> None:
+    """Printed scores reach as far as printings differ, modelled ones further; none goes below 0."""
+    quoted, modelled = (score_interval(measure, value, kind) for kind in ("quoted", "modelled"))
+
+    assert quoted is not None
+    assert modelled is not None
+    assert 0.0 <= modelled[0] <= quoted[0] <= value < quoted[1] < modelled[1]
+
+
+def test_no_score_has_no_interval() -> None:
+    """What nobody knows, or printed once only, has no width."""
+    assert score_interval("clip", None, "modelled") is None
+    assert score_interval("lpips", 0.2, "quoted") is None

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hybridsd_sim.plan import KIND_ORDER, Kind
+from hybridsd_sim.quality import score_interval
 from hybridsd_sim.report.rates import EGRESS, Rate
 
 if TYPE_CHECKING:
@@ -111,11 +112,13 @@ def _reach(part: Part, rate: Rate | None) -> tuple[float, float]:
 def _scores(cost: PlanCost) -> Iterator[Data]:
     """What the pictures are worth: the CLIP score, or why nobody knows it; other scores where somebody does."""
     quality = cost.quality
-    yield _total("quality_clip", quality.clip, "CLIP", None, quality.kind, [quality.sources], quality.note)
+    ends = score_interval("clip", quality.clip, quality.kind)
+    yield _total("quality_clip", quality.clip, "CLIP", ends, quality.kind, [quality.sources], quality.note)
     others = (("quality_fid", "FID", quality.fid_score), ("quality_lpips", "LPIPS", quality.lpips_score))
     for name, unit, score in others:
         if score.value is not None:
-            yield _total(name, score.value, unit, None, score.kind, [score.sources], score.note)
+            ends = score_interval(unit.lower(), score.value, score.kind)
+            yield _total(name, score.value, unit, ends, score.kind, [score.sources], score.note)
 
 
 def _total(
