@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import exp, hypot, log, sqrt
 
 import numpy as np
@@ -175,10 +176,8 @@ class _Timer:
         stage, component = self.stage, "step_warmup" if phase.name == "warmup" else "step"
         if stage.site.interconnect is not None:
             return None
-        rows = self.profiles.cost_rows(
-            device=stage.site.device, runtime=stage.site.runtime, component=component, kind="measured",
-            method=stage.method, degree=stage.degree, height_px=self.size[0], width_px=self.size[1],
-        )  # fmt: skip
+        key = (stage.site.device, stage.site.runtime, component, stage.method, stage.degree, *self.size)
+        rows = _gangs(self.profiles).get(key, ())
         return next((row for row in rows if self._is_of(row)), None)
 
     def _is_of(self, row: CostRow) -> bool:
@@ -236,6 +235,17 @@ class _Timer:
     def _sources(self, fit: Fit, link: Interconnect | None) -> tuple[str, ...]:
         own = (self.anchor.source,) if self.anchor else fit.sources
         return tuple(dict.fromkeys((*own, *([link.source] if link else []))))
+
+
+@lru_cache(maxsize=64)
+def _gangs(profiles: Profiles) -> dict[tuple[object, ...], list[CostRow]]:
+    """The measured steps of several ranks as a whole, by what they timed."""
+    found: dict[tuple[object, ...], list[CostRow]] = {}
+    for row in profiles.costs:
+        if row.kind == "measured" and row.degree > 1 and row.rank is None:
+            key = (row.device, row.runtime, row.component, row.method, row.degree, row.height_px, row.width_px)
+            found.setdefault(key, []).append(row)
+    return found
 
 
 def _texts(options: Mapping[str, Option]) -> dict[str, str]:

@@ -101,7 +101,7 @@ def test_the_next_price_finds_its_law(benchmark: BenchmarkFixture, profiles: Pro
 
 
 def test_leaving_a_device_out_costs_a_few_fits(benchmark: BenchmarkFixture, profiles: Profiles) -> None:
-    """Without a device everything that rests on it is fitted again, in at most four times all laws' own fits."""
+    """Without a device what rests on it is fitted again from nothing, in at most twelve times all laws' own fits."""
     keys = {(row.device, row.runtime, row.precision) for row in profiles.costs if is_one_gpu_step(row)}
 
     def all_laws() -> None:
@@ -115,4 +115,4 @@ def test_leaving_a_device_out_costs_a_few_fits(benchmark: BenchmarkFixture, prof
     ratios = [_seconds(held_out) / _seconds(all_laws) for _ in range(3)]
     benchmark.pedantic(held_out, rounds=1)
     benchmark.extra_info["ratio"] = round(median(ratios), 2)
-    assert median(ratios) < 4.0
+    assert median(ratios) < 12.0
