@@ -203,7 +203,6 @@ def _own_fit(profiles: Profiles, device: str, runtime: str, precision: str) -> F
         rows=rows,
         residuals=tuple(residuals.tolist()),
         flops=tuple(item.flops for item in kernels),
-        origin="its own rows",
         sources=sources,
     )
 

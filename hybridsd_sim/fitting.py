@@ -27,7 +27,7 @@ from hybridsd_sim.calibration import (
 )
 from hybridsd_sim.cost_rows import alike
 from hybridsd_sim.fitted_rows import EFFICIENCIES, MethodConstant, Population
-from hybridsd_sim.methods import METHODS
+from hybridsd_sim.methods import METHODS, Option
 from hybridsd_sim.plan import Request, Site, Stage
 from hybridsd_sim.profiles import CostRow, Profiles
 from hybridsd_sim.records import write_atomically
@@ -157,9 +157,7 @@ def timed_stage(row: CostRow) -> tuple[Stage, Request]:
     said = row.said
     steps = int(said.pop("num_inference_steps", "50"))
     defaults = METHODS[row.method].defaults
-    options = tuple(
-        (name, type(defaults[name])(_plain(value))) for name, value in sorted(said.items()) if name in defaults
-    )
+    options = tuple((name, _typed(value, defaults[name])) for name, value in sorted(said.items()) if name in defaults)
     site = Site(
         name="cloud", tier="cloud", device=row.device, runtime=row.runtime, precision=row.precision,
         gpus_per_node=row.degree, interconnect=LINKS.get(said.pop("ranks", "")),
@@ -174,10 +172,9 @@ def timed_stage(row: CostRow) -> tuple[Stage, Request]:
     return stage, request
 
 
-def _plain(text: str) -> bool | float | str:
-    if text in ("true", "false"):
-        return text == "true"
-    return float(text) if text.replace(".", "", 1).isdigit() else text
+def _typed(text: str, default: Option) -> Option:
+    """An option of a row in the type of its method's default."""
+    return text == "true" if isinstance(default, bool) else type(default)(text)
 
 
 def with_constants(profiles: Profiles) -> Profiles:

@@ -37,8 +37,6 @@ from hybridsd_sim.unet import unet_units
 
 SIMULTANEOUS = ("gloo", "nccl")
 """What carries ranks that run at the same time; those of loopback take turns on one device."""
-LEAST_DISTANCE = 1e-9
-"""By how much a step of another shape is farther than the very step."""
 _STEP = 1e-4
 """Nudge of a logarithm in numeric derivatives."""
 
@@ -127,20 +125,19 @@ class _Timer:
         self.size = (request.height_px, request.width_px)
         site = stage.site
         self.calls = calls(profiles, site.runtime, request.unet_batch)
-        rows = profiles.step_rows(site.device, site.runtime, stage.model, site.precision, prefer=prefer)
-        wanted = self.size[0] * self.size[1] * request.unet_batch / self.calls
-        self.anchor = min(rows, key=lambda row: self._distance(row, wanted), default=None)
-        self.row = self.anchor if self.anchor is not None and self._is_exact(self.anchor) else None
+        where = (site.device, site.runtime, stage.model)
+        rows = profiles.step_rows(*where, site.precision, prefer=prefer)
+        self.row = profiles.step_row(
+            *where, self.size, latents=request.unet_batch, precision=site.precision, prefer=prefer
+        )
+        self.anchor = self.row or min(rows, key=self._distance, default=None)
         self.level_spread = self._level_spread(rows)
 
-    def _distance(self, row: CostRow, wanted: float) -> float:
+    def _distance(self, row: CostRow) -> float:
         """How far a row's call lies from the wanted one, in logarithms of image area times latents."""
         held = row.latents / calls(self.profiles, row.runtime, row.latents)
-        return abs(log(row.height_px * row.width_px * held / wanted)) + (not self._is_exact(row)) * LEAST_DISTANCE
-
-    def _is_exact(self, row: CostRow) -> bool:
-        held = row.latents / calls(self.profiles, row.runtime, row.latents)
-        return (row.height_px, row.width_px, held) == (*self.size, self.latents / self.calls)
+        wanted = self.size[0] * self.size[1] * self.latents / self.calls
+        return abs(log(row.height_px * row.width_px * held / wanted))
 
     def _level_spread(self, rows: Sequence[CostRow]) -> float:
         """Standard deviation of the anchor's logarithm: its repetition and, unless measured, what sources differ by."""
@@ -164,8 +161,7 @@ class _Timer:
             width = exp(Z90 * self.level_spread)
             seconds = self.row.seconds_median
             bounds = self.row.range_s if self.row.kind == "measured" else (seconds / width, seconds * width)
-            count = phase.rounds * self.calls / calls(self.profiles, self.row.runtime, self.row.latents)
-            return _timed(phase.name, self.row, count, bounds=bounds)
+            return _timed(phase.name, self.row, phase.rounds * self.calls, bounds=bounds)
         if self.stage.degree > 1 and (row := self._gang_row(phase)) is not None:
             note = "measured as a whole, its exchange inside"
             return _timed(phase.name, row, phase.steps, bounds=row.range_s, note=note)
@@ -253,7 +249,7 @@ def _texts(options: Mapping[str, Option]) -> dict[str, str]:
     return {name: str(value).lower() for name, value in options.items() if name != "warmup_steps"}
 
 
-def _timed(name: str, row: CostRow, count: float, *, bounds: tuple[float, float], note: str = "") -> PhaseTime:
+def _timed(name: str, row: CostRow, count: int, *, bounds: tuple[float, float], note: str = "") -> PhaseTime:
     """As many of a timed row as the phase has; `bounds` are those of one."""
     low, high = bounds
     return PhaseTime(
