@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import inf, nan
+from pathlib import Path
 
 import numpy as np
 
-from hybridsd_sim import Plan, Request, Site, Stage
+from hybridsd_sim import Plan, Request, Scenario, Site, Stage, load_scenario
 from hybridsd_sim.candidates import Candidate
 from hybridsd_sim.capacity import CapacityPlan, Evaluated
 from hybridsd_sim.cost import Part, PlanCost
@@ -46,6 +47,15 @@ pools:
   a100: {gpu: a100-sxm-80gb, gpus_per_node: 4, replicas_max: 4}
   l40s: {gpu: l40s, replicas_max: 4}
 """
+
+
+def hand_made_scenario(folder: Path) -> Scenario:
+    """The scenario of the plan made by hand, written to a folder and read again."""
+    path = folder / "by-hand.yaml"
+    path.write_text(SCENARIO)
+    return load_scenario(path)
+
+
 PHONE, LAPTOP = (
     Site(name=name, tier="edge", device=device, runtime="qnn")
     for name, device in (("phones", "snapdragon-8-gen-3"), ("laptops", "snapdragon-x-elite"))

@@ -22,8 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hand_made import RENT, SCENARIO, at_the_edge, hand_made_plan, handed_over, in_the_cloud, run
-from hybridsd_sim import load_scenario, optimize
+from hand_made import RENT, at_the_edge, hand_made_plan, hand_made_scenario, handed_over, in_the_cloud, run
+from hybridsd_sim import optimize
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.plan import Deployment, deployment_from_dict
 from hybridsd_sim.records import COLUMNS
@@ -34,9 +34,7 @@ from hybridsd_sim.written import load_yaml
 @pytest.fixture(scope="module")
 def scenario(tmp_path_factory):
     """The scenario of the plan made by hand."""
-    path = tmp_path_factory.mktemp("scenario") / "by-hand.yaml"
-    path.write_text(SCENARIO)
-    return load_scenario(path)
+    return hand_made_scenario(tmp_path_factory.mktemp("scenario"))
 
 
 @pytest.fixture(scope="module")

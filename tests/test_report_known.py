@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hand_made import A100, PHONE, SCENARIO, hand_made_plan, handed_over, in_the_cloud, part
-from hybridsd_sim import load_scenario, optimize, price
+from hand_made import A100, PHONE, hand_made_plan, hand_made_scenario, handed_over, in_the_cloud, part
+from hybridsd_sim import optimize, price
 from hybridsd_sim.calibration import fit_of
 from hybridsd_sim.candidates import pool_site, request_of
 from hybridsd_sim.errors import InputError
@@ -35,9 +35,7 @@ KINDS = tuple(KIND_ORDER)
 @pytest.fixture(scope="module")
 def scenario(tmp_path_factory):
     """The scenario of the plan made by hand."""
-    path = tmp_path_factory.mktemp("scenario") / "by-hand.yaml"
-    path.write_text(SCENARIO)
-    return load_scenario(path)
+    return hand_made_scenario(tmp_path_factory.mktemp("scenario"))
 
 
 @pytest.fixture(scope="module")

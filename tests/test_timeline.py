@@ -8,8 +8,7 @@ from math import nan
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hand_made import SCENARIO, hand_made_plan
-from hybridsd_sim import load_scenario
+from hand_made import hand_made_plan, hand_made_scenario
 from hybridsd_sim.report import timeline
 from hybridsd_sim.report.rows import first_rows, write_rows
 
@@ -35,8 +34,7 @@ def assert_nested(track):
 
 def test_the_timeline_is_a_small_honest_trace(tmp_path):
     """Slices nest on every track, a gang shows on each of its GPUs, and a request takes less than a kilobyte."""
-    (tmp_path / "by-hand.yaml").write_text(SCENARIO)
-    result = hand_made_plan(load_scenario(tmp_path / "by-hand.yaml")).chosen_result
+    result = hand_made_plan(hand_made_scenario(tmp_path)).chosen_result
     write_rows(tmp_path / "requests.parquet", {"chosen": result})
     rows = first_rows(tmp_path / "requests.parquet", timeline.MOST_REQUESTS)
     assert len(rows) == len(result.replications[0])
