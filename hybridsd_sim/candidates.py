@@ -29,7 +29,8 @@ class Candidate:
     """A legal, priced plan for one request class, with the few numbers that policies compare.
 
     `pool_index` and `fleet_index` are positions in the scenario's pools and edge fleets, -1 without. Seconds are at the
-    network's median rates and an idle fleet. `slo_s` and `floor` are the class's promises.
+    network's median rates and an idle fleet. `batch_s` are the cloud's seconds for 1, 2, ... `plan.batch_cap` requests
+    denoised together; the first is `cloud_s`.
     """
 
     request_class: str
@@ -47,6 +48,7 @@ class Candidate:
     edge_steps: int
     meets_slo: bool
     meets_floor: bool
+    batch_s: tuple[float, ...]
 
     @property
     def switch_share(self) -> float:
@@ -253,6 +255,7 @@ def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, pla
     cloud, edge = plan.cloud_stages, plan.edge_stages
     quality = cost.quality.clip
     pools, fleets = list(scenario.pools), list(scenario.edge)
+    cloud_s = sum(part.seconds for part in cost.parts if part.tier == "cloud")
     edge_held = any(part.tier == "edge" and part.critical for part in cost.parts)
     floor = request.quality_floor
     return Candidate(
@@ -262,7 +265,7 @@ def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, pla
         pool_index=pools.index(cloud[0].site.name) if cloud else -1,
         fleet_index=fleets.index(scenario.requests[request.request_class].origin) if edge_held else -1,
         degree=max((stage.degree for stage in cloud), default=0),
-        cloud_s=sum(part.seconds for part in cost.parts if part.tier == "cloud"),
+        cloud_s=cloud_s,
         edge_s=sum(part.seconds for part in cost.parts if part.tier == "edge" and part.critical),
         latency_s=cost.latency_s,
         usd_or_inf=float("inf") if cost.usd is None else cost.usd,
@@ -271,6 +274,7 @@ def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, pla
         edge_steps=sum(stage.num_steps for stage in edge),
         meets_slo=request.slo_s is None or cost.latency_s <= request.slo_s,
         meets_floor=_meets_floor(quality, floor) and _meets_limits(scenario, request, cost),
+        batch_s=(cloud_s,),
     )
 
 

@@ -15,13 +15,83 @@ from hybridsd_sim.sizing import Sizer, Sizing
 
 Interval = tuple[float, float, float]
 """A value with the ends of its 95% interval."""
+Mixes = Mapping[str, tuple[tuple[float, Candidate], ...]]
+"""Per request class the shares of its requests and the candidates that serve them, the largest share first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """What a small change of a limit or of the traffic buys or costs: a shadow price over a finite step.
+
+    `change` is the step in words (`one more second of SLO`), `figure` what it moves (`usd_per_hour`, `latency_p95_s`,
+    `quality`), `before` and `after` its values by the corrected formula; None where no plan holds.
+    """
+
+    change: str
+    figure: str
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Relaxation:
+    """A constraint of the smallest conflicting set, and the least change of it alone that makes a plan possible.
+
+    `needed` None means that no change of this one alone helps.
+    """
+
+    constraint: str
+    asked: float | None
+    needed: float | None
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """The plan under other conditions: what was varied, in words, and what came out when it was simulated."""
+
+    name: str
+    result: Evaluated
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """How sure the plan is, given the intervals of the modelled step costs.
+
+    `probability` is the share of `draws` of the costs in which every promise holds; `asked` is `budget.confidence`;
+    `by_class` the same for each request class by itself. `level` says which rung of the ladder tested the draws.
+    """
+
+    probability: float
+    asked: float | None
+    draws: int
+    by_class: Mapping[str, float]
+    level: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """The chosen plan against the best plan of another kind; figures None where one of the two is unknown.
+
+    `usd_per_hour` and `share` are what is saved (negative where the chosen plan costs more), `quality` the change of
+    the mean CLIP score. `holds` says whether the other plan keeps every promise, and `reason` why not.
+    """
+
+    other: str
+    holds: bool
+    reason: str
+    usd_per_hour: float | None
+    share: float | None
+    quality: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
     """A capacity plan with its figures: (value, low, high) at 95% where it was simulated, by formula otherwise.
 
-    `policy` is `planned` for a simulated plan and `analytic` for one by formula alone.
+    `policy` is `planned` for a simulated plan, `screened` for one by the compiled recursion and `analytic` for one by
+    formula alone. `usd_per_hour` is the rent. `labels` are the plans of each class, with their shares where there are
+    several.
     """
 
     name: str
@@ -40,13 +110,18 @@ class Evaluated:
 
 @dataclass(frozen=True, eq=False)
 class CapacityPlan:
-    """The answer: what to rent and how to serve each class, what it was compared with, and the evidence."""
+    """The answer: what to rent and how to serve each class, what it was compared with, and the evidence.
+
+    `evidence` are all simulated plans in the order of the search. `bound_usd_per_hour` is the rent and
+    egress under which the search ruled every plan out. `conflict` is the smallest set of constraints that no plan meets, empty where one does;
+    `robust` the plan under each named scenario, where that was asked.
+    """
 
     scenario: Scenario
     feasible: bool
     explanation: tuple[str, ...]
     deployment: Deployment
-    chosen: Mapping[str, Candidate]
+    mixes: Mixes
     chosen_result: SimResult
     frontier: tuple[Evaluated, ...]
     baselines: tuple[Evaluated, ...]
@@ -56,6 +131,18 @@ class CapacityPlan:
     switch_curve: Mapping[str, tuple[Candidate, ...]]
     refusals: Mapping[tuple[str, str], int]
     profiles_digest: str
+    bound_usd_per_hour: float | None = None
+    margins: tuple[Margin, ...] = ()
+    conflict: tuple[Relaxation, ...] = ()
+    sensitivity: tuple[Variation, ...] = ()
+    confidence: Confidence | None = None
+    robust: tuple[Variation, ...] = ()
+    savings: tuple[Saving, ...] = ()
+
+    @property
+    def chosen(self) -> Mapping[str, Candidate]:
+        """Per class the plan that serves most of its requests."""
+        return {name: mix[0][1] for name, mix in self.mixes.items() if mix}
 
     @property
     def replicas_opt(self) -> Mapping[str, int]:
@@ -108,7 +195,7 @@ def analytic(name: str, sizing: Sizing, sizer: Sizer) -> Evaluated:
     energy = [(mean[cls], option.cost.edge_energy_j) for cls, option in sizing.chosen.items()]
     return Evaluated(
         name=name,
-        deployment=Deployment(dict(sizing.replicas), {cls: option.plan for cls, option in sizing.chosen.items()}),
+        deployment=Deployment.pure(sizing.replicas, {cls: option.plan for cls, option in sizing.chosen.items()}),
         policy="analytic",
         usd_per_hour=None if math.isinf(sizing.rent_usd_per_hour) else sizing.rent_usd_per_hour,
         latency_p95_s=(p95, math.nan, math.nan),

@@ -22,6 +22,7 @@ from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import RequestClass, Scenario
 from hybridsd_sim.written import dotted, load_yaml, shown
 
+SHARES = "must each lie in (0, 1] and not exceed 1 together"
 REMEDY, AGAIN = "Give the plan.yaml that `plan` wrote.", "Plan this scenario anew."
 
 
@@ -40,6 +41,11 @@ def load_deployment(path: str | Path) -> Deployment:
         Problem(f"{place}: replicas.{pool}", str(nodes), "counts nodes, so it is at least 0", REMEDY)
         for pool, nodes in found.replicas.items()
         if nodes < 0
+    ]
+    problems += [
+        Problem(f"{place}: plans.{name}", f"shares {[part.share for part in mix]}", SHARES, REMEDY)
+        for name, mix in found.plans.items()
+        if not mix or any(not 0.0 < part.share <= 1.0 for part in mix) or sum(p.share for p in mix) > 1.0 + 1e-9
     ]
     if problems:
         raise InputError(problems)
@@ -95,9 +101,10 @@ def misfits(found: Deployment, scenario: Scenario, profiles: Profiles, *, comple
         problems += [replace(unknown_name(f"plan: {key}", name, list(known)), rule=rule) for name in strange]
     for name, spec in scenario.requests.items():
         if name in found.plans:
-            place = f"plan: plans.{name}"
-            mine = list(_plan_misfits(place, found.plans[name], spec, scenario))
-            problems += mine or _illegal(place, found.plans[name], request_of(name, spec), profiles)
+            for index, part in enumerate(found.plans[name]):
+                place = f"plan: plans.{name}[{index}].plan"
+                mine = list(_plan_misfits(place, part.plan, spec, scenario))
+                problems += mine or _illegal(place, part.plan, request_of(name, spec), profiles)
         elif complete:
             problems.append(Problem("plan: plans", repr(name), "this request class has no plan", AGAIN))
     return problems

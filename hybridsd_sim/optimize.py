@@ -77,7 +77,7 @@ def optimize(
         feasible=confirmed.evaluated.feasible,
         explanation=(),
         deployment=confirmed.deployment,
-        chosen=confirmed.sizing.chosen,
+        mixes={name: ((1.0, option),) for name, option in confirmed.sizing.chosen.items()},
         chosen_result=confirmed.result,
         frontier=tuple(search.frontier()),
         baselines=tuple(baseline.evaluated for baseline in baselines.values()),
@@ -177,7 +177,7 @@ class _Search:
 
     def simulated(self, sizing: Sizing, name: str) -> _Confirmed:
         """Simulate a sizing as it would be deployed."""
-        deployment = Deployment(dict(sizing.replicas), {cls: option.plan for cls, option in sizing.chosen.items()})
+        deployment = Deployment.pure(sizing.replicas, {cls: option.plan for cls, option in sizing.chosen.items()})
         result = simulate(self.scenario, self.profiles, policy="planned", plan=deployment)
         confirmed = _Confirmed(sizing, deployment, result, evaluated(name, deployment, result, sizing))
         self.evidence.append(confirmed.evaluated)

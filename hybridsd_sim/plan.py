@@ -104,7 +104,8 @@ class Plan:
 
     `text_encode_site` and `vae_site` name the site of one of the stages or of `extra_sites`. `network` is the class of
     the access network between the user's edge and the cloud; None leaves transfers out (a measurement inside one
-    machine room). `edge_encodes_prompt` follows from `text_encode_site`.
+    machine room). `batch_cap` is the most requests of this plan that one gang of the pool denoises together: those that
+    wait when it becomes free, never waiting for more.
     """
 
     stages: tuple[Stage, ...]
@@ -113,6 +114,7 @@ class Plan:
     vae: str = "autoencoder-kl"
     network: str | None = None
     extra_sites: tuple[Site, ...] = field(default=())
+    batch_cap: int = 1
 
     def __post_init__(self) -> None:
         problems = [*self._stage_problems(), *self._site_problems()]
@@ -123,6 +125,9 @@ class Plan:
         if not self.stages:
             return [Problem("plan.stages", "()", "a plan needs at least one stage")]
         problems = []
+        if self.batch_cap < 1 or (self.batch_cap > 1 and not self.cloud_stages):
+            rule = "must be at least 1, and 1 without a cloud stage"
+            problems.append(Problem("plan.batch_cap", str(self.batch_cap), rule))
         expected = 0
         for index, stage in enumerate(self.stages):
             if stage.start != expected or stage.stop <= stage.start:
@@ -165,14 +170,15 @@ class Plan:
     def make(self) -> tuple[object, ...]:
         """What stays the same when a plan is scaled to another number of steps: models, sites, methods, degrees."""
         stages = tuple((stage.model, stage.site, stage.method, stage.degree, stage.options) for stage in self.stages)
-        return stages, self.text_encode_site, self.vae_site, self.vae, self.network
+        return stages, self.text_encode_site, self.vae_site, self.vae, self.network, self.batch_cap
 
     @property
     def label(self) -> str:
         """A short name that a person can read: `a100 distrifusion x4 k=10 -> snapdragon-8-elite`."""
         stages = " -> ".join(_stage_label(stage, with_steps=len(self.stages) > 1) for stage in self.stages)
         decoded = "" if self.vae_site == self.stages[-1].site.name else f", decoded on {self.vae_site}"
-        return f"{stages}{decoded}" if self.vae == "autoencoder-kl" else f"{stages}{decoded} + {self.vae}"
+        batched = "" if self.batch_cap == 1 else f", up to {self.batch_cap} together"
+        return f"{stages}{batched}{decoded}{'' if self.vae == 'autoencoder-kl' else f' + {self.vae}'}"
 
     def rescaled(self, steps: int) -> Plan:
         """The same plan for another number of steps: switch steps keep their share, and every stage keeps a step."""
@@ -196,27 +202,51 @@ def _stage_label(stage: Stage, *, with_steps: bool) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """A part of a class's requests, 0 to 1, and the plan that serves it."""
+
+    share: float
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
 class Deployment:
-    """What is rented and how each class is served: nodes per pool, one plan per class. Written as `plan.yaml`."""
+    """What is rented and how each class is served: nodes per pool, a mix of plans per class. Written as `plan.yaml`.
+
+    The shares of a class add up to 1; what is missing is turned away, so that the rest is served in time.
+    """
 
     replicas: Mapping[str, int]
-    plans: Mapping[str, Plan]
+    plans: Mapping[str, tuple[Share, ...]]
+
+    @classmethod
+    def pure(cls, replicas: Mapping[str, int], plans: Mapping[str, Plan]) -> Deployment:
+        """The deployment in which every class has one plan."""
+        return cls(dict(replicas), {name: (Share(1.0, plan),) for name, plan in plans.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML; `deployment_from_dict` reads it back."""
-        return {"replicas": dict(self.replicas), "plans": {name: plan.to_dict() for name, plan in self.plans.items()}}
+        plans = {
+            name: [{"share": part.share, "plan": part.plan.to_dict()} for part in mix]
+            for name, mix in self.plans.items()
+        }
+        return {"replicas": dict(self.replicas), "plans": plans}
 
 
 def deployment_from_dict(data: Mapping[str, Any]) -> Deployment:
     """Read back what `Deployment.to_dict` wrote."""
-    return Deployment(dict(data["replicas"]), {name: plan_from_dict(plan) for name, plan in data["plans"].items()})
+    plans = {
+        name: tuple(Share(part["share"], plan_from_dict(part["plan"])) for part in mix)
+        for name, mix in data["plans"].items()
+    }
+    return Deployment(dict(data["replicas"]), plans)
 
 
 def plan_from_dict(data: Mapping[str, Any]) -> Plan:
     """Read back what `Plan.to_dict` wrote (lists for tuples allowed)."""
     stages = tuple(_stage_from_dict(stage) for stage in data["stages"])
     extra = tuple(Site(**site) for site in data.get("extra_sites", ()))
-    rest = {key: data[key] for key in ("text_encode_site", "vae_site", "vae", "network") if key in data}
+    rest = {key: data[key] for key in ("text_encode_site", "vae_site", "vae", "network", "batch_cap") if key in data}
     return Plan(stages=stages, extra_sites=extra, **rest)
 
 

@@ -14,13 +14,15 @@ from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from hybridsd_sim.candidates import Candidate
 from hybridsd_sim.errors import InputError, unknown_name
-from hybridsd_sim.plan import Plan
+from hybridsd_sim.plan import Plan, Share
 
 Action = Literal["run", "reject"]
 ValueT = TypeVar("ValueT")
 NO_CANDIDATE = "no_candidate"
 """Reason code of a request that no plan of the policy's kind can serve."""
-REASONS = (NO_CANDIDATE,)
+TURNED_AWAY = "turned_away"
+"""Reason code of a request for which the capacity plan has no room."""
+REASONS = (NO_CANDIDATE, TURNED_AWAY)
 
 
 class Decision(NamedTuple):
@@ -33,6 +35,7 @@ class Decision(NamedTuple):
 
 
 REJECT = Decision("reject", None, 0.0, NO_CANDIDATE)
+TURN_AWAY = Decision("reject", None, 0.0, TURNED_AWAY)
 
 
 class PoolView:
@@ -130,6 +133,8 @@ def best_static(options: Sequence[Candidate]) -> Candidate | None:
     return min(options, key=lambda option: option.latency_s, default=None)
 
 
+ALL_SHARES = 1.0 - 1e-9
+"""A sum of shares above this is the whole class."""
 POLICIES: dict[str, type[Policy]] = {}
 
 
@@ -243,21 +248,47 @@ class CostAware(Policy):
 
 
 @register
-class Planned(_Fixed):
-    """Follows a capacity plan: each request class has the one plan that the optimiser chose for it."""
+class Planned(Policy):
+    """Follows a capacity plan: each request class is shared out over its mix of plans, as evenly as shares allow.
+
+    Each request takes the plan that is furthest behind its share, so that every pool gets its part without bursts; what
+    the shares leave over is turned away.
+    """
 
     name = "planned"
     summary = "follows the capacity plan"
     settings = ("chosen",)
 
-    def __init__(self, chosen: Mapping[str, Plan] | None = None) -> None:
-        super().__init__()
+    def __init__(self, chosen: Mapping[str, Sequence[Share]] | None = None) -> None:
         self.chosen = dict(chosen or {})
+        self._behind: dict[str, list[float]] = {}
+        self._matched: _PerOptions[list[Decision]] = _PerOptions(self._match)
 
-    def choose(self, options: Sequence[Candidate]) -> Candidate | None:
-        wanted = self.chosen.get(options[0].request_class) if options else None
-        if wanted is None:
-            return None
+    def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
+        decisions = self._matched.of(options)
+        if len(decisions) <= 1:  # the whole class on one plan, or nowhere
+            return decisions[0] if decisions else REJECT
+        return decisions[self._turn(options[0].request_class)]
+
+    def _match(self, options: Sequence[Candidate]) -> list[Decision]:
+        """A decision for each part of the class's mix, and one for what is turned away; one alone if that is all."""
+        mix = self.chosen.get(options[0].request_class, ()) if options else ()
+        decisions = [self._follow(part.plan, options) for part in mix]
+        return decisions if sum(part.share for part in mix) > ALL_SHARES else [*decisions, TURN_AWAY]
+
+    def _follow(self, wanted: Plan, options: Sequence[Candidate]) -> Decision:
         exact = next((option for option in options if option.plan == wanted), None)
         # A request of another number of steps takes the plan of the same make, whose switch step was scaled with it.
-        return exact or next((option for option in options if option.plan.make == wanted.make), None)
+        found = exact or next((option for option in options if option.plan.make == wanted.make), None)
+        return REJECT if found is None else Decision("run", found, 0.0, self.name)
+
+    def _turn(self, request_class: str) -> int:
+        """The position in the mix of the part that is furthest behind its share."""
+        shares = [part.share for part in self.chosen[request_class]]
+        shares += [1.0 - sum(shares)] if sum(shares) <= ALL_SHARES else []
+        behind = self._behind.setdefault(request_class, [0.0] * len(shares))
+        for index, share in enumerate(shares):
+            behind[index] += share
+        first = max(range(len(shares)), key=behind.__getitem__)
+        behind[first] -= 1.0
+        return first

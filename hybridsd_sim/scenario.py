@@ -152,7 +152,7 @@ class Pool(Written):
     precision: Text = "fp16"
     """Precision of weights and activations."""
     purchase: Literal["on_demand", "spot"] = "on_demand"
-    """How the nodes are bought."""
+    """How the nodes are bought; for a mix of both, write two pools: the optimiser shares the requests out."""
     provider: Text | None = None
     """Price list to use; null takes the catalogue's default."""
     usd_per_gpu_hour: NonNegative | None = None
@@ -165,6 +165,10 @@ class Pool(Written):
     """Most nodes that a plan may rent."""
     cold_start_s: NonNegative = 0.0
     """Seconds from renting a node until it serves; every node is rented at time 0, so let warmup_s cover it."""
+    preemptions_per_node_hour: NonNegative | None = None
+    """How often a node is taken away; null means never on demand, and 0.05 on spot (an assumption)."""
+    replacement_s: NonNegative = 180.0
+    """Seconds from a node's preemption until another one serves in its place."""
     discipline: Literal["fifo", "gang_fifo", "backfill", "edf"] = "fifo"
     """Order of the queue: fifo, gang_fifo (the head reserves a node), backfill (short jobs pass), edf (deadlines)."""
     resident_models: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -196,13 +200,15 @@ class Budget(Written):
     """Most dollars of rent an image, averaged over all request classes."""
     edge_energy_j_per_image: Positive | None = None
     """Most joules an image from any user's device."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
+    """Probability with which a plan must hold, over the intervals of modelled step costs; null takes the medians."""
 
 
 class Search(Written):
     """What the optimiser may choose from."""
 
-    minimise: Literal["usd_per_hour", "latency_p95_s"] = "usd_per_hour"
-    """What a plan makes as small as it can while keeping every promise."""
+    minimise: Literal["usd_per_hour", "latency_p95_s", "quality_loss", "turned_away_per_s"] = "usd_per_hour"
+    """What a plan makes as small as it can while keeping every promise; turned_away_per_s serves all it can in time."""
     switch_steps: tuple[Annotated[int, Field(ge=0, le=1000)], ...] | None = None
     """Switch steps to try; null tries every fifth. Edge-only and cloud-only are always tried."""
     methods: Annotated[tuple[Text, ...], Field(min_length=1)] = ("single",)
@@ -213,6 +219,8 @@ class Search(Written):
         default_factory=dict
     )
     """Values of each method's own options to try, as lists: `asyncdiff: {stride: [1, 2]}`."""
+    batch_caps: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1)] = (1,)
+    """Most requests that one gang denoises together, to try; always waiting ones of the same class and plan."""
     vaes: Annotated[tuple[Text, ...], Field(min_length=1)] = ("autoencoder-kl",)
     """Image decoders to try: autoencoder-kl, taesd."""
     policies: Annotated[tuple[Text, ...], Field(min_length=1)] = (
@@ -222,6 +230,8 @@ class Search(Written):
         "cost_aware",
     )
     """Policies that simulate compares."""
+    replications_max: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Most replications of a plan whose promises are undecided; null means four times `replications`."""
     static_switch: Share = 0.4
     """Share of the steps that static_switch leaves to the cloud; 0.4 is Hybrid SD's published 10 of 25."""
     profiles: tuple[Text, ...] = ()

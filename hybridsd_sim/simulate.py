@@ -129,11 +129,11 @@ def _replicas(scenario: Scenario, plan: Deployment | None) -> dict[str, int]:
 
 
 def _planned_options(scenario: Scenario, profiles: Profiles, plan: Deployment | None) -> CandidateSet:
-    """The plan's own candidates, one for each class it serves."""
+    """The plan's own candidates, one for each part of each class's mix."""
     if plan is None:
         raise InputError(Problem("policy", "planned", "follows a plan, and none was given", "Pass a plan.yaml."))
     by_class = {
-        name: (make_candidate(scenario, profiles, request_of(name, spec), plan.plans[name]),)
+        name: tuple(make_candidate(scenario, profiles, request_of(name, spec), part.plan) for part in plan.plans[name])
         for name, spec in scenario.requests.items()
         if name in plan.plans
     }

@@ -155,6 +155,7 @@ def candidate(request_class, plan, parts, clip):
         edge_steps=sum(stage.num_steps for stage in edge),
         meets_slo=True,
         meets_floor=True,
+        batch_s=(sum(p.seconds for p in parts if p.tier == "cloud"),),
     )
 
 
@@ -251,8 +252,8 @@ def hand_made_plan(scenario, profiles_digest="0" * 64):
         scenario=scenario,
         feasible=True,
         explanation=("Rent one node.", "It costs 50% less than cloud only."),
-        deployment=Deployment({"a100": 1, "l40s": 0}, {name: option.plan for name, option in chosen.items()}),
-        chosen=chosen,
+        deployment=Deployment.pure({"a100": 1, "l40s": 0}, {name: option.plan for name, option in chosen.items()}),
+        mixes={name: ((1.0, option),) for name, option in chosen.items()},
         chosen_result=best,
         frontier=frontier,
         baselines=tuple(baselines),

@@ -475,21 +475,37 @@ def test_a_bad_scenario_file_is_named_with_its_line(refused, tmp_path, text, sai
     ("old", "new", "said"),
     [
         ("replicas:", "nodes:", "plan.yaml: replicas: missing; this key is required."),
-        ("degree: 1", "degree: one", "plan.yaml: plans.picture.stages[0].degree: 'one'; must be a valid integer."),
+        (
+            "degree: 1",
+            "degree: one",
+            "plan.yaml: plans.picture[0].plan.stages[0].degree: 'one'; must be a valid integer.",
+        ),
         ("start: 10", "start: 11", "plan.yaml: plan.stages[1]: [11, 25); stages must be non-empty and follow"),
-        ("vae:", "vea:", "plan.yaml: plans.picture.vea: unknown key; stands in no plan."),
+        ("vae:", "vea:", "plan.yaml: plans.picture[0].plan.vea: unknown key; stands in no plan."),
         ("{a100: ", "{a100: -", "plan.yaml: replicas.a100: -"),
         ("{a100: ", "{h100: ", "plan: replicas: 'h100'; is not in the scenario."),
         ("  picture:", "  pictures:", "plan: plans: 'pictures'; is not in the scenario. Did you mean picture?"),
-        ("name: a100,", "name: b100,", "plan: plans.picture: a100-sxm-80gb in b100; the scenario has no pool or fleet"),
-        ("device: a100-sxm-80gb", "device: l4", "plan: plans.picture: l4 in a100; the scenario has a100-sxm-80gb."),
-        ("stop: 25", "stop: 30", "plan: plans.picture: 30 steps; the scenario asks for 25. Plan this scenario anew."),
+        (
+            "name: a100,",
+            "name: b100,",
+            "plan: plans.picture[0].plan: a100-sxm-80gb in b100; the scenario has no pool or fleet",
+        ),
+        (
+            "device: a100-sxm-80gb",
+            "device: l4",
+            "plan: plans.picture[0].plan: l4 in a100; the scenario has a100-sxm-80gb.",
+        ),
+        (
+            "stop: 25",
+            "stop: 30",
+            "plan: plans.picture[0].plan: 30 steps; the scenario asks for 25. Plan this scenario anew.",
+        ),
         (
             "model: hybrid-sd-224m",
             "model: sdxl",
-            "plan: plans.picture: sdxl; the scenario allows sd14, hybrid-sd-224m.",
+            "plan: plans.picture[0].plan: sdxl; the scenario allows sd14, hybrid-sd-224m.",
         ),
-        ("degree: 1", "degree: 4", "plan: plans.picture: degree: 4; a gang stays inside one node"),
+        ("degree: 1", "degree: 4", "plan: plans.picture[0].plan: degree: 4; a gang stays inside one node"),
     ],
 )
 def test_a_plan_that_is_garbage_or_of_another_scenario_is_refused(refused, plan_yaml, old, new, said):

@@ -53,7 +53,7 @@ def test_no_smaller_deployment_holds(plan: CapacityPlan, profiles: Profiles) -> 
     for option in find_candidates(scenario, profiles).by_class["picture"]:
         if option.pool_index < 0 or not option.meets_floor:
             continue
-        fewer = Deployment({"a100": plan.replicas_opt["a100"] - 1}, {"picture": option.plan})
+        fewer = Deployment.pure({"a100": plan.replicas_opt["a100"] - 1}, {"picture": option.plan})
         assert not simulate(scenario, profiles, policy="planned", plan=fewer).verdict.feasible.ok
 
 
@@ -148,7 +148,7 @@ def test_the_formula_agrees_with_the_simulation_where_it_should(quickstart: Scen
     option = next(o for o in find_candidates(scenario, profiles).by_class["picture"] if o.cloud_steps == 10)
     sizing = sizer.with_replicas(sizer.size({"picture": option}), {"a100": 3})
     result = simulate(
-        scenario, profiles, policy="planned", plan=Deployment(dict(sizing.replicas), {"picture": option.plan})
+        scenario, profiles, policy="planned", plan=Deployment.pure(sizing.replicas, {"picture": option.plan})
     )
     simulated = float(result.summary.xs("all", level="request_class").iloc[0]["latency_p95_s"])
 

@@ -372,7 +372,7 @@ def test_two_plans_of_one_name_are_told_apart_by_their_class(scenario, plan, tmp
     option = handed_over(10)
     twin = replace(option, request_class="laptop", fleet_index=0)
     result = run(scenario, {"phone": option, "laptop": twin}, 1)
-    both = replace(plan, chosen={"phone": option, "laptop": twin}, chosen_result=result)
+    both = replace(plan, mixes={"phone": ((1.0, option),), "laptop": ((1.0, twin),)}, chosen_result=result)
     folder = write_report(both, tmp_path / "run").parent
     found = {(item["request_class"], item["component"]) for item in data_of(folder)["runs"][0]["components"]}
     assert {("phone", "denoising"), ("laptop", "denoising")} <= found
@@ -487,8 +487,8 @@ def test_a_plan_without_cloud_alternatives_or_service(scenario, plan, tmp_path):
     """Nothing rented, compared or refused, and classes without any plan, still make a full report."""
     result = run(scenario, {"laptop": at_the_edge()}, 0)
     bare = replace(
-        plan, chosen={"laptop": at_the_edge()}, chosen_result=result, baselines=(), baseline_results={}, frontier=(),
-        alternatives=(), evidence=(), switch_curve={}, refusals={}, explanation=(),
+        plan, mixes={"laptop": ((1.0, at_the_edge()),)}, chosen_result=result, baselines=(), baseline_results={},
+        frontier=(), alternatives=(), evidence=(), switch_curve={}, refusals={}, explanation=(),
         deployment=Deployment({"a100": 0}, {}),
     )  # fmt: skip
     folder = write_report(bare, tmp_path / "run").parent
@@ -518,7 +518,7 @@ def test_an_unknown_price_is_never_zero(scenario, plan, tmp_path):
     ]
     option = replace(handed_over(10), cost=replace(handed_over(10).cost, parts=tuple(priceless)))
     result = replace(run(scenario, {"phone": option}, 1), usd_per_hour=None)
-    bare = replace(plan, chosen={"phone": option}, chosen_result=result, switch_curve={"phone": (option,)})
+    bare = replace(plan, mixes={"phone": ((1.0, option),)}, chosen_result=result, switch_curve={"phone": (option,)})
     folder = write_report(bare, tmp_path / "run").parent
     cells = ["".join(cell) for cell in read(folder).cells]
     assert "—no spot price for a100" in cells

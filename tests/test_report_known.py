@@ -143,7 +143,7 @@ def test_every_plan_that_is_compared_is_broken_down(by_hand, made):
 def test_an_alternative_by_formula_is_broken_down_too(scenario, by_hand, profiles):
     """The plans of an alternative that nobody simulated are priced, with the parts that `price` gives them."""
     plan = handed_over(15).plan
-    other = replace(by_hand.alternatives[0], deployment=Deployment({"a100": 1}, {"phone": plan}))
+    other = replace(by_hand.alternatives[0], deployment=Deployment.pure({"a100": 1}, {"phone": plan}))
     found = contents(replace(by_hand, alternatives=(other,)), profiles)["plans"]
     mine = next(each for each in found if each["runs"] == [other.name])
     expected = price(plan, request_of("phone", scenario.requests["phone"]), profiles)

@@ -138,7 +138,7 @@ def test_fixed_service_in_one_gpu_is_m_d_1(quickstart: Scenario, profiles: Profi
     plan = next(option for option in options if option.cloud_steps == 10)
     load, hold = 0.6, plan.cloud_s
     scenario = scenario.with_overrides({"requests.picture.arrivals.rate_per_s": load / hold, "replications": 1})
-    deployment = Deployment({"a100": 1}, {"picture": plan.plan})
+    deployment = Deployment.pure({"a100": 1}, {"picture": plan.plan})
     rows = only(simulate(scenario, still, policy="planned", plan=deployment))
     waits = (column(rows, "cloud_start_s") - column(rows, "cloud_ready_s"))[1000:]
 

@@ -57,8 +57,9 @@ def _used(run: SimResult) -> Iterator[tuple[str, PlanCost]]:
 def _by_formula(point: Evaluated, plan: CapacityPlan, profiles: Profiles) -> Iterator[tuple[str, PlanCost]]:
     """The plans of a capacity plan that was not simulated, priced again."""
     prefer = plan.scenario.search.prefer_sources
-    for name, served in (point.deployment.plans if point.deployment else {}).items():
-        yield name, price(served, request_of(name, plan.scenario.requests[name]), profiles, prefer=prefer)
+    for name, mix in (point.deployment.plans if point.deployment else {}).items():
+        for part in mix:
+            yield name, price(part.plan, request_of(name, plan.scenario.requests[name]), profiles, prefer=prefer)
 
 
 def _clean(data: Data) -> Data:
