@@ -42,6 +42,23 @@ def read_scenario(
         raise InputError(replace(p, place=places.get(p.place, p.place)) for p in error.problems) from None
 
 
+def named_scenarios(
+    path: str, settings: Sequence[str] | None, flags: Mapping[str, tuple[str, Any]] | None = None
+) -> dict[str, Scenario]:
+    """Every scenario that a file names, resolved under the same options; where it names none, every override.
+
+    Raises `InputError` where there is neither.
+    """
+    from hybridsd_sim.scenario import named_blocks
+
+    scenarios, overrides = named_blocks(path)
+    if not (names := scenarios or overrides):
+        rule, remedy = "names neither scenarios nor overrides to plan for", "Add `overrides:`, or leave --robust out."
+        raise InputError(Problem("--robust", path, rule, remedy))
+    read = together(*(lambda name=name: read_scenario(path, name, settings, flags) for name in names))
+    return dict(zip(names, read, strict=True))
+
+
 def pairs_of(pairs: Sequence[str] | None, flag: str, example: str) -> dict[str, str]:
     """KEY=VALUE pairs; all that are none, or repeat a key, are reported together."""
     found: dict[str, str] = {}

@@ -141,12 +141,17 @@ def calls(profiles: Profiles, runtime: str, latents: float) -> int:
 
 def call_kernels(profiles: Profiles, row: CostRow) -> Kernels:
     """What one UNet call of a step row executes."""
-    model = profiles.model(row.model)
-    table = layer_table(model.config, row.height_px, row.width_px, model.ops)
-    return table.kernels(
-        row.latents / calls(profiles, row.runtime, row.latents),
-        weight_bytes=ELEMENT_BYTES.get(row.precision, 2.0),
-        element_bytes=4.0 if row.precision == "fp32" else 2.0,
+    latents = row.latents / calls(profiles, row.runtime, row.latents)
+    key = (row.model, row.height_px, row.width_px, latents, row.precision)
+    return profiles.memory.recall("call_kernels", key, lambda: _kernels(profiles, *key), most=512)
+
+
+def _kernels(profiles: Profiles, name: str, height_px: int, width_px: int, latents: float, precision: str) -> Kernels:
+    model = profiles.model(name)
+    return layer_table(model.config, height_px, width_px, model.ops).kernels(
+        latents,
+        weight_bytes=ELEMENT_BYTES.get(precision, 2.0),
+        element_bytes=4.0 if precision == "fp32" else 2.0,
     )
 
 

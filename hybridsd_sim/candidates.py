@@ -1,27 +1,53 @@
 """Which plans are legal for a request class on a fleet, and why the others are not.
 
-Enumerates cloud-only, edge-only and hybrid plans over pools, parallel methods, degrees, their options, switch steps,
-small models and VAEs, as the scenario's `search` allows; refuses with a reason what breaks a rule (method, memory, node
-size, latent space, text encoder); prices the rest. `prune` keeps the plans that no other beats in everything.
+Takes every plan of the scenario's search space (`search_space`); refuses with a reason what breaks a rule (method,
+memory, node size, latent space, text encoder); prices the rest. `prune` keeps the plans that no other beats in
+everything, `slowed` says what becomes of a plan where a site is slower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import isclose
 from typing import Any
 
-from hybridsd_sim.cost import PlanCost, price
+import numpy as np
+
+from hybridsd_sim.cost import PlanCost, batch_seconds, price
 from hybridsd_sim.errors import IllegalPlanError, InputError, MissingDataError, Problem
 from hybridsd_sim.legality import plan_problems
 from hybridsd_sim.methods import find_method
-from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
+from hybridsd_sim.plan import Plan, Request
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.scenario import EdgeFleet, Pool, RequestClass, Scenario
+from hybridsd_sim.roofline import Floats
+from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.search_space import enumerate_plans, fleet_site, pool_site, request_of
 
-DEFAULT_SWITCH_STRIDE = 5
-"""Without `search.switch_steps` every fifth step is a candidate, as in Hybrid SD's published tables."""
+__all__ = [
+    "Candidate", "CandidateSet", "Limits", "Refusal", "check_names", "enumerate_plans", "find_candidates", "fleet_site",
+    "make_candidate", "pool_site", "pool_usd_per_gpu_hour", "prune", "rental_usd_per_hour", "request_of", "slowed",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Most joules of the edge device and most dollars that one image may take; None is no limit."""
+
+    edge_energy_j: float | None = None
+    usd: float | None = None
+
+    def hold(self, cost: PlanCost) -> bool:
+        """Whether a price keeps them. An unknown figure meets no limit."""
+        return (self.edge_energy_j is None or _within(cost.edge_energy_j, self.edge_energy_j, cost)) and (
+            self.usd is None or _within(cost.usd, self.usd, cost)
+        )
+
+
+def _within(figure: float | None, limit: float, cost: PlanCost) -> bool:
+    return figure is not None and figure / cost.request.num_images <= limit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +56,8 @@ class Candidate:
 
     `pool_index` and `fleet_index` are positions in the scenario's pools and edge fleets, -1 without. Seconds are at the
     network's median rates and an idle fleet. `batch_s` are the cloud's seconds for 1, 2, ... `plan.batch_cap` requests
-    denoised together; the first is `cloud_s`.
+    denoised together; the first is `cloud_s`. `limits` are those that `meets_floor` holds the price against, besides
+    the quality floor.
     """
 
     request_class: str
@@ -49,6 +76,18 @@ class Candidate:
     meets_slo: bool
     meets_floor: bool
     batch_s: tuple[float, ...]
+    limits: Limits = Limits()
+
+    @property
+    def gpu_seconds(self) -> float:
+        """GPU-seconds of one request where the gang always has as many of them together as it may."""
+        alone, together = self.cost.gpu_seconds, self.batch_s[-1] * self.degree / len(self.batch_s)
+        return alone if isclose(alone, together, rel_tol=1e-9) else together
+
+    @property
+    def full_batch_latency_s(self) -> float:
+        """Seconds from arrival to image of a request that is denoised in a full batch, without waiting."""
+        return self.latency_s + (self.batch_s[-1] - self.cloud_s)
 
     @property
     def switch_share(self) -> float:
@@ -78,52 +117,6 @@ class CandidateSet:
             key = (refusal.request_class, refusal.reason)
             counts[key] = counts.get(key, 0) + 1
         return counts
-
-
-def request_of(name: str, spec: RequestClass) -> Request:
-    """The request that a class of the scenario stands for."""
-    return Request(
-        model=spec.model,
-        height_px=spec.height_px,
-        width_px=spec.width_px,
-        num_inference_steps=spec.num_inference_steps,
-        guidance_scale=spec.guidance_scale,
-        num_images=spec.num_images,
-        sampler=spec.sampler,
-        request_class=name,
-        slo_s=spec.slo_s,
-        quality_floor=spec.quality_floor,
-        priority=spec.priority,
-    )
-
-
-def pool_site(name: str, pool: Pool) -> Site:
-    """A node of the pool as a site of plans."""
-    return Site(
-        name=name,
-        tier="cloud",
-        device=pool.gpu,
-        runtime=pool.runtime,
-        precision=pool.precision,
-        gpus_per_node=pool.gpus_per_node,
-        interconnect=pool.interconnect,
-        purchase=pool.purchase,
-        provider=pool.provider,
-        usd_per_device_hour=pool.usd_per_gpu_hour,
-    )
-
-
-def fleet_site(name: str, fleet: EdgeFleet, profiles: Profiles) -> Site:
-    """A device of the edge fleet as a site of plans, with its own default runtime unless the scenario names one."""
-    device = profiles.edge_device(fleet.device)
-    return Site(
-        name=name,
-        tier="edge",
-        device=fleet.device,
-        runtime=fleet.runtime or device.default_runtime,
-        precision=fleet.precision or device.default_precision,
-        power_w=fleet.power_w,
-    )
 
 
 def check_names(scenario: Scenario, profiles: Profiles) -> None:
@@ -160,90 +153,31 @@ def find_candidates(scenario: Scenario, profiles: Profiles) -> CandidateSet:
     check_names(scenario, profiles)
     refusals: list[Refusal] = []
     by_class: dict[str, tuple[Candidate, ...]] = {}
-    for name, spec in scenario.requests.items():
-        request = request_of(name, spec)
-        found = []
-        for plan in enumerate_plans(scenario, profiles, name):
-            try:
-                found.append(make_candidate(scenario, profiles, request, plan))
-            except (IllegalPlanError, MissingDataError) as error:
-                refusals.append(Refusal(name, plan.label, str(error.problems[0])))
-        by_class[name] = tuple(
-            sorted(found, key=lambda option: (option.usd_or_inf, option.latency_s, option.plan.label))
-        )
+    with _collection_paused():
+        for name, spec in scenario.requests.items():
+            request = request_of(name, spec)
+            found = []
+            for plan in enumerate_plans(scenario, profiles, name):
+                try:
+                    found.append(make_candidate(scenario, profiles, request, plan))
+                except (IllegalPlanError, MissingDataError) as error:
+                    refusals.append(Refusal(name, plan.label, str(error.problems[0])))
+            by_class[name] = tuple(
+                sorted(found, key=lambda option: (option.usd_or_inf, option.latency_s, option.plan.label))
+            )
     return CandidateSet(by_class, tuple(refusals))
 
 
-def enumerate_plans(scenario: Scenario, profiles: Profiles, class_name: str) -> Iterator[Plan]:
-    """Every plan that the scenario's search space spans for a class, legal or not."""
-    spec = scenario.requests[class_name]
-    steps = spec.num_inference_steps
-    fleet = scenario.edge[spec.origin]
-    edge = fleet_site(spec.origin, fleet, profiles)
-    encode_at = {True: edge.name, False: ""}[fleet.encodes_prompt]
-    for vae in scenario.search.vaes:
-        for model in dict.fromkeys((spec.model, *spec.small_models)):
-            stage = Stage(start=0, stop=steps, model=model, site=edge)
-            yield Plan(stages=(stage,), text_encode_site=edge.name, vae_site=edge.name, vae=vae, network=fleet.network)
-        for cloud in _cloud_stages(scenario, spec.model, steps):
-            site = cloud.site.name
-            yield Plan(stages=(cloud,), text_encode_site=site, vae_site=site, vae=vae, network=fleet.network)
-            yield Plan(
-                stages=(cloud,),
-                text_encode_site=site,
-                vae_site=edge.name,
-                vae=vae,
-                network=fleet.network,
-                extra_sites=(edge,),
-            )
-            for k, small in product(_switch_steps(scenario, steps), spec.small_models):
-                first = _until(cloud, k)
-                second = Stage(start=k, stop=steps, model=small, site=edge)
-                yield Plan(
-                    stages=(first, second),
-                    text_encode_site=encode_at or site,
-                    vae_site=edge.name,
-                    vae=vae,
-                    network=fleet.network,
-                )
-
-
-def _until(stage: Stage, stop: int) -> Stage:
-    return Stage(
-        start=0,
-        stop=stop,
-        model=stage.model,
-        site=stage.site,
-        method=stage.method,
-        degree=stage.degree,
-        options=stage.options,
-    )
-
-
-def _switch_steps(scenario: Scenario, steps: int) -> list[int]:
-    """Switch steps strictly inside the request: the ends are edge-only and cloud-only."""
-    wanted: Iterable[int] = range(0, steps, DEFAULT_SWITCH_STRIDE)
-    if scenario.search.switch_steps is not None:
-        wanted = scenario.search.switch_steps
-    return sorted({k for k in wanted if 0 < k < steps})
-
-
-def _cloud_stages(scenario: Scenario, model: str, steps: int) -> Iterator[Stage]:
-    for name, pool in scenario.pools.items():
-        site = pool_site(name, pool)
-        yield Stage(start=0, stop=steps, model=model, site=site)
-        for method, degree in product(scenario.search.methods, scenario.search.degrees):
-            if method == "single" or degree == 1:
-                continue
-            for options in _option_grid(scenario, method):
-                yield Stage(start=0, stop=steps, model=model, site=site, method=method, degree=degree, options=options)
-
-
-def _option_grid(scenario: Scenario, method: str) -> list[Options]:
-    """Every combination of the option values that the search allows for a method; its defaults alone without any."""
-    allowed = scenario.search.options.get(method, {})
-    keys = sorted(allowed)
-    return [tuple(zip(keys, values, strict=True)) for values in product(*(allowed[key] for key in keys))]
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: candidates are kept, so that looking through them again and again is in vain."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, plan: Plan) -> Candidate:
@@ -251,74 +185,109 @@ def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, pla
     problems = plan_problems(plan, request, profiles)
     if problems:
         raise IllegalPlanError(problems)
-    cost = price(plan, request, profiles, prefer=scenario.search.prefer_sources)
+    prefer = scenario.search.prefer_sources
+    cost = price(plan, request, profiles, prefer=prefer)
     cloud, edge = plan.cloud_stages, plan.edge_stages
-    quality = cost.quality.clip
     pools, fleets = list(scenario.pools), list(scenario.edge)
-    cloud_s = sum(part.seconds for part in cost.parts if part.tier == "cloud")
-    edge_held = any(part.tier == "edge" and part.critical for part in cost.parts)
-    floor = request.quality_floor
+    spec, cloud_s = scenario.requests[request.request_class], cost.cloud_s
+    edge_held = [part.seconds for part in cost.parts if part.tier == "edge" and part.critical]
+    limits, latency_s, usd = limits_of(scenario, request.request_class), cost.latency_s, cost.usd
+    batched = plan.batch_cap > 1
     return Candidate(
         request_class=request.request_class,
         plan=plan,
         cost=cost,
         pool_index=pools.index(cloud[0].site.name) if cloud else -1,
-        fleet_index=fleets.index(scenario.requests[request.request_class].origin) if edge_held else -1,
+        fleet_index=fleets.index(spec.origin) if edge_held else -1,
         degree=max((stage.degree for stage in cloud), default=0),
         cloud_s=cloud_s,
-        edge_s=sum(part.seconds for part in cost.parts if part.tier == "edge" and part.critical),
-        latency_s=cost.latency_s,
-        usd_or_inf=float("inf") if cost.usd is None else cost.usd,
-        quality=quality,
+        edge_s=sum(edge_held),
+        latency_s=latency_s,
+        usd_or_inf=float("inf") if usd is None else usd,
+        quality=cost.quality.clip,
         cloud_steps=sum(stage.num_steps for stage in cloud),
         edge_steps=sum(stage.num_steps for stage in edge),
-        meets_slo=request.slo_s is None or cost.latency_s <= request.slo_s,
-        meets_floor=_meets_floor(quality, floor) and _meets_limits(scenario, request, cost),
-        batch_s=(cloud_s,),
+        meets_slo=request.slo_s is None or latency_s <= request.slo_s,
+        meets_floor=_meets_floor(cost, limits),
+        batch_s=batch_seconds(plan, request, profiles, prefer=prefer) if batched else (cloud_s,),
+        limits=limits,
     )
 
 
-def _meets_floor(quality: float | None, floor: float | None) -> bool:
-    """Unknown quality meets no floor."""
-    return floor is None or (quality is not None and quality >= floor)
+def limits_of(scenario: Scenario, class_name: str) -> Limits:
+    """The per-image limits of a class and of the budget, the tighter of two."""
+    spec = scenario.requests[class_name]
+    energies = (spec.edge_energy_j, scenario.budget.edge_energy_j_per_image)
+    return Limits(min((limit for limit in energies if limit is not None), default=None), spec.usd_per_image)
 
 
-def _meets_limits(scenario: Scenario, request: Request, cost: PlanCost) -> bool:
-    """Per-image limits on edge energy and dollars, of the class and of the budget. An unknown figure meets no limit."""
-    spec, budget = scenario.requests[request.request_class], scenario.budget
-    limits = (
-        (cost.edge_energy_j, spec.edge_energy_j),
-        (cost.edge_energy_j, budget.edge_energy_j_per_image),
-        (cost.usd, spec.usd_per_image),
-    )
-    return all(
-        limit is None or (figure is not None and figure / request.num_images <= limit) for figure, limit in limits
+def _meets_floor(cost: PlanCost, limits: Limits) -> bool:
+    """Whether a price meets the quality floor, which unknown quality never does, and every limit of an image."""
+    floor, quality = cost.request.quality_floor, cost.quality.clip
+    return (floor is None or (quality is not None and quality >= floor)) and limits.hold(cost)
+
+
+def slowed(candidate: Candidate, factors: Mapping[str, float]) -> Candidate:
+    """The candidate where every second at a named pool or edge fleet takes its factor times as long.
+
+    Seconds with their intervals, dollars of devices and joules grow with it; transfers do not. Whether SLO, floor and
+    limits hold is asked again. Where no site of the plan has a factor other than 1, the candidate itself comes back.
+    """
+    parts = tuple(part.slowed(factors) for part in candidate.cost.parts)
+    if all(ours is theirs for ours, theirs in zip(parts, candidate.cost.parts, strict=True)):
+        return candidate
+    cost = replace(candidate.cost, parts=parts)
+    slo_s, latency_s, usd, cloud_s = cost.request.slo_s, cost.latency_s, cost.usd, cost.cloud_s
+    ratio = cloud_s / candidate.cloud_s if candidate.cloud_s else 1.0
+    return replace(
+        candidate,
+        cost=cost,
+        cloud_s=cloud_s,
+        batch_s=(cloud_s, *(ratio * seconds for seconds in candidate.batch_s[1:])),
+        edge_s=sum(part.seconds for part in parts if part.tier == "edge" and part.critical),
+        latency_s=latency_s,
+        usd_or_inf=float("inf") if usd is None else usd,
+        meets_slo=slo_s is None or latency_s <= slo_s,
+        meets_floor=_meets_floor(cost, candidate.limits),
     )
 
 
 def prune(options: Sequence[Candidate]) -> list[Candidate]:
     """The candidates that no other beats: none on the same pool or at the edge alone is as good in every merit.
 
-    Merits are GPU-seconds, dollars, latency, degree, quality and edge energy. Of equals the first is kept.
+    Merits are GPU-seconds, dollars, latency, degree, quality and edge energy; GPU-seconds and latency are those of a
+    full batch, so that a batch cap stays only where it lowers the load. Of equals the first is kept.
     """
-    merits = [(option.pool_index, _merits(option)) for option in options]
+    if not options:
+        return []
+    pools = np.array([option.pool_index for option in options])
+    merits = np.array([_merits(option) for option in options])
+    order = np.lexsort(merits.T[::-1])
     kept: list[int] = []
-    for index in sorted(range(len(options)), key=lambda i: merits[i][1]):
-        pool, mine = merits[index]
-        beaten = any(
-            merits[k][0] in (pool, -1) and all(a <= b for a, b in zip(merits[k][1], mine, strict=True)) for k in kept
-        )
-        if not beaten:
-            kept.append(index)
+    for pool in dict.fromkeys(pools.tolist()):
+        rivals = order[(pools[order] == pool) | (pools[order] == -1)]
+        best = _unbeaten(merits[rivals])
+        kept += [int(index) for index in rivals[best] if pools[index] == pool]
     return [options[index] for index in sorted(kept)]
+
+
+def _unbeaten(merits: Floats) -> list[int]:
+    """The rows that no row before them is as good as in everything; rows stand in rising order."""
+    found: list[int] = []
+    best = np.empty_like(merits)
+    for index, mine in enumerate(merits):
+        if not (best[: len(found)] <= mine).all(axis=1).any():
+            best[len(found)] = mine
+            found.append(index)
+    return found
 
 
 def _merits(option: Candidate) -> tuple[float, ...]:
     energy = option.cost.edge_energy_j
     return (
-        option.cost.gpu_seconds,
+        option.gpu_seconds,
         option.usd_or_inf,
-        option.latency_s,
+        option.full_batch_latency_s,
         option.degree,
         -(option.quality if option.quality is not None else -1.0),
         energy if energy is not None else float("inf"),

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hybridsd_sim.candidates import Candidate
+from hybridsd_sim.estimates import Estimate
+from hybridsd_sim.evaluations import Evaluation
 from hybridsd_sim.metrics import Verdict
-from hybridsd_sim.plan import Deployment
-from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.plan import Deployment, Share
+from hybridsd_sim.scenario import ALL, Scenario
 from hybridsd_sim.simulate import SimResult
-from hybridsd_sim.sizing import Sizer, Sizing
+from hybridsd_sim.sizing import Mixes, Sizer, Sizing
 
 Interval = tuple[float, float, float]
 """A value with the ends of its 95% interval."""
-Mixes = Mapping[str, tuple[tuple[float, Candidate], ...]]
-"""Per request class the shares of its requests and the candidates that serve them, the largest share first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +112,9 @@ class Evaluated:
 class CapacityPlan:
     """The answer: what to rent and how to serve each class, what it was compared with, and the evidence.
 
-    `evidence` are all simulated plans in the order of the search. `bound_usd_per_hour` is the rent and
-    egress under which the search ruled every plan out. `conflict` is the smallest set of constraints that no plan meets, empty where one does;
-    `robust` the plan under each named scenario, where that was asked.
+    `evidence` are all simulated plans in the order of the search. `bound_usd_per_hour` is the rent and egress under
+    which the search ruled every plan out. `conflict` is the smallest set of constraints that no plan meets, empty where
+    one does; `robust` the plan under each named scenario, where that was asked.
     """
 
     scenario: Scenario
@@ -158,28 +158,41 @@ class CapacityPlan:
         return self.chosen_result.verdict
 
 
-def evaluated(name: str, deployment: Deployment, result: SimResult, sizing: Sizing) -> Evaluated:
-    """The figures of a simulated plan."""
-    everyone = result.summary.xs("all", level="request_class").iloc[0]
+POLICY_OF = {"simulate": "planned", "screen": "screened"}
+"""How a plan's figures were found, by the level of its evaluation."""
 
-    def interval(figure: str) -> Interval:
-        return tuple(float(everyone[f"{figure}{end}"]) for end in ("", "_low", "_high"))  # type: ignore[return-value]
 
-    feasible = result.verdict.feasible
+def evaluated(name: str, evaluation: Evaluation, mixes: Mixes) -> Evaluated:
+    """The figures of a plan that was tried."""
+    everyone = evaluation.classes[ALL]
+    feasible = evaluation.verdict.feasible
     return Evaluated(
         name=name,
-        deployment=deployment,
-        policy="planned",
-        usd_per_hour=result.usd_per_hour,
-        latency_p95_s=interval("latency_p95_s"),
-        slo_attainment=interval("slo_attainment"),
-        quality=_known(everyone["quality_mean"]),
-        gpu_seconds_per_image=_known(everyone["gpu_seconds_per_image"]),
-        edge_energy_j_per_image=_known(everyone["edge_energy_j_per_image"]),
+        deployment=evaluation.deployment,
+        policy=POLICY_OF[evaluation.level],
+        usd_per_hour=evaluation.rent_usd_per_hour,
+        latency_p95_s=_interval(everyone["latency_p95_s"]),
+        slo_attainment=_interval(everyone["slo_attainment"]),
+        quality=_known(everyone["quality_mean"].value),
+        gpu_seconds_per_image=_known(everyone["gpu_seconds_per_image"].value),
+        edge_energy_j_per_image=_known(everyone["edge_energy_j_per_image"].value),
         feasible=feasible.ok,
         reason=feasible.reason,
-        labels={cls: option.plan.label for cls, option in sizing.chosen.items()},
+        labels=labels(mixes),
     )
+
+
+def labels(mixes: Mixes) -> dict[str, str]:
+    """The plans of each class, with their shares where there are several or some requests are turned away."""
+    return {name: " + ".join(_labelled(share, option) for share, option in mix) for name, mix in mixes.items()}
+
+
+def _labelled(share: float, option: Candidate) -> str:
+    return option.plan.label if share > 1.0 - 1e-9 else f"{share:.0%} {option.plan.label}"
+
+
+def _interval(figure: Estimate) -> Interval:
+    return figure.value, figure.low, figure.high
 
 
 def _known(value: float) -> float | None:
@@ -189,23 +202,23 @@ def _known(value: float) -> float | None:
 def analytic(name: str, sizing: Sizing, sizer: Sizer) -> Evaluated:
     """The figures of a plan by formula alone."""
     p95 = sizer.quantile(sizing, 0.95)
-    total = sum(sizer.rates[cls][0] for cls in sizing.chosen)
-    mean = {cls: sizer.rates[cls][0] / total for cls in sizing.chosen}
-    attained = sum(mean[cls] * got for cls, got in sizing.attainment.items())
-    energy = [(mean[cls], option.cost.edge_energy_j) for cls, option in sizing.chosen.items()]
+    total = sum(sizer.rates[cls][0] for cls in sizing.mixes)
+    served = [(sizer.rates[cls][0] / total * share, o) for cls, mix in sizing.mixes.items() for share, o in mix]
+    energy = [(weight, option.cost.edge_energy_j) for weight, option in served]
+    plans = {cls: tuple(Share(share, o.plan) for share, o in mix) for cls, mix in sizing.mixes.items()}
     return Evaluated(
         name=name,
-        deployment=Deployment.pure(sizing.replicas, {cls: option.plan for cls, option in sizing.chosen.items()}),
+        deployment=Deployment(dict(sizing.replicas), plans),
         policy="analytic",
         usd_per_hour=None if math.isinf(sizing.rent_usd_per_hour) else sizing.rent_usd_per_hour,
         latency_p95_s=(p95, math.nan, math.nan),
-        slo_attainment=(attained, math.nan, math.nan),
+        slo_attainment=(sum(sizer.rates[c][0] / total * a for c, a in sizing.attainment.items()), math.nan, math.nan),
         quality=sizing.quality,
-        gpu_seconds_per_image=sum(mean[cls] * o.cost.gpu_seconds for cls, o in sizing.chosen.items()),
+        gpu_seconds_per_image=sum(weight * option.cost.gpu_seconds for weight, option in served),
         edge_energy_j_per_image=None if any(e is None for _, e in energy) else sum(w * (e or 0.0) for w, e in energy),
         feasible=sizing.missed <= 1e-9,
         reason="by formula",
-        labels={cls: option.plan.label for cls, option in sizing.chosen.items()},
+        labels=labels(sizing.mixes),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,13 +18,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybridsd_sim import __version__
-from hybridsd_sim.arguments import options_of, policy_problems, read_scenario, refuse, split, together
+from hybridsd_sim.arguments import (
+    named_scenarios,
+    options_of,
+    policy_problems,
+    read_scenario,
+    refuse,
+    split,
+    together,
+)
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.exits import run_to_exit
 
 if TYPE_CHECKING:
     from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
+    from hybridsd_sim.store import Store
 
 app = typer.Typer(
     help="Plan, price and simulate Stable Diffusion inference shared between edge devices and cloud GPU pools.",
@@ -166,23 +175,30 @@ def simulate(
 def plan_(
     path: ScenarioPath,
     budget_usd_per_hour: Annotated[float | None, typer.Option(help="Dollars an hour for nodes.")] = None,
-    jobs: Annotated[int, typer.Option(help="Processes for independent simulations.", min=1)] = 1,
+    robust: Annotated[bool, typer.Option("--robust", help="One plan that holds for all the file's scenarios.")] = False,
+    jobs: Annotated[int, typer.Option(help="Simulations to run side by side.", min=1)] = 1,
+    ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run them on Ray.")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no finished simulations, use none.")] = False,
     out: OutFolder = None,
     scenario: ScenarioName = None,
     set_: Settings = None,
     format_: OutputFormat = TEXT,
 ) -> None:
     """Find the capacity plan. The plan of each request class and the nodes of each pool, confirmed by simulation."""
+    from hybridsd_sim.cluster import workers
     from hybridsd_sim.optimize import optimize
     from hybridsd_sim.show import plan_data, plan_text
 
     flags = {"--budget-usd-per-hour": ("budget.usd_per_hour", budget_usd_per_hour)}
     resolved, _ = together(lambda: read_scenario(path, scenario, set_, flags), lambda: _check_folder(out))
-    profiles = _profiles(resolved)
-    with _progress() as say, _fan_out(jobs) as fan_out:
-        result = optimize(resolved, profiles, map=fan_out, progress=say)
+    others = named_scenarios(path, set_, flags) if robust else {}
+    profiles, ran = _profiles(resolved), ["plan", *(f"{name} {other.digest}" for name, other in others.items())]
+    store = None if no_cache else _store()
+    # Ray prints on standard output when a worker dies; that is for results alone.
+    with _keeping(store), redirect_stdout(sys.stderr), _progress() as say, workers(jobs, ray) as fan_out:
+        result = optimize(resolved, profiles, map=fan_out, store=store, robust=others, progress=say)
         say("drawing the report")
-        saved, page = _write(result, out or _run_folder(resolved, profiles, ["plan"]), profiles)
+        saved, page = _write(result, out or _run_folder(resolved, profiles, ran), profiles)
     _print(format_, lambda: plan_data(saved, page), lambda width: plan_text(saved, width), page)
 
 
@@ -307,14 +323,29 @@ def _write(result: Any, folder: Path, profiles: Profiles) -> tuple[dict[str, Any
     return read_run(folder)[0], str(page)
 
 
-@contextmanager
-def _fan_out(jobs: int) -> Iterator[Callable[..., Any] | None]:
-    """An order-keeping map over processes; None for one process."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+def _store() -> Store | None:
+    """Where finished simulations are kept; None, and a word on standard error, where nothing can be written."""
+    from hybridsd_sim.store import default_folder, opened
 
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield pool.map if jobs > 1 else None
+    try:
+        return opened(default_folder())
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        typer.echo(f"no finished simulation is kept for another run: {error}", err=True)
+        return None
+
+
+@contextmanager
+def _keeping(store: Store | None) -> Iterator[None]:
+    """End a run that is interrupted with exit code 130, and say what it leaves behind."""
+    before = len(store) if store else 0
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"{len(store) - before} finished simulations are kept in {store.folder}" if store else "nothing is kept"
+        typer.echo(
+            f"interrupted: {kept}; run the same command again to {'continue' if store else 'start anew'}", err=True
+        )
+        raise typer.Exit(130) from None
 
 
 @contextmanager

@@ -12,19 +12,25 @@ serialised at the sender and parsed at the receiver, each with its checksum.
 What a phone takes end to end is more than the sum of its components. Where published pairs of both show such a gap, it
 is a part of its own, `device_overhead`, a share of what the components took there. Reloading models for lack of memory,
 which more than doubles a phone's time (Apple, SDXL: 77 s against 31 s at the same speed), is not modelled.
+
+Only denoising, and what follows from it, depends on how many steps a stage has. Everything else is priced once for all
+plans that differ in their switch steps alone, and their prices share these parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from hybridsd_sim.calibration import component_law_s
 from hybridsd_sim.handover import End, handling
+from hybridsd_sim.methods import option_types
+from hybridsd_sim.parts import Part, PlanCost
 from hybridsd_sim.plan import KIND_ORDER, Kind, Plan, Request, Site, Stage
-from hybridsd_sim.profiles import Component, Profiles
-from hybridsd_sim.quality import Quality, quality_of
-from hybridsd_sim.steps import stage_times
+from hybridsd_sim.profiles import Component, Network, Profiles, Runtime
+from hybridsd_sim.quality import quality_of
+from hybridsd_sim.steps import StageTimer, timer_of
 from hybridsd_sim.transfers import (
     PROMPT_BYTES,
     handover_bytes,
@@ -32,146 +38,12 @@ from hybridsd_sim.transfers import (
     latent_elements,
     transfer_s,
 )
-from hybridsd_sim.unet import work
+from hybridsd_sim.unet import Work, work
+
+__all__ = ["COMPONENTS", "Part", "PlanCost", "batch_seconds", "plan_flops", "price"]
 
 COMPONENTS = ("text_encode", "denoise", "denoise_warmup", "vae_decode")
 """The parts whose sum an edge device exceeds end to end."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One component of a price: what, where, how long, and what it costs.
-
-    `devices` are GPUs (or the one edge device) held; 0 for a transfer. `low_s` and `high_s` bound the seconds at 90%.
-    `critical` parts add to the latency; the edge's own text encoding runs beside the cloud and does not. `usd` or
-    `energy_j` None means unknown, with the reason in `unknown`. `within` is false where the figure lies outside what
-    was measured or quoted for that device.
-    """
-
-    name: str
-    where: str
-    tier: str
-    seconds: float
-    low_s: float
-    high_s: float
-    devices: int = 0
-    usd: float | None = 0.0
-    energy_j: float | None = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    comm_bytes: float = 0.0
-    comm_exposed_s: float = 0.0
-    kind: Kind = "modelled"
-    sources: tuple[str, ...] = ()
-    note: str = ""
-    unknown: str = ""
-    within: bool = True
-    critical: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanCost:
-    """What one request under one plan costs without contention. Every total is the sum of its parts."""
-
-    plan: Plan
-    request: Request
-    parts: tuple[Part, ...]
-    quality: Quality
-    flops: float
-    flops_without_attention_products: float
-
-    @property
-    def latency_s(self) -> float:
-        """Arrival to image."""
-        return sum(part.seconds for part in self.parts if part.critical)
-
-    @property
-    def denoise_parts(self) -> tuple[Part, ...]:
-        return tuple(part for part in self.parts if part.name.startswith("denoise"))
-
-    @property
-    def denoise_s(self) -> float:
-        """The UNet loop alone, which is what the papers time."""
-        return sum(part.seconds for part in self.denoise_parts)
-
-    @property
-    def interval_s(self) -> tuple[float, float]:
-        """90% interval of `denoise_s`."""
-        return sum(part.low_s for part in self.denoise_parts), sum(part.high_s for part in self.denoise_parts)
-
-    @property
-    def latency_interval_s(self) -> tuple[float, float]:
-        """90% interval of `latency_s`, as wide as if every part were at the same end of its own."""
-        critical = [part for part in self.parts if part.critical]
-        return sum(part.low_s for part in critical), sum(part.high_s for part in critical)
-
-    @property
-    def comm_exposed_s(self) -> float:
-        return sum(part.comm_exposed_s for part in self.denoise_parts)
-
-    @property
-    def compute_s(self) -> float:
-        return self.denoise_s - self.comm_exposed_s
-
-    @property
-    def comm_bytes(self) -> float:
-        """Bytes that one GPU receives from the others over the whole request."""
-        return sum(part.comm_bytes for part in self.parts)
-
-    @property
-    def gpu_seconds(self) -> float:
-        return sum(part.seconds * part.devices for part in self.parts if part.tier == "cloud")
-
-    @property
-    def usd(self) -> float | None:
-        return _total(part.usd for part in self.parts)
-
-    @property
-    def edge_energy_j(self) -> float | None:
-        return _total(part.energy_j for part in self.parts)
-
-    @property
-    def bytes_down(self) -> int:
-        return sum(part.bytes_down for part in self.parts)
-
-    @property
-    def bytes_up(self) -> int:
-        return sum(part.bytes_up for part in self.parts)
-
-    @property
-    def kind(self) -> Kind:
-        """The weakest kind among the parts that take time."""
-        return _weakest([part for part in self.parts if part.seconds > 0])
-
-    @property
-    def steps_kind(self) -> Kind:
-        """The weakest kind among the denoising steps, transfers and all else apart."""
-        return _weakest(self.denoise_parts)
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        found = (source for part in self.parts for source in part.sources)
-        return tuple(dict.fromkeys((*found, *self.quality.sources)))
-
-    @property
-    def unknowns(self) -> tuple[str, ...]:
-        """Why figures are None, for the reader."""
-        notes = [part.unknown for part in self.parts if part.unknown]
-        return tuple(dict.fromkeys([*notes, *([self.quality.note] if self.quality.clip is None else [])]))
-
-    @property
-    def outside(self) -> tuple[str, ...]:
-        """Parts whose figure lies outside what was timed, each with its reason."""
-        return tuple(f"{part.name} on {part.where}: {part.note}" for part in self.parts if not part.within)
-
-
-def _weakest(parts: Sequence[Part]) -> Kind:
-    return max((part.kind for part in parts), key=KIND_ORDER.__getitem__, default="modelled")
-
-
-def _total(values: Iterator[float | None]) -> float | None:
-    known = list(values)
-    return None if any(value is None for value in known) else sum(value or 0.0 for value in known)
 
 
 def price(
@@ -184,13 +56,13 @@ def price(
     sampled rates with `transfer_s`. Raises `IllegalPlanError` for a plan its method cannot run, `MissingDataError` for
     devices that nobody timed.
     """
-    pricer = _Pricer(plan, request, profiles, cold=cold, prefer=prefer)
+    pricer = _pricer_of(plan, request, profiles, cold=cold, prefer=prefer)
     size = (request.height_px, request.width_px)
     flop, bare = plan_flops(plan, request, profiles)
     return PlanCost(
         plan=plan,
         request=request,
-        parts=tuple(pricer.parts()),
+        parts=pricer.parts(plan),
         quality=quality_of(
             plan, profiles, wanted=request.model, guided=request.guided, size=size, sampler=request.sampler
         ),
@@ -199,33 +71,121 @@ def price(
     )
 
 
+def batch_seconds(plan: Plan, request: Request, profiles: Profiles, *, prefer: Sequence[str] = ()) -> tuple[float, ...]:
+    """For how long a gang is held by 1, 2, ... `plan.batch_cap` requests of the plan that it denoises together.
+
+    The denoising and the VAE of n requests take what those of one request for n times as many images take, from the
+    same rows and laws; every prompt is encoded and every hand-over packed for itself. Where the rows of a larger batch
+    say less than those of a smaller one, the smaller one's seconds count: more requests never take less time.
+    """
+    counts = range(1, plan.batch_cap + 1)
+    pricers = (_pricer_of(plan, request, profiles, cold=False, prefer=prefer, together=count) for count in counts)
+    return tuple(accumulate((pricer.cloud_s(plan) for pricer in pricers), max))
+
+
 def plan_flops(plan: Plan, request: Request, profiles: Profiles) -> tuple[float, float]:
     """FLOPs (2 x MACs) of all UNet evaluations, guidance included: with and without attention products."""
     flop = bare = 0.0
     for stage in plan.stages:
-        total = work(profiles.model(stage.model).layers(request.height_px, request.width_px))
+        total = _work_of(stage.model, request.height_px, request.width_px, profiles)
         evaluations = stage.num_steps * request.unet_batch
         flop += 2.0 * total.macs * evaluations
         bare += 2.0 * total.macs_without_attention * evaluations
     return flop, bare
 
 
-class _Pricer:
-    """Walks one plan's components in order and yields their parts."""
+def _work_of(model: str, height_px: int, width_px: int, profiles: Profiles) -> Work:
+    key = (model, height_px, width_px)
+    return profiles.memory.recall("work", key, lambda: work(profiles.model(model).layers(height_px, width_px)))
 
-    def __init__(self, plan: Plan, request: Request, profiles: Profiles, *, cold: bool, prefer: Sequence[str]) -> None:
-        self.plan, self.request, self.profiles, self.cold, self.prefer = plan, request, profiles, cold, prefer
+
+def _pricer_of(
+    plan: Plan, request: Request, profiles: Profiles, *, cold: bool, prefer: Sequence[str], together: int = 1
+) -> _Pricer:
+    """The one pricer of all plans and requests that differ in steps and promises alone."""
+    options = tuple(option_types(stage.options) for stage in plan.stages)
+    what = (request.height_px, request.width_px, request.num_images, request.guided, request.sampler)
+    key = (plan.make, plan.extra_sites, options, what, cold, tuple(prefer), together)
+    return profiles.memory.recall(
+        "pricers", key, lambda: _Pricer(plan, request, profiles, cold=cold, prefer=prefer, together=together)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """The devices of a site that a part holds, and what they are charged: a gang by the hour, an edge device in watts.
+
+    `rate` (USD a device-hour) or `power_w` is None where it is unknown, for the reason in `unknown`.
+    """
+
+    site: Site
+    devices: int
+    rate: float | None
+    power_w: float | None
+    unknown: str
+
+    def part(
+        self, name: str, seconds: float, bounds: tuple[float, float], kind: Kind, sources: tuple[str, ...],
+        note: str = "", *, comm_bytes: float = 0.0, comm_exposed_s: float = 0.0, within: bool = True,
+        critical: bool = True,
+    ) -> Part:  # fmt: skip
+        """A part that holds these devices for `seconds`, with its dollars or joules."""
+        usd: float | None = 0.0
+        energy: float | None = 0.0
+        if self.site.tier == "edge":
+            energy = None if self.power_w is None else self.power_w * seconds
+        else:
+            usd = None if self.rate is None else self.rate * self.devices * seconds / 3600
+        return Part(
+            name=name, where=self.site.name, tier=self.site.tier, seconds=seconds, low_s=bounds[0], high_s=bounds[1],
+            devices=self.devices, usd=usd, energy_j=energy, comm_bytes=comm_bytes, comm_exposed_s=comm_exposed_s,
+            kind=kind, sources=sources, note=note, unknown=self.unknown, within=within, critical=critical,
+        )  # fmt: skip
+
+
+class _Pricer:
+    """Walks the components of plans of one make in order and yields their parts; they differ in steps alone.
+
+    `together` requests share the gang: the cloud's parts last as long as for all of them.
+    """
+
+    def __init__(
+        self, plan: Plan, request: Request, profiles: Profiles, *, cold: bool, prefer: Sequence[str], together: int
+    ) -> None:
+        self.plan, self.request, self.profiles, self.cold = plan, request, profiles, cold
+        self.prefer, self.together = tuple(prefer), together
         self.gang = {site.name: 1 for site in plan.sites.values()}
         for stage in plan.stages:
             self.gang[stage.site.name] = max(self.gang[stage.site.name], stage.degree)
+        self._holders: dict[str, _Holder] = {}
+        self._timers: dict[int, StageTimer] = {}
+        self._outline = tuple(self._walk())
+        self._slow_edges = tuple(self._overhead_laws())
 
-    def parts(self) -> Iterator[Part]:
-        """Every component in order, then what the edge adds to its own."""
-        walked = tuple(self._walk())
-        yield from walked
-        yield from self._overheads(walked)
+    def parts(self, plan: Plan) -> tuple[Part, ...]:
+        """Every component of a plan of this make in order, then what the edge adds to its own."""
+        walked: list[Part] = []
+        for item in self._outline:
+            if isinstance(item, Part):
+                walked.append(item)
+            else:
+                walked += self._stage(plan.stages[item], self._timers[item])
+        return (*walked, *self._overheads(walked))
 
-    def _walk(self) -> Iterator[Part]:
+    def cloud_s(self, plan: Plan) -> float:
+        """Seconds for which a plan of this make holds its gang: what its cloud parts sum to."""
+        return sum(self._cloud_seconds(plan))
+
+    def _cloud_seconds(self, plan: Plan) -> Iterator[float]:
+        for item in self._outline:
+            if isinstance(item, Part):
+                if item.tier == "cloud":
+                    yield item.seconds
+            elif (stage := plan.stages[item]).site.tier == "cloud":
+                yield from (phase.seconds for phase in self._timers[item].times(stage.num_steps))
+
+    def _walk(self) -> Iterator[Part | int]:
+        """The components in order, with the index of a stage in place of its parts."""
         plan, encode, vae = self.plan, self.plan.sites[self.plan.text_encode_site], self.plan.sites[self.plan.vae_site]
         first = plan.stages[0].site
         at = "edge" if plan.network else first.tier
@@ -241,7 +201,8 @@ class _Pricer:
         for index, stage in enumerate(plan.stages):
             if stage.site.tier != here.tier:
                 yield from self._handover(index, here, stage, with_embedding=not own_copy)
-            yield from self._stage(stage)
+            self._timers[index] = timer_of(stage, self._shared(stage.site), self.profiles, prefer=self.prefer)
+            yield index
             here = stage.site
         if vae.tier != here.tier:
             latent = latent_elements(self.request) * self.request.num_images * 2
@@ -250,6 +211,14 @@ class _Pricer:
         if vae.tier == "cloud" and plan.network:
             yield self._transfer("image_transfer", "edge", image_bytes(self.request))
 
+    def _shared(self, site: Site) -> Request:
+        """What a device of the site denoises at a time, as a request of its own."""
+        count = self._together(site)
+        return self.request if count == 1 else replace(self.request, num_images=self.request.num_images * count)
+
+    def _together(self, site: Site) -> int:
+        return self.together if site.tier == "cloud" else 1
+
     def _loads(self) -> Iterator[Part]:
         if not self.cold:
             return
@@ -257,7 +226,7 @@ class _Pricer:
             models = [stage.model for stage in self.plan.cloud_stages if stage.site.name == name]
             for model in dict.fromkeys(models or ["*"] * (site.tier == "cloud")):
                 row = self.profiles.model_load(site.device, model)
-                yield self._held("model_load", site, row.seconds_median, row.range_s, row.kind, (row.source,))
+                yield self._held(site).part("model_load", row.seconds_median, row.range_s, row.kind, (row.source,))
 
     def _handover(self, index: int, sender: Site, stage: Stage, *, with_embedding: bool) -> Iterator[Part]:
         model = self.profiles.model(stage.model)
@@ -275,26 +244,40 @@ class _Pricer:
         yield self._handled(name, "parse", receiver, payload)
 
     def _handled(self, name: str, end: End, site: Site, payload: int) -> Part:
-        """One end of a hand-over."""
-        found = handling(self.profiles, site.device, end, payload, prefer=self.prefer)
-        return self._held(f"{name}_{end}", site, found.seconds, found.bounds_s, found.kind, found.sources, found.note)
+        """One end of a hand-over; in the cloud of all the requests that share the gang."""
+        found = handling(self.profiles, site.device, end, payload * self._together(site), prefer=self.prefer)
+        figures = (found.seconds, found.bounds_s, found.kind, found.sources, found.note)
+        return self._held(site).part(f"{name}_{end}", *figures)
 
     def _overheads(self, walked: Sequence[Part]) -> Iterator[Part]:
         """What edge devices take beyond the sum of their components; what runs beside the cloud delays nobody."""
+        for site, law, note in self._slow_edges:
+            mine = [part for part in walked if part.tier == "edge" and part.where == site.name and part.critical]
+            timed = [part.seconds for part in mine if part.name in COMPONENTS]
+            if timed:
+                seconds = sum(timed)
+                figures = (seconds * law.overhead_share, (seconds * law.overhead_low, seconds * law.overhead_high))
+                yield self._held(site).part("device_overhead", *figures, "modelled", (law.overhead_source,), note)
+
+    def _overhead_laws(self) -> Iterator[tuple[Site, Runtime, str]]:
+        """The edge devices that take more than the sum of their components, and what to say about it."""
         for site in self.plan.sites.values():
             law = self.profiles.runtime(site.runtime)
-            mine = [part for part in walked if (part.tier, part.where) == ("edge", site.name) and part.critical]
-            timed = [part for part in mine if part.name in COMPONENTS]
-            if law.overhead_share and timed:
-                seconds = sum(part.seconds for part in timed)
-                figures = (seconds * law.overhead_share, (seconds * law.overhead_low, seconds * law.overhead_high))
-                note = f"{law.overhead_share:.1%} of the components' sum; holds no reloading for lack of memory"
-                yield self._held("device_overhead", site, *figures, "modelled", (law.overhead_source,), note)
+            if site.tier == "edge" and law.overhead_share:
+                yield (
+                    site,
+                    law,
+                    f"{law.overhead_share:.1%} of the components' sum; holds no reloading for lack of memory",
+                )
 
     def _transfer(self, name: str, to_tier: str, payload: int) -> Part:
         if self.plan.network is None:
             return Part(name=name, where="no network", tier="network", seconds=0.0, low_s=0.0, high_s=0.0)
         network = self.profiles.network(self.plan.network)
+        key = (name, network.name, to_tier, payload)
+        return self.profiles.memory.recall("transfers", key, lambda: self._sent(name, network, to_tier, payload))
+
+    def _sent(self, name: str, network: Network, to_tier: str, payload: int) -> Part:
         rates = network.down_bytes_per_s if to_tier == "edge" else network.up_bytes_per_s
         times = [transfer_s(payload, rates.at(u), network.rtt_s.at(1 - u)) for u in (0.5, 0.95, 0.05)]
         egress = self.profiles.egress_usd_per_gib() * payload / 2**30 if to_tier == "edge" else 0.0
@@ -306,66 +289,77 @@ class _Pricer:
 
     def _text_encode(self, site: Site) -> Part:
         encoders = self.profiles.model(self.plan.stages[0].model).text_encoders
-        prompts = 2 if self.request.guided else 1
-        return self._component("text_encode", site, [self.profiles.component(name) for name in encoders], prompts)
+        prompts = (2 if self.request.guided else 1) * self._together(site)
+        return self._component("text_encode", site, encoders, prompts)
 
     def _vae_decode(self, site: Site) -> Part:
-        return self._component("vae_decode", site, [self.profiles.component(self.plan.vae)], self.request.num_images)
+        return self._component("vae_decode", site, [self.plan.vae], self._shared(site).num_images)
 
-    def _component(self, name: str, site: Site, components: Sequence[Component], repeats: int) -> Part:
-        """A text encoder or VAE: from its own row where one fits, else scaled from the device's UNet speed."""
+    def _component(self, name: str, site: Site, components: Sequence[str], repeats: int) -> Part:
+        """Text encoders or a VAE: from their own rows where they fit, else scaled from the device's UNet speed."""
         seconds = low = high = 0.0
-        kinds: list[Kind] = []
-        sources: list[str] = []
-        notes: list[str] = []
-        for component in components:
-            row = self.profiles.component_row(site.device, site.runtime, component, self._size, prefer=self.prefer)
-            if row is not None:
-                times = (row.seconds_median, *row.range_s)
-                kinds.append(row.kind)
-                sources.append(row.source)
-            else:
-                where = (self.profiles, site.device, site.runtime, site.precision)
-                times, fit = component_law_s(*where, component, *self._size)
-                kinds.append("modelled")
-                sources += fit.sources
-                notes.append(f"{component.name} from the law of UNet steps: {fit.note}")
-            seconds, low, high = (a + b * repeats for a, b in zip((seconds, low, high), times, strict=True))
-        kind = max(kinds, key=KIND_ORDER.__getitem__)
-        return self._held(name, site, seconds, (low, high), kind, tuple(dict.fromkeys(sources)), "; ".join(notes))
+        found = [self._component_time(component, site) for component in components]
+        for one in found:
+            seconds, low, high = (a + b * repeats for a, b in zip((seconds, low, high), one.times_s, strict=True))
+        kind = max((one.kind for one in found), key=KIND_ORDER.__getitem__)
+        sources = tuple(dict.fromkeys(source for one in found for source in one.sources))
+        notes = "; ".join(one.note for one in found if one.note)
+        return self._held(site).part(name, seconds, (low, high), kind, sources, notes)
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        return self.request.height_px, self.request.width_px
+    def _component_time(self, component: str, site: Site) -> _ComponentTime:
+        where = (site.device, site.runtime, site.precision)
+        size = (self.request.height_px, self.request.width_px)
+        key = (component, *where, *size, self.prefer)
+        profiles, prefer = self.profiles, self.prefer
+        return profiles.memory.recall(
+            "components", key, lambda: _component_time(profiles, profiles.component(component), where, size, prefer)
+        )
 
-    def _stage(self, stage: Stage) -> Iterator[Part]:
-        for phase in stage_times(stage, self.request, self.profiles, prefer=self.prefer):
+    def _stage(self, stage: Stage, timer: StageTimer) -> Iterator[Part]:
+        holder = self._held(stage.site)
+        for phase in timer.times(stage.num_steps):
             name = "denoise_warmup" if phase.name == "warmup" else "denoise"
             bounds = (phase.low_s, phase.high_s)
-            part = self._held(name, stage.site, phase.seconds, bounds, phase.kind, phase.sources, phase.note)
-            yield replace(part, comm_bytes=phase.comm_bytes, comm_exposed_s=phase.comm_exposed_s, within=phase.within)
+            yield holder.part(
+                name, phase.seconds, bounds, phase.kind, phase.sources, phase.note,
+                comm_bytes=phase.comm_bytes, comm_exposed_s=phase.comm_exposed_s, within=phase.within,
+            )  # fmt: skip
 
-    def _held(
-        self, name: str, site: Site, seconds: float, bounds: tuple[float, float], kind: Kind,
-        sources: tuple[str, ...], note: str = "",
-    ) -> Part:  # fmt: skip
-        """A part that holds a device (or the whole gang) for `seconds`, with its dollars or joules."""
-        devices = self.gang[site.name] if site.tier == "cloud" else 1
-        usd, energy, why = self._charge(site, seconds, devices)
-        return Part(
-            name=name, where=site.name, tier=site.tier, seconds=seconds, low_s=bounds[0], high_s=bounds[1],
-            devices=devices, usd=usd, energy_j=energy, kind=kind, sources=sources, note=note, unknown=why,
-        )  # fmt: skip
+    def _held(self, site: Site) -> _Holder:
+        """The device of the site, or the whole gang."""
+        if site.name not in self._holders:
+            self._holders[site.name] = self._holder(site)
+        return self._holders[site.name]
 
-    def _charge(self, site: Site, seconds: float, devices: int) -> tuple[float | None, float | None, str]:
+    def _holder(self, site: Site) -> _Holder:
         if site.tier == "edge":
             power = site.power_w or self.profiles.edge_device(site.device).power_w
-            energy = None if power is None else power * seconds
-            return 0.0, energy, "" if power else f"no power figure for {site.device}"
+            return _Holder(site, 1, 0.0, power, "" if power else f"no power figure for {site.device}")
         rate = site.usd_per_device_hour
         if rate is None:
             row = self.profiles.gpu_price(site.device, site.purchase, site.provider)
             rate = None if row is None else row.usd
-        if rate is None:
-            return None, 0.0, f"no {site.purchase} price for {site.device}"
-        return rate * devices * seconds / 3600, 0.0, ""
+        why = f"no {site.purchase} price for {site.device}" if rate is None else ""
+        return _Holder(site, self.gang[site.name], rate, 0.0, why)
+
+
+@dataclass(frozen=True, slots=True)
+class _ComponentTime:
+    """Seconds of one prompt or image and the ends of their 90% interval."""
+
+    times_s: tuple[float, float, float]
+    kind: Kind
+    sources: tuple[str, ...]
+    note: str = ""
+
+
+def _component_time(
+    profiles: Profiles, component: Component, where: tuple[str, str, str], size: tuple[int, int], prefer: Sequence[str]
+) -> _ComponentTime:
+    """From the component's own row on the device (device, runtime, precision), else from the law of UNet steps."""
+    row = profiles.component_row(*where[:2], component, size, prefer=prefer)
+    if row is not None:
+        return _ComponentTime((row.seconds_median, *row.range_s), row.kind, (row.source,))
+    times, fit = component_law_s(profiles, *where, component, *size)
+    note = f"{component.name} from the law of UNet steps: {fit.note}"
+    return _ComponentTime(times, "modelled", tuple(fit.sources), note)

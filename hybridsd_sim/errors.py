@@ -36,6 +36,9 @@ class InputError(HybridSDError):
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)  # whole to another process: exceptions go there by their message otherwise
+
 
 class MissingDataError(InputError):
     """The profiles do not hold what was asked for; the remedy names the nearest rows."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from hybridsd_sim.candidates import Candidate, CandidateSet
-from hybridsd_sim.capacity import CapacityPlan, Evaluated
+from hybridsd_sim.capacity import CapacityPlan
+from hybridsd_sim.sentences import Mix, conflict_in_words, relaxation_in_words, savings_in_words, turned_away
 from hybridsd_sim.sizing import Sizer
 from hybridsd_sim.workload import arrival_source
 
@@ -18,17 +19,33 @@ def explain(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[s
     """Every sentence of a capacity plan, the most important first."""
     if not plan.feasible:
         yield f"No plan holds every promise: {plan.chosen_result.verdict.feasible.reason}"
-        yield from _lifts(plan, found, sizer)
+        yield from _conflict(plan) if plan.conflict else _lifts(plan, found, sizer)
     yield from _rent(plan)
     yield from _prices(plan, sizer)
-    yield from _savings(plan)
-    for name, option in plan.chosen.items():
-        options = found.by_class[name]
-        yield from _why_switch(option, options)
-        yield from _why_not_edge(option, options, plan)
-        yield from _why_degree(option, options, plan)
+    yield from savings_in_words(plan)
+    for name, mix in plan.mixes.items():
+        yield from _shares(name, mix)
+        yield from _why_edge(plan, name, found.by_class[name])
+        for _, option in mix:
+            yield from _why_switch(option, found.by_class[name])
+            yield from _why_degree(option, found.by_class[name], plan)
     yield from _unused_pools(plan, found, sizer)
     yield from _arrivals(plan)
+
+
+def _conflict(plan: CapacityPlan) -> Iterator[str]:
+    """The smallest set of constraints that no plan meets, and what each of them would have to be."""
+    yield conflict_in_words(plan.conflict)
+    yield from (relaxation_in_words(each) for each in plan.conflict)
+
+
+def _shares(name: str, mix: Mix) -> Iterator[str]:
+    """Who gets what where a class has several plans, and what is turned away; nothing for one plan that serves all."""
+    if len(mix) > 1:
+        parts = "; ".join(f"{share:.1%} by {option.plan.label}" for share, option in mix)
+        yield f"{name}: its requests are shared out: {parts}."
+    if away := turned_away(mix):
+        yield f"{name}: {away:.1%} of its requests are turned away, so that the others are served in time."
 
 
 def _arrivals(plan: CapacityPlan) -> Iterator[str]:
@@ -56,35 +73,6 @@ def _prices(plan: CapacityPlan, sizer: Sizer) -> Iterator[str]:
         if row is not None:
             how = spec.purchase.replace("_", " ")
             yield f"A GPU-hour of {name} costs {row.usd:g} USD {how} at {row.provider} ({row.kind}: {row.source})."
-
-
-def _savings(plan: CapacityPlan) -> Iterator[str]:
-    """What the chosen plan saves against the feasible baselines, and what it costs in quality."""
-    quality = next((one.quality for one in reversed(plan.evidence) if one.deployment == plan.deployment), None)
-    for baseline in plan.baselines:
-        if not baseline.feasible:
-            yield f"{baseline.name.capitalize()} does not hold: {baseline.reason}."
-            continue
-        if plan.usd_per_hour is None or not baseline.usd_per_hour:
-            continue
-        dollars = f"{baseline.name} ({baseline.usd_per_hour:.2f} USD an hour)"
-        yield f"It costs {_compared(plan.usd_per_hour / baseline.usd_per_hour, dollars)}{_loss(quality, baseline)}."
-
-
-def _compared(ratio: float, other: str) -> str:
-    """`40% less than …`, or `as much as …` within half a percent."""
-    if abs(ratio - 1.0) < 0.005:
-        return f"as much as {other}"
-    return f"{abs(1.0 - ratio):.0%} {'less' if ratio < 1.0 else 'more'} than {other}"
-
-
-def _loss(quality: float | None, baseline: Evaluated) -> str:
-    if quality is None or baseline.quality is None:
-        return ""
-    change = quality - baseline.quality
-    if abs(change) < 5e-5:
-        return f", with the same CLIP score of {quality:.4f}"
-    return f", with a CLIP score of {quality:.4f} against {baseline.quality:.4f} ({change:+.4f})"
 
 
 def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str]:
@@ -118,21 +106,24 @@ def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str
         )
 
 
-def _why_not_edge(option: Candidate, options: Sequence[Candidate], plan: CapacityPlan) -> Iterator[str]:
-    name = option.request_class
-    edge = [one for one in options if one.cloud_steps == 0]
-    if option.cloud_steps == 0 and not (option.meets_floor and option.meets_slo):
-        yield f"{name}: the edge alone ({option.plan.stages[0].model}) {_edge_fault(option, plan)}."
-        return
-    if option.cloud_steps == 0:
+def _why_edge(plan: CapacityPlan, name: str, options: Sequence[Candidate]) -> Iterator[str]:
+    """Why a class is served at the edge alone, or why it is not."""
+    at_edge = [option for _, option in plan.mixes[name] if option.cloud_steps == 0]
+    if not at_edge:
+        yield _why_not_edge(name, options, plan)
+    elif not (at_edge[0].meets_floor and at_edge[0].meets_slo):
+        yield f"{name}: the edge alone ({at_edge[0].plan.stages[0].model}) {_edge_fault(at_edge[0], plan)}."
+    elif len(plan.mixes[name]) == 1:
         yield f"{name}: the device alone holds every promise, so nothing is rented for it."
-        return
+
+
+def _why_not_edge(name: str, options: Sequence[Candidate], plan: CapacityPlan) -> str:
+    edge = [one for one in options if one.cloud_steps == 0]
     if not edge:
         reasons = [reason for (cls, reason) in plan.refusals if cls == name and "memory" in reason]
-        yield f"{name}: the edge alone cannot: {reasons[0] if reasons else 'no model runs there'}."
-        return
+        return f"{name}: the edge alone cannot: {reasons[0] if reasons else 'no model runs there'}."
     best = max(edge, key=lambda one: (one.meets_floor, one.meets_slo, one.quality or 0.0, -one.latency_s))
-    yield f"{name}: the edge alone ({best.plan.stages[0].model}) {_edge_fault(best, plan)}."
+    return f"{name}: the edge alone ({best.plan.stages[0].model}) {_edge_fault(best, plan)}."
 
 
 def _edge_fault(best: Candidate, plan: CapacityPlan) -> str:
@@ -196,7 +187,9 @@ def _unused_pools(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iter
     for index, pool in enumerate(plan.scenario.pools):
         if plan.replicas_opt.get(pool, 0):
             continue
-        served = {name: option for name, option in plan.chosen.items() if option.pool_index >= 0}
+        served: dict[str, Candidate] = {}
+        for option in (option for mix in plan.mixes.values() for _, option in mix if option.pool_index >= 0):
+            served.setdefault(option.request_class, option)
         if not served:
             yield f"Pool {pool} is not rented: no class needs it."
         for name, chosen in served.items():

@@ -32,7 +32,8 @@ from hybridsd_sim.plan import Request, Site, Stage
 from hybridsd_sim.profiles import CostRow, Profiles
 from hybridsd_sim.records import write_atomically
 from hybridsd_sim.roofline import NO_LIMIT, Floats
-from hybridsd_sim.steps import Round, stage_rounds
+from hybridsd_sim.rounds import Round
+from hybridsd_sim.steps import stage_rounds
 from hybridsd_sim.transfers import CONSTANTS, constants_of
 
 ITERATIONS = 6

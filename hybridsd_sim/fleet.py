@@ -11,12 +11,19 @@ Queue disciplines of a pool (all in order of arrival unless said otherwise):
 - `gang_fifo`: a head that does not fit reserves the node that will be free soonest; those behind use the other nodes.
 - `backfill`: the same, and a later job may use the reserved node if it is done before the head could start.
 - `edf`: the highest priority, and among equals the earliest deadline, is the head.
+
+Batches are greedy: a job of a route with a batch cap takes along waiting jobs of the same route and base model, in the
+order of the queue and wherever they stand in it, and never waits for more. The gang serves them all at once.
+
+Preemption takes a node away with everything that runs there. The jobs return to the head of the queue (under `edf` to
+their place in it) with all their work to do again; another node serves in the place of the lost one a while later, with
+no model loaded. The rent runs on meanwhile, and the pool's view still counts the node among its GPUs.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Generic, TypeVar
@@ -24,47 +31,8 @@ from typing import Generic, TypeVar
 import simpy
 from simpy.events import Timeout
 
+from hybridsd_sim.jobs import INFINITY, NAN, Job, Preemption
 from hybridsd_sim.policies import PoolView
-
-NAN = float("nan")
-
-
-class Job:
-    """Work for a pool: GPUs, seconds, deadline; and, once it ran, when it was where.
-
-    `hold_s` is the work itself. `load_s` is what loading the model would add; a pool that holds it makes that 0.
-    """
-
-    __slots__ = (
-        "cloud_ready_s",
-        "cloud_start_s",
-        "cloud_stop_s",
-        "deadline_s",
-        "degree",
-        "hold_s",
-        "load_s",
-        "model_key",
-        "node",
-        "number",
-        "priority",
-        "work",
-    )
-
-    def __init__(self, number: int, degree: int, hold_s: float, deadline_s: float = float("inf")) -> None:
-        self.number = number
-        self.degree = degree
-        self.hold_s = hold_s
-        self.deadline_s = deadline_s
-        self.load_s = 0.0
-        self.model_key = 0
-        self.priority = 0
-        self.work = 0.0
-        self.cloud_ready_s = self.cloud_start_s = self.cloud_stop_s = NAN
-        self.node = -1
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.number}, {self.degree} GPUs, {self.hold_s:.3f} s)"
-
 
 JobT = TypeVar("JobT", bound=Job)
 
@@ -86,6 +54,7 @@ class Pool(Generic[JobT]):
         done: Callable[[JobT], None],
         resident_models: int | None = None,
         cold_start_s: float = 0.0,
+        preemption: Preemption | None = None,
     ) -> None:
         self.env = env
         self.gpus_per_node = gpus_per_node
@@ -94,12 +63,14 @@ class Pool(Generic[JobT]):
         self._done = done
         self._by_free: list[dict[int, None]] = [{} for _ in range(gpus_per_node + 1)]
         self._free = [gpus_per_node] * nodes
-        self._running: list[dict[int, JobT]] = [{} for _ in range(nodes)]
+        self._running: list[dict[int, Timeout]] = [{} for _ in range(nodes)]
+        self._preemption = preemption
+        self._away: dict[int, float] = {}
         self._resident_models = resident_models
         self._resident: list[dict[int, None]] = [{} for _ in range(nodes)]
         self._queue: deque[JobT] = deque()
         self._heap: list[tuple[int, float, int, JobT]] = []
-        self._order = count()
+        self._order = count(1)
         self._dispatch = {"fifo": self._dispatch_fifo, "edf": self._dispatch_edf}.get(discipline, self._dispatch_gangs)
         self._by_deadline = discipline == "edf"
         self._backfill = discipline == "backfill"
@@ -115,6 +86,9 @@ class Pool(Generic[JobT]):
         self._by_free[self.gpus_per_node] = dict.fromkeys(range(self._nodes))
         self.view.largest_free = self.gpus_per_node if self._nodes else 0
         self._dispatch()
+        if self._preemption is not None:
+            for node in range(self._nodes):
+                self._live(node, self._preemption)
 
     def submit(self, job: JobT) -> None:
         """Queue a job now; it starts at once if nobody waits and a node has room."""
@@ -153,22 +127,29 @@ class Pool(Generic[JobT]):
                 fallback = node if fallback < 0 else fallback
         return fallback
 
-    def _start(self, job: JobT, node: int) -> None:
+    def _start(self, job: JobT, node: int, gang: Sequence[JobT] | None = None) -> None:
+        """Start a job on a node, with its batch if it has one."""
         now = self.env.now
         job.load_s = self._touch_model(job, node)
-        hold = job.hold_s + job.load_s
+        hold = (job.hold_s if gang is None else job.route.batch_s[len(gang) - 1]) + job.load_s
         job.node, job.cloud_start_s, job.cloud_stop_s = node, now, now + hold
-        self._running[node][job.number] = job
         view = self.view
         view.busy_gpus += job.degree
         view.busy_until_gpu_s += job.degree * job.cloud_stop_s
         self._move(node, -job.degree)
-        Timeout(self.env, hold, job).callbacks.append(self._stop)
+        self._running[node][job.number] = stop = Timeout(self.env, hold, job)
+        stop.callbacks.append(self._stop)
+        if gang is not None:
+            job.gang = gang
+            for mate in gang[1:]:
+                mate.gang, mate.node, mate.drawn_load_s, mate.load_s = gang, node, mate.load_s, job.load_s
+                mate.cloud_start_s, mate.cloud_stop_s = now, job.cloud_stop_s
 
     def _touch_model(self, job: JobT, node: int) -> float:
         """Seconds to load the job's model on the node: none if it is there; the least recently used one makes room."""
         if self._resident_models is None:
             return 0.0
+        job.drawn_load_s = job.load_s
         resident = self._resident[node]
         known = job.model_key in resident
         if known:
@@ -201,11 +182,105 @@ class Pool(Generic[JobT]):
         if view.queued:
             self._dispatch()
         self._done(job)
+        if job.gang is not None:
+            for member in job.gang[1:]:
+                view.declared_work -= member.work
+                self._done(member)
 
-    def _leave_queue(self, job: JobT, node: int) -> None:
-        self.view.queued -= 1
-        self.view.backlog_gpu_s -= job.degree * job.hold_s
-        self._start(job, node)
+    def _leave_queue(self, job: JobT, node: int, until_s: float = INFINITY) -> None:
+        """Start a waiting job, already taken out of the queue, and what may go with it and be done by `until_s`."""
+        view = self.view
+        view.queued -= 1
+        view.backlog_gpu_s -= job.degree * job.hold_s
+        if view.queued and len(job.route.batch_s) > 1 and (mates := self._mates(job, until_s)):
+            view.queued -= len(mates)
+            view.backlog_gpu_s -= job.degree * job.hold_s * len(mates)
+            self._start(job, node, (job, *mates))
+        else:
+            self._start(job, node)
+
+    def _mates(self, head: JobT, until_s: float) -> list[JobT]:
+        """Take the jobs that join the head out of the queue, the first of its route and base model."""
+        room_s = until_s - self.env.now - head.load_s
+        most = sum(hold_s <= room_s for hold_s in head.route.batch_s[1:])
+        if self._by_deadline:
+            return self._mates_by_deadline(head, most)
+        found: list[int] = []
+        for index, job in enumerate(self._queue):
+            if len(found) >= most:
+                break
+            if job.route is head.route and job.model_key == head.model_key:
+                found.append(index)
+        mates = [self._queue[index] for index in found]
+        for index in reversed(found):
+            del self._queue[index]
+        return mates
+
+    def _mates_by_deadline(self, head: JobT, most: int) -> list[JobT]:
+        heap, passed = self._heap, []
+        mates: list[JobT] = []
+        while heap and len(mates) < most:
+            entry = heappop(heap)
+            job = entry[3]
+            if job.route is head.route and job.model_key == head.model_key:
+                mates.append(job)
+            else:
+                passed.append(entry)
+        for entry in passed:
+            heappush(heap, entry)
+        return mates
+
+    def _live(self, node: int, preemption: Preemption) -> None:
+        """Begin a node's life: it ends when it is taken away."""
+
+        def take_away(_: simpy.Event) -> None:
+            self._take_away(node, preemption)
+
+        Timeout(self.env, preemption.up_s(node)).callbacks.append(take_away)
+
+    def _take_away(self, node: int, preemption: Preemption) -> None:
+        self._away[node] = self.env.now + preemption.replacement_s
+        self._move(node, -self._free[node])
+        self._resident[node].clear()
+        lost = [job for stop in self._running[node].values() for job in self._lose(stop)]
+        self._running[node].clear()
+        for job in sorted(lost, key=lambda job: (job.cloud_ready_s, job.number), reverse=True):
+            self._return(job)
+
+        def replace(_: simpy.Event) -> None:
+            del self._away[node]
+            self._move(node, self.gpus_per_node)
+            self._live(node, preemption)
+            self._dispatch()
+
+        Timeout(self.env, preemption.replacement_s).callbacks.append(replace)
+        self._dispatch()
+
+    def _lose(self, stop: Timeout) -> Sequence[JobT]:
+        """Break off a gang whose node is gone, and call off its stop: the jobs that it ran."""
+        stop.callbacks.clear()
+        head: JobT = stop.value  # type: ignore[assignment]
+        view = self.view
+        view.busy_gpus -= head.degree
+        view.busy_until_gpu_s -= head.degree * head.cloud_stop_s
+        gang = head.gang or (head,)
+        gpu_s = (self.env.now - head.cloud_start_s) * head.degree / len(gang)
+        for job in gang:
+            job.restarts += 1
+            job.lost_gpu_s += gpu_s
+            job.gang, job.node, job.cloud_start_s, job.cloud_stop_s = None, -1, NAN, NAN
+            if self._resident_models is not None:
+                job.load_s = job.drawn_load_s
+        return gang
+
+    def _return(self, job: JobT) -> None:
+        """Put a job at the head of the queue, or before those of its own deadline."""
+        self.view.queued += 1
+        self.view.backlog_gpu_s += job.degree * job.hold_s
+        if self._by_deadline:
+            heappush(self._heap, (-job.priority, job.deadline_s, -next(self._order), job))
+        else:
+            self._queue.appendleft(job)
 
     def _dispatch_fifo(self) -> None:
         queue = self._queue
@@ -227,7 +302,7 @@ class Pool(Generic[JobT]):
             if node < 0 and self._backfill:
                 node = self._fit_before(job, reserved)
             if node >= 0:
-                self._leave_queue(job, node)
+                self._leave_queue(job, node, reserved.get(node, INFINITY))
             else:
                 waiting.append(job)
                 self._reserve(job, reserved)
@@ -245,8 +320,11 @@ class Pool(Generic[JobT]):
 
     def _free_at(self, node: int, degree: int) -> float:
         """When the node will have `degree` GPUs free if nothing else starts there."""
+        if node in self._away:
+            return self._away[node]
         free, when = self._free[node], self.env.now
-        for stop, gpus in sorted((job.cloud_stop_s, job.degree) for job in self._running[node].values()):
+        running: list[JobT] = [stop.value for stop in self._running[node].values()]  # type: ignore[misc]
+        for stop, gpus in sorted((job.cloud_stop_s, job.degree) for job in running):
             if free >= degree:
                 break
             free, when = free + gpus, stop

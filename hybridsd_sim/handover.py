@@ -38,6 +38,11 @@ def handling(profiles: Profiles, device: str, end: End, payload_bytes: int, *, p
     all others. A row's `comm_bytes` are its payload. The figure has the rows' kind inside the payloads that were timed
     and is modelled outside.
     """
+    key = (device, end, payload_bytes, tuple(prefer))
+    return profiles.memory.recall("handling", key, lambda: _handling(profiles, *key))
+
+
+def _handling(profiles: Profiles, device: str, end: End, payload_bytes: int, prefer: Sequence[str]) -> Handling:
     rows = _best(profiles.cost_rows(component=f"handover_{end}"), device, prefer)
     if not rows:
         seconds = payload_bytes / SERIALISE_BYTES_PER_S

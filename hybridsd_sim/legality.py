@@ -6,25 +6,45 @@ Every rule is stated once; each refusal carries place, value, rule and remedy.
 from __future__ import annotations
 
 from hybridsd_sim.errors import Problem
-from hybridsd_sim.methods import find_method
+from hybridsd_sim.methods import find_method, option_types
 from hybridsd_sim.plan import Plan, Request, Site, Stage
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.roofline import ELEMENT_BYTES
-from hybridsd_sim.steps import denoising
+from hybridsd_sim.steps import job_of
 
 LIVE_ACTIVATIONS = 4
 """Activations of the widest layer alive at once in a UNet call. Modelled: input, output, skip, workspace."""
 
 
 def plan_problems(plan: Plan, request: Request, profiles: Profiles) -> list[Problem]:
-    """Every rule that a plan breaks: node size, method, shared latent space, memory on each device."""
+    """Every rule that a plan breaks: node size, method, shared latent space, memory on each device.
+
+    None of them depends on the switch steps.
+    """
+    options = tuple(option_types(stage.options) for stage in plan.stages)
+    what = (request.height_px, request.width_px, request.num_images, request.guided)
+    key = (plan.make, plan.extra_sites, options, what)
+    return list(profiles.memory.recall("problems", key, lambda: tuple(_problems(plan, request, profiles))))
+
+
+def _problems(plan: Plan, request: Request, profiles: Profiles) -> list[Problem]:
     problems: list[Problem] = []
     for stage in plan.stages:
-        problems += _node_problems(stage)
-        job = denoising(stage, request, profiles)
-        problems += find_method(stage.method).problems(job, stage.degree, dict(stage.options))
+        problems += [*_node_problems(stage), *_method_problems(stage, request, profiles)]
     problems += _latent_problems(plan, profiles)
     return problems or _memory_problems(plan, request, profiles)
+
+
+def _method_problems(stage: Stage, request: Request, profiles: Profiles) -> tuple[Problem, ...]:
+    """The rules of the stage's method, which know no site."""
+    what = (request.height_px, request.width_px, request.unet_batch, request.guided, stage.site.runtime)
+    key = (stage.model, stage.method, stage.degree, stage.options, option_types(stage.options), *what)
+
+    def problems() -> tuple[Problem, ...]:
+        method, job = find_method(stage.method), job_of(stage, request, profiles)
+        return tuple(method.problems(job, stage.degree, dict(stage.options)))
+
+    return profiles.memory.recall("method_problems", key, problems)
 
 
 def _node_problems(stage: Stage) -> list[Problem]:
@@ -70,8 +90,9 @@ def _usable_bytes(site: Site, profiles: Profiles) -> float | None:
 def needed_bytes(plan: Plan, site: Site, request: Request, profiles: Profiles) -> float:
     """Bytes that one device of a site must hold.
 
-    UNet and text-encoder weights, the VAE, activations, and the keys and values that a method gathers. Modelled:
-    weights at the site's precision, `LIVE_ACTIVATIONS` copies of the widest activation, fp16 VAE activations.
+    UNet and text-encoder weights, the VAE, activations, and the keys and values that a method gathers, in the cloud for
+    as many requests as the plan denoises together. Modelled: weights at the site's precision, `LIVE_ACTIVATIONS` copies
+    of the widest activation, fp16 VAE activations.
     """
     weight = ELEMENT_BYTES.get(site.precision, 2.0)
     stages = [stage for stage in plan.stages if stage.site.name == site.name]
@@ -82,12 +103,20 @@ def needed_bytes(plan: Plan, site: Site, request: Request, profiles: Profiles) -
         total += sum(profiles.component(name).params for name in encoders) * weight
     if plan.vae_site == site.name:
         total += profiles.component(plan.vae).params * 2.0
-    return total + max((_activation_bytes(stage, request, profiles) for stage in stages), default=0.0)
+    together = plan.batch_cap if site.tier == "cloud" else 1
+    return total + max((_activation_bytes(stage, request, profiles, together) for stage in stages), default=0.0)
 
 
-def _activation_bytes(stage: Stage, request: Request, profiles: Profiles) -> float:
-    layers = profiles.model(stage.model).layers(request.height_px, request.width_px)
-    latents = request.unet_batch if stage.site.tier == "cloud" else request.num_images
-    widest = max(layer.out_elements for layer in layers) * latents * 2.0 * LIVE_ACTIVATIONS
-    gathered = sum(layer.kv_elements for layer in layers) * latents * 2.0
+def _activation_bytes(stage: Stage, request: Request, profiles: Profiles, together: int) -> float:
+    key = (stage.model, request.height_px, request.width_px)
+    most, all_gathered = profiles.memory.recall("elements", key, lambda: _elements(profiles, *key))
+    latents = (request.unet_batch if stage.site.tier == "cloud" else request.num_images) * together
+    widest = most * latents * 2.0 * LIVE_ACTIVATIONS
+    gathered = all_gathered * latents * 2.0
     return widest + (gathered if stage.method in {"distrifusion", "pcpp"} else 0.0)
+
+
+def _elements(profiles: Profiles, model: str, height_px: int, width_px: int) -> tuple[int, int]:
+    """Elements of a model's widest activation, and of all keys and values of its self-attention, for one latent."""
+    layers = profiles.model(model).layers(height_px, width_px)
+    return max(layer.out_elements for layer in layers), sum(layer.kv_elements for layer in layers)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -111,6 +110,11 @@ def between(points: Curve, at: float) -> float | None:
 
 def switch_loss(profiles: Profiles, large: str, small: str, share: float, measure: Measure) -> Loss:
     """What handing over to the small model loses after the large one did this share of the steps."""
+    key = (large, small, share, measure)
+    return profiles.memory.recall("switch_losses", key, lambda: _switch_loss(profiles, large, small, share, measure))
+
+
+def _switch_loss(profiles: Profiles, large: str, small: str, share: float, measure: Measure) -> Loss:
     printed, table = _best_table(profiles, large, small, measure)
     if len(printed) < 2:
         return Loss(None, note=f"no published quality for {large} followed by {small}")
@@ -138,9 +142,13 @@ def _falling(printed: Points) -> list[tuple[float, float]]:
     return falling([(share, loss) for share, loss, _ in printed])
 
 
-@lru_cache(maxsize=64)
 def _best_table(profiles: Profiles, large: str, small: str, measure: Measure) -> tuple[Points, str]:
     """What the best table prints of a pair, and the table's name; nothing where no table has it."""
+    key = (large, small, measure)
+    return profiles.memory.recall("best_tables", key, lambda: _find_table(profiles, large, small, measure))
+
+
+def _find_table(profiles: Profiles, large: str, small: str, measure: Measure) -> tuple[Points, str]:
     names = {row.table: row for row in profiles.quality if (row.large_model, row.small_model) == (large, small)}
     found = [(_printed(profiles, name, large, small, measure), name) for name in names]
     decimals = {name: _decimals(profiles, name, large, measure) for name in names}

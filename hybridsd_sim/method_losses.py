@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from hybridsd_sim.losses import (
     DECIMALS,
@@ -74,6 +73,12 @@ def method_loss(stage: Stage, steps: int, profiles: Profiles, measure: Measure) 
     run, stripes = _run_of(stage, steps, profiles), _stripes(stage)
     if _is_exact(stage, run, stripes):
         return NO_LOSS
+    key = (stage.model, stage.method, stage.degree, stage.options, steps, measure)
+    return profiles.memory.recall("method_losses", key, lambda: _published(stage, run, stripes, profiles, measure))
+
+
+def _published(stage: Stage, run: _Run, stripes: int, profiles: Profiles, measure: Measure) -> Loss:
+    """What tables say of a stage that is not exact, however many of the steps it does."""
     if reason := _unpublished(stage, stripes):
         return Loss(None, note=reason)
     method = "distrifusion" if stage.method == "pcpp" else stage.method
@@ -166,8 +171,13 @@ def _how(run: _Run, anchor: _Run, row: QualityRow) -> str:
     return f"{row.method} loss on {run} modelled from {row.large_model} on {anchor}{more}"
 
 
-@lru_cache(maxsize=64)
 def _points(method: str, model: str, profiles: Profiles, measure: Measure) -> tuple[_Point, ...]:
+    """A model's runs in catalogue order."""
+    key = (method, model, measure)
+    return profiles.memory.recall("runs", key, lambda: _read_points(method, model, profiles, measure))
+
+
+def _read_points(method: str, model: str, profiles: Profiles, measure: Measure) -> tuple[_Point, ...]:
     """A model's runs in catalogue order. A row that prints no warm-up stands for the method's default.
 
     Where another row of the same configuration prints it, such a row is left out.

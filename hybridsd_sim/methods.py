@@ -12,7 +12,7 @@ AsyncDiff (arXiv 2406.06911, code czg1225/AsyncDiff).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -26,8 +26,11 @@ from hybridsd_sim.partition import (
     stripe_work,
     whole,
 )
+from hybridsd_sim.plan import Options
 
 Option = bool | int | float | str
+Count = tuple[str, int, int]
+"""A phase's name, its denoising steps and its rounds."""
 
 SYNC_MODES = ("full_sync", "sync_gn", "corrected_async_gn", "stale_gn", "separate_gn", "no_sync")
 """GroupNorm and exchange modes of DistriFusion's public code; the third is its default."""
@@ -48,7 +51,12 @@ class Phase:
     @property
     def work(self) -> RankWork:
         """The load with the most FLOPs."""
-        return max(self.ranks, key=lambda rank: rank.macs)
+        return heaviest(self.ranks)
+
+
+def heaviest(ranks: Sequence[RankWork]) -> RankWork:
+    """The load with the most FLOPs."""
+    return max(ranks, key=lambda rank: rank.macs)
 
 
 _TYPES = {bool: "must be true or false", int: "must be a whole number", float: "must be a number", str: "must be text"}
@@ -83,9 +91,20 @@ class Method(ABC):
 
     def phases(self, job: Denoising, degree: int, options: Mapping[str, Option]) -> tuple[Phase, ...]:
         """The stage as phases of equal rounds; the steps sum to `job.num_steps`. Degree 1 of any method is `single`."""
-        if degree == 1:
-            return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, ranks=(whole(job),)),)
-        return tuple(phase for phase in self._phases(job, degree, self.settings(job, options)) if phase.steps)
+        settings = self.settings(job, options)
+        return tuple(
+            Phase(name=name, steps=steps, rounds=rounds, ranks=self.ranks(job, degree, settings, name))
+            for name, steps, rounds in self.counts(job.num_steps, degree, settings)
+        )
+
+    def counts(self, num_steps: int, degree: int, settings: Mapping[str, Option]) -> list[Count]:
+        """How many steps and rounds each phase of a stage has; phases without a step are left out."""
+        counts = [("steady", num_steps, num_steps)] if degree == 1 else self._counts(num_steps, settings)
+        return [count for count in counts if count[1]]
+
+    def ranks(self, job: Denoising, degree: int, settings: Mapping[str, Option], phase: str) -> tuple[RankWork, ...]:
+        """The loads of a round of a phase, however many rounds it has: `job.num_steps` does not matter."""
+        return (whole(job),) if degree == 1 else self._ranks(job, degree, settings, phase)
 
     def settings(self, job: Denoising, options: Mapping[str, Option]) -> dict[str, Option]:
         return {**self.defaults, **options}
@@ -93,8 +112,13 @@ class Method(ABC):
     @abstractmethod
     def _rule_problems(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> list[Problem]: ...
 
+    def _counts(self, num_steps: int, settings: Mapping[str, Option]) -> list[Count]:
+        return [("steady", num_steps, num_steps)]
+
     @abstractmethod
-    def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]: ...
+    def _ranks(
+        self, job: Denoising, degree: int, settings: Mapping[str, Option], phase: str
+    ) -> tuple[RankWork, ...]: ...
 
 
 class Single(Method):
@@ -106,8 +130,8 @@ class Single(Method):
         remedy = "Choose a parallel method or degree 1."
         return [] if degree == 1 else [Problem("degree", str(degree), "single runs on exactly 1 GPU", remedy)]
 
-    def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]:
-        return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, ranks=(whole(job),)),)
+    def _ranks(self, job: Denoising, degree: int, settings: Mapping[str, Option], phase: str) -> tuple[RankWork, ...]:
+        return (whole(job),)
 
 
 class CfgParallel(Method):
@@ -120,10 +144,9 @@ class CfgParallel(Method):
             return [Problem("degree", str(degree), "cfg_parallel has two branches, so it runs on 1 or 2 GPUs")]
         return _guidance_problems(job, degree)
 
-    def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]:
+    def _ranks(self, job: Denoising, degree: int, settings: Mapping[str, Option], phase: str) -> tuple[RankWork, ...]:
         half = whole(job, job.latents / 2)
-        half = replace(half, exchange="gather", received_bytes=job.noise_bytes() / 2, messages=1)
-        return (Phase(name="steady", steps=job.num_steps, rounds=job.num_steps, ranks=(half,)),)
+        return (replace(half, exchange="gather", received_bytes=job.noise_bytes() / 2, messages=1),)
 
 
 def _guidance_problems(job: Denoising, degree: int) -> list[Problem]:
@@ -155,19 +178,19 @@ class PatchMethod(Method):
                 problems.append(Problem("degree", str(degree), "guidance_split needs an even number of GPUs"))
         return problems or _stripe_problems(job, _branch(degree, settings))
 
-    def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]:
-        warmup = min(int(settings["warmup_steps"]), job.num_steps)
+    def _counts(self, num_steps: int, settings: Mapping[str, Option]) -> list[Count]:
+        warmup = min(int(settings["warmup_steps"]), num_steps)
         if settings["sync_mode"] == "full_sync":
-            warmup = job.num_steps
+            warmup = num_steps
+        rest = num_steps - warmup
+        return [("warmup", warmup, warmup), ("steady", rest, rest)]
+
+    def _ranks(self, job: Denoising, degree: int, settings: Mapping[str, Option], phase: str) -> tuple[RankWork, ...]:
         branch = _branch(degree, settings)
         latents = job.latents / (2 if settings["guidance_split"] and degree > 1 else 1)
-        sync = self._synchronous(job, branch, latents, degree)
-        steady = self._steady(job, branch, latents, degree, settings)
-        rest = job.num_steps - warmup
-        return (
-            Phase(name="warmup", steps=warmup, rounds=warmup, ranks=(sync,)),
-            Phase(name="steady", steps=rest, rounds=rest, ranks=(steady,)),
-        )
+        if phase == "warmup":
+            return (self._synchronous(job, branch, latents, degree),)
+        return (self._steady(job, branch, latents, degree, settings),)
 
     def _synchronous(self, job: Denoising, branch: int, latents: float, degree: int) -> RankWork:
         """A warm-up step: the stripe's share of every layer, attention over the whole image, all gathered first."""
@@ -266,18 +289,23 @@ class AsyncDiff(Method):
             return [Problem("degree", str(degree), rule, f"With stride {stride} choose a degree of {allowed}.")]
         return _warmup_problems(settings)
 
-    def _phases(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> tuple[Phase, ...]:
+    def _counts(self, num_steps: int, settings: Mapping[str, Option]) -> list[Count]:
+        warmup = min(int(settings["warmup_steps"]), num_steps)
+        rest = num_steps - warmup
+        return [("warmup", warmup, warmup), ("steady", rest, -(-rest // int(settings["stride"])))]
+
+    def _ranks(self, job: Denoising, degree: int, settings: Mapping[str, Option], phase: str) -> tuple[RankWork, ...]:
+        if phase == "warmup":
+            return (whole(job),)
         stride = int(settings["stride"])
-        warmup = min(int(settings["warmup_steps"]), job.num_steps)
-        rest = job.num_steps - warmup
-        rounds = -(-rest // stride)
         works = component_works(job, degree - stride + 1, public_cut=bool(settings["public_cut"]))
         passes = stride * job.table.ops
-        ranks = tuple(replace(work, walked_ops=passes - work.kernels.ops) for work in works)
-        return (
-            Phase(name="warmup", steps=warmup, rounds=warmup, ranks=(whole(job),)),
-            Phase(name="steady", steps=rest, rounds=rounds, ranks=ranks),
-        )
+        return tuple(replace(work, walked_ops=passes - work.kernels.ops) for work in works)
+
+
+def option_types(options: Options) -> tuple[type, ...]:
+    """What tells 1, 1.0 and true apart in a key: they are equal, and not all of them are legal."""
+    return tuple(type(value) for _, value in options)
 
 
 def _of_type(value: object, wanted: type) -> bool:

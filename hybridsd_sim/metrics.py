@@ -172,7 +172,7 @@ def _tally(scenario: Scenario, replications: Sequence[Records], cells: _Cells) -
     images = np.array([spec.num_images for spec in scenario.requests.values()], dtype=np.float64)
     shape = (len(images), len(replications), cells.each)
     sums = {name: np.zeros(shape) for name in _SUMS}
-    parts = [(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))]
+    parts = [(np.empty(0), np.empty(0, np.int32), np.empty(0, np.int32))]
     for number, records in enumerate(replications):
         for rows in _blocks(records, cells):
             weights = _weights(rows, cells.end_s)
@@ -181,7 +181,8 @@ def _tally(scenario: Scenario, replications: Sequence[Records], cells: _Cells) -
                 counted = np.bincount(kind * cells.each + cell, weight, len(images) * cells.each)
                 sums[name][:, number] += counted.reshape(len(images), cells.each)
             served = weights["served"]
-            parts.append((weights["latency_s"][served], kind[served], cell[served] + number * cells.each))
+            small = (kind[served].astype(np.int32), (cell[served] + number * cells.each).astype(np.int32))
+            parts.append((weights["latency_s"][served], *small))
     flat = {name: each.reshape(len(images), -1) for name, each in sums.items()}
     latency_s, kind, cell = (np.concatenate(part) for part in zip(*parts, strict=True))
     order = np.argsort(latency_s)
@@ -241,7 +242,8 @@ def pool_table(
     """A row per pool, indexed by (policy, pool): `gpus`, `jobs`, and the figures of `POOL_UNITS` with their intervals.
 
     `jobs` are the requests that arrived in the measured time and got their GPUs; queue waits are theirs. Utilisation is
-    over the measured time, whoever held the GPUs; NaN for a pool without any.
+    over the measured time, whoever held the GPUs, also in runs that were lost with their node; NaN for a pool without
+    any.
     """
     cells = _cells(scenario, len(replications))
     gpus = [replicas.get(name, 0) * pool.gpus_per_node for name, pool in scenario.pools.items()]
@@ -249,7 +251,12 @@ def pool_table(
     for index, count in enumerate(gpus):
         waits = list(_queue_waits(replications, index, cells))
         wait_s, cell = np.concatenate([wait for wait, _ in waits]), np.concatenate([cell for _, cell in waits])
-        busy = np.concatenate([_busy_gpu_s(records.rows(), index, cells.edges_s) for records in replications])
+        busy = np.concatenate(
+            [
+                _busy_gpu_s(records.rows(), index, cells.edges_s) + _lost_gpu_s(records.rows(), index, cells.edges_s)
+                for records in replications
+            ]
+        )
         order = np.argsort(wait_s)
         found = {"utilisation": ratio(busy, count * cells.seconds, 1.0)}
         found["queue_wait_mean_s"] = ratio(np.bincount(cell, wait_s), np.bincount(cell))
@@ -274,10 +281,19 @@ def _queue_waits(replications: Sequence[Records], index: int, cells: _Cells) -> 
 
 
 def _busy_gpu_s(rows: np.ndarray, index: int, edges_s: np.ndarray) -> np.ndarray:
-    """GPU-seconds that a pool was busy between each two edges."""
+    """GPU-seconds that a pool was busy between each two edges, with what was not lost."""
     mine = column(rows, "pool_index") == index
-    start_s, stop_s, degree = (column(rows, name)[mine] for name in ("cloud_start_s", "cloud_stop_s", "degree"))
-    return area(start_s, stop_s, degree, edges_s)
+    start_s, stop_s = column(rows, "cloud_start_s")[mine], column(rows, "cloud_stop_s")[mine]
+    return area(start_s, stop_s, (column(rows, "degree") / column(rows, "batch_size"))[mine], edges_s)
+
+
+def _lost_gpu_s(rows: np.ndarray, index: int, edges_s: np.ndarray) -> np.ndarray:
+    """GPU-seconds that went with nodes taken away. Each counts where its request was started again, or at the end."""
+    lost = rows[(column(rows, "pool_index") == index) & (column(rows, "restarts") > 0)]
+    start_s = column(lost, "cloud_start_s")
+    again_s = np.where(np.isnan(start_s), edges_s[-1], start_s)
+    counted: np.ndarray = np.histogram(again_s, edges_s, weights=column(lost, "lost_gpu_s"))[0]
+    return counted
 
 
 def utilisation_series(
@@ -285,7 +301,7 @@ def utilisation_series(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Middle of each time bin in seconds, share of the pool's GPUs busy in it, and requests waiting on average.
 
-    The share is NaN for a pool without GPUs.
+    The share leaves out what was lost with a node, and is NaN for a pool without GPUs.
     """
     edges_s = np.linspace(0.0, horizon_s, bins + 1)
     width_s = horizon_s / bins

@@ -247,6 +247,30 @@ class CostAware(Policy):
         return REJECT if best is None else Decision("run", best, best_wait, "late")
 
 
+class _Rota:
+    """Takes the parts of a mix in turns: always the one that is furthest behind its share, the first among equals.
+
+    What the shares leave over is a last part of its own. After n turns the count of a part differs from share times n
+    by less than the number of parts.
+    """
+
+    __slots__ = ("_behind", "_shares")
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        left = 1.0 - sum(shares)
+        self._shares = [*shares, left] if sum(shares) <= ALL_SHARES else list(shares)
+        self._behind = [0.0] * len(self._shares)
+
+    def turn(self) -> int:
+        """The position in the mix of the part whose turn it is."""
+        behind = self._behind
+        for index, share in enumerate(self._shares):
+            behind[index] += share
+        first = max(range(len(behind)), key=behind.__getitem__)
+        behind[first] -= 1.0
+        return first
+
+
 @register
 class Planned(Policy):
     """Follows a capacity plan: each request class is shared out over its mix of plans, as evenly as shares allow.
@@ -261,14 +285,14 @@ class Planned(Policy):
 
     def __init__(self, chosen: Mapping[str, Sequence[Share]] | None = None) -> None:
         self.chosen = dict(chosen or {})
-        self._behind: dict[str, list[float]] = {}
+        self._rotas = {name: _Rota([part.share for part in mix]) for name, mix in self.chosen.items()}
         self._matched: _PerOptions[list[Decision]] = _PerOptions(self._match)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         decisions = self._matched.of(options)
         if len(decisions) <= 1:  # the whole class on one plan, or nowhere
             return decisions[0] if decisions else REJECT
-        return decisions[self._turn(options[0].request_class)]
+        return decisions[self._rotas[options[0].request_class].turn()]
 
     def _match(self, options: Sequence[Candidate]) -> list[Decision]:
         """A decision for each part of the class's mix, and one for what is turned away; one alone if that is all."""
@@ -277,18 +301,6 @@ class Planned(Policy):
         return decisions if sum(part.share for part in mix) > ALL_SHARES else [*decisions, TURN_AWAY]
 
     def _follow(self, wanted: Plan, options: Sequence[Candidate]) -> Decision:
-        exact = next((option for option in options if option.plan == wanted), None)
-        # A request of another number of steps takes the plan of the same make, whose switch step was scaled with it.
-        found = exact or next((option for option in options if option.plan.make == wanted.make), None)
+        """The option that is the plan, or what becomes of the plan for a request of another number of steps."""
+        found = next((o for o in options if o.plan == wanted.rescaled(o.plan.num_inference_steps)), None)
         return REJECT if found is None else Decision("run", found, 0.0, self.name)
-
-    def _turn(self, request_class: str) -> int:
-        """The position in the mix of the part that is furthest behind its share."""
-        shares = [part.share for part in self.chosen[request_class]]
-        shares += [1.0 - sum(shares)] if sum(shares) <= ALL_SHARES else []
-        behind = self._behind.setdefault(request_class, [0.0] * len(shares))
-        for index, share in enumerate(shares):
-            behind[index] += share
-        first = max(range(len(shares)), key=behind.__getitem__)
-        behind[first] -= 1.0
-        return first

@@ -10,8 +10,9 @@ others, best first (any part of their text will do). Nothing is extrapolated.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -44,6 +45,36 @@ __all__ = [
 _PARTS = ("catalog", "quoted", "measured")
 _StepKey = tuple[str, str, str, tuple[int, int], int]
 NamedT = TypeVar("NamedT")
+FoundT = TypeVar("FoundT")
+
+
+class Memory:
+    """What was worked out from one `Profiles`, by name and key, so that it is worked out once.
+
+    Copies and pickles of it are empty. A table that is full starts over, so that memory stays bounded.
+    """
+
+    __slots__ = ("_tables",)
+
+    def __init__(self) -> None:
+        self._tables: dict[str, dict[Hashable, Any]] = {}
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()
+
+    def recall(self, name: str, key: Hashable, work_out: Callable[[], FoundT], *, most: int = 16_384) -> FoundT:
+        """What `work_out` gave when `name` was first asked for under this key.
+
+        Neither None nor an exception is kept.
+        """
+        table = self._tables.setdefault(name, {})
+        found: FoundT | None = table.get(key)
+        if found is None:
+            found = work_out()
+            if len(table) >= most:
+                table.clear()
+            table[key] = found
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -51,7 +82,8 @@ class Profiles:
     """Everything that is known about hardware, models, links, prices and quality, by name; see `load_profiles`.
 
     `costs` are the quoted rows and then the measured ones. `metas` describe the measured files, as `device/model`.
-    `digest` is the SHA-256 of all the files. Asking for a name that is not there raises `MissingDataError`.
+    `digest` is the SHA-256 of all the files. Asking for a name that is not there raises `MissingDataError`. `memory`
+    holds what others worked out from these profiles and no other ones.
     """
 
     gpus: Mapping[str, Gpu]
@@ -70,6 +102,7 @@ class Profiles:
     metas: Mapping[str, Meta]
     digest: str
     _steps: Mapping[_StepKey, Sequence[CostRow]]
+    memory: Memory = field(default_factory=Memory, init=False)
 
     def __repr__(self) -> str:
         counts = f"{len(self.gpus)} GPUs, {len(self.models)} models, {len(self.costs)} cost rows"
@@ -101,8 +134,14 @@ class Profiles:
 
     def device(self, name: str) -> Gpu | EdgeDevice:
         """The GPU or edge device of that name; a card that is both is given as a GPU."""
+        if (found := self.gpus.get(name) or self.edge_devices.get(name)) is not None:
+            return found
         both: dict[str, Gpu | EdgeDevice] = {**self.edge_devices, **self.gpus}
         return _named("device", name, both)
+
+    def network_of(self, model: str) -> str:
+        """A text that is the same for models of one network, such as SD 1.4 and 1.5."""
+        return self.memory.recall("networks", model, lambda: self.model(model).network)
 
     def default_interconnect(self, device: str) -> str:
         """The interconnect between GPUs of this kind. Raises `MissingDataError` for a device that has none."""
@@ -116,12 +155,12 @@ class Profiles:
         return self.device(device).fp16_flop_per_s
 
     def cost_rows(
-        self, *, device: str | None = None, model: str | None = None, component: str = "step", **more: object
+        self, *, device: str | None = None, model: str | None = None, component: str | None = "step", **more: object
     ) -> tuple[CostRow, ...]:
         """The cost rows that hold these values, None standing for any; `more` names other columns."""
-        wanted = {"device": device, "model": model, "component": component, **more}
-        tests = [(key, value) for key, value in wanted.items() if value is not None]
-        return tuple(row for row in self.costs if all(getattr(row, key) == value for key, value in tests))
+        rows = self.memory.recall("rows", None, lambda: _rows_by_device(self.costs)).get((component, device), ())
+        tests = [(key, value) for key, value in {"model": model, **more}.items() if value is not None]
+        return tuple(row for row in rows if all(getattr(row, key) == value for key, value in tests))
 
     def step_row(
         self,
@@ -141,7 +180,7 @@ class Profiles:
         """
         limit = self.runtime(runtime).max_unet_batch
         held = min(latents, limit) if limit else latents
-        rows = self._steps.get((device, runtime, self.model(model).network, size, held), ())
+        rows = self._steps.get((device, runtime, self.network_of(model), size, held), ())
         fitting = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
         return min(fitting, key=lambda row: _rank(row, prefer), default=None)
 
@@ -149,8 +188,8 @@ class Profiles:
         self, device: str, runtime: str, model: str, precision: str | None = None, *, prefer: Sequence[str] = ()
     ) -> list[CostRow]:
         """All steps of this network that were timed on one such device under the runtime, best known first."""
-        where = (device, runtime, self.model(model).network)
-        rows = [row for key, rows in self._steps.items() if key[:3] == where for row in rows]
+        steps = self.memory.recall("steps", None, lambda: _by_place(self._steps))
+        rows = steps.get((device, runtime, self.network_of(model)), ())
         fitting = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
         return sorted(fitting, key=lambda row: _rank(row, prefer))
 
@@ -187,7 +226,8 @@ class Profiles:
         raise MissingDataError(unknown_name(f"price of {item}", provider or "default", known))
 
     def _price(self, item: str, purchase: str, provider: str | None) -> Price | None:
-        rows = (row for row in self.prices if (row.item, row.purchase) == (item, purchase))
+        prices = self.memory.recall("prices", None, lambda: _by_item(self.prices))
+        rows = prices.get((item, purchase), ())
         return next((row for row in rows if (row.provider == provider if provider else row.default)), None)
 
     def egress_usd_per_gib(self, provider: str | None = None) -> float:
@@ -195,8 +235,8 @@ class Profiles:
 
     def public_cuts(self, model: str) -> dict[int, tuple[tuple[str, ...], ...]]:
         """AsyncDiff's public cuts of this network by number of components: the modules of each, in order."""
-        network = self.model(model).network
-        rows = [row for row in self.cuts if self.model(row.model).network == network]
+        network = self.network_of(model)
+        rows = [row for row in self.cuts if self.network_of(row.model) == network]
         counts = sorted({row.components for row in rows})
         return {count: tuple(row.modules for row in rows if row.components == count) for count in counts}
 
@@ -256,6 +296,30 @@ def _steps_of(costs: Sequence[CostRow], models: Mapping[str, Model]) -> dict[_St
             size = (row.height_px, row.width_px)
             steps.setdefault((row.device, row.runtime, networks[row.model], size, row.latents), []).append(row)
     return steps
+
+
+def _by_place(steps: Mapping[_StepKey, Sequence[CostRow]]) -> dict[tuple[str, str, str], list[CostRow]]:
+    """The one-GPU step rows by device, runtime and network."""
+    places: dict[tuple[str, str, str], list[CostRow]] = {}
+    for key, rows in steps.items():
+        places.setdefault(key[:3], []).extend(rows)
+    return places
+
+
+def _rows_by_device(costs: Sequence[CostRow]) -> dict[tuple[str | None, str | None], list[CostRow]]:
+    """The rows by component and device, None standing for any of them, each list in the order of the rows."""
+    found: dict[tuple[str | None, str | None], list[CostRow]] = {}
+    for row in costs:
+        for key in product((row.component, None), (row.device, None)):
+            found.setdefault(key, []).append(row)
+    return found
+
+
+def _by_item(prices: Sequence[Price]) -> dict[tuple[str, str], list[Price]]:
+    found: dict[tuple[str, str], list[Price]] = {}
+    for row in prices:
+        found.setdefault((row.item, row.purchase), []).append(row)
+    return found
 
 
 def data_folder(kind: Literal["profiles", "scenarios"]) -> Path:

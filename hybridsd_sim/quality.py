@@ -22,7 +22,7 @@ from hybridsd_sim.losses import (
     switch_loss,
 )
 from hybridsd_sim.method_losses import method_loss
-from hybridsd_sim.plan import Kind, Plan
+from hybridsd_sim.plan import Kind, Plan, Stage
 from hybridsd_sim.profiles import Profiles, QualityRow
 
 FEWEST_STEPS = 20
@@ -111,6 +111,27 @@ def quality_of(
     the model's native one, or with another `sampler` than a study's (None: the study's own), scores are kept and marked
     as modelled.
     """
+    key = (*(_drawn_by(stage) for stage in plan.stages), plan.vae, wanted, guided, size, sampler)
+    return profiles.memory.recall(
+        "quality", key, lambda: _quality(plan, profiles, wanted=wanted, guided=guided, size=size, sampler=sampler)
+    )
+
+
+def _drawn_by(stage: Stage) -> tuple[object, ...]:
+    """What of a stage shapes the picture: not its pool."""
+    steps = (stage.model, stage.start, stage.stop)
+    return (*steps, stage.method, stage.degree, stage.options) if stage.site.tier == "cloud" else steps
+
+
+def _quality(
+    plan: Plan,
+    profiles: Profiles,
+    *,
+    wanted: str | None,
+    guided: bool,
+    size: tuple[int, int] | None,
+    sampler: str | None,
+) -> Quality:
     if not guided:
         unknown = Score(None, "modelled", (), "scores were published with guidance only")
         return Quality(unknown.value, unknown.kind, unknown.sources, unknown.note, unknown, unknown)
@@ -160,7 +181,10 @@ def _other_samplers(parts: Iterable[Loss], sampler: str | None) -> list[str]:
 
 def _own(profiles: Profiles, model: str, measure: Measure) -> tuple[QualityRow, float] | None:
     """The first row that scores a model, with its score; one with a CLIP score goes before others."""
-    return min(alone(profiles.quality, model, measure), key=lambda found: found[0].clip is None, default=None)
+    found = profiles.memory.recall(
+        "scores", (model, measure), lambda: tuple(alone(profiles.quality, model, measure)), most=1024
+    )
+    return min(found, key=lambda one: one[0].clip is None, default=None)
 
 
 def _base(profiles: Profiles, model: str, measure: Measure) -> Loss:

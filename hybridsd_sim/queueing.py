@@ -66,7 +66,7 @@ def erlang_c(servers: int, offered: float) -> float:
     return blocked / (1.0 - share * (1.0 - blocked))
 
 
-def gang_servers(nodes: int, gpus_per_node: int, flows: Sequence[Flow]) -> float:
+def gang_servers(nodes: float, gpus_per_node: int, flows: Sequence[Flow]) -> float:
     """Gangs that run at a time: whole gangs per node, averaged over the flows by the GPU-seconds they ask for."""
     weights = [flow.rate_per_s * flow.hold_s for flow in flows]
     total = sum(weights)
@@ -77,8 +77,8 @@ def gang_servers(nodes: int, gpus_per_node: int, flows: Sequence[Flow]) -> float
     return nodes * total / node_share
 
 
-def pool_wait(nodes: int, gpus_per_node: int, flows: Sequence[Flow]) -> Wait:
-    """The wait of a job that joins the pool's queue."""
+def pool_wait(nodes: float, gpus_per_node: int, flows: Sequence[Flow]) -> Wait:
+    """The wait of a job that joins the pool's queue; a node that is there a part of the time counts that part."""
     rate = sum(flow.rate_per_s for flow in flows)
     if rate == 0.0:
         return NO_WAIT
@@ -93,10 +93,10 @@ def pool_wait(nodes: int, gpus_per_node: int, flows: Sequence[Flow]) -> Wait:
     service_cv2 = max(0.0, second / mean**2 - 1.0)
     arrival_cv2 = sum(flow.rate_per_s * flow.arrival_cv**2 for flow in flows) / rate
     scale = mean / (servers - offered) * (arrival_cv2 + service_cv2) / 2.0
-    return Wait(_erlang_c_between(servers, offered), scale, offered / servers)
+    return Wait(erlang_c_between(servers, offered), scale, offered / servers)
 
 
-def _erlang_c_between(servers: float, offered: float) -> float:
+def erlang_c_between(servers: float, offered: float) -> float:
     """Erlang C for a fractional number of servers: linear between the whole numbers around it."""
     low = max(1, math.floor(servers))
     share = servers - low

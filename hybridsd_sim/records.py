@@ -1,7 +1,7 @@
 """What happened, a row per request; the laws every run obeys; saving and loading with provenance.
 
 A `Records` holds one replication as one table of doubles, `COLUMNS` wide: twenty-odd machine words a request and
-nothing else, so that a million requests take about 200 MB. A `Book` fills it while a run is on; booking a request is
+nothing else, so that a million requests take about 230 MB. A `Book` fills it while a run is on; booking a request is
 one call. Names (classes, plans, pools) are kept beside it as tables that the integer columns index. NaN means "does not
 apply": a cloud-only request has no edge times.
 """
@@ -31,7 +31,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("reason", "why unserved, index into reasons; -1 when served"),
     ("arrival_s", "the user asks"),
     ("cloud_ready_s", "the request reaches the pool's queue"),
-    ("cloud_start_s", "the gang starts"),
+    ("cloud_start_s", "the gang starts, for the last time if it was lost before"),
     ("cloud_stop_s", "the gang is free again"),
     ("edge_ready_s", "everything the edge needs is there"),
     ("edge_start_s", "the edge device starts"),
@@ -45,19 +45,26 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("node", "node of the pool; -1 without"),
     ("fleet_index", "edge fleet, index into fleets; -1 without an edge stage"),
     ("device", "edge device of the fleet; -1 without"),
-    ("gpu_seconds", "GPUs times seconds held"),
-    ("usd", "metered: GPU-seconds at the pool's price, and egress"),
+    ("batch_size", "requests that shared the gang; 1 alone"),
+    ("restarts", "times that the gang's node was taken away under it"),
+    ("gpu_seconds", "GPUs times seconds held, divided by the batch; of the last start alone"),
+    ("lost_gpu_s", "GPU-seconds held before a node was taken away, divided by the batch"),
+    ("usd", "metered: GPU-seconds at the pool's price, lost ones apart, and egress"),
     ("edge_energy_j", "joules of the edge device; NaN when nobody knows its power"),
     ("bytes_down", "bytes to the edge"),
     ("quality", "CLIP score of the plan in 0..1; NaN when nobody knows"),
 )
 """Column names with their meaning; seconds count from the start of the run."""
+WHOLE = frozenset({"request", "degree", "node", "device", "batch_size", "restarts"})
+"""Columns of whole numbers."""
 WIDTH = len(COLUMNS)
 INDEX = {name: position for position, (name, _) in enumerate(COLUMNS)}
 SERVED, UNSERVED, IN_FLIGHT = 0, 1, 2
 STATUS_NAMES = ("served", "unserved", "in flight")
 TOLERANCE_S = 1e-6
 """Rounding that sums of seconds may show."""
+TOLERANCE_DEVICES = 1e-6
+"""Rounding that sums of parts of a gang may show."""
 
 
 class Sink(Protocol):
@@ -111,7 +118,7 @@ def to_frame(records: Records, policy: str) -> pd.DataFrame:
             new, known = names[name]
             data[new] = _labelled(values, known)
         else:
-            data[name] = values.astype(np.int64) if name in {"request", "degree", "node", "device"} else values
+            data[name] = values.astype(np.int64) if name in WHOLE else values
     return pd.DataFrame(data)
 
 
@@ -146,6 +153,16 @@ class PlanFacts(NamedTuple):
     edge_energy_j: float
     bytes_down: int
     quality: float
+    batch_gpu_s: tuple[float, ...] = ()
+    """GPU-seconds that each of 1, 2, ... requests denoised together bears."""
+
+
+class Marks(NamedTuple):
+    """What few requests have to say of their gang: how many shared it, how often it was lost, and what went with it."""
+
+    batch_size: int = 1
+    restarts: int = 0
+    lost_gpu_s: float = 0.0
 
 
 class Book:
@@ -157,6 +174,7 @@ class Book:
         self._raw: list[float] = []
         self.write: Callable[[tuple[float, ...]], None] = self._raw.extend
         """Books one request: its `RAW` columns."""
+        self._marks: list[tuple[int, Marks]] = []
         self._plans: list[PlanFacts] = []
         self._count = self._used = 0
 
@@ -164,6 +182,11 @@ class Book:
         """Enter a plan and return its `plan_index`."""
         self._plans.append(facts)
         return len(self._plans) - 1
+
+    def write_marked(self, row: tuple[float, ...], marks: Marks) -> None:
+        """Book a request that shared its gang or lost it. Few do, so that `write` asks for no such columns."""
+        self._marks.append((len(self._raw) // len(RAW), marks))
+        self.write(row)
 
     def flush_if_full(self) -> None:
         """Spread out the rows booked so far once there are `FLUSH_ROWS`: call it now and then, not for every row."""
@@ -199,7 +222,8 @@ class Book:
             grown[:used] = table[:used]
             self._records.table = grown
         if needed > used:
-            self._records.table[used:needed, INDEX["request"]] = np.nan
+            self._records.table[used:needed] = np.nan
+            self._records.table[used:needed, INDEX["batch_size"]] = 1.0
             self._used = needed
 
     def _spread(self, raw: np.ndarray) -> np.ndarray:
@@ -210,6 +234,12 @@ class Book:
             times = column(rows, name)
             times[late & (times > self._horizon_s)] = np.nan
         column(rows, "model_load_s")[np.isnan(column(rows, "cloud_start_s"))] = 0.0  # drawn, but nothing was loaded yet
+        where = [INDEX[name] for name in Marks._fields]
+        rows[:, where] = Marks()
+        if self._marks:
+            positions, marks = zip(*self._marks, strict=True)
+            rows[np.ix_(positions, where)] = marks
+            self._marks.clear()
         self._add_plan_columns(rows)
         return rows
 
@@ -219,20 +249,32 @@ class Book:
         for name in ("degree", "pool_index", "fleet_index", "edge_energy_j", "bytes_down", "quality"):
             rows[:, INDEX[name]] = np.array([getattr(plan, name) for plan in facts], dtype=np.float64)[which]
         stop = np.where(np.isnan(column(rows, "cloud_stop_s")), self._horizon_s, column(rows, "cloud_stop_s"))
-        held = np.nan_to_num(stop - column(rows, "cloud_start_s")) * column(rows, "degree")
-        rows[:, INDEX["gpu_seconds"]] = held
-        load = np.nan_to_num(column(rows, "model_load_s")) * column(rows, "degree")
+        gpus = column(rows, "degree") / column(rows, "batch_size")
+        rows[:, INDEX["gpu_seconds"]] = np.nan_to_num(stop - column(rows, "cloud_start_s")) * gpus
+        load = np.nan_to_num(column(rows, "model_load_s")) * gpus
         rate = np.array([plan.usd_per_gpu_s for plan in facts])[which]
         rows[:, INDEX["usd"]] = np.array([plan.usd for plan in facts])[which] + load * rate
+        shared = column(rows, "batch_size") > 1
+        if shared.any():
+            # The plan's dollars are of a request alone; in a batch it bears its part of what the gang held.
+            rows[shared, INDEX["usd"]] -= (_saved_gpu_s(facts, which, column(rows, "batch_size")) * rate)[shared]
+
+
+def _saved_gpu_s(plans: Sequence[PlanFacts], which: np.ndarray, batch_size: np.ndarray) -> np.ndarray:
+    """GPU-seconds that each request bears less in its batch than it would alone, by its plan."""
+    widest = max(len(plan.batch_gpu_s) for plan in plans)
+    each = np.array([[*plan.batch_gpu_s, *[0.0] * (widest - len(plan.batch_gpu_s))] for plan in plans])
+    saved: np.ndarray = each[which, 0] - each[which, batch_size.astype(np.int64) - 1]
+    return saved
 
 
 def check_laws(records: Records, pool_gpus: Mapping[str, int], shared_replicas: Mapping[str, int]) -> None:
-    """Raise `RunError` if a run broke a law: conservation, causality, capacity, or seconds that do not add up.
+    """Raise `RunError` if a run broke a law: conservation, causality, capacity, whole batches, seconds that add up.
 
     `pool_gpus` are the GPUs of each pool; `shared_replicas` the device counts of the edge fleets.
     """
     rows = records.rows()
-    broken = [*_conservation(rows), *_causality(rows), *_sums(rows)]
+    broken = [*_conservation(rows), *_causality(rows), *_sums(rows), *_batches(rows)]
     for index, name in enumerate(records.pools):
         broken += _capacity(rows, "pool_index", index, "cloud", pool_gpus[name], f"pool {name}")
     for index, name in enumerate(records.fleets):
@@ -277,7 +319,8 @@ def _wrong_sums(rows: np.ndarray) -> Iterator[str]:
     edge = np.nan_to_num(column(served, "edge_stop_s") - column(served, "edge_ready_s"))
     latency = column(served, "finish_s") - column(served, "arrival_s")
     gap = np.abs(latency - cloud - edge - column(served, "transfer_s"))
-    held = np.nan_to_num((column(served, "cloud_stop_s") - column(served, "cloud_start_s")) * column(served, "degree"))
+    gpus = column(served, "degree") / column(served, "batch_size")
+    held = np.nan_to_num((column(served, "cloud_stop_s") - column(served, "cloud_start_s")) * gpus)
     charged = np.abs(held - column(served, "gpu_seconds"))
     if not (gap <= TOLERANCE_S * np.maximum(1.0, latency)).all():  # NaN is no sum
         yield "cloud, edge and transfer seconds do not sum to the latency"
@@ -285,18 +328,36 @@ def _wrong_sums(rows: np.ndarray) -> Iterator[str]:
         yield "GPU-seconds charged are not the GPU-seconds held"
 
 
+def _batches(rows: np.ndarray) -> list[str]:
+    """Every gang that is shared is shared by as many as it says, of one plan, on one node, at one time."""
+    shared = rows[column(rows, "batch_size") != 1]
+    if not len(shared):
+        return []
+    names = ("batch_size", "plan_index", "pool_index", "node", "cloud_start_s", "cloud_stop_s")
+    gangs, members = np.unique(np.nan_to_num(shared[:, [INDEX[name] for name in names]]), axis=0, return_counts=True)
+    torn = (gangs[:, 0] < 1) | (members % np.maximum(gangs[:, 0], 1.0) != 0)
+    return [f"{int(torn.sum())} batches have other members than they say"] if torn.any() else []
+
+
 def _capacity(rows: np.ndarray, key: str, index: int, side: str, capacity: int, name: str) -> list[str]:
     mine = (column(rows, key) == index) & ~np.isnan(column(rows, f"{side}_start_s"))
     if not mine.any():
         return []
-    start, stop = column(rows, f"{side}_start_s")[mine], column(rows, f"{side}_stop_s")[mine]
-    weight = column(rows, "degree")[mine] if side == "cloud" else np.ones(len(start))
-    times = np.concatenate([start, np.where(np.isnan(stop), np.inf, stop)])
-    change = np.concatenate([weight, -weight])
-    # A device that is handed over at one instant is free before it is taken: departures sort first.
-    order = np.lexsort((change, np.round(times, 9)))
-    peak = np.cumsum(change[order]).max()
-    return [f"{name} ran {peak:g} devices of {capacity}"] if peak > capacity else []
+    # Each request of a batch holds its part of the gang, so that the batch holds the gang once.
+    weight = column(rows, "degree")[mine] / column(rows, "batch_size")[mine] if side == "cloud" else np.ones(mine.sum())
+    stopped_s, given_back = _cumulated(column(rows, f"{side}_stop_s")[mine], weight)
+    started_s, taken = _cumulated(column(rows, f"{side}_start_s")[mine], weight)
+    # A device that is handed over at one instant is free before it is taken. Who has not stopped gives nothing back.
+    gone = np.searchsorted(stopped_s, started_s, side="right")
+    peak = (taken - np.concatenate([[0.0], given_back])[gone]).max()
+    return [f"{name} ran {peak:g} devices of {capacity}"] if peak > capacity + TOLERANCE_DEVICES else []
+
+
+def _cumulated(times_s: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times to the nanosecond in rising order, NaN last, and the sum of the weights up to each."""
+    times_s = np.round(times_s, 9)
+    order = np.argsort(times_s, kind="stable")  # quick where times rise already, nearly
+    return times_s[order], np.cumsum(weight[order])
 
 
 def _devices_do_one_thing(rows: np.ndarray, index: int, name: str) -> list[str]:

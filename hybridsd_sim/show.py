@@ -216,7 +216,10 @@ def plan_data(saved: Data, page: str) -> dict[str, Any]:
     """A capacity plan for JSON: the chosen plans and nodes, their simulation, and what they were compared with."""
     chosen = _run_data(saved["runs"][0])
     plans = {choice["request_class"]: choice.get("label") for choice in saved["chosen"]}
-    kept = ("feasible", "explanation", "chosen", "baselines", "frontier", "alternatives", "evidence")
+    kept = (
+        "feasible", "explanation", "savings", "bound", "chosen", "baselines", "frontier", "alternatives", "margins",
+        "conflict", "sensitivity", "confidence", "robust", "evidence",
+    )  # fmt: skip
     return {**chosen, "plans": plans, **{key: saved[key] for key in kept}, "report": page}
 
 
@@ -265,18 +268,59 @@ def plan_text(saved: Data, width: int) -> str:
         table(("pool", "nodes"), nodes, width) if nodes else "",
         table(("plan", "USD/h", "p95 latency s", "CLIP", "holds"), list(_compared(saved)), width),
         _frontier(saved["frontier"], width),
-        sentences([*saved["explanation"], BRACKETS], width),
+        _varied("condition", saved["sensitivity"], width),
+        _varied("scenario", saved["robust"], width),
+        sentences(_said(saved), width),
     )
     return "\n".join(filter(None, text))
+
+
+def _said(saved: Data) -> Iterator[str]:
+    """Why the plan is what it is, how far from the cheapest, what a change would buy, how sure it is."""
+    bound, sure = saved["bound"], saved["confidence"]
+    yield from saved["explanation"]
+    if saved["conflict_said"] and saved["conflict_said"] not in saved["explanation"]:
+        yield saved["conflict_said"]
+        yield from (each["said"] for each in saved["conflict"])
+    if bound:
+        yield bound["said"]
+    yield from (margin["said"] for margin in saved["margins"])
+    if sure:
+        yield sure["said"]
+    if saved["evidence_said"]:
+        yield f"{saved['evidence_said']} The report has every one."
+    yield BRACKETS
+
+
+def _varied(what: str, variations: Sequence[Data], width: int) -> str:
+    """The plan under other conditions."""
+    rows = [
+        (
+            each["name"], with_interval(each["slo_attainment"]), with_interval(each["latency_p95_s"]),
+            each["usd_per_hour"], _holds(each),
+        )
+        for each in variations
+    ]  # fmt: skip
+    return table((what, "share inside SLO", "p95 latency s", "USD/h", "holds"), rows, width) if rows else ""
+
+
+def _holds(point: Data) -> str:
+    """Whether a plan holds, why not, and by what that is known unless it was simulated."""
+    holds = "yes" if point["feasible"] else f"no: {point['reason']}"
+    return holds if point["known_by"] == "simulation" else f"{holds}, by {point['known_by']}"
 
 
 def _chosen(saved: Data) -> Iterator[tuple[Any, ...]]:
     summary, classes = saved["runs"][0]["summary"], saved["scenario"]["classes"]
     for choice in saved["chosen"]:
-        name = choice["request_class"]
+        name, parts, away = choice["request_class"], choice["parts"], choice["turned_away"]
         latency, inside, clip = (summary[name][key] for key in ("latency_p95_s", "slo_attainment", "quality_mean"))
-        label = choice.get("label") or choice.get("note", "")
-        yield name, label, with_interval(latency), classes[name]["slo_s"], with_interval(inside), clip["value"]
+        figures = (with_interval(latency), classes[name]["slo_s"], with_interval(inside), clip["value"])
+        shared = len(parts) > 1 or away
+        labels = [f"{part['share']:.1%}: {part['label']}" if shared else part["label"] for part in parts]
+        labels += [f"{away:.1%}: turned away"] if away else []
+        yield name, (labels or [choice["note"]])[0], *figures
+        yield from (("", label, "", "", "", "") for label in labels[1:])
 
 
 def _compared(saved: Data) -> Iterator[tuple[Any, ...]]:
@@ -286,13 +330,11 @@ def _compared(saved: Data) -> Iterator[tuple[Any, ...]]:
     yield "chosen", *figures, saved["feasible"]
     for other in (*saved["baselines"], *saved["alternatives"]):
         latency = with_interval(other["latency_p95_s"])
-        holds = "yes" if other["feasible"] else f"no: {other['reason']}"
-        by_formula = ", by formula" if other["policy"] == "analytic" else ""
-        yield other["name"], other["usd_per_hour"], latency, other["quality"], holds + by_formula
+        yield other["name"], other["usd_per_hour"], latency, other["quality"], _holds(other)
 
 
 def _frontier(points: Sequence[Data], width: int) -> str:
-    """Plans that no other beats in dollars, latency and quality together, by formula, cheapest first."""
+    """Plans that no other beats in dollars, latency and quality together, cheapest first; by what they are known."""
     ordered = sorted(points, key=lambda point: (point["usd_per_hour"] or 0.0, point["latency_p95_s"][0] or 0.0))
     last = min(len(ordered), SHOWN_POINTS) - 1
     shown = [ordered[round(n * (len(ordered) - 1) / max(last, 1))] for n in range(last + 1)]
@@ -300,7 +342,9 @@ def _frontier(points: Sequence[Data], width: int) -> str:
         (point["usd_per_hour"], point["latency_p95_s"][0], point["quality"], _nodes(point["replicas"]))
         for point in shown
     ]
+    known = ", ".join(sorted({point["known_by"] for point in points}))
     more = [f"The report has all {len(points)} points of the frontier."] if len(points) > len(rows) else []
+    more.insert(0, f"The frontier's figures are by {known}.")
     header = ("frontier USD/h", "p95 latency s", "CLIP", "nodes")
     return table(header, rows, width) + sentences(more, width) if rows else ""
 

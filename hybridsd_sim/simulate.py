@@ -10,75 +10,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
 
+import numpy as np
 import simpy
 from simpy.events import Timeout
 
-from hybridsd_sim.candidates import (
-    Candidate,
-    CandidateSet,
-    find_candidates,
-    make_candidate,
-    pool_usd_per_gpu_hour,
-    rental_usd_per_hour,
-    request_of,
-)
+from hybridsd_sim.candidates import Candidate, CandidateSet, pool_usd_per_gpu_hour, rental_usd_per_hour
 from hybridsd_sim.deployment import misfits
 from hybridsd_sim.draws import Draw, Draws
-from hybridsd_sim.errors import InputError, Problem, RunError
-from hybridsd_sim.fleet import EdgeFleet, Job, Pool
-from hybridsd_sim.metrics import Verdict, summarise, verdict_of
+from hybridsd_sim.errors import InputError, RunError
+from hybridsd_sim.fleet import EdgeFleet, Pool
+from hybridsd_sim.jobs import Job, Preemption, Route
+from hybridsd_sim.offers import Offers, Pricing, found_options, planned_options
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.policies import REASONS, FleetView, Policy, make_policy
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, Book, PlanFacts, Records, Sink, check_laws, to_frame
-from hybridsd_sim.scenario import RequestClass, Scenario
+from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, Book, Marks, PlanFacts, Records, Sink, check_laws
+from hybridsd_sim.results import SimResult, joined
+from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.workload import stream
 
-if TYPE_CHECKING:
-    import pandas as pd
+__all__ = ["SimResult", "joined", "simulate"]
 
 NAN = math.nan
 OTHER_MODELS = 1000
 """Model keys of one class's model and of the other base models of a trace lie this far apart."""
-
-
-@dataclass(frozen=True, eq=False)
-class SimResult:
-    """One policy on one scenario, over all replications: records, summary and verdict, and what made them.
-
-    `used` are the candidates that served at least one request, by request class and plan label. `usd_per_hour` is the
-    rent of the nodes, None when a price is unknown. `timeouts` counts the events of the run.
-    """
-
-    scenario: Scenario
-    policy: str
-    seed: int
-    replicas: Mapping[str, int]
-    replications: tuple[Records, ...]
-    used: Mapping[tuple[str, str], Candidate]
-    usd_per_hour: float | None
-    timeouts: int
-
-    @cached_property
-    def requests(self) -> pd.DataFrame:
-        """A row per request of every replication, made when asked for."""
-        import pandas as pd
-
-        return pd.concat([to_frame(records, self.policy) for records in self.replications], ignore_index=True)
-
-    @cached_property
-    def summary(self) -> pd.DataFrame:
-        """A row per request class and one for all, every figure with its 95% interval."""
-        return summarise(self.scenario, self.policy, self.replications, self.replicas, self.usd_per_hour)
-
-    @cached_property
-    def verdict(self) -> Verdict:
-        """Feasible, stable, converged, in domain: each yes or no with its reason."""
-        outside = {": ".join(key): option.cost.outside for key, option in self.used.items() if option.cost.outside}
-        return verdict_of(self.scenario, self.summary, self.replications, outside)
 
 
 def simulate(
@@ -90,12 +46,17 @@ def simulate(
     plan: Deployment | None = None,
     sink: Sink | None = None,
     options: CandidateSet | None = None,
+    slowdowns: Mapping[str, float] | None = None,
+    replications: range | None = None,
 ) -> SimResult:
     """Simulate a scenario under one policy.
 
     `policy` is a name or an object; `planned` follows `plan`. `plan` fixes the replicas; else a pool's `replicas`, else
     its `replicas_max` do. `sink` receives blocks of finished records as they fill. `options` passes candidates found
-    before. Raises `InputError` for names that the profiles do not hold, `RunError` if the run breaks its own laws.
+    before. `slowdowns` are factors on every second that a request spends at a site, by the name of the pool or edge
+    fleet: 1.1 is 10% slower; model loads and transfers keep their time. `replications` says which to run, None all of
+    the scenario's; each is the same whichever others run, and `joined` puts them together. Raises `InputError` for
+    names that the profiles do not hold, `RunError` if the run breaks its own laws.
     """
     if seed is not None and seed != scenario.seed:
         scenario = scenario.with_overrides({"seed": seed})
@@ -103,12 +64,12 @@ def simulate(
         raise InputError(problems)
     replicas = _replicas(scenario, plan)
     name = policy if isinstance(policy, str) else policy.name
-    found = _planned_options(scenario, profiles, plan) if name == "planned" else options
-    found = found or find_candidates(scenario, profiles)
+    pricing = Pricing(scenario, profiles, slowdowns or {})
+    found = planned_options(pricing, plan) if name == "planned" else found_options(pricing, options)
     done, used, timeouts = [], {}, 0
-    for replication in range(scenario.replications):
+    for replication in range(scenario.replications) if replications is None else replications:
         decider = policy if isinstance(policy, Policy) else _decider(policy, scenario, plan)
-        run = _Run(scenario, profiles, found, decider, replicas, replication, sink)
+        run = _Run(pricing, found, decider, replicas, replication, sink)
         done.append(run.run())
         used.update(run.used())
         timeouts += run.timeouts
@@ -128,19 +89,7 @@ def _replicas(scenario: Scenario, plan: Deployment | None) -> dict[str, int]:
     }
 
 
-def _planned_options(scenario: Scenario, profiles: Profiles, plan: Deployment | None) -> CandidateSet:
-    """The plan's own candidates, one for each part of each class's mix."""
-    if plan is None:
-        raise InputError(Problem("policy", "planned", "follows a plan, and none was given", "Pass a plan.yaml."))
-    by_class = {
-        name: tuple(make_candidate(scenario, profiles, request_of(name, spec), part.plan) for part in plan.plans[name])
-        for name, spec in scenario.requests.items()
-        if name in plan.plans
-    }
-    return CandidateSet({name: by_class.get(name, ()) for name in scenario.requests}, ())
-
-
-class _Route:
+class _Route(Route):
     """A candidate compiled for the hot path: which pool and fleet, how long, how many bytes."""
 
     __slots__ = (
@@ -149,6 +98,7 @@ class _Route:
     )  # fmt: skip
 
     def __init__(self, index: int, pool: Pool[_Trip] | None, fleet: EdgeFleet | None) -> None:
+        super().__init__()
         self.index, self.pool, self.fleet = index, pool, fleet
         self.degree = self.up_bytes = self.down_bytes = self.model_key = self.priority = 0
         self.cloud_s = self.edge_s = self.work = 0.0
@@ -158,6 +108,7 @@ class _Route:
         """Take the candidate's figures."""
         self.degree = candidate.degree
         self.cloud_s = candidate.cloud_s
+        self.batch_s = candidate.batch_s
         self.edge_s = candidate.edge_s
         self.up_bytes = candidate.cost.bytes_up
         self.down_bytes = candidate.cost.bytes_down
@@ -174,16 +125,18 @@ NOWHERE = _Route(-1, None, None)
 class _Trip(Job):
     """A request on its way through its route."""
 
-    __slots__ = ("arrival_s", "class_index", "device_draw", "down_s", "edge_ready_s", "route", "transfer_s")
+    __slots__ = ("arrival_s", "class_index", "device_draw", "down_s", "edge_ready_s", "transfer_s")
 
     def __init__(self, number: int, class_index: int, arrival_s: float, deadline_s: float, device_draw: float) -> None:
-        # Job.__init__ spelt out: this line runs once a request, and a call more is a twentieth of its time.
+        # Job.__init__ spelt out: this line runs once a request, and a call more is a twentieth of its time. What a pool
+        # asks of a job besides (work, priority, model) is written when the request is sent there.
         self.number, self.deadline_s, self.node = number, deadline_s, -1
-        self.degree = self.model_key = self.priority = 0
-        self.hold_s = self.load_s = self.work = self.down_s = self.transfer_s = 0.0
+        self.degree = self.restarts = 0
+        self.hold_s = self.load_s = self.lost_gpu_s = self.down_s = self.transfer_s = 0.0
         self.cloud_ready_s = self.cloud_start_s = self.cloud_stop_s = self.edge_ready_s = NAN
         self.class_index, self.arrival_s, self.device_draw = class_index, arrival_s, device_draw
         self.route: _Route = NOWHERE
+        self.gang = None
 
 
 class _Run:
@@ -191,8 +144,7 @@ class _Run:
 
     def __init__(
         self,
-        scenario: Scenario,
-        profiles: Profiles,
+        pricing: Pricing,
         options: CandidateSet,
         policy: Policy,
         replicas: Mapping[str, int],
@@ -200,7 +152,8 @@ class _Run:
         sink: Sink | None,
     ) -> None:
         self.timeouts = 0
-        self._scenario, self._profiles, self._policy = scenario, profiles, policy
+        scenario, profiles = pricing.scenario, pricing.profiles
+        self._scenario, self._profiles, self._policy, self._replication = scenario, profiles, policy, replication
         self._env = simpy.Environment()
         self._specs = list(scenario.requests.values())
         self._pools = [self._make_pool(name, nodes) for name, nodes in replicas.items()]
@@ -210,7 +163,7 @@ class _Run:
         self._draws = Draws(scenario, profiles, replication)
         self._arrivals = iter(self._draws)
         self._slo_s = [math.inf if spec.slo_s is None else spec.slo_s for spec in self._specs]
-        self._options = _Options(scenario, profiles, options, replicas)
+        self._offers = Offers(pricing, options, replicas)
         self._routes: dict[Candidate, _Route] = {}
         self._models = sorted({spec.model for spec in self._specs})
         self._open: dict[int, _Trip] = {}
@@ -230,7 +183,22 @@ class _Run:
             done=self._leave_cloud,
             resident_models=spec.resident_models,
             cold_start_s=spec.cold_start_s,
+            preemption=self._preemption(name),
         )
+
+    def _preemption(self, name: str) -> Preemption | None:
+        """How a pool loses its nodes: at random, each node from its own stream, so that one more shifts no other."""
+        spec = self._scenario.pools[name]
+        if not spec.preemptions_per_s:
+            return None
+        lives: dict[int, np.random.Generator] = {}
+
+        def up_s(node: int) -> float:
+            if node not in lives:
+                lives[node] = stream(self._scenario.seed, self._replication, f"preemption/{name}/{node}")
+            return float(lives[node].exponential(1.0 / spec.preemptions_per_s))
+
+        return Preemption(up_s, spec.replacement_s)
 
     def run(self) -> Records:
         """Run to the horizon, book what is still in flight, check the laws, and return the records."""
@@ -262,7 +230,7 @@ class _Run:
         self._number += 1
         self.timeouts += 1
         job = _Trip(self._number, class_index, now, now + self._slo_s[class_index], draw[2])
-        options = self._options.own[class_index] if draw[8] is None else self._options.variant(class_index, draw[8])
+        options = self._offers.own[class_index] if draw[8] is None else self._offers.variant(class_index, draw[8])
         view = self._view if self._telemetry_s == 0.0 else self._fresh_view(now)
         decision = self._policy.decide(options, job.deadline_s, view, now)
         candidate = decision.candidate
@@ -326,11 +294,16 @@ class _Run:
     def _write(
         self, job: _Trip, status: int, edge_start: float, edge_stop: float, finish: float, device: int, reason: int = -1
     ) -> None:
-        self._record((
+        row = (
             job.number, job.class_index, job.route.index, status, reason, job.arrival_s,
             job.cloud_ready_s, job.cloud_start_s, job.cloud_stop_s, job.edge_ready_s, edge_start, edge_stop, finish,
             job.deadline_s, job.load_s, job.transfer_s, job.node, device,
-        ))  # fmt: skip
+        )  # fmt: skip
+        if job.gang is None and not job.restarts:
+            self._record(row)
+        else:
+            batch_size = 1 if job.gang is None else len(job.gang)
+            self._book.write_marked(row, Marks(batch_size, job.restarts, job.lost_gpu_s))
 
     def _compile(self, candidate: Candidate) -> _Route:
         pool = self._pools[candidate.pool_index] if candidate.pool_index >= 0 else None
@@ -358,6 +331,7 @@ class _Run:
             edge_energy_j=NAN if cost.edge_energy_j is None else cost.edge_energy_j,
             bytes_down=cost.bytes_down,
             quality=NAN if candidate.quality is None else candidate.quality,
+            batch_gpu_s=tuple(candidate.degree * s / size for size, s in enumerate(candidate.batch_s, 1)),
         )
 
 
@@ -366,29 +340,3 @@ def _expected_requests(scenario: Scenario) -> int:
     rates = [spec.arrivals.rate_per_s or 0.0 for spec in scenario.requests.values()]
     mean = sum(rates) * scenario.horizon_s
     return math.ceil(mean + 5.0 * math.sqrt(mean))
-
-
-class _Options:
-    """The candidates a policy may choose from: each class's `own` on rented pools, priced anew for other sizes."""
-
-    def __init__(
-        self, scenario: Scenario, profiles: Profiles, options: CandidateSet, replicas: Mapping[str, int]
-    ) -> None:
-        self._scenario, self._profiles = scenario, profiles
-        self._specs: list[tuple[str, RequestClass]] = list(scenario.requests.items())
-        rented = {index for index, nodes in enumerate(replicas.values()) if nodes} | {-1}
-        self.own = [tuple(o for o in options.by_class[name] if o.pool_index in rented) for name in scenario.requests]
-        self._variants: dict[tuple[int, tuple[int, int]], tuple[Candidate, ...]] = {}
-
-    def variant(self, class_index: int, shape: tuple[int, int]) -> tuple[Candidate, ...]:
-        """A class's candidates for requests of another `shape`: (steps, images)."""
-        key = (class_index, shape)
-        if key not in self._variants:
-            self._variants[key] = self._priced(class_index, *shape)
-        return self._variants[key]
-
-    def _priced(self, class_index: int, steps: int, images: int) -> tuple[Candidate, ...]:
-        name, spec = self._specs[class_index]
-        request = replace(request_of(name, spec), num_inference_steps=steps, num_images=images)
-        plans = [option.plan.rescaled(steps) for option in self.own[class_index]]
-        return tuple(make_candidate(self._scenario, self._profiles, request, plan) for plan in plans)

@@ -1,27 +1,28 @@
-"""How many nodes a choice of plans needs, by formula: the analytic side of the optimiser.
+"""What a deployment promises by formula: waits, attainment, dollars and quality of mixes of plans on rented nodes.
 
-A choice gives every request class one candidate. The classes of a pool share its queue (`queueing.pool_wait`); a class
-is served in time when wait, work and transfers together stay inside its SLO at its percentile. Transfers vary with the
-access network: the attainment is averaged over a fixed grid of link conditions. The fewest nodes that give every class
-its percentile are the pool's replicas.
+The classes of a pool share its queue (`queueing.pool_wait`); a request is in time when wait, work and transfers stay
+inside its SLO. Transfers vary with the access network: an attainment is averaged over a fixed grid of link conditions.
+A batch is taken to be full, which is the slowest that a request can meet; nodes that may be taken away serve the share
+of the time that they are there, and a job that loses its node pays the lost work once more.
 
-`load_factors` carry what simulation found and the formula does not know (model loads, requests of other sizes): the
-GPU-seconds measured over those predicted, per pool.
+Two corrections carry what simulation found and the formula does not know: `load_factors` are GPU-seconds held over
+those predicted (model loads, requests of other sizes), `strain` is the factor on a pool's traffic under which the
+formula gives the attainment that was simulated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from hybridsd_sim.candidates import Candidate, rental_usd_per_hour
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.queueing import NO_WAIT, Flow, Wait, pool_wait
-from hybridsd_sim.scenario import Scenario
-from hybridsd_sim.workload import arrival_chunks
+from hybridsd_sim.scenario import Pool, Scenario
+from hybridsd_sim.workload import arrival_chunks, mean_rate_per_s
 
 LINK_GRID = 20
 """Link conditions over which an attainment is averaged: a Latin square of rate and round-trip quantiles."""
@@ -29,56 +30,83 @@ REQUESTS_A_WINDOW = 50
 """Requests, in the mean, of a window in which a trace's rate is taken to be steady."""
 QUANTILE_STEPS = 60
 """Halvings in the search for a latency quantile: to nanoseconds."""
+EDGE_LOAD_MOST = 0.95
+"""Most of the time that edge devices may be busy."""
+EDGE_IDLE = 0.005
+"""Share of the time below which edge devices are taken to be free whenever they are needed."""
+EDGE_WAITS = (np.arange(10) + 0.5) / 10
+"""Shares of the requests that wait for an edge device, at whose waits their lateness is looked at."""
+
+Mixes = Mapping[str, tuple[tuple[float, Candidate], ...]]
+"""Per request class the shares of its requests and the candidates that serve them, the largest share first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """A choice with its replicas, and what the formula predicts of it.
+    """A deployment and what the formula predicts of it.
 
-    `usd_per_hour` is the rent and the metered egress. `missed` is the sum over classes of the attainment that is
-    lacking: 0 when the choice holds every SLO.
+    `missed` is the sum over classes of the attainment that is lacking, and of edge work beyond what the devices can do:
+    0 when everything holds. `quality` is the mean CLIP score of the requests served, None where one is unknown.
     """
 
-    chosen: Mapping[str, Candidate]
+    mixes: Mixes
     replicas: Mapping[str, int]
     rent_usd_per_hour: float
-    usd_per_hour: float
+    egress_usd_per_hour: float
     waits: Mapping[str, Wait]
     attainment: Mapping[str, float]
     missed: float
     quality: float | None
-    load_usd_per_hour: float
+
+    @property
+    def usd_per_hour(self) -> float:
+        """Rent of the nodes and metered egress."""
+        return self.rent_usd_per_hour + self.egress_usd_per_hour
 
 
 @dataclass(slots=True)
 class Sizer:
-    """Sizes choices for one scenario; keeps the link grid and the rates, so that a choice takes under a millisecond."""
+    """The formula for one scenario; keeps the link grid and the rates, so that a deployment takes under a millisecond.
+
+    `rates` are requests a second and the variation (CV) of their gaps, by class; `strain` is by pool and by edge fleet.
+    """
 
     scenario: Scenario
     profiles: Profiles
     rates: dict[str, tuple[float, float]] = field(default_factory=dict)
     load_factors: dict[str, float] = field(default_factory=dict)
-    extra_nodes: dict[str, int] = field(default_factory=dict)
+    strain: dict[str, float] = field(default_factory=dict)
+    unit_rent: dict[str, float] = field(default_factory=dict)
+    """Dollars an hour of one node of each pool; infinite where nobody knows its price."""
+    _slacks: dict[tuple[Candidate, float | None], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     _latencies: dict[Candidate, np.ndarray] = field(default_factory=dict)
-    _unit_rent: dict[str, float] = field(default_factory=dict)
-    _known_nodes: dict[tuple[str, tuple[Candidate, ...]], tuple[int, Wait]] = field(default_factory=dict)
-    _known_attainment: dict[tuple[Candidate, Wait], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rates = self.rates or planning_rates(self.scenario)
         for name in self.scenario.pools:
             rent = rental_usd_per_hour(self.scenario, self.profiles, {name: 1})
-            self._unit_rent[name] = math.inf if rent is None else rent
+            self.unit_rent[name] = math.inf if rent is None else rent
+
+    @property
+    def rent_limit_usd_per_hour(self) -> float | None:
+        """The most that the budget lets all nodes cost, images counted at the mean rates; None without a limit."""
+        budget, limits = self.scenario.budget, [self.scenario.budget.usd_per_hour]
+        if budget.usd_per_image is not None:
+            planned, requests = planning_rates(self.scenario), self.scenario.requests
+            each = {name: mean_rate_per_s(spec.arrivals) * 3600 * spec.num_images for name, spec in requests.items()}
+            images = sum(each[name] * self.rates[name][0] / planned[name][0] for name in each)
+            limits.append(budget.usd_per_image * images)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def latencies(self, candidate: Candidate) -> np.ndarray:
-        """Latencies in seconds on an idle fleet over the link grid."""
+        """Latencies in seconds without queues over the link grid; of a full batch where plans batch."""
         known = self._latencies.get(candidate)
         if known is None:
             known = self._latencies[candidate] = self._over_links(candidate)
         return known
 
     def _over_links(self, candidate: Candidate) -> np.ndarray:
-        held = candidate.cloud_s + candidate.edge_s
+        held = candidate.batch_s[-1] + candidate.edge_s
         plan = candidate.plan
         if candidate.pool_index < 0 or plan.network is None:
             return np.full(LINK_GRID, held)
@@ -89,111 +117,130 @@ class Sizer:
         down = candidate.cost.bytes_down / network.down_bytes_per_s.at_many(rate_u)
         return np.asarray(held + up + down + network.rtt_s.at_many(rtt_u))
 
+    def slacks(self, candidate: Candidate, within_s: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds that a request may wait and still be in time, and how often each is met (weights that sum to 1).
+
+        In time is inside the class's SLO, or `within_s`; infinite without either. A node's loss costs the work again.
+        """
+        key = (candidate, within_s)
+        if key not in self._slacks:
+            self._slacks[key] = self._find_slacks(candidate, within_s)
+        return self._slacks[key]
+
+    def _find_slacks(self, candidate: Candidate, within_s: float | None) -> tuple[np.ndarray, np.ndarray]:
+        slo = self.scenario.requests[candidate.request_class].slo_s if within_s is None else within_s
+        slack = (math.inf if slo is None else slo) - self.latencies(candidate)
+        weights = np.full(LINK_GRID, 1.0 / LINK_GRID)
+        if candidate.pool_index < 0 or not (rate := self._preemption_rate(candidate)):
+            return slack, weights
+        lost = 1.0 - math.exp(-rate * candidate.batch_s[-1])
+        again = slack - candidate.batch_s[-1]
+        return np.concatenate([slack, again]), np.concatenate([(1.0 - lost) * weights, lost * weights])
+
+    def _preemption_rate(self, candidate: Candidate) -> float:
+        return self._specs[candidate.pool_index].preemptions_per_s
+
+    @property
+    def _specs(self) -> list[Pool]:
+        return list(self.scenario.pools.values())
+
+    def share_in_time(
+        self, candidate: Candidate, wait: Wait, within_s: float | None = None, edge: Wait = NO_WAIT
+    ) -> float:
+        """Share of a candidate's requests in time behind a pool's queue, and behind that of its edge fleet."""
+        slack, weights = self.slacks(candidate, within_s)
+        edge = edge if candidate.edge_s else NO_WAIT
+        if math.isinf(wait.scale_s) or math.isinf(edge.scale_s):
+            return 0.0
+        if edge.probability:
+            later = slack[:, None] + edge.scale_s * np.log1p(-EDGE_WAITS)
+            each = np.repeat(weights, len(EDGE_WAITS)) * edge.probability / len(EDGE_WAITS)
+            slack = np.concatenate([slack, later.ravel()])
+            weights = np.concatenate([(1.0 - edge.probability) * weights, each])
+        return float(wait.within_all(slack) @ weights)
+
     def idle_attainment(self, candidate: Candidate) -> float:
         """Share of requests inside the SLO with nobody else there."""
-        return self._attainment(candidate, NO_WAIT)
-
-    def _attainment(self, candidate: Candidate, wait: Wait) -> float:
-        key = (candidate, wait)
-        if key not in self._known_attainment:
-            self._known_attainment[key] = self._share_in_time(candidate, wait)
-        return self._known_attainment[key]
-
-    def _share_in_time(self, candidate: Candidate, wait: Wait) -> float:
-        slo = self.scenario.requests[candidate.request_class].slo_s
-        if slo is None:
-            return 1.0 if wait.utilisation < 1.0 else 0.0
-        return float(wait.within_all(slo - self.latencies(candidate)).mean())
+        return self.share_in_time(candidate, NO_WAIT)
 
     def wanted(self, class_name: str) -> float:
         """The share of requests that a class wants inside its SLO."""
         return self.scenario.requests[class_name].slo_percentile / 100.0
 
-    def size(self, chosen: Mapping[str, Candidate]) -> Sizing:
-        """The fewest nodes that hold every class's SLO, and what they cost."""
-        waits, replicas = {}, {}
-        for index, name in enumerate(self.scenario.pools):
-            mine = [option for option in chosen.values() if option.pool_index == index]
-            replicas[name], waits[name] = self._nodes(name, mine)
-        names = list(self.scenario.pools)
+    def flow(self, candidate: Candidate, share: float = 1.0) -> Flow:
+        """What a share of a class brings to the queue of its pool: full batches, work lost with nodes included."""
+        name = list(self.scenario.pools)[candidate.pool_index]
+        rate, cv = self.rates[candidate.request_class]
+        hold = candidate.batch_s[-1] * self.load_factors.get(name, 1.0)
+        if lost := self._preemption_rate(candidate):
+            hold = math.expm1(lost * hold) / lost
+        return Flow(share * rate * self.strain.get(name, 1.0) / len(candidate.batch_s), hold, candidate.degree, cv)
+
+    def assess(self, mixes: Mixes, replicas: Mapping[str, int]) -> Sizing:
+        """What the formula predicts of mixes on so many nodes."""
+        waits = {name: self._pool_wait(index, mixes, replicas[name]) for index, name in enumerate(self.scenario.pools)}
+        edges = [self.edge_wait(site, mixes) for site in self.scenario.edge]
         attainment = {
-            name: self._attainment(option, waits[names[option.pool_index]] if option.pool_index >= 0 else NO_WAIT)
-            for name, option in chosen.items()
+            name: sum(
+                share * self.share_in_time(option, self.wait_of(option, waits), edge=edges[option.fleet_index])
+                for share, option in mix
+            )
+            for name, mix in mixes.items()
         }
         missed = sum(max(0.0, self.wanted(name) - got) for name, got in attainment.items())
         return Sizing(
-            chosen=dict(chosen),
-            replicas=replicas,
-            rent_usd_per_hour=self._rent(replicas),
-            usd_per_hour=self._usd_per_hour(chosen, replicas),
+            mixes=mixes,
+            replicas=dict(replicas),
+            rent_usd_per_hour=sum(count * self.unit_rent[name] for name, count in replicas.items() if count),
+            egress_usd_per_hour=sum(self.egress_usd_per_hour(o, share) for share, o in _parts(mixes)),
             waits=waits,
             attainment=attainment,
-            missed=missed + self._edge_overload(chosen),
-            quality=self._quality(chosen),
-            load_usd_per_hour=sum(self.rates[name][0] * 3600 * option.usd_or_inf for name, option in chosen.items()),
+            missed=missed + self._edge_overload(mixes),
+            quality=self._quality(mixes),
         )
 
-    def with_replicas(self, sizing: Sizing, replicas: Mapping[str, int]) -> Sizing:
-        """The same choice on another number of nodes, whatever the formula thinks of it."""
-        return replace(
-            sizing,
-            replicas=dict(replicas),
-            rent_usd_per_hour=self._rent(replicas),
-            usd_per_hour=self._usd_per_hour(sizing.chosen, replicas),
-        )
+    def _pool_wait(self, index: int, mixes: Mixes, nodes: int) -> Wait:
+        spec = self._specs[index]
+        flows = [self.flow(option, share) for share, option in _parts(mixes) if option.pool_index == index]
+        return pool_wait(nodes * spec.availability, spec.gpus_per_node, flows)
 
-    def learn(self, pool: str, load_factor: float, extra_nodes: int) -> None:
-        """Take over what a simulation found out about a pool."""
-        self.load_factors[pool], self.extra_nodes[pool] = load_factor, extra_nodes
-        self._known_nodes.clear()
+    def edge_busy(self, option: Candidate, site: str) -> float:
+        """Share of the time for which a fleet's devices are busy with a candidate, if all of its class has it."""
+        busy = self.rates[option.request_class][0] * option.edge_s / self.scenario.edge[site].replicas
+        return self.strain.get(site, 1.0) * busy
 
-    def _nodes(self, name: str, mine: list[Candidate]) -> tuple[int, Wait]:
-        key = (name, tuple(mine))
-        if key not in self._known_nodes:
-            self._known_nodes[key] = self._fewest_nodes(name, mine)
-        return self._known_nodes[key]
+    def edge_wait(self, site: str, mixes: Mixes) -> Wait:
+        """The wait for an edge device: its owner's other requests, or everybody's where devices are shared."""
+        spec, index = self.scenario.edge[site], list(self.scenario.edge).index(site)
+        mine = [(share, o) for share, o in _parts(mixes) if o.fleet_index == index and o.edge_s]
+        busy = sum(share * self.edge_busy(o, site) for share, o in mine)
+        if busy <= EDGE_IDLE:
+            return NO_WAIT
+        queues = spec.replicas if spec.ownership == "shared" else 1
+        flows = [Flow(share * self.edge_busy(o, site) * queues / o.edge_s, o.edge_s) for share, o in mine]
+        return pool_wait(queues, 1, flows)
 
-    def _fewest_nodes(self, name: str, mine: list[Candidate]) -> tuple[int, Wait]:
-        spec = self.scenario.pools[name]
-        if not mine:
-            return spec.replicas_min, NO_WAIT
-        flows = [self._flow(name, option) for option in mine]
-        high = spec.replicas_max
-        low = min(max(1, spec.replicas_min) + self.extra_nodes.get(name, 0), high)
-        load = sum(flow.rate_per_s * flow.hold_s * flow.degree for flow in flows)
-        nodes = min(max(low, math.floor(load / spec.gpus_per_node)), high)
-        wait = pool_wait(nodes, spec.gpus_per_node, flows)
-        while nodes < high and any(self._attainment(o, wait) < self.wanted(o.request_class) for o in mine):
-            nodes += 1
-            wait = pool_wait(nodes, spec.gpus_per_node, flows)
-        return nodes, wait
+    def wait_of(self, option: Candidate, waits: Mapping[str, Wait]) -> Wait:
+        """The wait of a candidate's pool; none at the edge."""
+        return waits[list(self.scenario.pools)[option.pool_index]] if option.pool_index >= 0 else NO_WAIT
 
-    def _flow(self, pool: str, option: Candidate) -> Flow:
-        rate, cv = self.rates[option.request_class]
-        return Flow(rate, option.cloud_s * self.load_factors.get(pool, 1.0), option.degree, cv)
+    def egress_usd_per_hour(self, option: Candidate, share: float = 1.0) -> float:
+        """Dollars an hour of metered egress of a share of the candidate's class."""
+        dollars = sum(part.usd or 0.0 for part in option.cost.parts if part.tier == "network")
+        return share * self.rates[option.request_class][0] * 3600 * dollars
 
-    def _edge_overload(self, chosen: Mapping[str, Candidate]) -> float:
+    def _edge_overload(self, mixes: Mixes) -> float:
         """By how much edge fleets are asked for more than their devices can do."""
         load: dict[int, float] = {}
-        for name, option in chosen.items():
-            load[option.fleet_index] = load.get(option.fleet_index, 0.0) + self.rates[name][0] * option.edge_s
+        for share, option in _parts(mixes):
+            busy = share * self.rates[option.request_class][0] * option.edge_s
+            load[option.fleet_index] = load.get(option.fleet_index, 0.0) + busy
         fleets = list(self.scenario.edge.values())
-        return sum(max(0.0, busy / fleets[index].replicas - 0.95) for index, busy in load.items() if index >= 0)
+        return sum(max(0.0, busy / fleets[i].replicas - EDGE_LOAD_MOST) for i, busy in load.items() if i >= 0)
 
-    def _usd_per_hour(self, chosen: Mapping[str, Candidate], replicas: Mapping[str, int]) -> float:
-        """Rent of the nodes and metered egress, dollars an hour."""
-        egress = sum(
-            self.rates[name][0] * 3600 * sum(part.usd or 0.0 for part in option.cost.parts if part.tier == "network")
-            for name, option in chosen.items()
-        )
-        return self._rent(replicas) + egress
-
-    def _rent(self, replicas: Mapping[str, int]) -> float:
-        return sum(count * self._unit_rent[name] for name, count in replicas.items() if count)
-
-    def _quality(self, chosen: Mapping[str, Candidate]) -> float | None:
-        """Mean CLIP score over requests; None if any class's is unknown."""
-        scores = [(self.rates[name][0], option.quality) for name, option in chosen.items()]
+    def _quality(self, mixes: Mixes) -> float | None:
+        """Mean CLIP score over the requests served; None if any is unknown."""
+        scores = [(share * self.rates[o.request_class][0], o.quality) for share, o in _parts(mixes)]
         total = sum(rate for rate, _ in scores)
         if not total or any(score is None for _, score in scores):
             return None
@@ -201,7 +248,10 @@ class Sizer:
 
     def quantile(self, sizing: Sizing, share: float) -> float:
         """The latency in seconds that `share` of all requests stay under; infinite when a queue is overloaded."""
-        mix = [(self.rates[name][0], self.latencies(o), self._wait(o, sizing)) for name, o in sizing.chosen.items()]
+        mix = [
+            (part * self.rates[o.request_class][0], self.latencies(o), self.wait_of(o, sizing.waits))
+            for part, o in _parts(sizing.mixes)
+        ]
         total = sum(rate for rate, _, _ in mix)
         if not total or any(math.isinf(wait.scale_s) for _, _, wait in mix):
             return math.inf
@@ -213,12 +263,14 @@ class Sizer:
             low, high = (low, middle) if self._share_within(mix, middle) >= share * total else (middle, high)
         return high
 
-    def _wait(self, option: Candidate, sizing: Sizing) -> Wait:
-        return sizing.waits[list(self.scenario.pools)[option.pool_index]] if option.pool_index >= 0 else NO_WAIT
-
     @staticmethod
     def _share_within(mix: list[tuple[float, np.ndarray, Wait]], seconds: float) -> float:
         return sum(rate * float(wait.within_all(seconds - latencies).mean()) for rate, latencies, wait in mix)
+
+
+def _parts(mixes: Mixes) -> Iterator[tuple[float, Candidate]]:
+    for mix in mixes.values():
+        yield from mix
 
 
 def planning_rates(scenario: Scenario) -> dict[str, tuple[float, float]]:

@@ -1,44 +1,30 @@
-"""Seconds of a stage's denoising: what one rank computes in a round, and the exchange that it does not hide.
+"""Seconds of a stage's denoising, phase by phase, with their intervals.
 
-A round takes as long as its slowest rank: the rank's kernels under the device's law (`calibration`), AsyncDiff's walks,
-and the part of the exchange that stays visible (`transfers`). Where the device's own time of the whole step is known,
-the law only says which share of it a rank needs. Intervals follow from the covariance of the device's parameters, the
-spread of the method constants and of the link, and what the law left unexplained.
+A phase takes as many times a round (`rounds`) as it has rounds. A step that was timed is used as it stands. Where only
+the device's own time of the whole step is known, the law only says which share of it a rank needs. What does not depend
+on the number of steps is worked out once for every stage that differs in nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import exp, hypot, log, sqrt
-
-import numpy as np
 
 from hybridsd_sim.calibration import ROWS_OF_DOUBT, SOURCE_SPREAD, Z90, Fit, call_kernels, calls, fit_of
 from hybridsd_sim.cost_rows import alike
 from hybridsd_sim.errors import IllegalPlanError
-from hybridsd_sim.methods import Option, Phase, find_method
-from hybridsd_sim.partition import Denoising
+from hybridsd_sim.methods import Count, Option, find_method, heaviest, option_types
+from hybridsd_sim.partition import Denoising, RankWork
 from hybridsd_sim.plan import Kind, Request, Stage
 from hybridsd_sim.profiles import CostRow, Interconnect, Profiles
-from hybridsd_sim.roofline import ELEMENT_BYTES, Batch, Floats, layer_table
-from hybridsd_sim.transfers import (
-    actual_link,
-    constants_of,
-    contention,
-    exchange_s,
-    latent_elements,
-    link_bytes_per_s,
-    unexplained_share,
-    walk_s,
-)
+from hybridsd_sim.roofline import ELEMENT_BYTES, layer_table
+from hybridsd_sim.rounds import Round
+from hybridsd_sim.transfers import actual_link, elements_of
 from hybridsd_sim.unet import unet_units
 
 SIMULTANEOUS = ("gloo", "nccl")
 """What carries ranks that run at the same time; those of loopback take turns on one device."""
-_STEP = 1e-4
-"""Nudge of a logarithm in numeric derivatives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,42 +49,69 @@ class PhaseTime:
 
 def denoising(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
     """What `methods` needs to know about a stage of a request; its latents are those of one UNet call."""
-    model, precision = profiles.model(stage.model), stage.site.precision
-    size = (request.height_px, request.width_px)
+    return replace(job_of(stage, request, profiles), num_steps=stage.num_steps)
+
+
+def job_of(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
+    """The same whatever the number of steps, of which it has one."""
+    key = _job_key(stage, request, profiles)
+    return profiles.memory.recall("jobs", key, lambda: _job(key, profiles), most=1024)
+
+
+JobKey = tuple[str, int, int, int, bool, str]
+"""What a job depends on besides its steps: model, height and width in px, latents a call, guidance, precision."""
+
+
+def _job_key(stage: Stage, request: Request, profiles: Profiles) -> JobKey:
+    latents = -(-request.unet_batch // calls(profiles, stage.site.runtime, request.unet_batch))
+    return stage.model, request.height_px, request.width_px, latents, request.guided, stage.site.precision
+
+
+def _job(key: JobKey, profiles: Profiles) -> Denoising:
+    name, height_px, width_px, latents, guided, precision = key
+    model = profiles.model(name)
     return Denoising(
-        table=layer_table(model.config, *size, model.ops),
-        units=unet_units(model.config, *size),
-        num_steps=stage.num_steps,
-        latents=-(-request.unet_batch // calls(profiles, stage.site.runtime, request.unet_batch)),
-        guided=request.guided,
-        latent_elements=latent_elements(request),
+        table=layer_table(model.config, height_px, width_px, model.ops),
+        units=unet_units(model.config, height_px, width_px),
+        num_steps=1,
+        latents=latents,
+        guided=guided,
+        latent_elements=elements_of(height_px, width_px),
         family=model.latent_space,
         element_bytes=4.0 if precision == "fp32" else 2.0,
         weight_bytes=ELEMENT_BYTES.get(precision, 2.0),
-        public_cuts=profiles.public_cuts(stage.model),
+        public_cuts=profiles.public_cuts(name),
     )
 
 
-def stage_times(
-    stage: Stage, request: Request, profiles: Profiles, *, prefer: Sequence[str] = ()
-) -> Iterator[PhaseTime]:
+def stage_times(stage: Stage, request: Request, profiles: Profiles, *, prefer: Sequence[str] = ()) -> list[PhaseTime]:
     """The phases of a stage in order. Raises `IllegalPlanError` for a stage that its method cannot run."""
-    job = denoising(stage, request, profiles)
-    method, options = find_method(stage.method), dict(stage.options)
-    if problems := method.problems(job, stage.degree, options):
-        raise IllegalPlanError(problems)
-    timer = _Timer(stage, request, profiles, prefer, method.settings(job, options))
-    for phase in method.phases(job, stage.degree, options):
-        yield timer.time(phase)
+    return timer_of(stage, request, profiles, prefer=prefer).times(stage.num_steps)
+
+
+def timer_of(stage: Stage, request: Request, profiles: Profiles, *, prefer: Sequence[str] = ()) -> StageTimer:
+    """Times the stage and every other that differs from it in its steps, or in what its site is called and costs.
+
+    Raises `IllegalPlanError` for a stage that its method cannot run.
+    """
+    site, prefer = stage.site, tuple(prefer)
+    where = (site.device, site.runtime, site.precision, site.interconnect)
+    how = (stage.model, stage.method, stage.degree, stage.options, option_types(stage.options))
+    what = (request.height_px, request.width_px, request.unet_batch, request.guided)
+
+    def made() -> StageTimer:
+        timer = StageTimer(stage, request, profiles, prefer)
+        if problems := timer.method.problems(timer.job, stage.degree, dict(stage.options)):
+            raise IllegalPlanError(problems)
+        return timer
+
+    return profiles.memory.recall("timers", (*where, *how, *what, prefer), made)
 
 
 def stage_rounds(stage: Stage, request: Request, profiles: Profiles) -> list[tuple[int, Round]]:
     """The rounds of a stage on several GPUs, phase by phase, with how many there are of each."""
-    job, timer = denoising(stage, request, profiles), _Timer(stage, request, profiles, (), {})
-    site = stage.site
-    fit = fit_of(profiles, site.device, site.runtime, site.precision)
-    phases = find_method(stage.method).phases(job, stage.degree, dict(stage.options))
-    return [(phase.rounds * timer.calls, timer.round(phase, fit)) for phase in phases]
+    timer = StageTimer(stage, request, profiles, ())
+    return [(rounds * timer.calls, timer.round(name)) for name, _, rounds in timer.counts(stage.num_steps)]
 
 
 def law_s(row: CostRow, profiles: Profiles) -> tuple[float, float, float]:
@@ -109,22 +122,18 @@ def law_s(row: CostRow, profiles: Profiles) -> tuple[float, float, float]:
     return middle, middle / width, middle * width
 
 
-class _Timer:
-    """Times the phases of one stage."""
+class StageTimer:
+    """Times the phases of a stage. All that does not depend on its number of steps is worked out once."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        request: Request,
-        profiles: Profiles,
-        prefer: Sequence[str],
-        settings: Mapping[str, Option],
-    ) -> None:
-        self.settings = settings
+    def __init__(self, stage: Stage, request: Request, profiles: Profiles, prefer: Sequence[str]) -> None:
         self.stage, self.profiles, self.latents = stage, profiles, request.unet_batch
         self.size = (request.height_px, request.width_px)
         site = stage.site
         self.calls = calls(profiles, site.runtime, request.unet_batch)
+        self.method, self.job = find_method(stage.method), job_of(stage, request, profiles)
+        self.settings = self.method.settings(self.job, dict(stage.options))
+        self._ranks_key = (stage.method, stage.degree, stage.options, *_job_key(stage, request, profiles))
+        self._by_phase: dict[str, Callable[[int, int], PhaseTime]] = {}
         where = (site.device, site.runtime, stage.model)
         rows = profiles.step_rows(*where, site.precision, prefer=prefer)
         self.row = profiles.step_row(
@@ -132,6 +141,20 @@ class _Timer:
         )
         self.anchor = self.row or min(rows, key=self._distance, default=None)
         self.level_spread = self._level_spread(rows)
+
+    def counts(self, num_steps: int) -> list[Count]:
+        """The phases of so many steps."""
+        return self.method.counts(num_steps, self.stage.degree, self.settings)
+
+    def times(self, num_steps: int) -> list[PhaseTime]:
+        """How long the phases of so many steps take."""
+        return [self._time_of(name)(steps, rounds) for name, steps, rounds in self.counts(num_steps)]
+
+    def _time_of(self, phase: str) -> Callable[[int, int], PhaseTime]:
+        """Times a phase from its steps and rounds."""
+        if phase not in self._by_phase:
+            self._by_phase[phase] = self._time(phase)
+        return self._by_phase[phase]
 
     def _distance(self, row: CostRow) -> float:
         """How far a row's call lies from the wanted one, in logarithms of image area times latents."""
@@ -156,25 +179,27 @@ class _Timer:
     def _timed_the_same(row: CostRow, anchor: CostRow) -> bool:
         return (row.height_px, row.width_px, row.latents) == (anchor.height_px, anchor.width_px, anchor.latents)
 
-    def time(self, phase: Phase) -> PhaseTime:
-        if self.stage.degree == 1 and self.row is not None:
+    def _time(self, phase: str) -> Callable[[int, int], PhaseTime]:
+        calls, row = self.calls, self.row
+        if self.stage.degree == 1 and row is not None:
             width = exp(Z90 * self.level_spread)
-            seconds = self.row.seconds_median
-            bounds = self.row.range_s if self.row.kind == "measured" else (seconds / width, seconds * width)
-            return _timed(phase.name, self.row, phase.rounds * self.calls, bounds=bounds)
-        if self.stage.degree > 1 and (row := self._gang_row(phase)) is not None:
-            note = "measured as a whole, its exchange inside"
-            return _timed(phase.name, row, phase.steps, bounds=row.range_s, note=note)
-        return self._modelled(phase)
+            seconds = row.seconds_median
+            bounds = row.range_s if row.kind == "measured" else (seconds / width, seconds * width)
+            return lambda _, rounds: _timed(phase, row, rounds * calls, bounds=bounds)
+        if self.stage.degree > 1 and (gang := self._gang_row(phase)) is not None:
+            note, range_s = "measured as a whole, its exchange inside", gang.range_s
+            return lambda steps, _: _timed(phase, gang, steps, bounds=range_s, note=note)
+        once, width = self._modelled(phase)
+        return lambda _, rounds: _repeated(once, width, rounds * calls)
 
-    def _gang_row(self, phase: Phase) -> CostRow | None:
+    def _gang_row(self, phase: str) -> CostRow | None:
         """The measured step of this very gang, if there is one, over the device's own interconnect."""
-        stage, component = self.stage, "step_warmup" if phase.name == "warmup" else "step"
+        stage, component = self.stage, "step_warmup" if phase == "warmup" else "step"
         if stage.site.interconnect is not None:
             return None
         key = (stage.site.device, stage.site.runtime, component, stage.method, stage.degree, *self.size)
-        rows = _gangs(self.profiles).get(key, ())
-        return next((row for row in rows if self._is_of(row)), None)
+        gangs = self.profiles.memory.recall("gangs", None, lambda: _gangs(self.profiles.costs))
+        return next((row for row in gangs.get(key, ()) if self._is_of(row)), None)
 
     def _is_of(self, row: CostRow) -> bool:
         """Whether a row timed this stage's network, latents, precision and options, each rank on its own device."""
@@ -186,27 +211,32 @@ class _Timer:
         same_work = len(models) == 1 and row.latents == self.latents and same_precision
         return carried and same_work and mine == _texts({**usual, **said})
 
-    def _modelled(self, phase: Phase) -> PhaseTime:
-        site = self.stage.site
-        fit = fit_of(self.profiles, site.device, site.runtime, site.precision)
-        round_ = self.round(phase, fit)
+    def _modelled(self, phase: str) -> tuple[PhaseTime, float]:
+        """One round of a phase, and by which factor its seconds may be off at 90%."""
+        fit, round_ = self._fit, self.round(phase)
         seconds, exposed = round_.seconds(round_.middle)
-        width, count = exp(Z90 * round_.log_spread()), phase.rounds * self.calls
-        within = self.row is not None or fit.holds(phase.work.kernels.flops)
-        return PhaseTime(
-            name=phase.name,
-            seconds=seconds * count,
-            low_s=seconds * count / width,
-            high_s=seconds * count * width,
+        width, work = exp(Z90 * round_.log_spread()), heaviest(round_.ranks)
+        within = self.row is not None or fit.holds(work.kernels.flops)
+        once = PhaseTime(
+            name=phase,
+            seconds=seconds,
+            low_s=seconds / width,
+            high_s=seconds * width,
             kind="modelled",
             sources=self._sources(fit, round_.link),
-            note=self._note(fit, phase, within=within),
-            comm_bytes=phase.work.received_bytes * count,
-            comm_exposed_s=exposed * count,
+            note=self._note(fit, work, within=within),
+            comm_bytes=work.received_bytes,
+            comm_exposed_s=exposed,
             within=within,
         )
+        return once, width
 
-    def _note(self, fit: Fit, phase: Phase, *, within: bool) -> str:
+    @property
+    def _fit(self) -> Fit:
+        site = self.stage.site
+        return fit_of(self.profiles, site.device, site.runtime, site.precision)
+
+    def _note(self, fit: Fit, work: RankWork, *, within: bool) -> str:
         if self.anchor is not None:
             row = self.anchor
             return (
@@ -214,15 +244,26 @@ class _Timer:
             )
         if within or not fit.flops:
             return fit.note
-        call, least, most = (flop / 1e12 for flop in (phase.work.kernels.flops, min(fit.flops), max(fit.flops)))
+        call, least, most = (flop / 1e12 for flop in (work.kernels.flops, min(fit.flops), max(fit.flops)))
         return f"{fit.note}; a call of {call:.3g} TFLOPs, where {least:.3g} to {most:.3g} were timed"
 
-    def round(self, phase: Phase, fit: Fit) -> Round:
+    def round(self, phase: str) -> Round:
+        """One round of a phase."""
         anchor = None if self.anchor is None else (self.anchor, self.level_spread)
-        return Round(phase, fit, anchor, self._link(phase), self.stage.degree, self.profiles)
+        ranks = self._ranks(phase)
+        return Round(ranks, self._fit, anchor, self._link(ranks), self.stage.degree, self.profiles)
 
-    def _link(self, phase: Phase) -> Interconnect | None:
-        if not phase.work.messages:
+    def _ranks(self, phase: str) -> tuple[RankWork, ...]:
+        """The loads of a round, which no device changes."""
+        return self.profiles.memory.recall(
+            "ranks",
+            (phase, *self._ranks_key),
+            lambda: self.method.ranks(self.job, self.stage.degree, self.settings, phase),
+            most=256,
+        )
+
+    def _link(self, ranks: Sequence[RankWork]) -> Interconnect | None:
+        if not heaviest(ranks).messages:
             return None
         site = self.stage.site
         name = site.interconnect or self.profiles.default_interconnect(site.device)
@@ -233,11 +274,10 @@ class _Timer:
         return tuple(dict.fromkeys((*own, *([link.source] if link else []))))
 
 
-@lru_cache(maxsize=64)
-def _gangs(profiles: Profiles) -> dict[tuple[object, ...], list[CostRow]]:
+def _gangs(costs: Sequence[CostRow]) -> dict[tuple[object, ...], list[CostRow]]:
     """The measured steps of several ranks as a whole, by what they timed."""
     found: dict[tuple[object, ...], list[CostRow]] = {}
-    for row in profiles.costs:
+    for row in costs:
         if row.kind == "measured" and row.degree > 1 and row.rank is None:
             key = (row.device, row.runtime, row.component, row.method, row.degree, row.height_px, row.width_px)
             found.setdefault(key, []).append(row)
@@ -264,67 +304,18 @@ def _timed(name: str, row: CostRow, count: int, *, bounds: tuple[float, float], 
     )
 
 
-class Round:
-    """One round of a phase as a function of everything it rests on, each as a logarithm.
-
-    The vector holds the device's law, then the method constants, then the link's bandwidth relative to its middle.
-    """
-
-    def __init__(
-        self,
-        phase: Phase,
-        fit: Fit,
-        anchor: tuple[CostRow, float] | None,
-        link: Interconnect | None,
-        degree: int,
-        profiles: Profiles,
-    ) -> None:
-        self.ranks, self.link, self.degree = phase.ranks, link, degree
-        row, level_spread = anchor or (None, fit.sigma)
-        whole = [call_kernels(profiles, row)] if row else []
-        self._anchor_s = row.seconds_median / calls(profiles, row.runtime, row.latents) if row else None
-        self._batch = Batch([*whole, *(rank.kernels for rank in phase.ranks)])
-        constants, doubts = constants_of(profiles)
-        self._parts = np.cumsum([len(fit.law), len(constants)])
-        self.middle: Floats = np.concatenate([fit.law, constants, [0.0]])
-        link_spread = log(link.bandwidth_high / link.bandwidth_low) / (2 * Z90) if link else 0.0
-        self._covariance = _blocks(fit.covariance, doubts, np.array([[link_spread**2]]))
-        self._slower, doubt = contention(profiles, link, fit.device)
-        self._noise = sqrt(level_spread**2 + doubt**2 + (unexplained_share(profiles) ** 2 if link else 0.0))
-
-    def seconds(self, vector: Floats) -> tuple[float, float]:
-        """Seconds of the slowest rank, and those of its exchange that show."""
-        law, constants, width = np.split(vector, self._parts)
-        times = self._batch.seconds(law)
-        if self._anchor_s:
-            times = times[1:] * (self._anchor_s / times[0])
-        slowest = (0.0, 0.0)
-        for rank, compute in zip(self.ranks, (times * self._slower).tolist(), strict=True):
-            busy, shown = compute + walk_s(rank, exp(law[-1]), constants), 0.0
-            if self.link:
-                rate = link_bytes_per_s(self.link, rank, self.degree, constants) * exp(width[0])
-                shown = exchange_s(rank, rate, self.link.latency_s, compute, constants)
-            slowest = max(slowest, (busy + shown, shown))
-        return slowest
-
-    def seconds_with(self, constants: Floats) -> float:
-        """Seconds with other method constants (logarithms), all else in its middle."""
-        law, _, width = np.split(self.middle, self._parts)
-        return self.seconds(np.concatenate([law, constants, width]))[0]
-
-    def log_spread(self) -> float:
-        """Standard deviation of the logarithm of the round's seconds."""
-        middle = self.seconds(self.middle)[0]
-        nudges = np.eye(len(self.middle)) * _STEP
-        gradient = np.array([log(self.seconds(self.middle + nudge)[0] / middle) for nudge in nudges]) / _STEP
-        return sqrt(float(gradient @ self._covariance @ gradient) + self._noise**2)
-
-
-def _blocks(*parts: Floats) -> Floats:
-    """A covariance of independent groups."""
-    size = sum(len(part) for part in parts)
-    whole, at = np.zeros((size, size)), 0
-    for part in parts:
-        whole[at : at + len(part), at : at + len(part)] = part
-        at += len(part)
-    return whole
+def _repeated(once: PhaseTime, width: float, count: int) -> PhaseTime:
+    """As many of a modelled round as the phase has."""
+    seconds = once.seconds * count
+    return PhaseTime(
+        name=once.name,
+        seconds=seconds,
+        low_s=seconds / width,
+        high_s=seconds * width,
+        kind=once.kind,
+        sources=once.sources,
+        note=once.note,
+        comm_bytes=once.comm_bytes * count,
+        comm_exposed_s=once.comm_exposed_s * count,
+        within=once.within,
+    )

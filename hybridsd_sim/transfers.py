@@ -23,8 +23,13 @@ SERIALISE_BYTES_PER_S = 1e9
 
 
 def latent_elements(request: Request) -> int:
+    """Elements of one latent of the request."""
+    return elements_of(request.height_px, request.width_px)
+
+
+def elements_of(height_px: int, width_px: int) -> int:
     """Elements of one latent: 4 x H/8 x W/8."""
-    return 4 * (request.height_px // 8) * (request.width_px // 8)
+    return 4 * (height_px // 8) * (width_px // 8)
 
 
 def handover_bytes(request: Request, model: Model, *, with_embedding: bool) -> int:

@@ -63,20 +63,24 @@ def verdict_of(
     outside what was measured. Feasible goes by the figures themselves; where an interval reaches across its bound, the
     reason says that it is undecided. An unknown figure keeps no promise.
     """
-    rows = {str(key[-1]): row for key, row in summary.iterrows()}  # type: ignore[index]
+    figures = figures_of(summary)
     return Verdict(
-        _feasible(list(_promises(scenario, rows))),
+        feasibility(scenario, figures),
         _stable(scenario, replications),
-        _converged(_figure(rows[ALL], "latency_p95_s")),
+        _converged(figures[ALL]["latency_p95_s"]),
         _in_domain(outside),
     )
 
 
-def _figure(row: Any, name: str) -> Estimate:
-    return Estimate(float(row[name]), float(row[f"{name}_low"]), float(row[f"{name}_high"]))
+def figures_of(summary: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
+    """By request class, and for "all" of them: every figure of a summary with its 95% interval."""
+    at = {str(name): index for index, name in enumerate(summary.columns)}
+    ends = {name: [at[name], at[f"{name}_low"], at[f"{name}_high"]] for name in at if f"{name}_low" in at}
+    rows = zip(summary.index, summary.to_numpy(dtype=np.float64).tolist(), strict=True)
+    return {str(key[-1]): {name: Estimate(*(row[i] for i in ends[name])) for name in ends} for key, row in rows}
 
 
-class _Promise(NamedTuple):
+class Promise(NamedTuple):
     """A figure and the bound it has to keep: at least the bound, or at most."""
 
     subject: str
@@ -113,43 +117,52 @@ class _Promise(NamedTuple):
         return f"{self.subject} {self.form.format(self.got.value)}, {asked}{doubt}"
 
 
-def _promises(scenario: Scenario, rows: Mapping[str, Any]) -> Iterator[_Promise]:
-    """What every class and the budget ask, with what they got."""
+def promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> list[Promise]:
+    """What every class and the budget ask, with what they got: figures as `figures_of` gives them."""
+    return list(_promises(scenario, figures))
+
+
+def feasibility(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> Finding:
+    """Whether every promise and budget holds by these figures."""
+    return _feasible(promises(scenario, figures))
+
+
+def _promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> Iterator[Promise]:
     for name, spec in scenario.requests.items():
-        yield from _class_promises(name, spec, scenario.budget, rows[name])
-    everyone, budget = rows[ALL], scenario.budget
+        yield from _class_promises(name, spec, scenario.budget, figures[name])
+    everyone, budget = figures[ALL], scenario.budget
     if budget.usd_per_hour is not None:
-        rent = _figure(everyone, "rent_usd_per_hour")
-        yield _Promise("rent", rent, budget.usd_per_hour, at_least=False, form="{:.2f} USD/h")
+        rent = everyone["rent_usd_per_hour"]
+        yield Promise("rent", rent, budget.usd_per_hour, at_least=False, form="{:.2f} USD/h")
     if budget.usd_per_image is not None:
-        rent = _figure(everyone, "rent_usd_per_image")
-        yield _Promise("rent", rent, budget.usd_per_image, at_least=False, form="{:.3g} USD/image")
+        rent = everyone["rent_usd_per_image"]
+        yield Promise("rent", rent, budget.usd_per_image, at_least=False, form="{:.3g} USD/image")
 
 
-def _class_promises(name: str, spec: RequestClass, budget: Budget, row: Any) -> Iterator[_Promise]:
+def _class_promises(name: str, spec: RequestClass, budget: Budget, got: Mapping[str, Estimate]) -> Iterator[Promise]:
     what = "served" if spec.slo_s is None else f"served within {spec.slo_s:g} s"
-    attained = _figure(row, "slo_attainment")
-    yield _Promise(f"{name}: {what}", attained, spec.slo_percentile / 100, at_least=True, form="{:.2%}")
+    attained = got["slo_attainment"]
+    yield Promise(f"{name}: {what}", attained, spec.slo_percentile / 100, at_least=True, form="{:.2%}")
     if spec.quality_floor is not None:
-        quality = _figure(row, "quality_mean")
-        yield _Promise(f"{name}: quality", quality, spec.quality_floor, at_least=True, form="{:.4f} CLIP")
+        quality = got["quality_mean"]
+        yield Promise(f"{name}: quality", quality, spec.quality_floor, at_least=True, form="{:.4f} CLIP")
     limits = [limit for limit in (spec.edge_energy_j, budget.edge_energy_j_per_image) if limit is not None]
     if limits:
-        energy = _figure(row, "edge_energy_j_per_image")
-        yield _Promise(f"{name}: edge energy", energy, min(limits), at_least=False, form="{:.3g} J/image")
+        energy = got["edge_energy_j_per_image"]
+        yield Promise(f"{name}: edge energy", energy, min(limits), at_least=False, form="{:.3g} J/image")
     if spec.usd_per_image is not None:
-        usd = _figure(row, "metered_usd_per_image")
-        yield _Promise(f"{name}: metered price", usd, spec.usd_per_image, at_least=False, form="{:.3g} USD/image")
+        usd = got["metered_usd_per_image"]
+        yield Promise(f"{name}: metered price", usd, spec.usd_per_image, at_least=False, form="{:.3g} USD/image")
 
 
-def _feasible(promises: Sequence[_Promise]) -> Finding:
+def _feasible(asked: Sequence[Promise]) -> Finding:
     """The first broken promise, or of those kept the first undecided one, or the closest."""
-    broken = [promise for promise in promises if not promise.kept]
+    broken = [promise for promise in asked if not promise.kept]
     if broken:
         more = f" ({len(broken) - 1} more broken)" if len(broken) > 1 else ""
         return Finding("feasible", ok=False, reason=f"{broken[0]}{more}")
-    shown = next((promise for promise in promises if promise.undecided), None)
-    closest = shown or min(promises, key=lambda promise: promise.margin)
+    shown = next((promise for promise in asked if promise.undecided), None)
+    closest = shown or min(asked, key=lambda promise: promise.margin)
     return Finding("feasible", ok=True, reason=f"every promise holds; the closest: {closest}")
 
 

@@ -26,6 +26,9 @@ V = TypeVar("V")
 M = TypeVar("M", bound="Written")
 Broken = tuple[str, Any, str, str]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+NonNegative = Annotated[float, Field(ge=0, le=1e12)]
 MAX_VALUES = 100_000
 """Values of one file, aliases unfolded: a file with more is a mistake or an attack."""
 _INT = re.compile(r"[-+]?[0-9]{1,300}|0o[0-7]{1,300}|0x[0-9a-fA-F]{1,300}")

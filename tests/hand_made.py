@@ -14,7 +14,7 @@ import numpy as np
 
 from hybridsd_sim import Plan, Request, Scenario, Site, Stage, load_scenario
 from hybridsd_sim.candidates import Candidate
-from hybridsd_sim.capacity import CapacityPlan, Evaluated
+from hybridsd_sim.capacity import CapacityPlan, Confidence, Evaluated, Margin, Relaxation, Saving, Variation
 from hybridsd_sim.cost import Part, PlanCost
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.quality import Quality
@@ -64,6 +64,24 @@ A100 = Site(name="a100", tier="cloud", device="a100-sxm-80gb", gpus_per_node=4, 
 TABLE = "Qualcomm AI Hub, Stable Diffusion 1.5, https://aihub.qualcomm.com/models/stable_diffusion_v1_5"
 PAPER = "DistriFusion (arXiv 2402.19481, table 2)"
 RENT = 4 * 1.5
+SAVINGS = (
+    Saving("cloud only", True, "", 6.0, 0.5, -0.0229),
+    Saving("edge only", False, "phone: 61.0% inside 8 s, promised 95%", -6.0, None, None),
+)
+BOUND = 5.7
+MARGINS = (
+    Margin("one more second of SLO", "usd_per_hour", 6.02, 5.09),
+    Margin("0.005 more CLIP", "usd_per_hour", 6.02, 8.02),
+    Margin("one more dollar an hour", "latency_p95_s", 2.5, 1.7),
+    Margin("one more joule at the edge", "usd_per_hour", 6.02, 6.02),
+    Margin("twice the traffic", "usd_per_hour", 6.02, None),
+)
+CONFLICT = (
+    Relaxation("SLO of phone", 8.0, 9.25, "s"),
+    Relaxation("quality floor of phone", 0.285, 0.28501, "CLIP"),
+    Relaxation("budget", 4.0, None, "USD/h"),
+)
+CONFIDENCE = Confidence(0.87, 0.9, 200, {"phone": 0.88, "laptop": 0.99, "studio": 1.0}, "screened")
 
 
 def part(name, site, seconds, kind="quoted", **more):
@@ -247,6 +265,11 @@ def hand_made_plan(scenario, profiles_digest="0" * 64):
     )
     baselines = [evaluated(name, result, feasible=name != "edge only") for name, result in results.items()]
     nearly = replace(frontier[1], name="only pool l40s", labels={"phone": "sd14 on l40s"})
+    screened = replace(
+        evaluated("", best, feasible=False), policy="screened", usd_per_hour=6.5, latency_p95_s=(8.8, 8.1, 9.7),
+        slo_attainment=(0.913, 0.89, 0.93),
+    )  # fmt: skip
+    overloaded = replace(screened, latency_p95_s=(inf, nan, nan), slo_attainment=(0.25, nan, nan), policy="analytic")
     refused = "degree: 8; a gang stays inside one node | a100 has 4 GPUs a node"
     return CapacityPlan(
         scenario=scenario,
@@ -259,8 +282,17 @@ def hand_made_plan(scenario, profiles_digest="0" * 64):
         baselines=tuple(baselines),
         baseline_results=results,
         alternatives=(nearly,),
-        evidence=(evaluated("chosen", best),),
+        evidence=(evaluated("0 of a100: too few", results["edge only"], feasible=False), evaluated("chosen", best)),
         switch_curve={"phone": tuple(handed_over(k) for k in (0, 5, 10, 15, 20, 25))},
         refusals={("studio", refused): 3},
         profiles_digest=profiles_digest,
-    )
+        bound_usd_per_hour=BOUND,
+        margins=MARGINS,
+        sensitivity=(
+            Variation("traffic -10%", evaluated("", results["cloud only"])), Variation("traffic +10%", screened),
+            Variation("traffic +100%", overloaded),
+        ),
+        confidence=CONFIDENCE,
+        robust=(Variation("busy", evaluated("", best)), Variation("lossy", screened)),
+        savings=SAVINGS,
+    )  # fmt: skip

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hybridsd_sim
+from hybridsd_sim.arguments import named_scenarios
 from hybridsd_sim.cli import main
 from hybridsd_sim.errors import RunError
 from hybridsd_sim.profiles import data_folder
@@ -21,6 +26,7 @@ from hybridsd_sim.show import LONGEST_WORD, figure, table, to_json, with_interva
 
 TINY = ("--set", "horizon_s=60", "--set", "warmup_s=10", "--set", "replications=1")
 COMMANDS = ("check", "predict", "simulate", "plan", "report", "verify", "trace")
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 HEAVY = {"torch", "diffusers", "pandas", "numpy", "scipy", "pyarrow", "matplotlib", "ray", "simpy", "rich"}
 PREDICTED = {
     "latency_s", "denoise_s", "step_s", "compute_s", "comm_exposed_s", "comm_bytes", "flops", "gpu_seconds", "usd",
@@ -38,6 +44,14 @@ class Ran:
     def json(self):
         """Standard output as JSON that stands alone and holds neither NaN nor infinity."""
         return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The folder of finished simulations that all these tests share: none of them looks at the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRIDSD_CACHE", str(folder := tmp_path_factory.mktemp("cache")))
+        yield folder
 
 
 @pytest.fixture
@@ -96,7 +110,8 @@ def files(folder):
 def plans(tmp_path_factory):
     """The same plan made twice, by commands that hash differently and use one process and two."""
     folder = tmp_path_factory.mktemp("plans")
-    started = [start("plan", "quickstart", *TINY, "--jobs", n, "--out", folder / n, seed=n) for n in ("1", "2")]
+    what = ("plan", "quickstart", *TINY, "--no-cache")
+    started = [start(*what, "--jobs", n, "--out", folder / n, seed=n) for n in ("1", "2")]
     for process in started:
         ran = finished(process)
         assert ran.code == 0, ran.err
@@ -689,6 +704,127 @@ def test_a_plan_in_text_names_the_plan_and_the_report(cli, tmp_path):
     at = [out.index(said) for said in order]
     assert at == sorted(at)
     assert out.endswith(f"report: {tmp_path / 'p' / 'index.html'}\n")
+
+
+# ---- Long searches --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """A cache of one test's own, not made yet."""
+    monkeypatch.setenv("HYBRIDSD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_finished_simulations_are_kept_and_change_no_answer(cli, own_cache, plans, tmp_path):
+    """Without a cache, with an empty one and with a full one, a plan has the same bytes."""
+    kept = []
+    for run in ("cold", "warm"):
+        cli("plan", "quickstart", *TINY, "--out", tmp_path / run)
+        assert files(tmp_path / run) == files(plans[0])
+        kept.append(set(files(own_cache)))
+    assert kept[0]
+    assert kept[0] == kept[1]
+
+
+def test_no_cache_leaves_nothing(cli, own_cache, tmp_path):
+    """`--no-cache` neither reads nor writes."""
+    cli("plan", "quickstart", *TINY, "--no-cache", "--out", tmp_path / "run")
+    assert not own_cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_said_once_and_done_without(cli, own_cache, tmp_path):
+    """The plan is made all the same, and the message names the folder."""
+    own_cache.write_text("a file in its place")
+    err = cli("plan", "quickstart", *TINY, "--out", tmp_path / "run").err
+    assert [str(own_cache) in line for line in err.splitlines()].count(True) == 1
+
+
+NAMED = """
+overrides:
+  busy: {seed: 5}
+  late: {warmup_s: 20}
+"""
+
+
+def test_robust_means_the_scenarios_of_the_file_else_its_overrides(tmp_path):
+    """Each is resolved under the same options, which outrank it."""
+    path = tmp_path / "named.yaml"
+    base = (data_folder("scenarios") / "quickstart.yaml").read_text().partition("overrides:")[0]
+    path.write_text(base + NAMED)
+    named = named_scenarios(str(path), ["horizon_s=99"])
+    assert {name: (one.seed, one.warmup_s, one.horizon_s) for name, one in named.items()} == {
+        "busy": (5, 60.0, 99.0),
+        "late": (1, 20.0, 99.0),
+    }
+    path.write_text(base + NAMED + "scenarios: {both: [busy, late]}")
+    assert [(name, one.seed, one.warmup_s) for name, one in named_scenarios(str(path), None).items()] == [
+        ("both", 5, 20.0)
+    ]
+
+
+def test_robust_needs_scenarios(refused, tmp_path):
+    """A file that names none is refused, and so is Ray where it is not installed."""
+    path = tmp_path / "alone.yaml"
+    path.write_text((data_folder("scenarios") / "quickstart.yaml").read_text().partition("overrides:")[0])
+    (said,) = refused("plan", path, "--robust")
+    assert said.startswith("--robust: ")
+    assert "neither scenarios nor overrides" in said
+
+
+def test_ray_has_to_be_installed(refused, monkeypatch):
+    """The message says how."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    (said,) = refused("plan", "quickstart", *TINY, "--no-cache", "--ray", "local")
+    assert said.endswith("pip install 'hybridsd-sim[ray]'")
+
+
+@needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
+def test_an_address_without_a_cluster_is_refused(refused, address):
+    """Nobody there, or no address at all: the message names it, without minutes of trying."""
+    (said,) = refused("plan", "quickstart", *TINY, "--no-cache", "--ray", address)
+    assert said.startswith(f"--ray: {address}; no Ray cluster can be used there: ")
+
+
+@needs_ray
+def test_ray_gives_the_same_bytes_and_leaves_standard_output_alone(plans, tmp_path):
+    """`--ray local` writes the report that one process writes; JSON stands alone on standard output."""
+    what = ("plan", "quickstart", *TINY, "--no-cache", "--ray", "local", "--jobs", "2", "--format", "json")
+    ran = finished(start(*what, "--out", tmp_path / "ray"))
+    assert ran.code == 0, ran.err
+    assert ran.json["plans"]
+    assert files(tmp_path / "ray") == files(plans[0])
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_an_interrupted_plan_says_what_it_keeps(own_cache, tmp_path, jobs):
+    """Ctrl-C ends it with exit code 130, without a traceback and without a report; what was finished stays."""
+    what = ("plan", "quickstart", "--set", "horizon_s=20000", "--set", "search.replications_max=50")
+    process = start(*what, "--jobs", jobs, "--out", tmp_path / "run")
+    while process.poll() is None and not any(own_cache.rglob("*.json")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    ran = finished(process)
+    assert ran.code == 130, ran.err
+    assert re.search(rf"interrupted: [1-9]\d* finished simulations are kept in {own_cache}; run the same", ran.err)
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_plan_that_is_killed_gives_the_same_answer_when_it_is_run_again(own_cache, plans, tmp_path):
+    """After SIGKILL in the middle the same command writes the bytes of a run in peace."""
+    what = ("plan", "quickstart", *TINY, "--jobs", "2", "--out", tmp_path / "run")
+    process = start(*what)
+    while process.poll() is None and not any(own_cache.rglob("*.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert finished(start(*what)).code == 0
+    assert files(tmp_path / "run") == files(plans[0])
 
 
 # ---- Reports and traces ---------------------------------------------------------------------------------------------

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
+from functools import lru_cache
 from math import exp, log
 from statistics import fmean
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import CLOUD, PHONE, REQUEST, hybrid
-from hybridsd_sim import Plan, Profiles, Request, Site, Stage, price
-from hybridsd_sim.cost import COMPONENTS, PlanCost
-from hybridsd_sim.errors import MissingDataError
+from hybridsd_sim import Plan, Profiles, Request, Site, Stage, load_profiles, load_scenario, price
+from hybridsd_sim.candidates import Candidate, find_candidates
+from hybridsd_sim.cost import COMPONENTS, PlanCost, batch_seconds
+from hybridsd_sim.errors import IllegalPlanError, MissingDataError
 from hybridsd_sim.handover import End, handling
 from hybridsd_sim.partition import RankWork
 from hybridsd_sim.predict import Ask, predict_cost
@@ -341,3 +344,140 @@ def test_a_slow_link_can_make_parallelism_pointless(profiles: Profiles) -> None:
     assert slow.denoise_s > fast.denoise_s
     assert slow.comm_exposed_s > fast.comm_exposed_s
     assert slow.comm_bytes == fast.comm_bytes
+
+
+# ---- What is worked out once ----------------------------------------------------------------------------------------
+
+SHIPPED = ("quickstart", "photo-app", "studio-2k", "cpu-2core", "gentd26")
+GANGS = [("single", 1), ("cfg_parallel", 2), ("distrifusion", 4), ("pcpp", 2), ("asyncdiff", 3)]
+
+
+@lru_cache
+def shipped_candidates(profiles: Profiles) -> list[tuple[Candidate, tuple[str, ...]]]:
+    """Every candidate of the shipped scenarios, with the sources that its scenario prefers."""
+    scenarios = [load_scenario(name) for name in SHIPPED]
+    return [
+        (option, scenario.search.prefer_sources)
+        for scenario in scenarios
+        for options in find_candidates(scenario, profiles).by_class.values()
+        for option in options
+    ]
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_a_candidate_costs_what_fresh_profiles_say(profiles: Profiles, data: st.DataObject) -> None:
+    """To the last bit: of all candidates priced together, any is what profiles that were just loaded make of it."""
+    option, prefer = data.draw(st.sampled_from(shipped_candidates(profiles)))
+
+    assert price(option.plan, option.cost.request, load_profiles(), prefer=prefer) == option.cost
+
+
+@settings(max_examples=25)
+@given(
+    k=st.integers(0, 25),
+    gang=st.sampled_from(GANGS),
+    images=st.integers(1, 3),
+    guided=st.booleans(),
+    network=st.sampled_from(["lte", "wifi6"]),
+    cold=st.booleans(),
+)
+def test_a_price_is_the_same_whatever_was_asked_before(
+    profiles: Profiles, k: int, gang: tuple[str, int], images: int, guided: bool, network: str, cold: bool
+) -> None:
+    """To the last bit, over plans and requests: profiles that priced all else say what fresh ones say."""
+    request = replace(REQUEST, num_images=images, guidance_scale=7.0 if guided else 1.0)
+    method, degree = gang if guided else ("distrifusion", 2)
+    plan = hybrid(k, network=network, method=method, degree=degree)
+
+    assert price(plan, request, profiles, cold=cold) == price(plan, request, load_profiles(), cold=cold)
+
+
+def test_profiles_of_other_content_share_nothing(profiles: Profiles) -> None:
+    """A user's own row changes the price asked of the new profiles, and not that of the old ones."""
+    plan = hybrid(25)
+    before = price(plan, REQUEST, profiles)
+    row = profiles.step_row(CLOUD.device, CLOUD.runtime, "sd14", (512, 512), latents=2) or profiles.cost_rows()[0]
+    own = row.model_copy(
+        update={
+            "device": CLOUD.device, "runtime": CLOUD.runtime, "model": "sd14", "precision": "fp16", "kind": "measured",
+            "height_px": 512, "width_px": 512, "batch_size": 1, "guidance": True, "method": "single", "degree": 1,
+            "seconds_median": 0.5, "seconds_p05": None, "seconds_p95": None,
+        }
+    )  # fmt: skip
+
+    assert price(plan, REQUEST, profiles.with_costs([own])).denoise_s == pytest.approx(12.5)
+    assert price(plan, REQUEST, profiles) == before
+
+
+def test_profiles_travel_without_what_was_worked_out(profiles: Profiles) -> None:
+    """Pickled profiles are as small as before the first price, and price the same."""
+    fresh = load_profiles()
+    size = len(pickle.dumps(fresh))
+    cost = price(hybrid(10), REQUEST, fresh)
+    travelled = pickle.loads(pickle.dumps(fresh))  # noqa: S301 our own bytes
+
+    assert len(pickle.dumps(fresh)) == size
+    assert price(hybrid(10), REQUEST, travelled) == cost
+
+
+def test_what_is_remembered_stays_bounded() -> None:
+    """A table holds no more than it may; what it forgot is worked out again."""
+    memory = load_profiles().memory
+    asked: list[int] = []
+
+    def worked_out(key: int) -> int:
+        asked.append(key)
+        return key
+
+    for key in (0, 1, 2, 0, 3, 0):
+        assert memory.recall("squares", key, lambda key=key: worked_out(key), most=3) == key
+    assert asked == [0, 1, 2, 3, 0]
+
+
+def test_equal_options_of_another_type_are_told_apart(profiles: Profiles) -> None:
+    """A stride of `true` is refused although it equals 1, also after a stride of 1 was priced."""
+    right, wrong = (hybrid(25, method="asyncdiff", degree=3, options=(("stride", value),)) for value in (1, True))
+    price(right, REQUEST, profiles)
+
+    with pytest.raises(IllegalPlanError, match="whole number"):
+        price(wrong, REQUEST, profiles)
+
+
+# ---- Requests denoised together -------------------------------------------------------------------------------------
+
+
+@given(k=st.integers(1, 25), gang=st.sampled_from(GANGS), cap=st.integers(1, 5), images=st.integers(1, 2))
+def test_a_batch_is_priced_as_so_many_images(
+    profiles: Profiles, k: int, gang: tuple[str, int], cap: int, images: int
+) -> None:
+    """One request takes the cloud's share of a price; n take that of n times the images, with n prompts."""
+    request = replace(REQUEST, num_images=images)
+    plan = replace(hybrid(k, method=gang[0], degree=gang[1]), batch_cap=cap)
+    alone = price(plan, request, profiles)
+    prompt_s = next(part.seconds for part in alone.parts if part.name == "text_encode")
+    found = batch_seconds(plan, request, profiles)
+    many = [price(plan, replace(request, num_images=images * n), profiles).cloud_s for n in range(1, cap + 1)]
+
+    assert len(found) == cap
+    assert found[0] == alone.cloud_s
+    assert list(found) == sorted(found)
+    for n, (seconds, images_s) in enumerate(zip(found, many, strict=True)):
+        assert seconds >= images_s + n * prompt_s - 1e-9
+    assert found[-1] == pytest.approx(max(images_s + n * prompt_s for n, images_s in enumerate(many)))
+
+
+def test_a_batch_takes_no_less_where_rows_say_so(profiles: Profiles) -> None:
+    """A measured batch of two that was faster than one request alone does not make two requests faster than one."""
+    row = profiles.cost_rows(device=CLOUD.device, runtime=CLOUD.runtime, degree=1)[0]
+    where = {
+        "model": "sd14", "precision": "fp16", "height_px": 512, "width_px": 512, "guidance": True, "kind": "measured",
+        "seconds_p05": None, "seconds_p95": None, "method": "single", "degree": 1,
+    }  # fmt: skip
+    rows = [
+        row.model_copy(update={**where, "batch_size": batch, "seconds_median": seconds})
+        for batch, seconds in ((1, 0.5), (2, 0.1))
+    ]
+    one, two = batch_seconds(replace(hybrid(25), batch_cap=2), REQUEST, profiles.with_costs(rows))
+
+    assert two == one

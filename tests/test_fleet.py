@@ -1,8 +1,9 @@
-"""Laws of pools and edge fleets: theory's queues, gangs, disciplines, residency."""
+"""Laws of pools and edge fleets: theory's queues, gangs, disciplines, residency, batches, preemption."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import exp
 
 import numpy as np
 import pytest
@@ -10,14 +11,19 @@ import simpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridsd_sim.fleet import EdgeFleet, Job, Pool
+from hybridsd_sim.fleet import EdgeFleet, Pool
+from hybridsd_sim.jobs import Job, Preemption, Route
 from hybridsd_sim.queueing import erlang_c
 
 DISCIPLINES = ("fifo", "gang_fifo", "backfill", "edf")
 
 
 def run_pool(jobs: Iterable[tuple[float, Job]], *, nodes: int, gpus: int = 1, **settings: object) -> list[Job]:
-    """Submit each (time, job) to a pool and return the jobs in the order in which they finished."""
+    """Submit each (time, job) to a pool and return the jobs in the order in which they finished.
+
+    `until` ends the run; with preemption it never ends by itself.
+    """
+    until = settings.pop("until", None)
     env, finished = simpy.Environment(), []
     pool: Pool[Job] = Pool(
         env, nodes=nodes, gpus_per_node=gpus, discipline=str(settings.pop("discipline", "fifo")),
@@ -29,7 +35,7 @@ def run_pool(jobs: Iterable[tuple[float, Job]], *, nodes: int, gpus: int = 1, **
 
     for at, job in jobs:
         env.timeout(at).callbacks.append(submit(job))
-    env.run()
+    env.run(until)
     return finished
 
 
@@ -189,6 +195,240 @@ def test_a_cold_pool_starts_nothing_before_it_is_up() -> None:
     done = run_pool(jobs, nodes=1, cold_start_s=30.0)
 
     assert [job.cloud_start_s for job in done] == [30.0, 31.0]
+
+
+routed_strategy = st.lists(
+    st.tuples(st.integers(0, 20), st.integers(0, 2), st.integers(0, 1), st.integers(0, 50)), min_size=1, max_size=40
+)
+ROUTES = (Route((3.0,)), Route((2.0, 3.0, 3.5)), Route((4.0, 4.0)))
+DEGREES = (1, 2, 1)
+"""GPUs of a job of each route."""
+
+
+def routed_jobs(drawn: list[tuple[int, int, int, int]]) -> list[tuple[float, Job]]:
+    """Jobs from (arrival, route, base model, deadline), in order of arrival."""
+    jobs = []
+    for number, (at, which, model, deadline) in enumerate(sorted(drawn)):
+        job = Job(number, DEGREES[which], ROUTES[which].batch_s[0], float(deadline))
+        job.route, job.model_key = ROUTES[which], model
+        jobs.append((float(at), job))
+    return jobs
+
+
+def gangs_of(done: Iterable[Job]) -> list[tuple[Job, ...]]:
+    """The jobs of each gang, alone or together."""
+    found = {job.number if job.gang is None else job.gang[0].number: job.gang or (job,) for job in done}
+    return [tuple(gang) for gang in found.values()]
+
+
+@given(routed_strategy, st.sampled_from(DISCIPLINES), st.integers(1, 2))
+def test_batches_hold_one_gang_and_nobody_runs_twice(
+    drawn: list[tuple[int, int, int, int]], discipline: str, nodes: int
+) -> None:
+    """All jobs finish; a gang is of one route and model, within its cap, takes its batch's time, and fits its node."""
+    done = run_pool(routed_jobs(drawn), nodes=nodes, gpus=2, discipline=discipline)
+    gangs = gangs_of(done)
+
+    assert sorted(job.number for gang in gangs for job in gang) == list(range(len(drawn)))
+    for gang in gangs:
+        assert len({(job.route, job.model_key, job.node, job.cloud_start_s, job.cloud_stop_s) for job in gang}) == 1
+        assert len(gang) <= len(gang[0].route.batch_s)
+        assert gang[0].cloud_stop_s == gang[0].cloud_start_s + gang[0].route.batch_s[len(gang) - 1]
+        assert all(job.cloud_start_s >= job.cloud_ready_s for job in gang)
+        alongside = [
+            other[0].degree
+            for other in gangs
+            if other[0].node == gang[0].node and other[0].cloud_start_s <= gang[0].cloud_start_s < other[0].cloud_stop_s
+        ]
+        assert sum(alongside) <= 2
+
+
+@given(routed_strategy, st.sampled_from(DISCIPLINES))
+def test_a_batch_leaves_nobody_behind_who_was_first(drawn: list[tuple[int, int, int, int]], discipline: str) -> None:
+    """Jobs of one route and model start in the order of the queue, and a gang that leaves one waiting is full."""
+    done = run_pool(routed_jobs(drawn), nodes=1, gpus=2, discipline=discipline)
+    for gang in gangs_of(done):
+        head, start_s = gang[0], gang[0].cloud_start_s
+        left = [
+            job
+            for job in done
+            if (job.route, job.model_key) == (head.route, head.model_key)
+            and job.cloud_ready_s < start_s < job.cloud_start_s
+        ]
+        rank = (lambda job: job.deadline_s) if discipline == "edf" else (lambda job: job.cloud_ready_s)
+        mates = [job for job in gang if job.cloud_ready_s < start_s]
+        assert all(rank(mate) <= rank(job) for mate in mates for job in left)
+        assert not left or len(gang) == len(head.route.batch_s) or discipline == "backfill"
+
+
+def test_a_batch_takes_its_mates_from_anywhere_in_the_queue() -> None:
+    """Those of another route keep their place; the one that finds a free node alone does not wait for company."""
+    route = Route((2.0, 3.0, 4.0))
+    first, other, second, third = Job(0, 1, 2.0), Job(1, 1, 5.0), Job(2, 1, 2.0), Job(3, 1, 2.0)
+    head = Job(4, 1, 2.0)
+    for job in (head, first, second, third):
+        job.route = route
+    run_pool([(0.0, head), (0.5, first), (0.6, other), (0.7, second), (0.8, third)], nodes=1)
+
+    assert head.gang is None
+    assert head.cloud_stop_s == 2.0
+    assert first.gang == second.gang == third.gang == (first, second, third)
+    assert [first.cloud_stop_s, third.cloud_stop_s, other.cloud_start_s] == [6.0, 6.0, 6.0]
+
+
+def test_an_overloaded_pool_serves_full_batches() -> None:
+    """A queue that never empties is served at the cap over the batch's time, whatever one alone would take."""
+    route, jobs = Route((1.0, 1.5, 2.0, 2.5)), []
+    for number in range(401):
+        job = Job(number, 1, 1.0)
+        job.route = route
+        jobs.append((0.001 * number, job))
+    done = run_pool(jobs, nodes=1)
+
+    assert max(job.cloud_stop_s for job in done) == pytest.approx(1.0 + 100 * 2.5)
+
+
+def test_a_batch_in_a_gap_does_not_delay_the_gang_behind() -> None:
+    """Backfill takes along only as many as are done before the reserved start."""
+    route = Route((1.0, 1.5, 9.0))
+    long, gang = Job(0, 1, 4.0), Job(1, 2, 3.0)
+    small = [Job(2 + n, 1, 1.0) for n in range(3)]
+    for job in small:
+        job.route = route
+    others = [(0.0, Job(8, 1, 1.0)), (0.0, Job(9, 2, 50.0))]
+    run_pool(
+        [(0.0, long), *others, (0.5, gang), *((0.6, job) for job in small)], nodes=2, gpus=2, discipline="backfill"
+    )
+
+    assert [job.cloud_start_s for job in small] == [1.0, 1.0, 2.5]
+    assert gang.cloud_start_s == 4.0
+
+
+def taken_away(*lives_s: float, replacement_s: float) -> Preemption:
+    """Nodes whose lives last so long, in the order in which they begin; after that for ever."""
+    left = iter(lives_s)
+    return Preemption(lambda _: next(left, 1e9), replacement_s)
+
+
+def test_a_lost_job_starts_again_on_the_next_node() -> None:
+    """Its work is to be done again in full, before those who waited; what it held so far is counted as lost."""
+    lost, waiting = Job(0, 2, 10.0), Job(1, 2, 1.0)
+    preemption = taken_away(4.0, replacement_s=3.0)
+    run_pool([(0.0, lost), (1.0, waiting)], nodes=1, gpus=2, preemption=preemption, until=100.0)
+
+    assert (lost.cloud_ready_s, lost.cloud_start_s, lost.cloud_stop_s) == (0.0, 7.0, 17.0)
+    assert (lost.restarts, lost.lost_gpu_s) == (1, 8.0)
+    assert (waiting.cloud_start_s, waiting.restarts) == (17.0, 0)
+
+
+def test_a_lost_batch_is_lost_in_equal_parts() -> None:
+    """Each request of a batch bears its part of the lost GPU-seconds, and they may go together again."""
+    route = Route((2.0, 3.0))
+    first, pair = Job(0, 1, 2.0), (Job(1, 1, 2.0), Job(2, 1, 2.0))
+    for job in (first, *pair):
+        job.route = route
+    jobs = [(0.0, first), (0.5, pair[0]), (0.6, pair[1])]
+    run_pool(jobs, nodes=1, preemption=taken_away(4.0, replacement_s=1.0), until=100.0)
+
+    assert [job.lost_gpu_s for job in (first, *pair)] == [0.0, 1.0, 1.0]
+    assert [job.cloud_start_s for job in pair] == [5.0, 5.0]
+    assert pair[0].gang == pair
+
+
+def test_a_new_node_holds_no_model() -> None:
+    """A model that was there is loaded again, also for the request that had found it there."""
+    jobs = [(0.0, Job(0, 1, 1.0)), (2.0, Job(1, 1, 5.0))]
+    for _, job in jobs:
+        job.load_s = 0.5
+    done = run_pool(jobs, nodes=1, resident_models=1, preemption=taken_away(4.0, replacement_s=1.0), until=50.0)
+
+    assert [job.load_s for job in done] == [0.5, 0.5]
+    assert done[1].cloud_stop_s == 5.0 + 0.5 + 5.0
+
+
+def test_a_head_reserves_no_node_that_is_away_before_it_is_back() -> None:
+    """Backfill counts on a node from its replacement on, and lets nobody in who would still run then."""
+    preemption = taken_away(1.0, replacement_s=20.0)
+    away_for_long, busy = Job(0, 1, 0.5), Job(1, 1, 6.0)
+    gang, short, slow = Job(2, 2, 1.0), Job(3, 1, 2.0), Job(4, 1, 9.0)
+    jobs = [(0.0, away_for_long), (1.5, busy), (2.0, gang), (3.0, short), (3.1, slow)]
+    run_pool(jobs, nodes=2, gpus=2, discipline="backfill", preemption=preemption, until=100.0)
+
+    assert gang.cloud_start_s == busy.cloud_stop_s == 7.5
+    assert short.cloud_start_s == 3.0
+    assert slow.cloud_start_s == 8.5
+
+
+@given(
+    routed_strategy,
+    st.sampled_from(DISCIPLINES),
+    st.lists(st.integers(1, 9), max_size=8),
+    st.integers(0, 8),
+    st.sampled_from([None, 1]),
+)
+def test_a_node_that_is_away_runs_nothing(
+    drawn: list[tuple[int, int, int, int]],
+    discipline: str,
+    lives: list[int],
+    replacement: int,
+    resident: int | None,
+) -> None:
+    """However nodes come and go: every job finishes once, on a node that is there from its last start to its stop."""
+    spans: dict[int, list[float]] = {0: [], 1: []}
+    left = iter(lives)
+
+    def up_s(node: int) -> float:
+        spans[node].append(next(left, 1e6) + 0.37)
+        return spans[node][-1]
+
+    jobs = routed_jobs(drawn)
+    settings = {"discipline": discipline, "resident_models": resident, "until": 1e5}
+    done = run_pool(jobs, nodes=2, gpus=2, preemption=Preemption(up_s, float(replacement)), **settings)
+
+    assert sorted(job.number for job in done) == list(range(len(drawn)))
+    for job in done:
+        begin_s = 0.0
+        for life_s in spans[job.node]:
+            end_s = begin_s + life_s
+            assert (
+                job.cloud_stop_s <= begin_s
+                or job.cloud_start_s >= end_s
+                or (begin_s <= job.cloud_start_s and job.cloud_stop_s <= end_s)
+            )
+            begin_s = end_s + replacement
+            assert job.cloud_stop_s <= end_s or job.cloud_start_s >= begin_s
+        assert job.restarts or not job.lost_gpu_s
+
+
+@pytest.mark.parametrize("load", [0.3, 1.0, 2.0])
+def test_a_job_under_preemption_takes_as_long_as_theory_says(load: float) -> None:
+    """With nodes replaced at once, work h lost at rate v takes (exp(v h) - 1) / v in the mean (99.99% interval)."""
+    rng, size = np.random.default_rng(7), 20_000
+    jobs = [(0.0, Job(number, 1, load)) for number in range(size)]
+    preemption = Preemption(lambda _: float(rng.exponential(1.0)), 0.0)
+    done = run_pool(jobs, nodes=1, preemption=preemption, until=size * exp(load) * 2)
+    stops = np.array([0.0, *(job.cloud_stop_s for job in done)])
+    took = np.diff(stops)
+    error = took.std(ddof=1) / np.sqrt(size)
+
+    assert len(done) == size
+    assert abs(took.mean() - (exp(load) - 1.0)) < 3.9 * error
+    assert error < 0.03 * took.mean()
+    assert sum(job.restarts for job in done) == pytest.approx(size * (exp(load) - 1.0), rel=0.1)
+
+
+@given(jobs_strategy, st.sampled_from(DISCIPLINES))
+def test_a_pool_that_loses_no_node_is_as_one_that_cannot(
+    drawn: list[tuple[float, int, float, float]], discipline: str
+) -> None:
+    """Lives that never end change no start, stop or node."""
+    runs = []
+    for preemption in (None, Preemption(lambda _: 1e9, 1.0)):
+        jobs = [(at, Job(i, degree, hold, deadline)) for i, (at, degree, hold, deadline) in enumerate(drawn)]
+        done = run_pool(jobs, nodes=2, gpus=4, discipline=discipline, preemption=preemption, until=1e4)
+        runs.append([(job.number, job.node, job.cloud_start_s, job.cloud_stop_s) for job in done])
+
+    assert runs[0] == runs[1]
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0.1, 3), st.floats(0, 0.999)), max_size=40), st.booleans())

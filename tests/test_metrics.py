@@ -20,7 +20,8 @@ from hybridsd_sim.scenario import Scenario
 PLAIN = {
     "class_index": 0, "plan_index": 0, "status": SERVED, "reason": -1, "deadline_s": inf, "model_load_s": 0.0,
     "transfer_s": 0.0, "degree": 1, "pool_index": 0, "node": 0, "fleet_index": -1, "device": -1, "gpu_seconds": 1.0,
-    "usd": 0.01, "edge_energy_j": 0.0, "bytes_down": 1000.0, "quality": 0.3,
+    "usd": 0.01, "edge_energy_j": 0.0, "bytes_down": 1000.0, "quality": 0.3, "batch_size": 1, "restarts": 0,
+    "lost_gpu_s": 0.0,
 }  # fmt: skip
 RUNS = 250
 

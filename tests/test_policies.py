@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridsd_sim import InputError, Profiles, Scenario
-from hybridsd_sim.candidates import Candidate, find_candidates
-from hybridsd_sim.policies import POLICIES, FleetView, PoolView, make_policy
+from hybridsd_sim.candidates import Candidate, find_candidates, make_candidate, request_of
+from hybridsd_sim.plan import Share
+from hybridsd_sim.policies import POLICIES, FleetView, Planned, PoolView, make_policy
 from hybridsd_sim.scenario import load_scenario
 
 
@@ -118,3 +121,70 @@ def test_an_unknown_policy_names_the_nearest(quickstart: Scenario) -> None:
     """A typing slip is answered with what was probably meant."""
     with pytest.raises(InputError, match="cost_aware"):
         make_policy("cost_awares")
+
+
+def followed(policy: Planned, options: tuple[Candidate, ...], requests: int) -> list[int]:
+    """The position in the options of each request's plan; -1 when it is turned away."""
+    decisions = [policy.decide(options, 8.0, view(), 0.0) for _ in range(requests)]
+
+    assert {decision.reason for decision in decisions if decision.candidate is None} <= {"turned_away"}
+    return [-1 if d.candidate is None else options.index(d.candidate) for d in decisions]
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=6), st.integers(0, 1000), st.integers(1, 400))
+def test_a_mix_keeps_its_shares_over_any_run(
+    options: tuple[Candidate, ...], weights: list[int], left_over: int, requests: int
+) -> None:
+    """After any number of requests each part has its share of them, to less than one request for each part."""
+    total = sum(weights) + left_over
+    parts = [Share(weight / total, option.plan) for weight, option in zip(weights, options, strict=False)]
+    mix, mine = {"iphone-14": tuple(parts)}, options[: len(parts)]
+    taken = followed(Planned(mix), mine, requests)
+    shares = [part.share for part in parts] + ([left_over / total] if left_over else [])
+    counts = [taken.count(index) for index in range(len(parts))] + ([taken.count(-1)] if left_over else [])
+
+    assert sum(counts) == requests
+    for count, share in zip(counts, shares, strict=True):
+        assert abs(count - share * requests) < len(shares)
+    assert followed(Planned(mix), mine, requests) == taken
+
+
+def test_equal_shares_take_turns(options: tuple[Candidate, ...]) -> None:
+    """Halves alternate, so that no pool gets two in a row."""
+    mix = {"iphone-14": (Share(0.5, options[0].plan), Share(0.5, options[1].plan))}
+
+    assert followed(Planned(mix), options[:2], 6) == [0, 1, 0, 1, 0, 1]
+
+
+def test_classes_take_turns_on_their_own(quickstart: Scenario, profiles: Profiles) -> None:
+    """The requests of one class do not move the turns of another."""
+    spec = quickstart.to_dict()["requests"]["picture"]
+    found = find_candidates(quickstart.with_overrides({"requests.second": spec}), profiles).by_class
+    mix = {name: (Share(0.5, own[0].plan), Share(0.5, own[1].plan)) for name, own in found.items()}
+    policy = Planned(mix)
+    turns = [followed(policy, found[name][:2], 1)[0] for name in ("picture", "second", "picture", "second")]
+
+    assert turns == [0, 0, 1, 1]
+
+
+def test_a_mix_of_switch_steps_holds_for_requests_of_other_step_counts(
+    quickstart: Scenario, profiles: Profiles
+) -> None:
+    """Two plans that differ in the switch step alone stay two, each scaled to the steps asked for."""
+    own = find_candidates(quickstart, profiles).by_class["picture"]
+    plans = [next(option.plan for option in own if option.cloud_steps == k) for k in (5, 10)]
+    longer = replace(request_of("picture", quickstart.requests["picture"]), num_inference_steps=50)
+    options = tuple(make_candidate(quickstart, profiles, longer, plan.rescaled(50)) for plan in plans)
+    policy = Planned({"picture": (Share(0.25, plans[0]), Share(0.5, plans[1]))})
+    taken = followed(policy, options, 8)
+
+    assert [option.cloud_steps for option in options] == [10, 20]
+    assert [taken.count(0), taken.count(1), taken.count(-1)] == [2, 4, 2]
+
+
+def test_a_part_whose_pool_is_not_rented_is_not_served_elsewhere(options: tuple[Candidate, ...]) -> None:
+    """A part without an option is refused for that reason, and the other part keeps its own share alone."""
+    policy = Planned({"iphone-14": (Share(0.5, options[0].plan), Share(0.5, options[1].plan))})
+    reasons = [policy.decide(options[:1], 8.0, view(), 0.0).reason for _ in range(4)]
+
+    assert reasons == ["planned", "no_candidate", "planned", "no_candidate"]

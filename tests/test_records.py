@@ -21,6 +21,7 @@ from hybridsd_sim.records import (
     UNSERVED,
     WIDTH,
     Book,
+    Marks,
     PlanFacts,
     Records,
     canonical_json,
@@ -34,7 +35,7 @@ HORIZON_S = 100.0
 GPUS, PHONES = 4, 2
 HYBRID = PlanFacts(
     "hybrid", degree=2, pool_index=0, fleet_index=0, usd=0.01, usd_per_gpu_s=0.001, edge_energy_j=5.0,
-    bytes_down=40_000, quality=0.29,
+    bytes_down=40_000, quality=0.29, batch_gpu_s=(6.0, 4.0, 3.0),
 )  # fmt: skip
 CLOUD = HYBRID._replace(label="cloud", degree=1, fleet_index=-1, edge_energy_j=0.0, quality=0.3)
 EDGE = HYBRID._replace(label="edge", degree=0, pool_index=-1, usd=0.0, usd_per_gpu_s=0.0, quality=nan)
@@ -68,12 +69,15 @@ def refused(request, arrival_s):
 
 
 def booked(rows, sink=None, horizon_s=HORIZON_S):
-    """Records of one pool and one fleet from raw rows, in the order in which they are written."""
+    """Records of one pool and one fleet from raw rows, or pairs of one and its marks, in the order of writing."""
     book = Book(Records(("photo",), ("a100",), ("phones",), (), ("no_candidate",)), horizon_s, sink)
     for facts in PLANS:
         book.add_plan(facts)
     for row in rows:
-        book.write(row)
+        if isinstance(row[-1], Marks):
+            book.write_marked(*row)
+        else:
+            book.write(row)
         book.flush_if_full()
     return book.close()
 
@@ -103,6 +107,12 @@ def tampered(row, /, **values):
     for name, value in values.items():
         records.table[row, INDEX[name]] = value
     return records
+
+
+def batch(size, *, first=0, arrival_s=10.0, lost_gpu_s=0.0):
+    """Hybrid requests that share one gang, each on a phone of its own, with their marks."""
+    marks = Marks(size, int(lost_gpu_s > 0), lost_gpu_s)
+    return [(hybrid(first + place, arrival_s, device=place), marks) for place in range(size)]
 
 
 class Pile:
@@ -146,6 +156,7 @@ def test_a_run_that_obeys_the_laws_passes():
         (0, {"gpu_seconds": nan}, "GPU-seconds charged"),
         (0, {"degree": 3, "gpu_seconds": 9.0}, "pool a100 ran 5 devices of 4"),
         (1, {"device": 0}, "a device of phones runs two requests at once"),
+        (0, {"batch_size": 2, "gpu_seconds": 3.0}, "1 batches have other members than they say"),
     ],
 )
 def test_each_law_names_what_breaks_it(request_number, values, law):
@@ -259,6 +270,55 @@ def test_a_row_says_what_its_plan_says():
     assert (row["edge_energy_j"], row["bytes_down"], row["quality"]) == (5.0, 40_000, 0.29)
     assert row["gpu_seconds"] == 2 * 3.0
     assert row["usd"] == pytest.approx(0.01 + 2 * 1.5 * 0.001)
+
+
+@given(size=st.integers(1, 3), gangs=st.integers(1, 5))
+def test_a_batch_holds_its_gang_once(size, gangs):
+    """The requests of a batch need the GPUs of one gang together, and bear its GPU-seconds in equal parts."""
+    rows = [row for place in range(gangs) for row in batch(size, first=size * place, arrival_s=10.0 + 12.0 * place)]
+    records = booked(rows)
+
+    assert not broken_laws(records, gpus=2, phones=size)
+    assert "devices of" in broken_laws(records, gpus=1, phones=size)
+    assert column(records.rows(), "gpu_seconds").sum() == pytest.approx(6.0 * gangs)
+    assert (column(records.rows(), "batch_size") == size).all()
+
+
+def test_a_batch_that_misses_a_member_breaks_the_law():
+    """Three requests cannot be a batch of two, nor two one of three."""
+    first, second, third = batch(3)
+    pair = [(row, Marks(2)) for row, _ in (first, second, third)]
+
+    assert "other members" in broken_laws(booked(pair), phones=9)
+    assert "other members" in broken_laws(booked([first, second]), phones=9)
+
+
+@given(size=st.integers(1, 3))
+def test_a_request_in_a_batch_is_charged_its_part_of_the_gang(size):
+    """The GPU part of the dollars is the batch's divided by its size; the rest of the plan's price stays."""
+    rows = booked(batch(size)).rows()
+    others_usd = 0.01 - 6.0 * 0.001
+
+    assert column(rows, "usd") == pytest.approx(others_usd + HYBRID.batch_gpu_s[size - 1] * 0.001)
+
+
+def test_a_batch_of_one_is_charged_to_the_bit_as_before():
+    """Marks that say nothing change nothing."""
+    marked, plain = booked([(hybrid(0, 10.0), Marks())]), booked([hybrid(0, 10.0)])
+
+    assert marked.rows().tobytes() == plain.rows().tobytes()
+
+
+def test_marks_stay_with_their_request_across_blocks():
+    """A block that is written out takes its own marks along and leaves none for the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "FLUSH_ROWS", 2)
+        rows = [(hybrid(n, 10.0 * n), Marks(1, n, 2.5 * n)) if n % 3 == 0 else hybrid(n, 10.0 * n) for n in range(8)]
+        records = booked(rows)
+
+    assert column(records.rows(), "restarts").tolist() == [0, 0, 0, 3, 0, 0, 6, 0]
+    assert column(records.rows(), "lost_gpu_s").tolist() == [0, 0, 0, 7.5, 0, 0, 15.0, 0]
+    assert not broken_laws(records)
 
 
 def test_a_plan_that_comes_late_is_known():

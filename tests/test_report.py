@@ -23,7 +23,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hand_made import RENT, at_the_edge, hand_made_plan, hand_made_scenario, handed_over, in_the_cloud, run
-from hybridsd_sim import optimize
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.plan import Deployment, deployment_from_dict
 from hybridsd_sim.records import COLUMNS
@@ -132,7 +131,15 @@ def test_the_folder_holds_what_is_promised(report):
     names = ("frontier", "latency", "components", "load", "switch", "known", "calibration")
     figures = {f"figures/{name}.svg" for name in names}
     tables = {"summary.csv", "pools.csv", "parts.csv", "calibration.csv", "calibration_rows.csv"}
-    saved = {"provenance.json", "plan.yaml", "requests.parquet", "capacity.json", *tables}
+    saved = {
+        "provenance.json",
+        "plan.yaml",
+        "requests.parquet",
+        "capacity.json",
+        *tables,
+        "load_test.json",
+        "load_test.py",
+    }
     assert set(everything(report)) == saved | figures | {"index.html", "report.md", "timeline.json.gz"}
 
 
@@ -392,7 +399,10 @@ def test_provenance_says_what_made_the_run(report, scenario, profiles):
 
 def test_provenance_forgets_folders(plan, scenario, tmp_path, undrawn):
     """The path of a trace is cut down to the file's name, also where overrides quote it."""
-    arrivals = {"process": "trace", "rate_per_s": None, "path": "/home/somebody/traces/may.csv"}
+    trace = tmp_path / "somebody" / "may.csv"
+    trace.parent.mkdir()
+    trace.write_text("arrival_s\n0\n70\n")
+    arrivals = {"process": "trace", "rate_per_s": None, "path": str(trace)}
     moved = scenario.with_overrides({"requests.phone.arrivals": arrivals})
     changed = replace(plan, scenario=moved)
     text = (write_report(changed, tmp_path / "run", draw=False).parent / "provenance.json").read_text()
@@ -618,6 +628,8 @@ def test_loading_the_room_draws_nothing():
 
 def test_a_real_plan_is_reported(quickstart, profiles, tmp_path):
     """The shipped quickstart, planned on a short horizon, makes a full report with sources behind its numbers."""
+    from hybridsd_sim import optimize
+
     short = quickstart.with_overrides({"horizon_s": 300, "warmup_s": 30, "replications": 2})
     folder = write_report(optimize(short, profiles), tmp_path / "run").parent
     text = " ".join(read(folder).text)

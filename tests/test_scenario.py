@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.scenario import (
+    SPOT_PREEMPTIONS_PER_NODE_HOUR,
     ArrivalSpec,
     EdgeFleet,
     Pool,
@@ -670,6 +671,23 @@ def test_a_class_called_all_is_refused_whatever_else_is_wrong(refused):
     assert len(refused(with_more).splitlines()) == 2
     assert "requests.all: 'all'; " in refused(with_more)
     assert "requests.all: 'all'; " in refused(dump_yaml(data), scenario="more")
+
+
+@pytest.mark.parametrize(
+    ("written", "per_hour"),
+    [
+        ({}, 0.0),
+        ({"purchase": "spot"}, SPOT_PREEMPTIONS_PER_NODE_HOUR),
+        ({"purchase": "spot", "preemptions_per_node_hour": 0.0}, 0.0),
+        ({"purchase": "on_demand", "preemptions_per_node_hour": 2.0}, 2.0),
+    ],
+)
+def test_spot_nodes_are_taken_away_unless_the_scenario_knows_better(written, per_hour):
+    """On demand never, on spot as often as assumed; a figure of one's own goes before both."""
+    pool = Pool(gpu="t4", replicas_max=1, replacement_s=360.0, **written)
+
+    assert pool.preemptions_per_s == pytest.approx(per_hour / 3600)
+    assert pool.availability == pytest.approx(1.0 if not per_hour else (1 / per_hour) / (1 / per_hour + 0.1))
 
 
 def test_rules_between_fields_hold_for_objects_made_in_python():

@@ -16,7 +16,8 @@ from hybridsd_sim.calibration import fit_of
 from hybridsd_sim.errors import IllegalPlanError
 from hybridsd_sim.methods import METHODS, find_method
 from hybridsd_sim.profiles import CostRow
-from hybridsd_sim.steps import PhaseTime, Round, denoising, law_s, stage_rounds, stage_times
+from hybridsd_sim.rounds import Round
+from hybridsd_sim.steps import PhaseTime, denoising, law_s, stage_rounds, stage_times
 
 A100 = Site(name="cloud", tier="cloud", device="a100-sxm-80gb", runtime="cudagraph", gpus_per_node=8)
 A5000 = Site(name="cloud", tier="cloud", device="rtx-a5000", runtime="eager", gpus_per_node=4)
@@ -152,7 +153,7 @@ def compute_round(
     work = denoising(stage_of(request, site), request, profiles)
     phase = find_method(method).phases(work, degree, options)[-1]  # type: ignore[arg-type]
     fit = fit_of(profiles, site.device, site.runtime, site.precision)
-    return Round(phase, fit, None if anchor is None else (anchor, 0.02), None, degree, profiles)
+    return Round(phase.ranks, fit, None if anchor is None else (anchor, 0.02), None, degree, profiles)
 
 
 @given(st.floats(0.1, 10.0), st.sampled_from([("cfg_parallel", 2), ("distrifusion", 4), ("pcpp", 8)]), sites)

@@ -15,8 +15,8 @@ Data = Mapping[str, Any]
 KINDS = ("measured", "quoted", "modelled")
 CAPTIONS = {
     "frontier": (
-        "Rent against latency; colour is quality. Circles are capacity plans that no other beats in all three, found "
-        "by formula; the named plans are simulated, with 95% intervals."
+        "Rent against latency; colour is quality. Circles are capacity plans that no other beats in all three; the "
+        "named plans are simulated, with 95% intervals."
     ),
     "latency": "Share of requests served within a time. At the SLO, a curve should be above the dotted line.",
     "components": "Where dollars and GPU-seconds go. Hatched white: idle nodes, and requests outside the counted time.",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from hybridsd_sim.candidates import pool_site, request_of
 from hybridsd_sim.cost import price
 from hybridsd_sim.report.breakdown import breakdowns
 from hybridsd_sim.report.fits import constants_of, fits_of
+from hybridsd_sim.report.planned import planned
 from hybridsd_sim.report.rates import rates_of
 from hybridsd_sim.report.tally import tally
 
@@ -40,11 +40,12 @@ def contents(result: CapacityPlan | Sequence[SimResult], profiles: Profiles) -> 
         served = [(name, *one) for name, run in runs.items() for one in _used(run)]
         return _clean({"kind": "simulation", **_shared(result[0].scenario, runs, served, profiles)})
     runs = {CHOSEN: result.chosen_result, **result.baseline_results}
-    served = [(CHOSEN, name, option.cost) for name, option in result.chosen.items()]
+    chosen = [option for mix in result.mixes.values() for _, option in mix]
+    served = [(CHOSEN, option.request_class, option.cost) for option in chosen]
     served += [(name, *one) for name, run in result.baseline_results.items() for one in _used(run)]
     served += [(point.name, *one) for point in result.alternatives for one in _by_formula(point, result, profiles)]
-    shared = _shared(result.scenario, runs, served, profiles, result.chosen)
-    return _clean({"kind": "plan", **shared, **_planned(result)})
+    shared = _shared(result.scenario, runs, served, profiles, chosen)
+    return _clean({"kind": "plan", **shared, **planned(result)})
 
 
 def _used(run: SimResult) -> Iterator[tuple[str, PlanCost]]:
@@ -80,7 +81,7 @@ def _shared(
     runs: Mapping[str, SimResult],
     served: Sequence[tuple[str, str, PlanCost]],
     profiles: Profiles,
-    chosen: Mapping[str, Candidate] = MappingProxyType({}),
+    chosen: Sequence[Candidate] = (),
 ) -> Data:
     plans = [cost.plan for *_, cost in served]
     sites = [pool_site(name, pool) for name, pool in scenario.pools.items()]
@@ -89,7 +90,7 @@ def _shared(
     return {
         "scenario": _scenario(scenario),
         "runs": [
-            tally(name, result, chosen if index == 0 else {}, rates)
+            tally(name, result, chosen if index == 0 else (), rates)
             for index, (name, result) in enumerate(runs.items())
         ],
         "plans": breakdowns(served, rates),
@@ -109,70 +110,6 @@ def _scenario(scenario: Scenario) -> Data:
     pools = {name: {"gpu": pool.gpu, "gpus_per_node": pool.gpus_per_node} for name, pool in scenario.pools.items()}
     keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
     return {**{key: getattr(scenario, key) for key in keys}, "classes": classes, "pools": pools}
-
-
-def _planned(plan: CapacityPlan) -> Data:
-    return {
-        "feasible": plan.feasible,
-        "explanation": list(plan.explanation),
-        "chosen": [_choice(plan, name) for name in plan.scenario.requests],
-        "frontier": [_evaluated(point) for point in plan.frontier],
-        "baselines": [_evaluated(point) for point in plan.baselines],
-        "alternatives": [_evaluated(point) for point in plan.alternatives],
-        "evidence": [_evaluated(point) for point in plan.evidence],
-        "switch_curve": {
-            name: [_point(c, plan.chosen.get(name)) for c in curve] for name, curve in plan.switch_curve.items()
-        },
-        "refusals": [[name, reason, count] for (name, reason), count in _most_first(plan.refusals)],
-    }
-
-
-def _most_first(counts: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-
-
-def _choice(plan: CapacityPlan, name: str) -> Data:
-    """One class's chosen plan: where each stage runs and what is promised of it."""
-    option = plan.chosen.get(name)
-    if option is None:
-        return {"request_class": name, "stages": [], "note": "no legal plan"}
-    stages = [
-        {
-            "start": stage.start, "stop": stage.stop, "model": stage.model, "site": stage.site.name,
-            "device": stage.site.device, "tier": stage.site.tier, "method": stage.method, "degree": stage.degree,
-            "options": dict(stage.options), "nodes": plan.deployment.replicas.get(stage.site.name),
-        }
-        for stage in option.plan.stages
-    ]  # fmt: skip
-    served = option.plan
-    return {
-        "request_class": name,
-        "stages": stages,
-        "label": served.label,
-        "kind": option.cost.steps_kind,
-        "vae": served.vae,
-        "vae_site": served.vae_site,
-        "switch_step": served.switch_step,
-        "num_inference_steps": served.num_inference_steps,
-    }
-
-
-def _evaluated(point: Evaluated) -> Data:
-    keys = ("name", "policy", "usd_per_hour", "latency_p95_s", "slo_attainment", "quality", "feasible", "reason")
-    figures = {key: getattr(point, key) for key in (*keys, "gpu_seconds_per_image", "edge_energy_j_per_image")}
-    replicas = dict(point.deployment.replicas) if point.deployment else {}
-    return {**figures, "replicas": replicas, "labels": dict(point.labels)}
-
-
-def _point(option: Candidate, chosen: Candidate | None) -> Data:
-    """One switch step of the latency curve: idle latency with the bounds of its parts, and dollars an image."""
-    low_s, high_s = option.cost.latency_interval_s
-    return {
-        "switch_step": option.plan.switch_step, "latency_s": option.latency_s, "low_s": low_s, "high_s": high_s,
-        "usd_per_image": None if option.cost.usd is None else option.cost.usd / option.cost.request.num_images,
-        "quality": option.quality, "kind": option.cost.kind, "label": option.plan.label,
-        "chosen": chosen is not None and option.plan == chosen.plan,
-    }  # fmt: skip
 
 
 def plain(value: Any) -> Any:

@@ -42,7 +42,7 @@ def _kinds(data: Data) -> str:
 
 def frontier(data: Data) -> Figure | None:
     """Dollars an hour against p95 latency, with quality as colour: the frontier, the baselines and the chosen plan."""
-    points = [(point, "o", 42, "on the frontier, by formula") for point in data.get("frontier", ())]
+    points = [(point, "o", 42, f"on the frontier, by {point['known_by']}") for point in data.get("frontier", ())]
     points += [(p, mark, 75, p["name"]) for p, mark in zip(data.get("baselines", ()), cycle(MARKERS), strict=False)]
     points += [(_chosen_point(data), "*", 260, "chosen")] if data["kind"] == "plan" else []
     points = [item for item in points if _placed(item[0])]
@@ -62,7 +62,9 @@ def frontier(data: Data) -> Figure | None:
     axes.set(xlabel="p95 latency, arrival to image (s)", ylabel="rent (US$ an hour)")
     axes.set_ylim(bottom=0.0)
     draw_with.legend(figure, axes)
-    draw_with.note(figure, f"Whiskers: 95% intervals. Named plans {_kinds(data)}; frontier modelled by formula.")
+    ways = listed(sorted({point["known_by"] for point in data.get("frontier", ())}))
+    modelled = f"; frontier modelled by {ways}" if ways else ""
+    draw_with.note(figure, f"Whiskers: 95% intervals. Named plans {_kinds(data)}{modelled}.")
     return figure
 
 

@@ -1,8 +1,9 @@
 """A run's folder: what is saved, what is drawn from it, and how neither is ever seen half done.
 
-Data first (`provenance.json`, `plan.yaml`, the tables of `report.tables`, `requests.parquet`, `capacity.json`), then
-pages, figures and the timeline from those files alone, so that a saved run drawn again gives the same bytes. A new
-folder is filled beside its place under a hidden name and moved there in one step; a failure leaves what was there.
+Data first (`provenance.json`, `plan.yaml`, the tables of `report.tables`, `requests.parquet`, `capacity.json`, and a
+plan's load test), then pages, figures and the timeline from those files alone, so that a saved run drawn again gives
+the same bytes. A new folder is filled beside its place under a hidden name and moved there in one step; a failure
+leaves what was there.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     from hybridsd_sim.scenario import Scenario
     from hybridsd_sim.simulate import SimResult
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever `capacity.json` changes so that older runs cannot be drawn."""
 SAVED = (
     "provenance.json", "plan.yaml", "summary.csv", "pools.csv", "parts.csv", "calibration.csv", "calibration_rows.csv",
-    "requests.parquet", "capacity.json",
+    "requests.parquet", "capacity.json", "load_test.json", "load_test.py",
 )  # fmt: skip
 DRAWN = ("index.html", "report.md", "figures", "timeline.json.gz")
 LIBRARIES = ("matplotlib", "numpy", "pandas", "pyarrow", "scipy", "simpy")
@@ -142,11 +143,24 @@ def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, profiles: Pr
     else:
         runs, scenario, extra = {CHOSEN: result.chosen_result, **result.baseline_results}, result.scenario, "plan"
         write_atomically(folder / "plan.yaml", dump_yaml(result.deployment.to_dict()).encode())
+        _save_load_test(result, folder)
     write_atomically(folder / "provenance.json", _pretty(_provenance(scenario, digest, extra)))
     write_atomically(folder / "capacity.json", _ordered({"format": FORMAT, **data}))
     for name, content in tables(data).items():
         write_atomically(folder / name, content)
     write_rows(folder / "requests.parquet", runs)
+
+
+def _save_load_test(plan: CapacityPlan, folder: Path) -> None:
+    """What checks the plan against a running service: a file that people can add to, and the script that sends it."""
+    from hybridsd_sim.report.load import load_of
+
+    load = load_of(plan)
+    requests = ",\n    ".join(json.dumps(request, allow_nan=False) for request in load["requests"])
+    head = json.dumps({**load, "requests": []}, indent=2, allow_nan=False)
+    text = head.replace('"requests": []', f'"requests": [\n    {requests}\n  ]')
+    write_atomically(folder / "load_test.json", f"{text}\n".encode())
+    write_atomically(folder / "load_test.py", (files("hybridsd_sim") / "load_test.py").read_bytes())
 
 
 def _provenance(scenario: Scenario, digest: str | None, extra: str) -> dict[str, Any]:

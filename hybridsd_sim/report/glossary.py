@@ -87,6 +87,16 @@ GLOSSARY = (
     ("Chosen", "The capacity plan that this report is about, as it was simulated."),
     ("Cloud only, edge only", "Every step of every request in the cloud, or on the user's device."),
     ("Static switch", "Every request is handed over after one share of its steps; 40% is the 10 of 25 of Hybrid SD."),
+    ("Turned away", "The share of a class that no plan serves, so that the rest is served in time."),
+    ("Frontier", "Plans that no other beats in rent, p95 latency and quality together."),
+    ("Bound", "Rent and egress under which the search ruled every plan out; the gap is how far above it the plan is."),
+    (
+        "Known by",
+        (
+            "Simulation plays every event; the compiled recursion computes the same queues directly, on the same "
+            "requests; the formula knows their rates and spreads alone."
+        ),
+    ),
     ("Latency", "Seconds from the request to the finished picture on the user's device, over served requests."),
     ("p95 latency", "95 of 100 served requests took no longer."),
     ("Idle latency", "Latency of one request when nobody else is there, at the network's median rates."),

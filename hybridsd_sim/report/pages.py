@@ -1,4 +1,4 @@
-"""The pages of a report, block by block: verdict first, then the plan, what it was compared with, figures, provenance.
+"""The pages of a report, block by block: the answer, savings, reasons, margins, other plans and conditions, evidence.
 
 Reads the plain data of `contents` and writes blocks of `markup`; knows neither HTML nor Markdown.
 """
@@ -10,7 +10,8 @@ from typing import Any
 
 from hybridsd_sim.metrics import ALL
 from hybridsd_sim.report.calibrated import calibrated
-from hybridsd_sim.report.choices import BENEATH, LEGEND, chosen_plan, compared, pools, simulated
+from hybridsd_sim.report.choices import BENEATH, LEGEND, chosen_plan, pools
+from hybridsd_sim.report.conditions import conflict, margins, other_conditions
 from hybridsd_sim.report.glossary import GLOSSARY, NAMES
 from hybridsd_sim.report.known import how_known, sources_of
 from hybridsd_sim.report.markup import (
@@ -28,10 +29,9 @@ from hybridsd_sim.report.markup import (
     cell,
 )
 from hybridsd_sim.report.numbers import Show, clip, number, percent
+from hybridsd_sim.report.other_plans import compared, evidence, frontier
 
 Data = Mapping[str, Any]
-ELSEWHERE = ("known", "calibration")
-"""Figures that stand in sections of their own."""
 QUESTIONS = {"feasible": "Feasible", "stable": "Stable", "converged": "Converged", "in_domain": "In domain"}
 SIDE_BY_SIDE = (
     "latency_p50_s", "latency_p95_s", "slo_attainment", "goodput_per_s", "quality_mean", "gpu_seconds_per_image",
@@ -45,15 +45,27 @@ def plan_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iter
     yield Heading(f"Capacity plan: {data['scenario']['name']}", "top", 1)
     yield from _verdict(data["runs"][0], feasible=data["feasible"])
     yield _conditions(data, provenance)
+    yield from conflict(data)
     yield from chosen_plan(data)
     yield from compared(data)
-    if data["explanation"]:
-        yield Heading("Why this plan", "why")
-        yield Bullets(tuple(data["explanation"]))
+    yield from _why(data)
+    yield from margins(data)
+    yield from frontier(data, pictures)
+    yield from other_conditions(data)
+    yield from evidence(data)
     yield from how_known(data, pictures)
     yield from _rest(data, provenance, pictures)
     yield from _refused(data)
     yield from words()
+
+
+def _why(data: Data) -> Iterator[Block]:
+    """The explanation, without what savings and conflict have said before."""
+    before = {each["said"] for each in (*data["savings"], *data["conflict"])} | {data["conflict_said"]}
+    reasons = tuple(sentence for sentence in data["explanation"] if sentence not in before)
+    if reasons:
+        yield Heading("Why this plan", "why")
+        yield Bullets(reasons)
 
 
 def simulation_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
@@ -76,7 +88,7 @@ def simulation_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -
 
 def _rest(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     yield Heading("Figures", "figures")
-    drawn = [picture for picture in pictures if picture.name not in ELSEWHERE]
+    drawn = [picture for picture in pictures if picture.name not in _elsewhere(data)]
     yield from drawn
     if not drawn:
         yield Paragraph("There is nothing to draw: no request was served.", "note")
@@ -86,13 +98,24 @@ def _rest(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator
     yield from _provenance(provenance, sources)
 
 
+def _elsewhere(data: Data) -> set[str]:
+    """Figures that stand in sections of their own."""
+    return {"known", "calibration"} | ({"frontier"} if data.get("frontier") else set())
+
+
 def _conditions(data: Data, provenance: Data) -> Paragraph:
     """How the run was made, in small print."""
     scenario = data["scenario"]
-    runs = f"{scenario['replications']} replication{'s' * (scenario['replications'] > 1)}"
+    most = max(run["replications"] for run in data["runs"])
+    runs = f"{'up to ' * _differ(data)}{most} replication{'s' * (most > 1)}"
     counted = f"{scenario['horizon_s'] - scenario['warmup_s']:,g} s each after {scenario['warmup_s']:,g} s of warm-up"
     text = f"From {runs} of {counted}, seed {scenario['seed']}; run {provenance['run_id']}."
     return Paragraph(text, "note")
+
+
+def _differ(data: Data) -> bool:
+    """Whether some runs were repeated more often than others."""
+    return len({run["replications"] for run in data["runs"]}) > 1
 
 
 def _verdict(run: Data, *, feasible: bool) -> Iterator[Block]:
@@ -141,8 +164,6 @@ def _details(data: Data) -> Iterator[Block]:
     for run in data["runs"]:
         turned_away = tuple(f"{number(n)} {name} requests unserved: {reason}" for name, reason, n in run["unserved"])
         yield Fold(f"Run {run['name']}", (_every_figure(run), *([Bullets(turned_away)] if turned_away else [])))
-    if data.get("evidence"):
-        yield Fold(f"Capacity plans that were simulated: {len(data['evidence'])}", (simulated(data),))
 
 
 def _every_figure(run: Data) -> Table:

@@ -11,13 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hybridsd_sim.records import COLUMNS, STATUS_NAMES, Records, column
+from hybridsd_sim.records import COLUMNS, STATUS_NAMES, WHOLE, Records, column
 
 if TYPE_CHECKING:
     from hybridsd_sim.simulate import SimResult
 
-WHOLE = frozenset({"request", "degree", "node", "device"})
-"""Columns of whole numbers."""
 BLOCK_ROWS = 32768
 """Requests written at a time."""
 

@@ -40,14 +40,15 @@ COMPONENTS = {
 """What a part is called where parts are added up; every other cloud part belongs to the hand-over."""
 
 
-def tally(name: str, result: SimResult, chosen: Mapping[str, Candidate], rates: Mapping[str, Rate]) -> Data:
-    """One run as plain data; `chosen` are the candidates of the plan that it followed, where there is one."""
-    known = {(option.request_class, option.plan.label): option for option in (*result.used.values(), *chosen.values())}
+def tally(name: str, result: SimResult, chosen: Sequence[Candidate], rates: Mapping[str, Rate]) -> Data:
+    """One run as plain data; `chosen` are the candidates of the plan that it followed, if any."""
+    known = {(option.request_class, option.plan.label): option for option in (*result.used.values(), *chosen)}
     rent_kind = weakest(rates[pool].kind for pool, nodes in result.replicas.items() if nodes and pool in rates)
     summary = _summary(result, known, rent_kind)
     return {
         "name": name,
         "policy": result.policy,
+        "replications": len(result.replications),
         "replicas": dict(result.replicas),
         "usd_per_hour": result.usd_per_hour,
         "verdict": [{"name": f.name, "ok": f.ok, "reason": f.reason} for f in result.verdict.findings],

@@ -46,16 +46,23 @@ def _end(value: float, horizon_s: float) -> float:
 def _cloud(
     rows: Sequence[Row], processes: Mapping[Place, int], gpus_per_node: Mapping[str, int], horizon_s: float
 ) -> Iterator[Event]:
-    """A slice on each GPU that a gang held; the model load inside the first one."""
+    """A slice on each GPU that a gang held; the model load inside the first one. A batch lies on the same GPUs."""
     free: dict[tuple[int, int], list[int]] = {}
+    batches: dict[tuple[Any, ...], list[tuple[list[int], list[int]]]] = {}
     held = [row for row in rows if row["pool"] is not None and not math.isnan(row["cloud_start_s"])]
     for row in sorted(held, key=lambda row: (row["cloud_start_s"], row["request"])):
         pid, node, size = processes["pool", row["pool"]], row["node"], gpus_per_node[row["pool"]]
         start, stop = _microseconds(row["cloud_start_s"]), _microseconds(_end(row["cloud_stop_s"], horizon_s))
         slots = free.setdefault((pid, node), [0] * size)
-        mine = sorted(range(size), key=lambda slot: (slots[slot] > start, slot))[: row["degree"]]
-        for position, slot in enumerate(mine):
-            begin, slots[slot] = max(start, slots[slot]), max(start, stop, slots[slot])
+        waiting = batches.setdefault((pid, node, start, stop, row["request_class"], row["plan"]), [])
+        if waiting:
+            mine, begins = waiting.pop()
+        else:
+            mine = sorted(range(size), key=lambda slot: (slots[slot] > start, slot))[: row["degree"]]
+            begins = [max(start, slots[slot]) for slot in mine]
+            waiting += [(mine, begins)] * (int(row.get("batch_size", 1)) - 1)
+        for position, (slot, begin) in enumerate(zip(mine, begins, strict=True)):
+            slots[slot] = max(start, stop, slots[slot])
             event = _slice(row, pid, node * size + slot + 1, begin, stop)
             yield event if position == 0 else {key: value for key, value in event.items() if key != "args"}
         if row["model_load_s"] > 0 and mine:

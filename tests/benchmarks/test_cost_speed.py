@@ -9,11 +9,13 @@ from statistics import median
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from big_scenario import big_scenario
 from hybridsd_sim import Plan, Profiles, Request, Site, Stage, price
 from hybridsd_sim.calibration import PARAMETERS, call_kernels, fit_of
+from hybridsd_sim.candidates import Candidate, find_candidates, prune
 from hybridsd_sim.fitting import is_one_gpu_step, refit
 from hybridsd_sim.roofline import Batch
-from hybridsd_sim.steps import stage_rounds, stage_times
+from hybridsd_sim.steps import StageTimer, stage_rounds
 from hybridsd_sim.transfers import CONSTANTS
 
 MOST_OVERHEAD = 6.0
@@ -22,6 +24,9 @@ MOST_FITTING = 700.0
 """Seconds of fitting a device's law, over those of timing all its rows under one law."""
 LEAST_GAIN = 5.0
 """Seconds of a device's first price over those of the next."""
+MOST_OF_UNCACHED = 0.1
+"""Seconds of all candidates of a large scenario, over those of pricing each of them from nothing but fitted laws."""
+CLASSES = 50
 VECTOR = len(PARAMETERS) + len(CONSTANTS) + 1
 """What a round's interval takes derivatives of: the law, the constants and the link."""
 SITE = Site(name="cloud", tier="cloud", device="a100-sxm-80gb", runtime="eager", gpus_per_node=8)
@@ -56,7 +61,7 @@ def _seconds(call: Callable[[], object]) -> float:
 def test_a_stage_takes_little_more_than_its_rooflines(
     benchmark: BenchmarkFixture, profiles: Profiles, method: str, degree: int
 ) -> None:
-    """The seconds of every phase with their interval: at most `MOST_OVERHEAD` of the rooflines they consist of."""
+    """The seconds of every phase with their interval, worked out anew: at most `MOST_OVERHEAD` of their rooflines."""
     stage = stage_of(method, degree)
     rounds = [round_ for _, round_ in stage_rounds(stage, REQUEST, profiles)]
     law = fit_of(profiles, SITE.device, SITE.runtime, SITE.precision).law
@@ -66,7 +71,7 @@ def test_a_stage_takes_little_more_than_its_rooflines(
             for _ in range(VECTOR + 2):
                 round_._batch.seconds(law)
 
-    assert ratio_of(benchmark, lambda: list(stage_times(stage, REQUEST, profiles)), rooflines) < MOST_OVERHEAD
+    assert ratio_of(benchmark, lambda: StageTimer(stage, REQUEST, profiles, ()).times(50), rooflines) < MOST_OVERHEAD
 
 
 def test_a_law_is_fitted_in_few_looks_at_its_rows(benchmark: BenchmarkFixture, profiles: Profiles) -> None:
@@ -116,3 +121,35 @@ def test_leaving_a_device_out_costs_a_few_fits(benchmark: BenchmarkFixture, prof
     benchmark.pedantic(held_out, rounds=1)
     benchmark.extra_info["ratio"] = round(median(ratios), 2)
     assert median(ratios) < 12.0
+
+
+def test_a_large_scenario_prices_what_is_common_once(
+    benchmark: BenchmarkFixture, profiles: Profiles, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fifty classes on six pools: at most `MOST_OF_UNCACHED` of as many prices that share nothing but fitted laws."""
+    again = profiles.without(lambda _: False)  # another object, of which nothing is remembered
+    start = time.process_time()
+    found = benchmark.pedantic(lambda: find_candidates(big_scenario(CLASSES), again), rounds=1)
+    seconds = time.process_time() - start
+    options = [option for options in found.by_class.values() for option in options]
+    uncached = median(_uncached_seconds(option, profiles) for option in options[:: len(options) // 40])
+    start = time.process_time()
+    kept = sum(len(prune(options)) for options in found.by_class.values())
+    each_ms, uncached_ms, pruning_s = 1e3 * seconds / len(options), 1e3 * uncached, time.process_time() - start
+    with capsys.disabled():
+        print(  # noqa: T201 the seconds are what the reader came for
+            f"\n{len(options)} candidates, {len(found.refusals)} refused: {seconds:.1f} s of one core, "
+            f"{each_ms:.3f} ms each and {uncached_ms:.3f} ms each from nothing; {kept} kept in {pruning_s:.1f} s"
+        )
+    benchmark.extra_info["ratio"] = round(seconds / (uncached * len(options)), 4)
+    assert seconds < MOST_OF_UNCACHED * uncached * len(options)
+
+
+def _uncached_seconds(option: Candidate, profiles: Profiles) -> float:
+    """What the price of a candidate takes where the laws of its devices are all that is known."""
+    again = profiles.without(lambda _: False)
+    for site in option.plan.sites.values():
+        fit_of(again, site.device, site.runtime, site.precision)
+    start = time.process_time()
+    price(option.plan, option.cost.request, again)
+    return time.process_time() - start

@@ -1,0 +1,286 @@
+"""The compiled queue recursion for screening: a deployment tried on a scenario's own requests without an event loop.
+
+The same arrivals, links and devices as `simulate` draws (common random numbers) pass through pools and edge fleets; the
+requests of a mix take turns as under the policy `planned`. Where the recursion applies (`why_not`), it gives what
+`simulate` gives, request by request, to rounding. What does not depend on the deployment is drawn once, as `Inputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridsd_sim.candidates import Candidate, pool_usd_per_gpu_hour, rental_usd_per_hour
+from hybridsd_sim.deployment import misfits
+from hybridsd_sim.errors import InputError, RunError
+from hybridsd_sim.estimates import value_at
+from hybridsd_sim.inputs import Floats, Inputs, Ints
+from hybridsd_sim.plan import Deployment
+from hybridsd_sim.policies import REASONS
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.records import FLUSH_ROWS, RAW, TOLERANCE_S, Book, PlanFacts, Records
+from hybridsd_sim.results import SimResult
+from hybridsd_sim.scenario import ALL, Scenario
+from hybridsd_sim.workload import arrival_chunks
+
+if TYPE_CHECKING:
+    from hybridsd_sim.replay import Parts, Played
+
+__all__ = ["COUNTS", "Inputs", "ScreenError", "Screened", "screen", "why_not"]
+
+COUNTS = ("requests", "served", "unserved", "in_flight", "in_time", "judged")
+"""What is counted by request class, as in `metrics`: over the requests that arrived in `[warmup_s, horizon_s)`."""
+
+
+class ScreenError(RunError):
+    """The recursion does not apply to a deployment; the message says why."""
+
+
+def why_not(scenario: Scenario, deployment: Deployment, inputs: Inputs | None = None) -> str:
+    """Why the recursion does not apply, in words; empty where it does. A pool that is not used does not matter.
+
+    `inputs` saves drawing the requests of a trace to see whether they differ from their class.
+    """
+    return next(_obstacles(scenario, deployment, inputs), "")
+
+
+def _obstacles(scenario: Scenario, deployment: Deployment, inputs: Inputs | None) -> Iterator[str]:
+    plans = [part.plan for mix in deployment.plans.values() for part in mix]
+    rented = {name for name, nodes in deployment.replicas.items() if nodes}
+    used = {stage.site.name for plan in plans for stage in plan.cloud_stages} & rented
+    for name, pool in scenario.pools.items():
+        if name not in used:
+            continue
+        if pool.discipline == "edf":
+            yield f"pool {name} serves by deadline (edf)"
+        if pool.resident_models is not None:
+            yield f"pool {name} loads models as they are asked for (resident_models)"
+        if pool.preemptions_per_s > 0.0:
+            yield f"nodes of pool {name} may be taken away (preemptions_per_node_hour)"
+    if any(plan.batch_cap > 1 and plan.cloud_stages[0].site.name in used for plan in plans):
+        yield "a plan denoises several requests together (batch_cap)"
+    if any(requests.varied for requests in inputs.replications) if inputs else _varied(scenario):
+        yield "requests of a trace differ from their class in steps or images"
+
+
+def _varied(scenario: Scenario) -> bool:
+    """Whether some requests ask for other steps or images than their class; only those of a trace can."""
+    specs = list(scenario.requests.values())
+    if not any(spec.arrivals.process in {"trace", "gentd26"} for spec in specs):
+        return False
+    steps, images = (np.array([getattr(s, name) for s in specs]) for name in ("num_inference_steps", "num_images"))
+    return any(
+        (steps[chunk.class_index] != chunk.num_inference_steps).any()
+        or (images[chunk.class_index] != chunk.num_images).any()
+        for chunk in arrival_chunks(scenario, 0)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Screened:
+    """A deployment on a scenario's own requests, as the recursion has it.
+
+    Attainment, latency and counts are quick; `records` and what is made of them, `result` with its summary and verdict,
+    take longer and are made when asked for. Figures are by request class and for "all", over the requests that arrived
+    in `[warmup_s, horizon_s)`; NaN where nothing is to be had.
+    """
+
+    inputs: Inputs
+    replicas: Mapping[str, int]
+    parts: Parts
+    played: tuple[Played, ...]
+
+    @property
+    def scenario(self) -> Scenario:
+        return self.inputs.scenario
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return *self.scenario.requests, ALL
+
+    @cached_property
+    def _tallies(self) -> list[tuple[Ints, Floats]]:
+        """By replication: what is counted by class, and the latencies of the served, class by class."""
+        from hybridsd_sim.replay import tally
+
+        scenario = self.scenario
+        slo_s = [np.inf if spec.slo_s is None else spec.slo_s for spec in scenario.requests.values()]
+        deadline, span = np.array([*slo_s, TOLERANCE_S]), (scenario.warmup_s, scenario.horizon_s)
+        return [
+            tally(each.requests.class_index, each.requests.arrival_s, (each.finish_s, each.status), deadline, span)
+            for each in self.played
+        ]
+
+    @cached_property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """By request class and "all": how many of each of `COUNTS`."""
+        by_class = np.sum([counts for counts, _ in self._tallies], axis=0)
+        rows = [*by_class.tolist(), by_class.sum(axis=0).tolist()]
+        return {name: dict(zip(COUNTS, row, strict=True)) for name, row in zip(self.names, rows, strict=True)}
+
+    def _ratios(self, above: str, below: str) -> dict[str, float]:
+        return {name: row[above] / row[below] if row[below] else np.nan for name, row in self.counts.items()}
+
+    @property
+    def attainment(self) -> dict[str, float]:
+        """Share of the requests served in time, of all that are served, unserved, or in flight past their deadline."""
+        return self._ratios("in_time", "judged")
+
+    @property
+    def unserved_share(self) -> dict[str, float]:
+        return self._ratios("unserved", "requests")
+
+    @property
+    def unfinished_share(self) -> dict[str, float]:
+        """Share of the requests in flight at the horizon: many of them mean that a queue grows."""
+        return self._ratios("in_flight", "requests")
+
+    @cached_property
+    def latency_p95_s(self) -> dict[str, float]:
+        return self.latency_s(0.95)
+
+    def latency_s(self, p: float) -> dict[str, float]:
+        """A quantile of the latency of served requests."""
+        by_class: list[list[Floats]] = [[] for _ in self.scenario.requests]
+        for counts, latency_s in self._tallies:
+            for found, part in zip(by_class, np.split(latency_s, np.cumsum(counts[:, 1])[:-1]), strict=True):
+                found.append(part)
+        groups = [np.concatenate(found) for found in [*by_class, [latency_s for _, latency_s in self._tallies]]]
+        return {name: _quantile(group, p) for name, group in zip(self.names, groups, strict=True)}
+
+    @cached_property
+    def records(self) -> tuple[Records, ...]:
+        """The records of every replication, as `simulate` makes them."""
+        return tuple(_records(self, played) for played in self.played)
+
+    @cached_property
+    def used(self) -> dict[tuple[str, str], Candidate]:
+        """The candidates that requests were sent to, by request class and plan label."""
+        taken = {int(index) for played in self.played for index in np.unique(played.part)}
+        options = [self.parts.options[index] for index in sorted(taken)]
+        return {(option.request_class, option.plan.label): option for option in options if option is not None}
+
+    @cached_property
+    def result(self) -> SimResult:
+        """The same in the form of a simulation: summary with intervals, verdict, table of requests."""
+        scenario = self.scenario
+        rent = rental_usd_per_hour(scenario, self.inputs.profiles, self.replicas)
+        return SimResult(scenario, "planned", scenario.seed, self.replicas, self.records, self.used, rent, 0)
+
+
+def _quantile(values: Floats, p: float) -> float:
+    """As `estimates.quantile` has it, without sorting more than it takes; the values change places."""
+    if not len(values):
+        return np.nan
+    below = int(p * (len(values) - 1))
+    places = [below, min(below + 1, len(values) - 1)]
+    values.partition(places)
+    values[places] = np.round(values[places], 9)
+    return value_at(values, p)
+
+
+def screen(
+    scenario: Scenario,
+    profiles: Profiles,
+    deployment: Deployment,
+    *,
+    slowdowns: Mapping[str, float] | None = None,
+    inputs: Inputs | None = None,
+) -> Screened:
+    """Try a deployment on a scenario's own requests by the recursion.
+
+    `slowdowns` are factors on every second spent at a site (pool or edge fleet). `inputs` are the scenario's, drawn
+    before; they set the replications. Raises `ScreenError` where the recursion does not apply or the inputs are of
+    another scenario, `InputError` for a deployment that does not fit the scenario.
+    """
+    from hybridsd_sim.replay import parts_of, play  # numba takes a moment to load
+
+    inputs = inputs or Inputs.of(scenario, profiles)
+    if inputs.scenario is not scenario and inputs.scenario != scenario:
+        raise ScreenError("these inputs were drawn for another scenario")
+    new = {name: mix for name, mix in deployment.plans.items() if any((name, s.plan) not in inputs.priced for s in mix)}
+    if problems := misfits(replace(deployment, plans=new), scenario, inputs.profiles, complete=False):
+        raise InputError(problems)
+    if reason := why_not(scenario, deployment, inputs):
+        raise ScreenError(f"the recursion does not apply: {reason}")
+    replicas = {name: deployment.replicas.get(name, 0) for name in scenario.pools}
+    parts = parts_of(inputs, deployment, slowdowns or {})
+    played = tuple(play(inputs, requests, parts, replicas) for requests in inputs.replications)
+    return Screened(inputs, replicas, parts, played)
+
+
+def _records(screened: Screened, played: Played) -> Records:
+    """The rows that `simulate` would have booked."""
+    scenario, parts = screened.scenario, screened.parts
+    names = (tuple(scenario.requests), tuple(scenario.pools), tuple(scenario.edge))
+    book = Book(
+        Records(*names, (), REASONS, played.requests.replication), scenario.horizon_s, expected=len(played.requests)
+    )
+    numbers = [-1 if o is None else book.add_plan(_facts(screened.inputs, o)) for o in parts.options]
+    columns = _columns(scenario, parts, played, np.array(numbers))
+    raw = np.stack([np.broadcast_to(columns[name], len(played.part)) for name in RAW], axis=1)
+    for rows in np.array_split(raw, max(1, len(raw) // FLUSH_ROWS)):
+        book.write(tuple(rows.ravel().tolist()))
+        book.flush_if_full()
+    return book.close()
+
+
+def _columns(scenario: Scenario, parts: Parts, played: Played, plan_index: Ints) -> dict[str, Any]:
+    """The columns of the rows; what lies beyond the horizon did not happen."""
+    requests, part, table, horizon_s = played.requests, played.part, parts.table, scenario.horizon_s
+    slo_s = np.array([np.inf if spec.slo_s is None else spec.slo_s for spec in scenario.requests.values()])
+    in_cloud, at_edge = (table.pool >= 0)[part], (table.fleet >= 0)[part]
+    up_s = requests.half_rtt_s + table.up_bytes[part] / requests.up_bytes_per_s
+    down_s = requests.half_rtt_s + table.down_bytes[part] / requests.down_bytes_per_s
+    stop_s = played.cloud_start_s + table.cloud_s[part]
+    started = played.cloud_start_s < horizon_s
+    # The device hears of a request when the event loop still runs; what it then says of the future is kept.
+    reached = at_edge & (played.home_s < horizon_s)
+    at_end = reached | (in_cloud & ~at_edge & (stop_s < horizon_s))
+    return {
+        "request": np.arange(len(part)),
+        "class_index": requests.class_index,
+        "plan_index": plan_index[part],
+        "status": played.status,
+        "reason": table.reason[part],
+        "arrival_s": requests.arrival_s,
+        "cloud_ready_s": _where(played.cloud_ready_s < horizon_s, played.cloud_ready_s),
+        "cloud_start_s": _where(started, played.cloud_start_s),
+        "cloud_stop_s": _where(started, stop_s),
+        "edge_ready_s": _where(reached, played.home_s),
+        "edge_start_s": _where(reached, played.edge_start_s),
+        "edge_stop_s": _where(reached, played.edge_start_s + table.edge_s[part]),
+        "finish_s": _where(at_end, played.finish_s),
+        "deadline_s": requests.arrival_s + slo_s[requests.class_index],
+        "model_load_s": 0.0,
+        "transfer_s": np.where(in_cloud, up_s + down_s, 0.0),
+        "node": np.where(started, played.node, -1),
+        "device": np.where(reached, played.device, -1),
+    }
+
+
+def _where(happened: npt.NDArray[np.bool_], seconds: Floats) -> Floats:
+    return np.where(happened, seconds, np.nan)
+
+
+def _facts(inputs: Inputs, candidate: Candidate) -> PlanFacts:
+    cost, rate = candidate.cost, None
+    if candidate.pool_index >= 0:
+        name = list(inputs.scenario.pools)[candidate.pool_index]
+        rate = pool_usd_per_gpu_hour(inputs.scenario, inputs.profiles, name)
+    return PlanFacts(
+        label=candidate.plan.label,
+        degree=candidate.degree,
+        pool_index=candidate.pool_index,
+        fleet_index=candidate.fleet_index,
+        usd=np.nan if cost.usd is None else cost.usd,
+        usd_per_gpu_s=0.0 if rate is None else rate / 3600,
+        edge_energy_j=np.nan if cost.edge_energy_j is None else cost.edge_energy_j,
+        bytes_down=cost.bytes_down,
+        quality=np.nan if candidate.quality is None else candidate.quality,
+    )

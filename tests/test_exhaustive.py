@@ -1,0 +1,207 @@
+"""Every plan on every fleet, simulated, against the optimiser: `pytest -m slow tests/test_exhaustive.py -s`.
+
+A combination is one plan for each class, out of all legal ones within its quality floor and limits, on one fleet. If a
+combination under 99% of the dollars of the optimiser's plan holds every promise, the optimiser missed it; where the
+optimiser says that nothing holds, any combination refutes it. The same rule judges both sides: the scenario's own
+requests, replications added while a promise is undecided.
+
+Nothing is left out by what a formula thinks. Left out is what dollars settle, and what is settled by a smaller
+combination: nodes of a pool that no plan uses serve nobody and only raise the rent; a plan whose pool has no nodes
+serves nobody. The compiled recursion, which gives what SimPy gives, goes through all numbers of replications at which
+the rule may stop; a combination that is late at each of them does not hold. What is left is simulated by SimPy.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import pytest
+from random_scenarios import LAYOUTS, random_scenario
+
+from hybridsd_sim import Profiles, Scenario
+from hybridsd_sim.candidates import Candidate, CandidateSet, find_candidates
+from hybridsd_sim.evaluations import MOST_REPLICATIONS, Evaluation, Job, evaluate
+from hybridsd_sim.inputs import Inputs
+from hybridsd_sim.plan import Deployment
+from hybridsd_sim.planner import Planner
+from hybridsd_sim.screen import screen, why_not
+from hybridsd_sim.search import Found
+from hybridsd_sim.sizing import Sizer
+
+pytestmark = pytest.mark.slow
+
+SEEDS = range(30)
+CHEAPER = 0.99
+"""Dollars, as a share of the optimiser's, at which a combination refutes it."""
+FEWER = 50
+"""Combinations for each evaluation of the optimiser, at least, over all scenarios."""
+JUDGED, IN_TIME = 5, 4
+"""Columns of a tally, as in `screen.COUNTS`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """One plan a class on one fleet, and its dollars an hour."""
+
+    plans: Mapping[str, Candidate]
+    replicas: Mapping[str, int]
+    usd_per_hour: float
+
+    @property
+    def deployment(self) -> Deployment:
+        return Deployment.pure(dict(self.replicas), {name: option.plan for name, option in self.plans.items()})
+
+    @property
+    def text(self) -> str:
+        plans = "; ".join(option.plan.label for option in self.plans.values())
+        return f"{self.usd_per_hour:.4f} USD/h on {dict(self.replicas)}: {plans}"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The optimiser and the exhaustive search on one scenario."""
+
+    seed: int
+    found: Found | None
+    evaluations: int
+    combinations: int
+    simulated: int
+    refuting: list[Combination] = field(default_factory=list)
+
+    @property
+    def usd_per_hour(self) -> float:
+        return self.found.sizing.usd_per_hour if self.found and self.found.feasible else math.inf
+
+    @property
+    def row(self) -> str:
+        refuting = min(self.refuting, key=lambda one: one.usd_per_hour).text if self.refuting else ""
+        numbers = f"{self.combinations:>12} {self.simulated:>10} {self.evaluations:>11}"
+        return f"{self.seed:>4}  {LAYOUTS[self.seed % len(LAYOUTS)]:<12} {self.usd_per_hour:>9.3f} {numbers}  {refuting}"
+
+
+@dataclass(slots=True)
+class Counted:
+    """Evaluates jobs and counts them, whatever their level."""
+
+    count: int = 0
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Evaluation]:
+        self.count += len(jobs)
+        return [evaluate(job) for job in jobs]
+
+
+@dataclass(slots=True)
+class Judge:
+    """Whether combinations hold. `longest` has as many replications as the rule ever asks for."""
+
+    scenario: Scenario
+    profiles: Profiles
+    longest: Scenario
+    inputs: Inputs
+
+    @classmethod
+    def of(cls, scenario: Scenario, profiles: Profiles) -> Judge:
+        longest = scenario.with_overrides({"replications": MOST_REPLICATIONS * scenario.replications})
+        return cls(scenario, profiles, longest, Inputs.of(longest, profiles))
+
+    def holds(self, deployment: Deployment) -> bool:
+        """The rule that the optimiser goes by; the recursion says when it cannot come out well."""
+        if not why_not(self.scenario, deployment, self.inputs) and not self._in_time(deployment):
+            return False
+        return evaluate(Job(self.scenario, self.profiles, deployment)).feasible
+
+    def _in_time(self, deployment: Deployment) -> bool:
+        """Whether every class keeps its SLO over some number of replications at which the rule may stop."""
+        tallies = [counts for counts, _ in screen(self.longest, self.profiles, deployment, inputs=self.inputs)._tallies]
+        first, last = self.scenario.replications, self.longest.replications
+        stops = [first * 2**k for k in range(10) if first * 2**k <= last]
+        return any(self._keep(sum(tallies[:stop])) for stop in stops)
+
+    def _keep(self, counts: Sequence[Sequence[int]]) -> bool:
+        for row, spec in zip(counts, self.scenario.requests.values(), strict=True):
+            wanted = spec.slo_percentile / 100.0 * (1.0 - 1e-9)
+            if spec.slo_s is not None and not row[IN_TIME] >= wanted * row[JUDGED]:
+                return False
+        return True
+
+
+def combinations(
+    scenario: Scenario, found: CandidateSet, sizer: Sizer, *, below_usd_per_hour: float
+) -> Iterator[Combination]:
+    """Those under so many dollars an hour in which every rented node is used, and every plan served."""
+    options = [[option for option in found.by_class[name] if option.meets_floor] for name in scenario.requests]
+    names = list(scenario.pools)
+    for plans in product(*options):
+        used = {option.pool_index for option in plans if option.pool_index >= 0}
+        egress = sum(sizer.egress_usd_per_hour(option) for option in plans)
+        counts = [
+            range(max(1, pool.replicas_min), pool.replicas_max + 1) if index in used else [pool.replicas_min]
+            for index, pool in enumerate(scenario.pools.values())
+        ]
+        for nodes in product(*counts):
+            replicas = dict(zip(names, nodes, strict=True))
+            usd = egress + sum(count * sizer.unit_rent[name] for name, count in replicas.items())
+            if usd < below_usd_per_hour:
+                yield Combination(dict(zip(scenario.requests, plans, strict=True)), replicas, usd)
+
+
+def size(scenario: Scenario, found: CandidateSet) -> int:
+    """How many combinations there are, used or not, whatever they cost."""
+    plans = math.prod(sum(option.meets_floor for option in options) for options in found.by_class.values())
+    return plans * math.prod(pool.replicas_max - pool.replicas_min + 1 for pool in scenario.pools.values())
+
+
+def optimised(scenario: Scenario, profiles: Profiles, found: CandidateSet) -> tuple[Found | None, int]:
+    """What the optimiser finds, and how many evaluations it took; None where no class has a plan in time."""
+    counted = Counted()
+    search = Planner(scenario, profiles, found, Sizer(scenario, profiles), counted).search("plan")
+    condition = search.conditions[0]
+    if condition.forgiven or any(not options for options in condition.plans.values()):
+        return None, 0
+    return search.run(), counted.count
+
+
+def trial(seed: int, profiles: Profiles) -> Trial:
+    """Both searches on the scenario of a seed."""
+    scenario = random_scenario(seed)
+    options = find_candidates(scenario, profiles)
+    found, evaluations = optimised(scenario, profiles, options)
+    done = Trial(seed, found, evaluations, size(scenario, options), 0)
+    judge, sizer = Judge.of(scenario, profiles), Sizer(scenario, profiles)
+    below = CHEAPER * done.usd_per_hour
+    asked = list(combinations(scenario, options, sizer, below_usd_per_hour=below))
+    refuting = [one for one in asked if judge.holds(one.deployment)]
+    return Trial(seed, found, evaluations, done.combinations, len(asked), refuting)
+
+
+@pytest.fixture(scope="module")
+def trials(profiles: Profiles) -> list[Trial]:
+    """All scenarios, with a table on the way (shown by `-s`)."""
+    print("\nseed  layout           USD/h combinations  simulated evaluations  cheaper, and holds")  # noqa: T201
+    done = []
+    for seed in SEEDS:
+        start = time.perf_counter()
+        done.append(trial(seed, profiles))
+        print(f"{done[-1].row}  ({time.perf_counter() - start:.1f} s)", flush=True)  # noqa: T201
+    return done
+
+
+def test_nothing_that_holds_is_cheaper_than_the_optimisers_plan(trials: list[Trial]) -> None:
+    """Of all combinations under 99% of its dollars none holds; where it says that nothing holds, none does."""
+    assert [one.row for one in trials if one.refuting] == []
+
+
+def test_the_optimiser_tries_far_fewer_plans(trials: list[Trial]) -> None:
+    """All evaluations of its searches, of every level, against all combinations: at most one in fifty."""
+    assert sum(one.combinations for one in trials) >= FEWER * sum(one.evaluations for one in trials)
+
+
+def test_the_scenarios_ask_for_something(trials: list[Trial]) -> None:
+    """At least twenty have a plan that holds, and most of these rent nodes."""
+    held = [one for one in trials if one.found is not None and one.found.feasible]
+    assert len(held) >= 20
+    assert sum(any(one.found.replicas.values()) for one in held if one.found) >= 15
