@@ -144,7 +144,7 @@ def _needed(planner: Planner, one: _Constraint) -> float | None:
         at = first_that(lambda index: enough(one.steps[index]), len(one.steps))  # type: ignore[index]
         return one.steps[at] if at < len(one.steps) else None
     if one.lifted is not None:
-        return float(_counted(enough, int(one.asked), int(one.lifted)))
+        return _counted(enough, int(one.asked), int(one.lifted))
     return _measured(enough, one.asked)
 
 

@@ -10,14 +10,37 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.workload import ArrivalChunk, arrival_chunks, stream
 
+Floats = npt.NDArray[np.float64]
+
 Draw = tuple[float, int, float, float, float, float, float, int, tuple[int, int] | None]
 """Arrival (s), class index, device draw in 0..1, half a round trip (s), uplink and downlink rate (bytes/s), seconds
 that loading the model would take, base model, and (steps, images) where they differ from the class's own."""
+
+
+def links(scenario: Scenario, profiles: Profiles, chunk: ArrivalChunk) -> tuple[Floats, Floats, Floats]:
+    """Half a round trip (s), uplink and downlink rate (bytes/s) of every request, on the network of its own fleet."""
+    half_rtt_s, up, down = (np.empty(len(chunk)) for _ in range(3))
+    for index, spec in enumerate(scenario.requests.values()):
+        network = profiles.network(scenario.edge[spec.origin].network)
+        mine = chunk.class_index == index
+        half_rtt_s[mine] = network.rtt_s.at_many(chunk.rtt_u[mine]) / 2
+        up[mine] = network.up_bytes_per_s.at_many(chunk.network_u[mine])
+        down[mine] = network.down_bytes_per_s.at_many(chunk.network_u[mine])
+    return half_rtt_s, up, down
+
+
+def own_size(scenario: Scenario, chunk: ArrivalChunk) -> npt.NDArray[np.bool_]:
+    """Which requests of a chunk ask for the steps and images of their class; only those of a trace may not."""
+    specs = list(scenario.requests.values())
+    steps, images = (np.array([getattr(s, name) for s in specs]) for name in ("num_inference_steps", "num_images"))
+    same_steps: npt.NDArray[np.bool_] = steps[chunk.class_index] == chunk.num_inference_steps
+    return same_steps & (images[chunk.class_index] == chunk.num_images)
 
 
 class Draws:
@@ -28,8 +51,7 @@ class Draws:
     """
 
     def __init__(self, scenario: Scenario, profiles: Profiles, replication: int) -> None:
-        self._specs = list(scenario.requests.values())
-        self._networks = [profiles.network(scenario.edge[spec.origin].network) for spec in self._specs]
+        self._scenario, self._profiles = scenario, profiles
         self._chunks = arrival_chunks(scenario, replication)
         self._loads = stream(scenario.seed, replication, "model_load")
         limited = any(pool.resident_models is not None for pool in scenario.pools.values())
@@ -46,26 +68,15 @@ class Draws:
                 chunk.arrival_s.tolist(),
                 chunk.class_index.tolist(),
                 chunk.device_u.tolist(),
-                *self._links(chunk),
+                *(column.tolist() for column in links(self._scenario, self._profiles, chunk)),
                 self._load_seconds(len(chunk)),
                 chunk.base_model.tolist(),
                 self._variants(chunk),
                 strict=True,
             )
 
-    def _links(self, chunk: ArrivalChunk) -> tuple[list[float], list[float], list[float]]:
-        half_rtt, up, down = (np.empty(len(chunk.arrival_s)) for _ in range(3))
-        for index, network in enumerate(self._networks):
-            mine = chunk.class_index == index
-            half_rtt[mine] = network.rtt_s.at_many(chunk.rtt_u[mine]) / 2
-            up[mine] = network.up_bytes_per_s.at_many(chunk.network_u[mine])
-            down[mine] = network.down_bytes_per_s.at_many(chunk.network_u[mine])
-        return half_rtt.tolist(), up.tolist(), down.tolist()
-
     def _variants(self, chunk: ArrivalChunk) -> list[tuple[int, int] | None]:
-        steps = np.array([spec.num_inference_steps for spec in self._specs])[chunk.class_index]
-        images = np.array([spec.num_images for spec in self._specs])[chunk.class_index]
-        own = (steps == chunk.num_inference_steps) & (images == chunk.num_images)
+        own = own_size(self._scenario, chunk)
         if own.all():
             return [None] * len(chunk)
         pairs = zip(chunk.num_inference_steps.tolist(), chunk.num_images.tolist(), strict=True)

@@ -83,7 +83,7 @@ def quantile(ordered: np.ndarray, cell: np.ndarray, p: float) -> Estimate:
     value = value_at(ordered, p)
     sizes = np.bincount(cell)
     halves = []
-    for below in (np.count_nonzero(ordered < value), np.count_nonzero(ordered <= value)):
+    for below in (int(np.searchsorted(ordered, value, side)) for side in ("left", "right")):
         residual = np.bincount(cell[:below], minlength=len(sizes)) - below / len(ordered) * sizes
         halves.append(half_width(residual, int(np.count_nonzero(sizes)), len(ordered)))
     half = max(halves)

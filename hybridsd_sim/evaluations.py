@@ -43,8 +43,10 @@ MOST_REPLICATIONS = 4
 Parts = Mapping[str, Sequence[tuple[float, Candidate]]]
 """Per request class the shares of its requests and the priced plans that serve them."""
 
-_drawn: deque[Inputs] = deque(maxlen=4)
+_drawn: deque[Inputs] = deque()
 """Requests of the scenarios screened last: drawing them takes longer than screening a deployment."""
+KEPT_REQUESTS = 1_000_000
+"""Requests that are kept drawn, some 100 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +117,9 @@ class Evaluator:
 def evaluate(job: Job, store: Store | None = None) -> Evaluation:
     """The figures of a job, read from the store where it has them, else computed and kept there.
 
-    At level `simulate` the scenario's `replications` are run, and doubled while a promise is undecided, up to
-    `search.replications_max`; replication r is the same however many there are. At level `screen` the compiled
-    recursion runs `replications` once. Raises `InputError` for a deployment that does not fit the scenario, and what
-    `screen` raises where the recursion does not apply.
+    The scenario's `replications` are run, and doubled while a promise is undecided, up to `search.replications_max`;
+    replication r is the same however many there are. Raises `InputError` for a deployment that does not fit the
+    scenario, and what `screen` raises where the recursion does not apply.
     """
     count, result = job.scenario.replications, None
     while True:
@@ -172,8 +173,6 @@ def _known(figure: Estimate) -> bool:
 def _most(job: Job) -> int:
     """Replications at which a job stops, decided or not."""
     count = job.scenario.replications
-    if job.level == "screen":
-        return count
     most = job.scenario.search.replications_max
     return max(count, MOST_REPLICATIONS * count if most is None else most)
 
@@ -192,29 +191,43 @@ def _name(job: Job, count: int) -> str:
 
 def _run(job: Job, count: int, before: SimResult | None) -> SimResult:
     """The job's first `count` replications; those that ran `before` are not run again."""
-    if job.level == "screen":
-        return _screened(job)
-    done = len(before.replications) if before else 0
-    more = simulate(
+    numbers = range(len(before.replications) if before else 0, count)
+    more = _screened(job, numbers) if job.level == "screen" else _simulated(job, numbers)
+    return joined(before, more) if before else more
+
+
+def _simulated(job: Job, numbers: range) -> SimResult:
+    return simulate(
         job.scenario,
         job.profiles,
         policy="planned",
         plan=job.deployment,
         slowdowns=job.slowdowns,
-        replications=range(done, count),
+        replications=numbers,
     )
-    return joined(before, more) if before else more
 
 
-def _screened(job: Job) -> SimResult:
+def _screened(job: Job, numbers: range) -> SimResult:
     """What the compiled recursion says of the same requests, in the form of a simulation."""
-    from hybridsd_sim.screen import Inputs, screen
+    from hybridsd_sim.screen import screen
 
-    drawn = next((i for i in _drawn if i.profiles is job.profiles and i.scenario == job.scenario), None)
-    if drawn is None:
-        drawn = Inputs.of(job.scenario, job.profiles)
-        _drawn.append(drawn)
-    return screen(job.scenario, job.profiles, job.deployment, slowdowns=job.slowdowns, inputs=drawn).result
+    inputs = _inputs(job.scenario, job.profiles, numbers)
+    return screen(job.scenario, job.profiles, job.deployment, slowdowns=job.slowdowns, inputs=inputs).result
+
+
+def _inputs(scenario: Scenario, profiles: Profiles, numbers: range) -> Inputs:
+    """The requests of some replications, drawn anew only where they were not drawn of late."""
+    from hybridsd_sim.screen import Inputs
+
+    for known in _drawn:
+        same = known.profiles is profiles and [each.replication for each in known.replications] == list(numbers)
+        if same and known.scenario == scenario:
+            return known
+    drawn = Inputs.of(scenario, profiles, replications=numbers)
+    _drawn.append(drawn)
+    while len(_drawn) > 1 and sum(len(each) for inputs in _drawn for each in inputs.replications) > KEPT_REQUESTS:
+        _drawn.popleft()
+    return drawn
 
 
 def _figures(job: Job, result: SimResult, store: Store | None) -> dict[str, Any]:
@@ -276,11 +289,14 @@ def _utilisation(result: SimResult, pool: str) -> float:
     edges_s = np.array([scenario.warmup_s, scenario.horizon_s])
     held_gpu_s = 0.0
     for records in result.replications:
-        rows = records.rows()[column(records.rows(), "pool_index") == index]
-        start_s, gpus = column(rows, "cloud_start_s"), column(rows, "degree") / column(rows, "batch_size")
-        held_gpu_s += float(area(start_s, column(rows, "cloud_stop_s"), gpus, edges_s).sum())
+        mine = column(records.rows(), "pool_index") == index
+        start_s, stop_s, degree, size, lost_gpu_s = (
+            column(records.rows(), name)[mine]
+            for name in ("cloud_start_s", "cloud_stop_s", "degree", "batch_size", "lost_gpu_s")
+        )
+        held_gpu_s += float(area(start_s, stop_s, degree / size, edges_s).sum())
         again = np.isnan(start_s) | (start_s >= scenario.warmup_s)  # what a lost node held counts where work began anew
-        held_gpu_s += float(column(rows, "lost_gpu_s")[again].sum())
+        held_gpu_s += float(lost_gpu_s[again].sum())
     gpus_rented = result.replicas[pool] * scenario.pools[pool].gpus_per_node
     return min(1.0, held_gpu_s / (gpus_rented * float(np.diff(edges_s).sum()) * len(result.replications)))
 
@@ -302,17 +318,17 @@ def load_ratio(replications: Sequence[Records], parts: Parts, pool: str) -> floa
     """
     held = predicted = 0.0
     for records in replications:
-        rows = records.rows()
-        index = records.pools.index(pool)
-        rows = rows[(column(rows, "pool_index") == index) & (column(rows, "status") == SERVED)]
-        held += float(column(rows, "gpu_seconds").sum() + column(rows, "lost_gpu_s").sum())
-        predicted += _predicted_gpu_s(records, rows, parts, index)
+        rows, index = records.rows(), records.pools.index(pool)
+        mine = (column(rows, "pool_index") == index) & (column(rows, "status") == SERVED)
+        held += float(column(rows, "gpu_seconds")[mine].sum() + column(rows, "lost_gpu_s")[mine].sum())
+        predicted += _predicted_gpu_s(records, mine, parts, index)
     return held / predicted if predicted else 1.0
 
 
-def _predicted_gpu_s(records: Records, rows: np.ndarray, parts: Parts, pool_index: int) -> float:
-    """GPU-seconds that the plans of these requests predict, each part of a batch bearing its share."""
-    columns = [column(rows, name).astype(np.int64) for name in ("class_index", "plan_index", "batch_size")]
+def _predicted_gpu_s(records: Records, mine: np.ndarray, parts: Parts, pool_index: int) -> float:
+    """GPU-seconds that the plans of some requests predict, each part of a batch bearing its share."""
+    names = ("class_index", "plan_index", "batch_size")
+    columns = [column(records.rows(), name)[mine].astype(np.int64) for name in names]
     sizes = [int(each.max(initial=0)) + 1 for each in columns]
     counts = np.bincount(np.ravel_multi_index(columns, sizes), minlength=1)
     total = 0.0

@@ -37,6 +37,8 @@ SOLVES, SOLVES_BIG = 200, 40
 BIG = 2000
 FLEETS = 9
 """Rents between the cheapest and the dearest fleet at which the best quality is looked for."""
+FLEETS_TRIED = 14
+"""Fleets on which plans are tried at most."""
 LATENCIES = 32
 """Limits L from the fastest plan to the slowest one, geometrically spaced."""
 LEVELS = 6
@@ -95,7 +97,7 @@ class _Curve:
 
     def points(self, known: Sequence[Fleet]) -> list[Evaluated]:
         """Every plan that was tried and holds: on the fleets found, those `known`, and some with more nodes."""
-        fleets = sorted({*known, *self._fleets()}, key=self._rent)
+        fleets = _spread([*known, *sorted(self._fleets() - {*known}, key=lambda fleet: (self._rent(fleet), fleet))])
         boldest = self._boldest(fleets)
         found = {fleet: self._on(fleet, boldest[fleet]) for fleet in fleets}
         rivals = [sizing for sizings in found.values() for sizing in sizings]
@@ -134,19 +136,15 @@ class _Curve:
         least = self._sizing(finest).quality
         self._best = _score(self._sizing(finest))
         limit = {} if least is None else {"quality": least - SAME_QUALITY}
-        fastest: dict[int, Answer | None] = {}
-        tight = first_that(lambda level: self._kept(fastest, level, minimise="usd_per_hour") is not None, none)
-        ends = [cheapest, self._solve(none, minimise="usd_per_hour", **limit) or finest, fastest.get(tight) or cheapest]
+        tight = first_that(lambda level: self._solve(level, minimise="nothing") is not None, none)
+        fastest = self._solve(tight, minimise="usd_per_hour") or cheapest
+        ends = [cheapest, self._solve(none, minimise="usd_per_hour", **limit) or finest, fastest]
         fleets = {self.fleet(end.replicas) for end in ends}
         for rent in self._rents([self._rent(fleet) for fleet in fleets]):
             for level in (none, (tight + none) // 2):
                 answer = self._solve(level, minimise="quality_loss", usd_per_hour=rent)
                 fleets |= {self.fleet(answer.replicas)} if answer else set()
         return fleets
-
-    def _kept(self, answers: dict[int, Answer | None], level: int, **asked: Any) -> Answer | None:
-        answers[level] = self._solve(level, **asked)
-        return answers[level]
 
     def _rents(self, ends: Sequence[float]) -> list[float]:
         """Rents between the ends, a node of the cheapest pool apart or more."""
@@ -242,7 +240,8 @@ class _Curve:
                 for more in range(nodes + 1, min(nodes + SPARE, spec.replicas_max) + 1 if nodes else 0):
                     spared = sizer.assess(sizing.mixes, {**sizing.replicas, pool: more})
                     shorter_s = sizer.quantile(spared, 0.95)
-                    if shorter_s > (1.0 - FALLS) * p95_s or self.fleet(spared.replicas) in fleets:
+                    dear = spared.rent_usd_per_hour > (sizer.rent_limit_usd_per_hour or math.inf)
+                    if dear or shorter_s > (1.0 - FALLS) * p95_s or self.fleet(spared.replicas) in fleets:
                         break
                     p95_s = shorter_s
                     yield spared
@@ -274,6 +273,11 @@ class _Curve:
     def _key(self, sizing: Sizing) -> object:
         parts = [(id(o), round(share, 5)) for mix in sizing.mixes.values() for share, o in mix]
         return self.fleet(sizing.replicas), tuple(parts)
+
+
+def _spread(fleets: Sequence[Fleet]) -> list[Fleet]:
+    """At most `FLEETS_TRIED` of them, evenly spread, the first and the last included."""
+    return [fleets[at] for at in sorted({round(at) for at in np.linspace(0, len(fleets) - 1, FLEETS_TRIED)})]
 
 
 def _score(sizing: Sizing) -> float:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
 from hybridsd_sim.candidates import Candidate, make_candidate, request_of
-from hybridsd_sim.draws import Draws
+from hybridsd_sim.draws import links, own_size
 from hybridsd_sim.plan import Plan
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.workload import all_arrivals
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Requests:
-    """The requests of one replication in order of arrival, as arrays; `Draws` as columns.
+    """The requests of one replication in order of arrival, as arrays: what `Draws` gives, as columns.
 
     `asked_s` is the arrival as the simulation's clock shows it, a rounding away from `arrival_s`. `device` is the
     user's own in the fleet of origin, wherever devices have owners. The requests of owner `o` are
@@ -75,33 +75,45 @@ class Inputs:
 
 
 def _requests(scenario: Scenario, profiles: Profiles, replication: int) -> Requests:
-    columns = list(zip(*Draws(scenario, profiles, replication), strict=True)) or [()] * 9
-    arrival_s, draw, half_rtt_s, up, down = (np.array(columns[at], np.float64) for at in (0, 2, 3, 4, 5))
-    class_index = np.array(columns[1], np.int64)
+    chunk = all_arrivals(scenario, replication)
+    half_rtt_s, up_bytes_per_s, down_bytes_per_s = links(scenario, profiles, chunk)
     fleets, names = list(scenario.edge.values()), list(scenario.edge)
-    fleet = np.array([names.index(spec.origin) for spec in scenario.requests.values()])[class_index]
-    device = (draw * np.array([fleet.replicas for fleet in fleets])[fleet]).astype(np.int64)
+    fleet = np.array([names.index(spec.origin) for spec in scenario.requests.values()])[chunk.class_index]
+    device = (chunk.device_u * np.array([fleet.replicas for fleet in fleets])[fleet]).astype(np.int64)
     owned = np.flatnonzero(np.array([fleet.ownership == "user" for fleet in fleets])[fleet])
-    # The event loop's clock goes from arrival to arrival by differences.
-    clock = accumulate(columns[0], lambda now, at: now + max(at - now, 0.0))
     return Requests(
         replication=replication,
-        arrival_s=arrival_s,
-        asked_s=np.array(list(clock), np.float64),
-        class_index=class_index,
+        arrival_s=chunk.arrival_s,
+        asked_s=on_the_clock(chunk.arrival_s),
+        class_index=chunk.class_index.astype(np.int64),
         half_rtt_s=half_rtt_s,
-        up_bytes_per_s=up,
-        down_bytes_per_s=down,
+        up_bytes_per_s=up_bytes_per_s,
+        down_bytes_per_s=down_bytes_per_s,
         device=device,
         **owners_of(fleet, device, owned),
-        varied=any(shape is not None for shape in columns[8]),
+        varied=not own_size(scenario, chunk).all(),
     )
+
+
+def on_the_clock(arrival_s: Floats) -> Floats:
+    """Arrivals as the event loop's clock shows them, which goes from one to the next by differences.
+
+    Nearly every difference is exact: what goes wrong with one is mended by the next, so that a few rounds are enough.
+    """
+    shown = arrival_s
+    while True:
+        again = arrival_s.copy()
+        again[1:] = shown[:-1] + np.maximum(arrival_s[1:] - shown[:-1], 0.0)
+        if np.array_equal(again, shown):
+            return again
+        shown = again
 
 
 def owners_of(fleet: Ints, device: Ints, owned: Ints) -> dict[str, Ints]:
     """Who made which requests: those of each owned device together."""
-    asks = owned[np.lexsort((device[owned], fleet[owned]))]
-    another = (np.diff(device[asks], prepend=-1) != 0) | (np.diff(fleet[asks], prepend=-1) != 0)
+    whose = (fleet * (device.max(initial=0) + 1) + device)[owned]
+    order = np.argsort(whose, kind="stable")
+    asks, another = owned[order], np.diff(whose[order], prepend=-1) != 0
     owner, before = np.full(len(device), -1), np.full(len(device), -1)
     owner[asks] = np.cumsum(another) - 1
     before[asks[1:]] = np.where(another[1:], -1, asks[:-1])

@@ -39,7 +39,7 @@ from hybridsd_sim.candidates import Candidate
 from hybridsd_sim.linear import Rows
 from hybridsd_sim.scenario import Pool
 from hybridsd_sim.sizing import Mixes, Sizer
-from hybridsd_sim.surface import EdgeStates, States, Work, edge_states, pool_states, work_of
+from hybridsd_sim.surface import BOTH, EdgeStates, States, Work, edge_states, pool_states, work_of
 from hybridsd_sim.workload import mean_rate_per_s
 
 UNKNOWN_RENT = 1e6
@@ -144,19 +144,21 @@ class Formulation:
             self._add_budget(side.condition.sizer)
 
     def _side(self, condition: Condition, at: int) -> _Side:
-        scenario = condition.sizer.scenario
+        scenario, edges = condition.sizer.scenario, self._edges(condition)
+        queued = {column for columns, _ in edges for column in columns}
         works: list[list[tuple[int, Work]]] = [[] for _ in self.pools]
         for column, (name, j) in enumerate(self._columns):
             option = condition.plans[name][j]
             if option is not None and option.pool_index >= 0:
                 pool = option.plan.cloud_stages[0].site.name
-                works[self.pools.index(pool)].append((column, self._work(option, scenario.pools[pool], condition)))
+                works[self.pools.index(pool)].append(
+                    (column, self._work(option, scenario.pools[pool], condition, BOTH if column in queued else 1.0))
+                )
         states = [
             pool_states(scenario.pools.get(pool), [work for _, work in mine], self._demand(mine, condition))
             for pool, mine in zip(self.pools, works, strict=True)
         ]
         first = [at + int(n) for n in np.cumsum([0, *(len(s) for s in states)])]
-        edges = self._edges(condition)
         last = np.cumsum([first[-1], *(len(states.caps) for _, states in edges)]).tolist()
         return _Side(condition, works, states, [*first, *last[1:]], edges)
 
@@ -175,8 +177,8 @@ class Formulation:
         return found
 
     @staticmethod
-    def _work(option: Candidate, spec: Pool, condition: Condition) -> Work:
-        return work_of(option, spec, condition.sizer, *_promise(option, condition))
+    def _work(option: Candidate, spec: Pool, condition: Condition, alone: float) -> Work:
+        return work_of(option, spec, condition.sizer, *_promise(option, condition), alone)
 
     def _demand(self, works: Sequence[tuple[int, Work]], condition: Condition) -> float:
         """The most node-seconds a second that a pool can be asked for: every class on its longest plan there."""

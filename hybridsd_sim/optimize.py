@@ -19,7 +19,7 @@ from hybridsd_sim.candidates import Candidate, CandidateSet, find_candidates
 from hybridsd_sim.capacity import CapacityPlan, Confidence, Evaluated, Saving, evaluated
 from hybridsd_sim.confidence import confidence, confident_search
 from hybridsd_sim.conflicts import conflict
-from hybridsd_sim.evaluations import Evaluation, Evaluator, Job, evaluate, simulated
+from hybridsd_sim.evaluations import Evaluation, Evaluator, Job, evaluate, kept, simulated
 from hybridsd_sim.explain import explain
 from hybridsd_sim.frontier import frontier
 from hybridsd_sim.margins import margins
@@ -103,7 +103,7 @@ class _Trials:
         return list(self.fan_out(Evaluator(self.store), jobs))
 
     def _here(self, job: Job) -> Evaluation:
-        if job.level == "screen" or (self.store and self.store.get(job.key)):
+        if job.level == "screen" or (self.store and kept(job, self.store)):
             return evaluate(job, self.store)
         result, evaluation = simulated(job, self.store)
         self.last = (job.key, result)

@@ -3,6 +3,10 @@
 A pool with `c` gangs at a time is treated as an M/G/c queue by Allen and Cunneen's approximation: the M/M/c probability
 of waiting (Erlang C), and beyond it an exponential wait whose mean carries the variation of arrivals and service. It is
 exact for M/M/c and for the mean wait of M/G/1; otherwise simulation confirms it.
+
+Arrivals that come in bursts wait more often than Erlang says, evenly spaced ones less often. Hayward's approximation
+(Fredericks 1980, for blocking) takes traffic of peakedness z on c servers as Poisson traffic on c / z: jobs of one
+length have the peakedness of their arrivals' squared variation.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+EVENNESS = 0.1
+"""Least squared variation of arrivals: evenly spaced requests reach a pool through links of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +98,15 @@ def pool_wait(nodes: float, gpus_per_node: int, flows: Sequence[Flow]) -> Wait:
         return Wait(1.0, math.inf, offered / servers)
     second = sum(flow.rate_per_s * flow.hold_s**2 for flow in flows) / rate
     service_cv2 = max(0.0, second / mean**2 - 1.0)
-    arrival_cv2 = sum(flow.rate_per_s * flow.arrival_cv**2 for flow in flows) / rate
+    arrival_cv2 = max(EVENNESS, sum(flow.rate_per_s * flow.arrival_cv**2 for flow in flows) / rate)
     scale = mean / (servers - offered) * (arrival_cv2 + service_cv2) / 2.0
-    return Wait(erlang_c_between(servers, offered), scale, offered / servers)
+    return Wait(share_waiting(servers, offered, arrival_cv2), scale, offered / servers)
+
+
+def share_waiting(servers: float, offered: float, peakedness: float) -> float:
+    """Share of customers that wait, of arrivals of a peakedness: 1 is Poisson, for which it is Erlang C."""
+    fewer = max(1.0, servers / max(peakedness, EVENNESS))
+    return erlang_c_between(fewer, offered / servers * fewer)
 
 
 def erlang_c_between(servers: float, offered: float) -> float:

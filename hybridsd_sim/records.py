@@ -188,6 +188,11 @@ class Book:
         self._marks.append((len(self._raw) // len(RAW), marks))
         self.write(row)
 
+    def write_all(self, count: int, columns: Mapping[str, np.ndarray | float]) -> None:
+        """Books every request of a run at once: its `RAW` columns, by request in order of arrival or one for all."""
+        self._records.table = self._spread(count, columns)
+        self._count = self._used = count
+
     def flush_if_full(self) -> None:
         """Spread out the rows booked so far once there are `FLUSH_ROWS`: call it now and then, not for every row."""
         if len(self._raw) >= FLUSH_ROWS * len(RAW):
@@ -206,7 +211,7 @@ class Book:
             return
         raw = np.array(self._raw, dtype=np.float64).reshape(-1, len(RAW))
         self._raw.clear()
-        rows = self._spread(raw)
+        rows = self._spread(len(raw), dict(zip(RAW, raw.T, strict=True)))
         if self._sink is not None:
             self._sink.write(rows)
         numbers = raw[:, 0].astype(np.int64)
@@ -226,19 +231,20 @@ class Book:
             self._records.table[used:needed, INDEX["batch_size"]] = 1.0
             self._used = needed
 
-    def _spread(self, raw: np.ndarray) -> np.ndarray:
-        rows = np.full((len(raw), WIDTH), np.nan)
-        rows[:, [INDEX[name] for name in RAW]] = raw
+    def _spread(self, count: int, columns: Mapping[str, np.ndarray | float]) -> np.ndarray:
+        rows = np.empty((count, WIDTH), order="F")  # column by column, as it is filled
+        for name in RAW:
+            column(rows, name)[:] = columns[name]
         late = column(rows, "status") == IN_FLIGHT
         for name in TIMES:
             times = column(rows, name)
             times[late & (times > self._horizon_s)] = np.nan
         column(rows, "model_load_s")[np.isnan(column(rows, "cloud_start_s"))] = 0.0  # drawn, but nothing was loaded yet
-        where = [INDEX[name] for name in Marks._fields]
-        rows[:, where] = Marks()
+        for name, alone in Marks()._asdict().items():
+            column(rows, name)[:] = alone
         if self._marks:
             positions, marks = zip(*self._marks, strict=True)
-            rows[np.ix_(positions, where)] = marks
+            rows[np.ix_(positions, [INDEX[name] for name in Marks._fields])] = marks
             self._marks.clear()
         self._add_plan_columns(rows)
         return rows

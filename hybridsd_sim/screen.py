@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hybridsd_sim.candidates import Candidate, pool_usd_per_gpu_hour, rental_usd_per_hour
+from hybridsd_sim.candidates import Candidate, rental_usd_per_hour
 from hybridsd_sim.deployment import misfits
+from hybridsd_sim.draws import own_size
 from hybridsd_sim.errors import InputError, RunError
 from hybridsd_sim.estimates import value_at
 from hybridsd_sim.inputs import Floats, Inputs, Ints
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.policies import REASONS
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.records import FLUSH_ROWS, RAW, TOLERANCE_S, Book, PlanFacts, Records
-from hybridsd_sim.results import SimResult
+from hybridsd_sim.records import TOLERANCE_S, Book, Records
+from hybridsd_sim.results import SimResult, plan_facts
 from hybridsd_sim.scenario import ALL, Scenario
 from hybridsd_sim.workload import arrival_chunks
 
@@ -70,15 +71,9 @@ def _obstacles(scenario: Scenario, deployment: Deployment, inputs: Inputs | None
 
 def _varied(scenario: Scenario) -> bool:
     """Whether some requests ask for other steps or images than their class; only those of a trace can."""
-    specs = list(scenario.requests.values())
-    if not any(spec.arrivals.process in {"trace", "gentd26"} for spec in specs):
+    if not any(spec.arrivals.process in {"trace", "gentd26"} for spec in scenario.requests.values()):
         return False
-    steps, images = (np.array([getattr(s, name) for s in specs]) for name in ("num_inference_steps", "num_images"))
-    return any(
-        (steps[chunk.class_index] != chunk.num_inference_steps).any()
-        or (images[chunk.class_index] != chunk.num_images).any()
-        for chunk in arrival_chunks(scenario, 0)
-    )
+    return not all(own_size(scenario, chunk).all() for chunk in arrival_chunks(scenario, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +156,7 @@ class Screened:
     @cached_property
     def used(self) -> dict[tuple[str, str], Candidate]:
         """The candidates that requests were sent to, by request class and plan label."""
-        taken = {int(index) for played in self.played for index in np.unique(played.part)}
+        taken = {index for played in self.played for index in np.flatnonzero(np.bincount(played.part)).tolist()}
         options = [self.parts.options[index] for index in sorted(taken)]
         return {(option.request_class, option.plan.label): option for option in options if option is not None}
 
@@ -218,15 +213,10 @@ def _records(screened: Screened, played: Played) -> Records:
     """The rows that `simulate` would have booked."""
     scenario, parts = screened.scenario, screened.parts
     names = (tuple(scenario.requests), tuple(scenario.pools), tuple(scenario.edge))
-    book = Book(
-        Records(*names, (), REASONS, played.requests.replication), scenario.horizon_s, expected=len(played.requests)
-    )
-    numbers = [-1 if o is None else book.add_plan(_facts(screened.inputs, o)) for o in parts.options]
-    columns = _columns(scenario, parts, played, np.array(numbers))
-    raw = np.stack([np.broadcast_to(columns[name], len(played.part)) for name in RAW], axis=1)
-    for rows in np.array_split(raw, max(1, len(raw) // FLUSH_ROWS)):
-        book.write(tuple(rows.ravel().tolist()))
-        book.flush_if_full()
+    book = Book(Records(*names, (), REASONS, played.requests.replication), scenario.horizon_s)
+    facts = [o and plan_facts(scenario, screened.inputs.profiles, o) for o in parts.options]
+    numbers = [-1 if each is None else book.add_plan(each) for each in facts]
+    book.write_all(len(played.part), _columns(scenario, parts, played, np.array(numbers)))
     return book.close()
 
 
@@ -266,21 +256,3 @@ def _columns(scenario: Scenario, parts: Parts, played: Played, plan_index: Ints)
 
 def _where(happened: npt.NDArray[np.bool_], seconds: Floats) -> Floats:
     return np.where(happened, seconds, np.nan)
-
-
-def _facts(inputs: Inputs, candidate: Candidate) -> PlanFacts:
-    cost, rate = candidate.cost, None
-    if candidate.pool_index >= 0:
-        name = list(inputs.scenario.pools)[candidate.pool_index]
-        rate = pool_usd_per_gpu_hour(inputs.scenario, inputs.profiles, name)
-    return PlanFacts(
-        label=candidate.plan.label,
-        degree=candidate.degree,
-        pool_index=candidate.pool_index,
-        fleet_index=candidate.fleet_index,
-        usd=np.nan if cost.usd is None else cost.usd,
-        usd_per_gpu_s=0.0 if rate is None else rate / 3600,
-        edge_energy_j=np.nan if cost.edge_energy_j is None else cost.edge_energy_j,
-        bytes_down=cost.bytes_down,
-        quality=np.nan if candidate.quality is None else candidate.quality,
-    )

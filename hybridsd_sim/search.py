@@ -33,7 +33,7 @@ CLIMB = 8
 """Of these, at most, before one holds; the most robust plan of all is tried next."""
 TRUST = 0.72
 """Share of the traffic at which the formula is believed when it says no."""
-HEADROOMS = (TRUST, 0.8, 0.9, 1.0, 1.15, 1.35, 1.6, 2.0)
+HEADROOMS = tuple(np.geomspace(TRUST, 2.0, 31).tolist())
 """Traffic at which plans are asked to be in time, to find the most robust."""
 MUCH = 0.1
 """Share of the incumbent's dollars that is worth a leap: half of what may be saved is tried for."""

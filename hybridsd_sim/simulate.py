@@ -15,7 +15,7 @@ import numpy as np
 import simpy
 from simpy.events import Timeout
 
-from hybridsd_sim.candidates import Candidate, CandidateSet, pool_usd_per_gpu_hour, rental_usd_per_hour
+from hybridsd_sim.candidates import Candidate, CandidateSet, rental_usd_per_hour
 from hybridsd_sim.deployment import misfits
 from hybridsd_sim.draws import Draw, Draws
 from hybridsd_sim.errors import InputError, RunError
@@ -25,8 +25,8 @@ from hybridsd_sim.offers import Offers, Pricing, found_options, planned_options
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.policies import REASONS, FleetView, Policy, make_policy
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, Book, Marks, PlanFacts, Records, Sink, check_laws
-from hybridsd_sim.results import SimResult, joined
+from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, Book, Marks, Records, Sink, check_laws
+from hybridsd_sim.results import SimResult, joined, plan_facts
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.workload import stream
 
@@ -308,31 +308,13 @@ class _Run:
     def _compile(self, candidate: Candidate) -> _Route:
         pool = self._pools[candidate.pool_index] if candidate.pool_index >= 0 else None
         fleet = self._fleets[candidate.fleet_index] if candidate.fleet_index >= 0 else None
-        route = self._routes[candidate] = _Route(self._book.add_plan(self._facts(candidate)), pool, fleet)
+        facts = plan_facts(self._scenario, self._profiles, candidate)
+        route = self._routes[candidate] = _Route(self._book.add_plan(facts), pool, fleet)
         route.follow(candidate)
         route.model_key = OTHER_MODELS * self._models.index(candidate.cost.request.model)
         if pool is not None:
             route.load_s = list(self._scenario.pools.values())[candidate.pool_index].model_load_s
         return route
-
-    def _facts(self, candidate: Candidate) -> PlanFacts:
-        cost = candidate.cost
-        rate = None
-        if candidate.pool_index >= 0:
-            name = list(self._scenario.pools)[candidate.pool_index]
-            rate = pool_usd_per_gpu_hour(self._scenario, self._profiles, name)
-        return PlanFacts(
-            label=candidate.plan.label,
-            degree=candidate.degree,
-            pool_index=candidate.pool_index,
-            fleet_index=candidate.fleet_index,
-            usd=NAN if cost.usd is None else cost.usd,
-            usd_per_gpu_s=0.0 if rate is None else rate / 3600,
-            edge_energy_j=NAN if cost.edge_energy_j is None else cost.edge_energy_j,
-            bytes_down=cost.bytes_down,
-            quality=NAN if candidate.quality is None else candidate.quality,
-            batch_gpu_s=tuple(candidate.degree * s / size for size, s in enumerate(candidate.batch_s, 1)),
-        )
 
 
 def _expected_requests(scenario: Scenario) -> int:

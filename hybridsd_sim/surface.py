@@ -4,11 +4,12 @@ A *state* of a pool is a number of nodes, a cap on their load, and what kind of 
 GPUs whose residual work (E[S^2] / 2 E[S], what an arriving request still waits for) is at most so long. In a state the
 wait has a known tail: with c gangs at a time and utilisation u
 
-    P(wait > t) = C(c, u c) exp(-t / tau),    tau = residual / (c (1 - u)),
+    P(wait > t) = C(c / z, u c / z) exp(-t / tau),    tau = residual / (c (1 - u)),
 
-Erlang's C and Allen and Cunneen's scale (`queueing`). So each state serves a plan in time or does not, and the MILP
-picks one state for each pool: its cap is not a utilisation chosen by hand but the highest one at which the promise
-still holds. The caps kept for a pool are those of its own plans, at most `CAPS` for one number of nodes.
+Erlang's C, Hayward's peakedness z and Allen and Cunneen's scale (`queueing`). So each state serves a plan in time or
+does not, and the MILP picks one state for each pool: its cap is not a utilisation chosen by hand but the highest one at
+which the promise still holds. The caps kept for a pool are those of its own plans, at most `CAPS` for one number of
+nodes.
 
 An edge fleet has caps as well where its devices could be busy enough to make somebody late: one queue for all devices
 that are shared, one for each device that has an owner.
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridsd_sim.candidates import Candidate
-from hybridsd_sim.queueing import erlang_c_between
+from hybridsd_sim.queueing import EVENNESS, share_waiting
 from hybridsd_sim.scenario import EdgeFleet, Pool
 from hybridsd_sim.sizing import EDGE_IDLE, EDGE_LOAD_MOST, Sizer
 
@@ -39,8 +40,8 @@ NODE_COUNTS = 48
 """Most numbers of nodes that a pool's states span; beyond, every few."""
 ALIKE = 1.15
 """Residuals that differ by less than this factor are taken as one, the longer."""
-EVENNESS = 0.1
-"""Least squared variation of arrivals: evenly spaced requests reach a pool through links of their own."""
+BOTH = 0.5
+"""Part of the lateness that waits may cause which is a pool's, and as much its devices', where both have queues."""
 STABLE = 0.98
 """Highest cap: beyond it queues are too long to be measured."""
 LOADS = np.concatenate([np.linspace(0.02, 0.9, 45), STABLE - np.geomspace(0.078, 0.0005, 24), [STABLE]])
@@ -67,6 +68,8 @@ class Work:
     late: Floats
     hopeless: float
     allowed: float
+    rate_per_s: float
+    peakedness: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,12 +102,18 @@ class EdgeStates:
     caps: Floats
 
 
-def work_of(candidate: Candidate, spec: Pool, sizer: Sizer, within_s: float | None, allowed: float) -> Work:
-    """The candidate as its pool sees it, late where it takes longer than its SLO, or than `within_s` if given."""
+def work_of(
+    candidate: Candidate, spec: Pool, sizer: Sizer, within_s: float | None, allowed: float, alone: float = 1.0
+) -> Work:
+    """The candidate as its pool sees it, late where it takes longer than its SLO, or than `within_s` if given.
+
+    `alone` is the pool's part of the lateness that waits may cause: less than 1 where devices have queues as well.
+    """
     flow = sizer.flow(candidate)
     slack, weights = sizer.slacks(candidate, within_s)
     mine = slack >= 0.0
     late = np.exp(-slack[mine] / SCALES_S[:, None]) @ weights[mine]
+    hopeless = float(weights[~mine].sum())
     return Work(
         candidate=candidate,
         degree=candidate.degree,
@@ -112,8 +121,10 @@ def work_of(candidate: Candidate, spec: Pool, sizer: Sizer, within_s: float | No
         residual_s=flow.hold_s * max(EVENNESS, flow.arrival_cv**2) / 2.0,
         node_s=flow.hold_s / len(candidate.batch_s) / (spec.gpus_per_node // candidate.degree),
         late=late,
-        hopeless=float(weights[~mine].sum()),
-        allowed=allowed,
+        hopeless=hopeless,
+        allowed=hopeless + alone * (allowed - hopeless),
+        rate_per_s=flow.rate_per_s,
+        peakedness=flow.arrival_cv**2,
     )
 
 
@@ -124,8 +135,9 @@ def pool_states(spec: Pool | None, works: Sequence[Work], demand: float) -> Stat
     """
     if spec is None or not works:
         return States(NO_INTS, NO_FLOATS, NO_FLOATS, NO_INTS, np.empty((len(works), 0), np.bool_))
+    peakedness = _peakedness(works)
     parts = [
-        _of_kind(spec, works, nodes, residual_s, degree)
+        _of_kind(spec, works, nodes, residual_s, degree, peakedness)
         for residual_s in _residuals([work.residual_s for work in works])
         for degree in sorted({work.degree for work in works})
         for nodes in _node_counts(spec, demand)
@@ -160,11 +172,11 @@ def _node_counts(spec: Pool, demand: float) -> list[int]:
 
 
 def _of_kind(
-    spec: Pool, works: Sequence[Work], nodes: int, residual_s: float, degree: int
+    spec: Pool, works: Sequence[Work], nodes: int, residual_s: float, degree: int, peakedness: float
 ) -> tuple[Ints, Floats, Floats, Ints, npt.NDArray[np.bool_]]:
     """The states of so many nodes that see one kind of jobs: a cap for each few plans that break at it."""
     gangs = nodes * spec.availability * (spec.gpus_per_node // degree)
-    breaks = _break_points(works, gangs, residual_s, degree)
+    breaks = _break_points(works, gangs, residual_s, degree, peakedness)
     caps = _representatives(breaks[breaks > 0.0])
     served = breaks[:, None] >= caps[None, :]
     count = len(caps)
@@ -172,9 +184,16 @@ def _of_kind(
     return (np.full(count, nodes), load, np.full(count, residual_s), np.full(count, degree), served)
 
 
-def _break_points(works: Sequence[Work], gangs: float, residual_s: float, degree: int) -> Floats:
+def _peakedness(works: Sequence[Work]) -> float:
+    """The squared variation of the gaps between a pool's requests, were all classes there that can be."""
+    rates = {work.candidate.request_class: (work.rate_per_s, work.peakedness) for work in works}
+    total = sum(rate for rate, _ in rates.values())
+    return sum(rate * peakedness for rate, peakedness in rates.values()) / total if total else 1.0
+
+
+def _break_points(works: Sequence[Work], gangs: float, residual_s: float, degree: int, peakedness: float) -> Floats:
     """For each plan the highest utilisation at which it is still in time; 0 where there is none."""
-    waits = _erlang(round(gangs, 9))
+    waits = _waiting(round(gangs, 9), round(peakedness, 6))
     scale = residual_s / (gangs * (1.0 - LOADS))
     late = np.array([np.interp(np.log(scale), np.log(SCALES_S), work.late) for work in works])
     hopeless, allowed = (np.array([getattr(work, key) for work in works]) for key in ("hopeless", "allowed"))
@@ -206,20 +225,24 @@ def edge_states(
 
 
 def edge_cap(option: Candidate, fleet: EdgeFleet, sizer: Sizer, within_s: float | None, allowed: float) -> float:
-    """The most of the time that an edge fleet may be busy for a plan to be in time there; 0 where it never is."""
+    """The most of the time that an edge fleet may be busy for a plan to be in time there; 0 where it never is.
+
+    Half of the lateness that waits may cause is left to the queue of its pool, if it uses one.
+    """
     queues = fleet.replicas if fleet.ownership == "shared" else 1
     slack, weights = sizer.slacks(option, within_s)
     mine = slack >= 0.0
     scale = option.edge_s / 2.0 / (queues * (1.0 - LOADS))
-    late = _erlang(float(queues)) * (np.exp(-slack[mine] / scale[:, None]) @ weights[mine])
-    holds = late + weights[~mine].sum() <= allowed
+    late = _waiting(float(queues), 1.0) * (np.exp(-slack[mine] / scale[:, None]) @ weights[mine])
+    part = BOTH if option.pool_index >= 0 else 1.0
+    holds = late <= part * (allowed - weights[~mine].sum())
     return min(float(LOADS[holds].max(initial=0.0)), EDGE_LOAD_MOST)
 
 
 @lru_cache(maxsize=4096)
-def _erlang(gangs: float) -> Floats:
-    """Erlang's C over `LOADS`."""
-    return np.array([erlang_c_between(gangs, load * gangs) for load in LOADS])
+def _waiting(gangs: float, peakedness: float) -> Floats:
+    """The share of requests that wait, over `LOADS`."""
+    return np.array([share_waiting(gangs, load * gangs, peakedness) for load in LOADS])
 
 
 def _representatives(breaks: Floats) -> Floats:

@@ -32,6 +32,7 @@ __all__ = [
     "GenTD26Generator",
     "Trace",
     "TraceSummary",
+    "all_arrivals",
     "arrival_chunks",
     "arrival_source",
     "arrivals",
@@ -100,6 +101,13 @@ def arrival_chunks(scenario: Scenario, replication: int) -> Iterator[ArrivalChun
     _check(scenario)
     size = max(256, CHUNK // len(scenario.requests))
     return _merge([_of_class(scenario, index, replication, size) for index in range(len(scenario.requests))])
+
+
+def all_arrivals(scenario: Scenario, replication: int) -> ArrivalChunk:
+    """Every arrival of a replication at once: `arrival_chunks` in one piece, empty where nobody asks."""
+    reals, wholes = np.empty(0), np.empty(0, np.int16)
+    nobody = ArrivalChunk(reals, wholes, reals, reals, reals, wholes, wholes, wholes)
+    return _joined([nobody, *arrival_chunks(scenario, replication)])
 
 
 def _check(scenario: Scenario) -> None:

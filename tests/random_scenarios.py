@@ -36,6 +36,8 @@ LAYOUTS = ("gangs", "two pools", "two classes", "two of both", "day")
 """Two classes on gangs of one or two GPUs; one on two such pools; two classes on one pool or two; a heavy day."""
 REQUESTS = 1400
 """Requests of one simulation, about."""
+HEAVY = 46.0
+"""Work of four pictures of 1024 px in 50 steps, against one of 512 px in 25."""
 DAY_S = 86_400.0
 
 
@@ -45,11 +47,13 @@ def random_scenario(seed: int) -> Scenario:
     layout = LAYOUTS[seed % len(LAYOUTS)]
     pools = _pools(rng, layout)
     edge = _edge(rng, layout)
-    work = 60.0 if layout == "day" else 1.0  # four pictures of 1024 px in 50 steps, against one of 512 px in 25
-    requests = _requests(rng, layout, list(edge), work=work, capacity=_capacity_per_s(pools) / work)
+    fastest_s = min(GPUS[name][1] for name in pools)
+    requests = _requests(rng, layout, list(edge), fastest_s=fastest_s, capacity_per_s=_capacity_per_s(pools))
     total_per_s = sum(spec["arrivals"]["rate_per_s"] for spec in requests.values())
     replications = 1 if layout == "day" else 2
-    horizon_s = DAY_S if layout == "day" else round(REQUESTS / replications / total_per_s, 1)
+    longest_s = max(spec["slo_s"] or 0.0 for spec in requests.values())
+    horizon_s = max(REQUESTS / replications / total_per_s, 10.0 * longest_s)
+    horizon_s = DAY_S if layout == "day" else round(horizon_s, 1)
     gangs = layout in {"gangs", "two pools"}
     return Scenario(
         name=f"random-{seed}",
@@ -109,16 +113,17 @@ def _capacity_per_s(pools: dict[str, dict[str, Any]]) -> float:
 
 
 def _requests(
-    rng: np.random.Generator, layout: str, origins: list[str], *, work: float, capacity: float
+    rng: np.random.Generator, layout: str, origins: list[str], *, fastest_s: float, capacity_per_s: float
 ) -> dict[str, dict[str, Any]]:
     heavy = layout == "day"
-    demand = capacity * float(rng.uniform(0.2, 1.1)) / len(origins)
+    work = HEAVY if heavy else 1.0
+    demand = capacity_per_s / work * float(rng.uniform(0.2, 1.1)) / len(origins)
     requests = {}
     for index, origin in enumerate(origins):
         size_px, steps, images = (1024, 50, 4) if heavy else (512, 25, 1)
         _, _, edge_s, edge_j = EDGES[origin]
         models = 2 if layout in {"two classes", "day"} else 1
-        slo_s = max(0.7, edge_s * float(np.exp(rng.uniform(np.log(0.2), np.log(1.5))))) * work
+        slo_s = work * max(1.4 * fastest_s + 0.1, edge_s * float(np.exp(rng.uniform(np.log(0.2), np.log(1.5)))))
         requests[f"class-{index}"] = {
             "origin": origin,
             "model": "sd14",

@@ -5,10 +5,12 @@ combination under 99% of the dollars of the optimiser's plan holds every promise
 optimiser says that nothing holds, any combination refutes it. The same rule judges both sides: the scenario's own
 requests, replications added while a promise is undecided.
 
-Nothing is left out by what a formula thinks. Left out is what dollars settle, and what is settled by a smaller
+Nothing is left out by what a formula thinks. Left out is what dollars settle, and what is settled by another
 combination: nodes of a pool that no plan uses serve nobody and only raise the rent; a plan whose pool has no nodes
-serves nobody. The compiled recursion, which gives what SimPy gives, goes through all numbers of replications at which
-the rule may stop; a combination that is late at each of them does not hold. What is left is simulated by SimPy.
+serves nobody. Nor does a combination count whose requests hold GPUs, or edge devices, for longer than there are: its
+queue grows without end, though a run may be over before anybody is late. The compiled recursion, which gives what SimPy
+gives, goes through all numbers of replications at which the rule may stop; a combination that is late at each of them
+does not hold. What is left is simulated by SimPy.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import pytest
-from random_scenarios import LAYOUTS, random_scenario
 
 from hybridsd_sim import Profiles, Scenario
 from hybridsd_sim.candidates import Candidate, CandidateSet, find_candidates
@@ -31,6 +32,8 @@ from hybridsd_sim.planner import Planner
 from hybridsd_sim.screen import screen, why_not
 from hybridsd_sim.search import Found
 from hybridsd_sim.sizing import Sizer
+from hybridsd_sim.workload import mean_rate_per_s
+from random_scenarios import LAYOUTS, random_scenario
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +83,9 @@ class Trial:
     def row(self) -> str:
         refuting = min(self.refuting, key=lambda one: one.usd_per_hour).text if self.refuting else ""
         numbers = f"{self.combinations:>12} {self.simulated:>10} {self.evaluations:>11}"
-        return f"{self.seed:>4}  {LAYOUTS[self.seed % len(LAYOUTS)]:<12} {self.usd_per_hour:>9.3f} {numbers}  {refuting}"
+        return (
+            f"{self.seed:>4}  {LAYOUTS[self.seed % len(LAYOUTS)]:<12} {self.usd_per_hour:>9.3f} {numbers}  {refuting}"
+        )
 
 
 @dataclass(slots=True)
@@ -145,8 +150,22 @@ def combinations(
         for nodes in product(*counts):
             replicas = dict(zip(names, nodes, strict=True))
             usd = egress + sum(count * sizer.unit_rent[name] for name, count in replicas.items())
-            if usd < below_usd_per_hour:
+            if usd < below_usd_per_hour and steady(scenario, plans, replicas):
                 yield Combination(dict(zip(scenario.requests, plans, strict=True)), replicas, usd)
+
+
+def steady(scenario: Scenario, plans: Sequence[Candidate], replicas: Mapping[str, int]) -> bool:
+    """Whether pools and edge fleets have the time that the requests ask for, at the mean rates."""
+    free = [count * scenario.pools[name].availability for name, count in replicas.items()]
+    idle = [float(fleet.replicas) for fleet in scenario.edge.values()]
+    for option in plans:
+        rate = mean_rate_per_s(scenario.requests[option.request_class].arrivals)
+        if option.pool_index >= 0:
+            gangs = list(scenario.pools.values())[option.pool_index].gpus_per_node // option.degree
+            free[option.pool_index] -= rate * option.cloud_s / gangs
+        if option.fleet_index >= 0:
+            idle[option.fleet_index] -= rate * option.edge_s
+    return min([*free, *idle]) >= 0.0
 
 
 def size(scenario: Scenario, found: CandidateSet) -> int:

@@ -310,11 +310,12 @@ def taken_away(*lives_s: float, replacement_s: float) -> Preemption:
     return Preemption(lambda _: next(left, 1e9), replacement_s)
 
 
-def test_a_lost_job_starts_again_on_the_next_node() -> None:
-    """Its work is to be done again in full, before those who waited; what it held so far is counted as lost."""
+@pytest.mark.parametrize("discipline", DISCIPLINES)
+def test_a_lost_job_starts_again_on_the_next_node(discipline: str) -> None:
+    """Its work is to be done again in full, before its equals who waited; what it held so far is counted as lost."""
     lost, waiting = Job(0, 2, 10.0), Job(1, 2, 1.0)
     preemption = taken_away(4.0, replacement_s=3.0)
-    run_pool([(0.0, lost), (1.0, waiting)], nodes=1, gpus=2, preemption=preemption, until=100.0)
+    run_pool([(0.0, lost), (1.0, waiting)], nodes=1, gpus=2, preemption=preemption, until=100.0, discipline=discipline)
 
     assert (lost.cloud_ready_s, lost.cloud_start_s, lost.cloud_stop_s) == (0.0, 7.0, 17.0)
     assert (lost.restarts, lost.lost_gpu_s) == (1, 8.0)
@@ -344,6 +345,23 @@ def test_a_new_node_holds_no_model() -> None:
 
     assert [job.load_s for job in done] == [0.5, 0.5]
     assert done[1].cloud_stop_s == 5.0 + 0.5 + 5.0
+
+
+def test_a_request_that_led_no_batch_keeps_its_own_load() -> None:
+    """Whoever rode along in a batch that was lost loads its model itself when it starts alone later."""
+    route = Route((2.0, 3.0))
+    starter, urgent, first, other, last = (Job(n, 1, 2.0, 10.0 * n) for n in range(5))
+    for job in (urgent, first, last):
+        job.route, job.model_key = route, 1
+    for job in (starter, urgent, first, other, last):
+        job.load_s = 0.5
+    jobs = [(0.0, starter), (0.1, first), (0.1, last), (3.0, urgent), (3.0, other)]
+    preemption = taken_away(4.0, replacement_s=1.0)
+    run_pool(jobs, nodes=1, discipline="edf", resident_models=1, preemption=preemption, until=50.0)
+
+    assert (first.restarts, last.restarts) == (1, 1)
+    assert urgent.gang == first.gang == (urgent, first)
+    assert [job.load_s for job in (urgent, first, other, last)] == [0.5] * 4
 
 
 def test_a_head_reserves_no_node_that_is_away_before_it_is_back() -> None:
@@ -398,6 +416,32 @@ def test_a_node_that_is_away_runs_nothing(
             begin_s = end_s + replacement
             assert job.cloud_stop_s <= end_s or job.cloud_start_s >= begin_s
         assert job.restarts or not job.lost_gpu_s
+
+
+@given(routed_strategy, st.sampled_from(DISCIPLINES), st.lists(st.integers(1, 9), max_size=8))
+def test_a_pool_that_is_done_shows_nothing_outstanding(
+    drawn: list[tuple[int, int, int, int]], discipline: str, lives: list[int]
+) -> None:
+    """Whatever was batched or lost: what the view counts up, it counts down again, and it counts nobody twice."""
+    env, view_of, done = simpy.Environment(), [], []
+
+    def check(job: Job) -> None:
+        done.append(job)
+        assert 0 <= view_of[0].queued <= len(drawn) - len(done)
+        assert view_of[0].backlog_gpu_s >= -1e-9
+
+    preemption = taken_away(*(life + 0.37 for life in lives), replacement_s=3.0)
+    pool: Pool[Job] = Pool(env, nodes=2, gpus_per_node=2, discipline=discipline, done=check, preemption=preemption)
+    view_of.append(pool.view)
+    for at, job in routed_jobs(drawn):
+        job.work = 1.0
+        env.timeout(at).callbacks.append(lambda _, job=job: pool.submit(job))
+    env.run(until=1e4)
+    view = pool.view
+
+    assert len(done) == len(drawn)
+    assert (view.queued, view.busy_gpus, view.largest_free) == (0, 0, 2)
+    assert (view.declared_work, view.backlog_gpu_s, view.busy_until_gpu_s) == pytest.approx((0.0, 0.0, 0.0), abs=1e-6)
 
 
 @pytest.mark.parametrize("load", [0.3, 1.0, 2.0])

@@ -456,6 +456,19 @@ def test_pools_by_hand():
     assert row["queue_wait_mean_s"] == pytest.approx((5.0 + 0.0) / 2)
 
 
+def test_a_batch_keeps_its_gang_busy_once():
+    """Two requests on one gang of two are as busy as one; what was lost with a node counts on top."""
+    one, two = recorded(np.array([10.0]), degree=2), recorded(np.array([10.0, 10.0]), degree=2, batch_size=2)
+    lost = recorded(np.array([10.0]), degree=2, restarts=1, lost_gpu_s=20.0)
+    for records in (one, two, lost):
+        records.table[:, INDEX["cloud_ready_s"]] = records.table[:, INDEX["cloud_start_s"]] = 20.0
+        records.table[:, INDEX["cloud_stop_s"]] = 50.0
+    busy = [pool_table(world(), "fixed", [each], {"a100": 1})["utilisation"].iloc[0] for each in (one, two, lost)]
+
+    assert busy == pytest.approx([2 * 30 / 200, 2 * 30 / 200, (2 * 30 + 20) / 200])
+    assert utilisation_series(two, 0, 2, 100.0, 1)[1] == pytest.approx([0.3])
+
+
 def test_a_pool_without_nodes_has_no_utilisation():
     """Nothing rented is neither idle nor busy, and a scenario without pools has an empty table."""
     frame = pool_table(world(), "fixed", [recorded(np.empty(0))], {"a100": 0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hybridsd_sim.capacity import dominates
 from hybridsd_sim.plan import Deployment, deployment_from_dict
 from hybridsd_sim.scenario import dump_yaml, load_scenario, load_yaml
 from hybridsd_sim.sizing import Sizer
+from hybridsd_sim.store import Store
 
 
 def short(scenario: Scenario, **changes: Any) -> Scenario:
@@ -95,19 +97,21 @@ def test_the_explanation_says_what_to_rent_and_why(plan: CapacityPlan) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"requests__picture__slo_s": 0.5}, "with an SLO of"),
-        ({"requests__picture__quality_floor": 0.31}, "with a quality floor of 0.2993"),
-        ({"pools__a100__replicas_max": 1}, "replicas_max of 1"),
-        ({"budget__usd_per_hour": 4.0}, "would pay for the plan shown"),
+        ({"requests__picture__slo_s": 0.5}, "SLO of picture: 0.709 s instead of 0.5 s would do"),
+        ({"requests__picture__quality_floor": 0.31}, "Quality floor of picture: 0.2993 CLIP instead of 0.31"),
+        ({"pools__a100__replicas_max": 1}, "Nodes of pool a100: 3 nodes instead of 1 nodes would do"),
+        ({"budget__usd_per_hour": 4.0}, "Budget: 10.31 USD/h instead of 4 USD/h would do"),
     ],
 )
 def test_an_infeasible_scenario_says_what_binds_and_what_would_lift_it(
     quickstart: Scenario, profiles: Profiles, changes: dict[str, Any], words: str
 ) -> None:
-    """A plan is still returned, marked infeasible, with the change that would help."""
+    """A plan is still returned, marked infeasible, with what conflicts and the change that would help."""
     plan = optimize(short(quickstart, **changes), profiles)
 
     assert not plan.feasible
+    assert plan.conflict
+    assert not plan.frontier
     assert plan.explanation[0].startswith("No plan holds every promise")
     assert any(words in sentence for sentence in plan.explanation), plan.explanation
 
@@ -146,10 +150,9 @@ def test_the_formula_agrees_with_the_simulation_where_it_should(quickstart: Scen
     scenario = quickstart.with_overrides({"horizon_s": 900.0, "replications": 2})
     sizer = Sizer(scenario, profiles)
     option = next(o for o in find_candidates(scenario, profiles).by_class["picture"] if o.cloud_steps == 10)
-    sizing = sizer.with_replicas(sizer.size({"picture": option}), {"a100": 3})
-    result = simulate(
-        scenario, profiles, policy="planned", plan=Deployment.pure(sizing.replicas, {"picture": option.plan})
-    )
+    sizing = sizer.assess({"picture": ((1.0, option),)}, {"a100": 3})
+    deployment = Deployment.pure({"a100": 3}, {"picture": option.plan})
+    result = simulate(scenario, profiles, policy="planned", plan=deployment)
     simulated = float(result.summary.xs("all", level="request_class").iloc[0]["latency_p95_s"])
 
     assert sizer.quantile(sizing, 0.95) == pytest.approx(simulated, rel=0.1)
@@ -165,3 +168,68 @@ def test_the_answer_does_not_depend_on_who_runs_the_simulations(quickstart: Scen
     assert repr(apart.evidence) == repr(together.evidence)  # NaN is not equal to itself, but prints the same
     for name, result in together.baseline_results.items():
         assert result.replications[0].rows().tobytes() == apart.baseline_results[name].replications[0].rows().tobytes()
+
+
+def test_the_store_changes_nothing_but_the_time(quickstart: Scenario, profiles: Profiles, tmp_path: Path) -> None:
+    """With a cold store, with a warm one and without any the plan is the same to the bit."""
+    store = Store(tmp_path)
+    plans = [optimize(short(quickstart), profiles, store=given) for given in (None, store, store)]
+
+    assert len({repr(plan.evidence) for plan in plans}) == 1
+    assert len({plan.explanation for plan in plans}) == 1
+    assert len({plan.chosen_result.replications[0].rows().tobytes() for plan in plans}) == 1
+
+
+def test_what_is_around_the_plan_belongs_to_it(plan: CapacityPlan) -> None:
+    """Frontier, savings, margins, sensitivity and confidence speak of the plan that was chosen."""
+    assert {saving.other for saving in plan.savings} == {"cloud only", "edge only", "static switch 40%"}
+    assert any(point.usd_per_hour == pytest.approx(plan.usd_per_hour) for point in plan.frontier)
+    assert all(variation.result.deployment.replicas == plan.replicas_opt for variation in plan.sensitivity)
+    assert plan.confidence is not None
+    assert 0.0 <= plan.confidence.probability <= 1.0
+    assert plan.bound_usd_per_hour is not None
+    assert plan.margins
+    assert not plan.conflict
+
+
+def test_a_plan_at_a_confidence_holds_that_surely(quickstart: Scenario, profiles: Profiles, plan: CapacityPlan) -> None:
+    """Asked for 95%, the plan is surer than the one at the medians, and costs no less."""
+    sure = optimize(short(quickstart, budget__confidence=0.95), profiles)
+
+    assert sure.feasible
+    assert sure.confidence is not None
+    assert sure.confidence.probability >= 0.95
+    assert (sure.usd_per_hour or 0) >= (plan.usd_per_hour or 0)
+
+
+def test_a_robust_plan_holds_in_every_scenario(profiles: Profiles, plan: CapacityPlan) -> None:
+    """One plan for the base, the busy hour and the slow network: it holds in each, on the nodes of the busy hour."""
+    base = {"horizon_s": 150.0, "warmup_s": 20.0, "replications": 2}
+    others = {name: load_scenario("quickstart", scenario=name, overrides=base) for name in ("busy", "slow-network")}
+    robust = optimize(load_scenario("quickstart", overrides=base), profiles, robust=others)
+
+    assert robust.feasible
+    assert [variation.name for variation in robust.robust] == ["busy", "slow-network"]
+    assert all(variation.result.feasible for variation in robust.robust)
+    assert robust.replicas_opt["a100"] > plan.replicas_opt["a100"]
+
+
+def test_spot_and_on_demand_nodes_share_the_requests(profiles: Profiles) -> None:
+    """Where spot nodes are cheap but few the rest is served on demand, and preemption is played when it is tried."""
+    own = {"gpu": "a100-sxm-80gb", "runtime": "compiled", "usd_per_gpu_hour": 1.2, "purchase": "spot"}
+    spot = {**own, "replicas_max": 2, "preemptions_per_node_hour": 0.2}
+    scenario = load_scenario("quickstart", overrides={"pools.spot": spot, "replications": 2, "horizon_s": 300})
+    plan = optimize(scenario, profiles)
+
+    assert plan.feasible
+    assert plan.replicas_opt["spot"] >= 1
+    assert (plan.usd_per_hour or 0) < 10.29
+
+
+def test_batches_serve_more_on_the_same_nodes(quickstart: Scenario, profiles: Profiles) -> None:
+    """Allowed to denoise several pictures together, the plan needs no more nodes, and each class keeps its promise."""
+    alone = optimize(short(quickstart, requests__picture__edge_energy_j=4.0), profiles)
+    together = optimize(short(quickstart, requests__picture__edge_energy_j=4.0, search__batch_caps=[1, 4]), profiles)
+
+    assert together.feasible
+    assert (together.usd_per_hour or 0) <= (alone.usd_per_hour or 0)
