@@ -40,7 +40,8 @@ def own_size(scenario: Scenario, chunk: ArrivalChunk) -> npt.NDArray[np.bool_]:
     specs = list(scenario.requests.values())
     steps, images = (np.array([getattr(s, name) for s in specs]) for name in ("num_inference_steps", "num_images"))
     same_steps: npt.NDArray[np.bool_] = steps[chunk.class_index] == chunk.num_inference_steps
-    return same_steps & (images[chunk.class_index] == chunk.num_images)
+    same_steps &= images[chunk.class_index] == chunk.num_images
+    return same_steps
 
 
 class Draws:

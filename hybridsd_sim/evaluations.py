@@ -45,7 +45,7 @@ Parts = Mapping[str, Sequence[tuple[float, Candidate]]]
 
 _drawn: deque[Inputs] = deque()
 """Requests of the scenarios screened last: drawing them takes longer than screening a deployment."""
-KEPT_REQUESTS = 1_000_000
+KEPT_REQUESTS = 500_000
 """Requests that are kept drawn, some 100 bytes each."""
 
 

@@ -27,14 +27,13 @@ from hybridsd_sim.milp import Answer, Condition, Formulation
 from hybridsd_sim.planner import Planner, quickest
 from hybridsd_sim.search import deployment_of
 from hybridsd_sim.sizing import Sizing
-from hybridsd_sim.variants import first_that, goal_of, latency_limits_s, whole_condition
+from hybridsd_sim.variants import BIG, first_that, goal_of, latency_limits_s, whole_condition
 
 NAME = "frontier"
 Fleet = tuple[int, ...]
 """Nodes of each pool, in the scenario's order."""
-SOLVES, SOLVES_BIG = 200, 40
-"""Programs that one frontier solves at most; with `BIG` columns or more, far fewer."""
-BIG = 2000
+SOLVES, SOLVES_BIG = 200, 24
+"""Programs that one frontier solves at most; of big formulations, far fewer."""
 FLEETS = 9
 """Rents between the cheapest and the dearest fleet at which the best quality is looked for."""
 FLEETS_TRIED = 14

@@ -15,12 +15,12 @@ from dataclasses import replace
 from hybridsd_sim.capacity import Evaluated, Margin
 from hybridsd_sim.milp import GAP, Answer, Condition, Formulation, Goal
 from hybridsd_sim.planner import Planner
-from hybridsd_sim.variants import agreeing_headroom, first_that, latency_limits_s, solve, varied, whole_condition
+from hybridsd_sim.variants import BIG, agreeing_headroom, first_that, latency_limits_s, solve, varied, whole_condition
 
 DOLLARS, SECONDS, CLIP, TRAFFIC = 1.0, 1.0, 0.005, 0.1
 """The steps: USD an hour, seconds of SLO, CLIP score of every floor, and share of the traffic."""
-LATENCIES = 64
-"""Latencies that the fastest plan is looked for among, a few per cent apart."""
+LATENCIES, LATENCIES_BIG = 48, 8
+"""Latencies that the fastest plan is looked for among, a few per cent apart; fewer for big formulations."""
 
 
 def margins(planner: Planner, chosen: Evaluated) -> tuple[Margin, ...]:
@@ -71,7 +71,8 @@ def _of_money(planner: Planner, condition: Condition, base: Answer, headroom: fl
     rent = sum(count * planner.sizer.unit_rent[name] for name, count in base.replicas.items() if count)
     if not math.isfinite(rent):
         return
-    limits_s = latency_limits_s(condition, LATENCIES)
+    whole = Formulation([condition])
+    limits_s = latency_limits_s(condition, LATENCIES if whole.size < BIG else LATENCIES_BIG)
 
     def fits(level: int, dollars: float) -> bool:
         formulation = Formulation([replace(condition, within_s=limits_s[level])])
@@ -79,11 +80,11 @@ def _of_money(planner: Planner, condition: Condition, base: Answer, headroom: fl
 
     first = first_that(lambda level: fits(level, rent), len(limits_s))
     if first < len(limits_s):
-        then = first_that(lambda level: fits(level, rent + DOLLARS), first)
+        sooner = first > 0 and fits(first - 1, rent + DOLLARS)
+        then = first_that(lambda level: fits(level, rent + DOLLARS), first - 1) if sooner else first
         yield Margin("one more dollar an hour", "latency_p95_s", limits_s[first], limits_s[then])
-    formulation = Formulation([condition])
     goals = [Goal(minimise="quality_loss", usd_per_hour=rent + more, headroom=headroom) for more in (0.0, DOLLARS)]
-    before, after = (_quality(planner, formulation.solve(goal)) for goal in goals)
+    before, after = (_quality(planner, whole.solve(goal)) for goal in goals)
     if before is not None and after is not None:
         yield Margin("one more dollar an hour", "quality", before, max(before, after))
 

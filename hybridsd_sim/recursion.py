@@ -23,11 +23,12 @@ Ints = npt.NDArray[np.int64]
 Nodes = tuple[Ints, Ints, Ints, Ints, Ints]
 """Free GPUs of each node; then buckets of nodes with the same number of free GPUs, each a list in order of entry: the
 node after and before each node, the first and the last of each bucket; -1 ends a list."""
-Running = tuple[Floats, Ints, Ints]
-"""A heap of running jobs, the first to end first: end, number in the order of starts, node and GPUs in one number."""
+Heap = tuple[Floats, Ints, Ints]
+"""A heap of times, the first first: time, key that decides between equal times, and what is at that time. Of running
+jobs it has the end, the number in the order of starts, and node and GPUs in one number."""
+NOTHING = 0
+"""Times another number it is a number like others; of a constant alone the compiler makes a version of its own."""
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
-SMALL_GROUP = 64
-"""Requests of one device that are put in order by insertion; more are sorted properly."""
 
 
 def compiled(function: FunctionT) -> FunctionT:
@@ -72,16 +73,33 @@ def pool_queue(jobs: Queue, *, nodes: int, gpus_per_node: int, discipline: str, 
     if nodes == 0 or not len(jobs.turn):
         return
     if gpus_per_node == 1:  # whoever waits needs the same: nobody can pass anybody
-        one_gpu_queue(jobs, nodes, cold_start_s, 0)
-    elif discipline == "fifo" or len(np.unique(jobs.degree[jobs.part[jobs.turn]])) == 1:
-        node_queue(jobs, nodes, gpus_per_node, cold_start_s)
+        one_gpu_queue(jobs, _idle(nodes, cold_start_s), 0)
+        return
+    state, running = _all_free(nodes, gpus_per_node), _idle(nodes * gpus_per_node)
+    if discipline == "fifo" or len(np.unique(jobs.degree[jobs.part[jobs.turn]])) == 1:
+        node_queue(jobs, state, running, cold_start_s)
     else:
-        reserving_queue(jobs, nodes, gpus_per_node, cold_start_s, int(discipline == "backfill"))
+        free_s = np.full((nodes, gpus_per_node), cold_start_s)
+        reserving_queue(jobs, state, running, free_s, cold_start_s, int(discipline == "backfill"))
 
 
 def shared_devices(requests: Queue, replicas: int) -> None:
     """Start requests on the devices of an edge fleet that anybody may use."""
-    one_gpu_queue(requests, min(replicas, len(requests.turn)), 0.0, 1)
+    one_gpu_queue(requests, _idle(min(replicas, len(requests.turn))), 1)
+
+
+def _idle(servers: int, open_s: float = 0.0) -> Heap:
+    """A heap with room for as many as `servers`, or of servers that nobody has used and that are free from `open_s`."""
+    return np.full(servers, open_s), np.arange(servers) - servers, np.arange(servers)
+
+
+def _all_free(nodes: int, gpus: int) -> Nodes:
+    """Buckets of nodes that are all free."""
+    after, before = np.arange(1, nodes + 1), np.arange(-1, nodes - 1)
+    after[-1] = -1
+    first, last = np.full(gpus + 1, -1), np.full(gpus + 1, -1)
+    first[gpus], last[gpus] = 0, nodes - 1
+    return np.full(nodes, gpus), after, before, first, last
 
 
 @compiled
@@ -135,29 +153,20 @@ def _rise(free_s: Floats, key: Ints, which: Ints, hole: int) -> None:
 
 
 @compiled
-def one_gpu_queue(jobs: Queue, servers: int, open_s: float, by_device: int) -> None:
-    """Each job takes the server that has been free longest; servers are free from `open_s` on.
+def one_gpu_queue(jobs: Queue, servers: Heap, by_device: int) -> None:
+    """Each job takes the server that has been free longest.
 
     Servers freed together are taken in the order of their last starts, or by number.
     """
     ready_s, part, hold_s, start_s, server = jobs.ready_s, jobs.part, jobs.hold_s, jobs.start_s, jobs.server
-    free_s, key, which = np.full(servers, open_s), np.arange(servers) - servers, np.arange(servers)
-    for place, job in enumerate(jobs.turn):
+    free_s, key, which = servers
+    for place in range(len(jobs.turn)):
+        job = jobs.turn[place]
         start_s[job] = max(ready_s[job], free_s[0])
         server[job] = which[0]
         free_s[0] = start_s[job] + hold_s[part[job]]
         key[0] = which[0] if by_device else place
-        _sink(free_s, key, which, servers)
-
-
-@compiled
-def _all_free(nodes: int, gpus: int) -> Nodes:
-    """Buckets of nodes that are all free."""
-    after, before = np.arange(1, nodes + 1), np.arange(-1, nodes - 1)
-    after[-1] = -1
-    first, last = np.full(gpus + 1, -1), np.full(gpus + 1, -1)
-    first[gpus], last[gpus] = 0, nodes - 1
-    return np.full(nodes, gpus), after, before, first, last
+        _sink(free_s, key, which, len(free_s))
 
 
 @compiled
@@ -193,7 +202,7 @@ def _fit(state: Nodes, degree: int) -> int:
 
 
 @compiled
-def _begin(state: Nodes, heap: Running, size: int, number: int, node: int, gang: int, stop: float) -> int:
+def _begin(state: Nodes, heap: Heap, size: int, number: int, node: int, gang: int, stop: float) -> int:
     """Give the job that starts as the `number`-th its GPUs until `stop`; how many jobs run now."""
     stop_s, key, where = heap
     _move(state, node, -gang)
@@ -203,7 +212,7 @@ def _begin(state: Nodes, heap: Running, size: int, number: int, node: int, gang:
 
 
 @compiled
-def _release(state: Nodes, heap: Running, size: int) -> int:
+def _release(state: Nodes, heap: Heap, size: int) -> int:
     """Free the GPUs of the job that ends first; how many jobs run now."""
     stop_s, key, where = heap
     node, gang = divmod(where[0], len(state[3]))
@@ -215,17 +224,11 @@ def _release(state: Nodes, heap: Running, size: int) -> int:
 
 
 @compiled
-def _running(gpus: int) -> Running:
-    """An empty heap of running jobs."""
-    return np.empty(gpus), np.empty(gpus, np.int64), np.empty(gpus, np.int64)
-
-
-@compiled
-def node_queue(jobs: Queue, nodes: int, gpus: int, open_s: float) -> None:
+def node_queue(jobs: Queue, state: Nodes, heap: Heap, open_s: float) -> None:
     """Gangs in strict order: the head waits for its GPUs and everybody behind it waits too."""
-    state, heap = _all_free(nodes, gpus), _running(nodes * gpus)
-    size, now = 0, open_s
-    for place, job in enumerate(jobs.turn):
+    size, now = NOTHING * len(jobs.turn), open_s
+    for place in range(len(jobs.turn)):
+        job = jobs.turn[place]
         if jobs.ready_s[job] > now:
             now = jobs.ready_s[job]
             while size > 0 and heap[0][0] <= now:
@@ -243,16 +246,15 @@ def node_queue(jobs: Queue, nodes: int, gpus: int, open_s: float) -> None:
 
 
 @compiled
-def reserving_queue(jobs: Queue, nodes: int, gpus: int, open_s: float, backfill: int) -> None:
+def reserving_queue(jobs: Queue, state: Nodes, heap: Heap, free_s: Floats, open_s: float, backfill: int) -> None:
     """Gangs where a head that does not fit reserves the node it can have soonest.
 
-    Those behind it use the other nodes, and with `backfill` also a reserved one that they leave in time.
+    Those behind it use the other nodes, and with `backfill` also a reserved one that they leave in time. `free_s` is
+    when each GPU of a node is free, the first first.
     """
-    count = len(jobs.turn)
-    state, heap = _all_free(nodes, gpus), _running(nodes * gpus)
-    free_s = np.full((nodes, gpus), open_s)  # when each GPU of a node is free, the first first
-    queue = np.empty(count, np.int64)
-    size = head = tail = started = 0
+    count, nodes = len(jobs.turn), len(free_s)
+    queue, held, reserved_s = np.empty(count, np.int64), np.empty(nodes, np.int64), np.empty(nodes)
+    size = head = tail = started = none = NOTHING * count
     while tail < count or (size > 0 and head < tail):
         if tail == count or (size > 0 and heap[0][0] <= jobs.ready_s[jobs.turn[tail]]):
             now = heap[0][0]
@@ -263,18 +265,20 @@ def reserving_queue(jobs: Queue, nodes: int, gpus: int, open_s: float, backfill:
             tail += 1
             if now == open_s and tail < count and jobs.ready_s[jobs.turn[tail]] < open_s:
                 continue  # the pool opens with everybody who is there by then
-        reserved_s, held, number, place, kept = np.full(nodes, -1.0), np.empty(nodes, np.int64), 0, head, head
+        for node in range(nodes):
+            reserved_s[node] = -1.0
+        number, place, kept = none, head, head
         while place < tail and number < nodes:
             job = jobs.turn[queue[place]]
             gang, stop_s = jobs.degree[jobs.part[job]], now + jobs.hold_s[jobs.part[job]]
             node = _fit_beside(state, gang, reserved_s)
             if node < 0 and backfill:
-                node = _fit_before(state[0], gang, stop_s, reserved_s, held[:number])
+                node = _fit_before(state[0], gang, stop_s, reserved_s, held, number)
             if node >= 0:
                 jobs.start_s[job], jobs.server[job] = now, node
                 size = _begin(state, heap, size, started, node, gang, stop_s)
                 started += 1
-                _occupy(free_s[node], gang, stop_s)
+                _occupy(free_s, node, gang, stop_s)
             else:
                 queue[kept] = queue[place]
                 kept += 1
@@ -301,9 +305,10 @@ def _fit_beside(state: Nodes, degree: int, reserved_s: Floats) -> int:
 
 
 @compiled
-def _fit_before(free: Ints, degree: int, stop_s: float, reserved_s: Floats, held: Ints) -> int:
+def _fit_before(free: Ints, degree: int, stop_s: float, reserved_s: Floats, held: Ints, number: int) -> int:
     """A reserved node that a job would have left before the reservation begins; -1 if there is none."""
-    for node in held:
+    for place in range(number):
+        node = held[place]
         if free[node] >= degree and stop_s <= reserved_s[node]:
             return int(node)
     return -1
@@ -322,46 +327,42 @@ def _reserve(free_s: Floats, degree: int, now: float, reserved_s: Floats) -> int
 
 
 @compiled
-def _occupy(free_s: Floats, degree: int, stop_s: float) -> None:
+def _occupy(free_s: Floats, node: int, degree: int, stop_s: float) -> None:
     """Take the first free GPUs of a node until `stop_s`; they stay in the order in which they are free."""
-    place = 0
-    while place + degree < len(free_s) and free_s[place + degree] < stop_s:
-        free_s[place] = free_s[place + degree]
+    place, gpus = 0, free_s.shape[1]
+    while place + degree < gpus and free_s[node, place + degree] < stop_s:
+        free_s[node, place] = free_s[node, place + degree]
         place += 1
-    free_s[place : place + degree] = stop_s
+    for gpu in range(place, place + degree):
+        free_s[node, gpu] = stop_s
 
 
 @compiled
 def owned_devices(ready_s: Floats, part: Ints, edge_s: Floats, owners: Owners) -> Floats:
     """When each request starts on its user's own device; infinity for one that is never ready.
 
-    Few users ask again while their device is busy, so that a look at each one's request before is enough for most.
+    Few users ask again while their device is busy, so that a look at each one's request before is enough for most; the
+    requests of the others are put in the order in which they are ready, ties in order of arrival.
     """
-    start_s = ready_s.copy()
-    settled = np.zeros(len(owners.first), np.bool_)
+    start_s, settled = ready_s.copy(), np.zeros(len(owners.first), np.bool_)
+    line_s, line = np.empty(len(ready_s)), np.empty(len(ready_s), np.int64)
     for request in range(len(ready_s)):
         earlier, owner = owners.before[request], owners.owner[request]
         if earlier < 0 or ready_s[request] == np.inf or settled[owner]:
             continue
-        if not ready_s[earlier] + edge_s[part[earlier]] <= ready_s[request]:
-            settled[owner] = True
-            free_s = 0.0
-            for mine in _in_order(owners.asks[owners.first[owner] : owners.first[owner + 1]], ready_s):
-                start_s[mine] = max(ready_s[mine], free_s)
-                free_s = start_s[mine] + edge_s[part[mine]]
+        if ready_s[earlier] + edge_s[part[earlier]] <= ready_s[request]:
+            continue
+        settled[owner] = True
+        begin, free_s = owners.first[owner], 0.0
+        count = owners.first[owner + 1] - begin
+        for size in range(count):
+            line[size] = owners.asks[begin + size]
+            line_s[size] = ready_s[line[size]]
+            _rise(line_s, line, line, size)
+        for size in range(count - 1, -1, -1):
+            mine = line[0]
+            start_s[mine] = max(ready_s[mine], free_s)
+            free_s = start_s[mine] + edge_s[part[mine]]
+            line_s[0], line[0] = line_s[size], line[size]
+            _sink(line_s, line, line, size)
     return start_s
-
-
-@compiled
-def _in_order(turn: Ints, ready_s: Floats) -> Ints:
-    """The requests of one device in the order in which they are ready, ties in order of arrival."""
-    if len(turn) > SMALL_GROUP:
-        return turn[np.argsort(ready_s[turn], kind="mergesort")]
-    ordered = turn.copy()
-    for place in range(1, len(ordered)):
-        request, hole = ordered[place], place
-        while hole > 0 and ready_s[ordered[hole - 1]] > ready_s[request]:
-            ordered[hole] = ordered[hole - 1]
-            hole -= 1
-        ordered[hole] = request
-    return ordered

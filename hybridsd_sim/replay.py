@@ -167,9 +167,10 @@ def _over_devices(
 @compiled
 def to_pools(part: Ints, links: Links, table: Table) -> Floats:
     """When each request reaches its pool; infinity without one."""
-    ready_s = np.full(len(part), np.inf)
+    ready_s = np.empty(len(part))
     for request in range(len(part)):
         mine = part[request]
+        ready_s[request] = np.inf
         if table.pool[mine] >= 0:
             up_s = links.half_rtt_s[request] + table.up_bytes[mine] / links.up_bytes_per_s[request]
             ready_s[request] = links.asked_s[request] + up_s
@@ -179,15 +180,14 @@ def to_pools(part: Ints, links: Links, table: Table) -> Floats:
 @compiled
 def to_users(part: Ints, links: Links, table: Table, start_s: Floats) -> tuple[Floats, Floats]:
     """When the user's device has what the cloud made, or is asked to do it all; and when its edge stage may begin."""
-    home_s, edge_ready_s = np.empty(len(part)), np.full(len(part), np.inf)
+    home_s, edge_ready_s = np.empty(len(part)), np.empty(len(part))
     for request in range(len(part)):
         mine = part[request]
         home_s[request] = links.asked_s[request]
         if table.pool[mine] >= 0:
             down_s = links.half_rtt_s[request] + table.down_bytes[mine] / links.down_bytes_per_s[request]
             home_s[request] = start_s[request] + table.cloud_s[mine] + down_s
-        if table.fleet[mine] >= 0:
-            edge_ready_s[request] = home_s[request]
+        edge_ready_s[request] = home_s[request] if table.fleet[mine] >= 0 else np.inf
     return home_s, edge_ready_s
 
 
@@ -206,28 +206,19 @@ def finished(part: Ints, table: Table, home_s: Floats, edge_start_s: Floats, hor
 
 
 @compiled
-def tally(
-    class_index: Ints, arrival_s: Floats, played: tuple[Floats, Ints], deadline: Floats, span: tuple[float, float]
-) -> tuple[Ints, Floats]:
-    """By class: requests, served, unserved, in flight, in time and judged; and the latencies of the served, by class.
+def tally(begin: int, class_index: Ints, arrival_s: Floats, played: tuple[Floats, Ints], limits_s: Floats) -> Ints:
+    """By class, of the requests from `begin` on: all, served, unserved, in flight, in time and judged.
 
-    `played` are finish and status, `deadline` the SLO of every class with the tolerance last, `span` the measured time.
+    `played` are finish and status; `limits_s` the SLO of every class, then the tolerance and the horizon.
     """
     finish_s, status = played
-    counts = np.zeros((len(deadline) - 1, 6), np.int64)
-    begin = np.searchsorted(arrival_s, span[0])
+    tolerance_s, horizon_s = limits_s[len(limits_s) - 2], limits_s[len(limits_s) - 1]
+    counts = np.zeros((len(limits_s) - 2, 6), np.int64)
     for request in range(begin, len(arrival_s)):
         kind, what = class_index[request], status[request]
-        late_s = arrival_s[request] + deadline[kind]
+        late_s = arrival_s[request] + limits_s[kind]
         counts[kind, 0] += 1
         counts[kind, 1 + what] += 1
-        counts[kind, 4] += what == SERVED and finish_s[request] <= late_s + deadline[-1]
-        counts[kind, 5] += what != IN_FLIGHT or late_s <= span[1]
-    place = np.cumsum(counts[:, 1]) - counts[:, 1]
-    latency_s = np.empty(counts[:, 1].sum())
-    for request in range(begin, len(arrival_s)):
-        if status[request] == SERVED:
-            kind = class_index[request]
-            latency_s[place[kind]] = finish_s[request] - arrival_s[request]
-            place[kind] += 1
-    return counts, latency_s
+        counts[kind, 4] += what == SERVED and finish_s[request] <= late_s + tolerance_s
+        counts[kind, 5] += what != IN_FLIGHT or late_s <= horizon_s
+    return counts

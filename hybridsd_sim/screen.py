@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from hybridsd_sim.inputs import Floats, Inputs, Ints
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.policies import REASONS
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.records import TOLERANCE_S, Book, Records
+from hybridsd_sim.records import SERVED, TOLERANCE_S, Book, Records
 from hybridsd_sim.results import SimResult, plan_facts
 from hybridsd_sim.scenario import ALL, Scenario
 from hybridsd_sim.workload import arrival_chunks
@@ -99,22 +99,16 @@ class Screened:
         return *self.scenario.requests, ALL
 
     @cached_property
-    def _tallies(self) -> list[tuple[Ints, Floats]]:
-        """By replication: what is counted by class, and the latencies of the served, class by class."""
-        from hybridsd_sim.replay import tally
-
-        scenario = self.scenario
-        slo_s = [np.inf if spec.slo_s is None else spec.slo_s for spec in scenario.requests.values()]
-        deadline, span = np.array([*slo_s, TOLERANCE_S]), (scenario.warmup_s, scenario.horizon_s)
-        return [
-            tally(each.requests.class_index, each.requests.arrival_s, (each.finish_s, each.status), deadline, span)
-            for each in self.played
-        ]
-
-    @cached_property
     def counts(self) -> dict[str, dict[str, int]]:
         """By request class and "all": how many of each of `COUNTS`."""
-        by_class = np.sum([counts for counts, _ in self._tallies], axis=0)
+        from hybridsd_sim.replay import tally
+
+        slo_s = [np.inf if spec.slo_s is None else spec.slo_s for spec in self.scenario.requests.values()]
+        limits_s, by_class = np.array([*slo_s, TOLERANCE_S, self.scenario.horizon_s]), np.zeros((len(slo_s), 6), int)
+        for each in self.played:
+            requests, played = each.requests, (each.finish_s, each.status)
+            begin = int(np.searchsorted(requests.arrival_s, self.scenario.warmup_s))
+            by_class += tally(begin, requests.class_index, requests.arrival_s, played, limits_s)
         rows = [*by_class.tolist(), by_class.sum(axis=0).tolist()]
         return {name: dict(zip(COUNTS, row, strict=True)) for name, row in zip(self.names, rows, strict=True)}
 
@@ -141,11 +135,13 @@ class Screened:
 
     def latency_s(self, p: float) -> dict[str, float]:
         """A quantile of the latency of served requests."""
-        by_class: list[list[Floats]] = [[] for _ in self.scenario.requests]
-        for counts, latency_s in self._tallies:
-            for found, part in zip(by_class, np.split(latency_s, np.cumsum(counts[:, 1])[:-1]), strict=True):
-                found.append(part)
-        groups = [np.concatenate(found) for found in [*by_class, [latency_s for _, latency_s in self._tallies]]]
+        latency_s, class_index = [], []
+        for each in self.played:
+            counted = (each.requests.arrival_s >= self.scenario.warmup_s) & (each.status == SERVED)
+            latency_s.append((each.finish_s - each.requests.arrival_s)[counted])
+            class_index.append(each.requests.class_index[counted])
+        values, kind = np.concatenate(latency_s), np.concatenate(class_index)
+        groups = [*(values[kind == index] for index in range(len(self.scenario.requests))), values]
         return {name: _quantile(group, p) for name, group in zip(self.names, groups, strict=True)}
 
     @cached_property
@@ -214,8 +210,8 @@ def _records(screened: Screened, played: Played) -> Records:
     scenario, parts = screened.scenario, screened.parts
     names = (tuple(scenario.requests), tuple(scenario.pools), tuple(scenario.edge))
     book = Book(Records(*names, (), REASONS, played.requests.replication), scenario.horizon_s)
-    facts = [o and plan_facts(scenario, screened.inputs.profiles, o) for o in parts.options]
-    numbers = [-1 if each is None else book.add_plan(each) for each in facts]
+    facts = partial(plan_facts, scenario, screened.inputs.profiles)
+    numbers = [-1 if option is None else book.add_plan(facts(option)) for option in parts.options]
     book.write_all(len(played.part), _columns(scenario, parts, played, np.array(numbers)))
     return book.close()
 

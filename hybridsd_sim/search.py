@@ -310,9 +310,10 @@ def correct(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> bool:
 
 
 def _late(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> list[str]:
-    """Classes that missed their SLO: the only promise that more nodes can mend."""
+    """Classes that missed their SLO among those let in: the only promise that more nodes can mend."""
     got = {name: evaluation.classes[name]["slo_attainment"].value for name in mixes}
-    return [name for name, value in got.items() if not value >= sizer.wanted(name) * (1.0 - 1e-9)]
+    asked = {name: sizer.wanted(name) * sum(share for share, _ in mix) for name, mix in mixes.items()}
+    return [name for name, value in got.items() if not value >= asked[name] * (1.0 - 1e-9)]
 
 
 def _strain(

@@ -17,7 +17,7 @@ that are shared, one for each device that has an owner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -172,7 +172,12 @@ def _node_counts(spec: Pool, demand: float) -> list[int]:
 
 
 def _of_kind(
-    spec: Pool, works: Sequence[Work], nodes: int, residual_s: float, degree: int, peakedness: float
+    spec: Pool,
+    works: Sequence[Work],
+    nodes: int,
+    residual_s: float,
+    degree: int,
+    peakedness: Mapping[str, float],
 ) -> tuple[Ints, Floats, Floats, Ints, npt.NDArray[np.bool_]]:
     """The states of so many nodes that see one kind of jobs: a cap for each few plans that break at it."""
     gangs = nodes * spec.availability * (spec.gpus_per_node // degree)
@@ -184,21 +189,30 @@ def _of_kind(
     return (np.full(count, nodes), load, np.full(count, residual_s), np.full(count, degree), served)
 
 
-def _peakedness(works: Sequence[Work]) -> float:
-    """The squared variation of the gaps between a pool's requests, were all classes there that can be."""
-    rates = {work.candidate.request_class: (work.rate_per_s, work.peakedness) for work in works}
-    total = sum(rate for rate, _ in rates.values())
-    return sum(rate * peakedness for rate, peakedness in rates.values()) / total if total else 1.0
+def _peakedness(works: Sequence[Work]) -> dict[str, float]:
+    """What each class sees of the squared variation of gaps, were all classes there that can be.
+
+    Its own bursts, in which its requests meet each other; those of the others it meets at any time, as if Poisson.
+    """
+    classes = {work.candidate.request_class: work for work in works}
+    total = sum(work.rate_per_s for work in classes.values())
+    return {
+        name: round(1.0 + work.rate_per_s / total * (work.peakedness - 1.0), 6) if total else 1.0
+        for name, work in classes.items()
+    }
 
 
-def _break_points(works: Sequence[Work], gangs: float, residual_s: float, degree: int, peakedness: float) -> Floats:
+def _break_points(
+    works: Sequence[Work], gangs: float, residual_s: float, degree: int, peakedness: Mapping[str, float]
+) -> Floats:
     """For each plan the highest utilisation at which it is still in time; 0 where there is none."""
-    waits = _waiting(round(gangs, 9), round(peakedness, 6))
+    seen = {name: _waiting(round(gangs, 9), z) for name, z in peakedness.items()}
+    waits = np.array([seen[work.candidate.request_class] for work in works])
     scale = residual_s / (gangs * (1.0 - LOADS))
     late = np.array([np.interp(np.log(scale), np.log(SCALES_S), work.late) for work in works])
     hopeless, allowed = (np.array([getattr(work, key) for work in works]) for key in ("hopeless", "allowed"))
     fits = np.array([work.degree <= degree for work in works])
-    holds = (hopeless[:, None] + waits[None, :] * late <= allowed[:, None]) & fits[:, None]
+    holds = (hopeless[:, None] + waits * late <= allowed[:, None]) & fits[:, None]
     last = holds.shape[1] - np.argmax(holds[:, ::-1], axis=1) - 1
     return np.where(holds.any(axis=1), LOADS[last], 0.0)
 

@@ -19,6 +19,8 @@ from hybridsd_sim.planner import Planner
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.sizing import Sizer
 
+BIG = 2000
+"""Columns from which a formulation takes seconds and not milliseconds, so that it is asked less."""
 HEADROOMS = (0.7, 0.76, 0.82, 0.88, 0.94, 0.97, 1.0)
 """Factors on the traffic at which the formula is held against a plan that holds, the boldest first."""
 

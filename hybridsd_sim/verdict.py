@@ -118,7 +118,10 @@ class Promise(NamedTuple):
 
 
 def promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> list[Promise]:
-    """What every class and the budget ask, with what they got: figures as `figures_of` gives them."""
+    """What every class and the budget ask, with what they got: figures as `figures_of` gives them.
+
+    Where as few as possible are to be turned away (`search.minimise`), an SLO is a promise to those who are let in.
+    """
     return list(_promises(scenario, figures))
 
 
@@ -129,7 +132,8 @@ def feasibility(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]
 
 def _promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> Iterator[Promise]:
     for name, spec in scenario.requests.items():
-        yield from _class_promises(name, spec, scenario.budget, figures[name])
+        got = _let_in(figures[name]) if scenario.search.minimise == "turned_away_per_s" else figures[name]
+        yield from _class_promises(name, spec, scenario.budget, got)
     everyone, budget = figures[ALL], scenario.budget
     if budget.usd_per_hour is not None:
         rent = everyone["rent_usd_per_hour"]
@@ -137,6 +141,14 @@ def _promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]])
     if budget.usd_per_image is not None:
         rent = everyone["rent_usd_per_image"]
         yield Promise("rent", rent, budget.usd_per_image, at_least=False, form="{:.3g} USD/image")
+
+
+def _let_in(got: Mapping[str, Estimate]) -> Mapping[str, Estimate]:
+    """The figures of a class with its attainment among the requests that were not turned away."""
+    served = 1.0 - got["unserved_share"].value
+    if not served > 0.0:
+        return got
+    return {**got, "slo_attainment": Estimate(*(min(1.0, end / served) for end in got["slo_attainment"]))}
 
 
 def _class_promises(name: str, spec: RequestClass, budget: Budget, got: Mapping[str, Estimate]) -> Iterator[Promise]:

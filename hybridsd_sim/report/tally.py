@@ -234,7 +234,7 @@ def _booked(result: SimResult) -> Iterator[tuple[str, str, int, np.ndarray]]:
         rows = records.rows()
         counted = (column(rows, "status") == SERVED) & (column(rows, "arrival_s") >= result.scenario.warmup_s)
         codes = np.where(counted, column(rows, "plan_index") * len(records.classes) + column(rows, "class_index"), -1)
-        load = np.nan_to_num(column(rows, "model_load_s")) * column(rows, "degree")
+        load = np.nan_to_num(column(rows, "model_load_s")) * column(rows, "degree") / column(rows, "batch_size")
         for code in np.unique(codes[counted]):
             index, cls = divmod(int(code), len(records.classes))
             mine = codes == code
