@@ -18,8 +18,7 @@ from hybridsd_sim.workload import arrival_source
 def explain(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
     """Every sentence of a capacity plan, the most important first."""
     if not plan.feasible:
-        yield f"No plan holds every promise: {plan.chosen_result.verdict.feasible.reason}"
-        yield from _conflict(plan) if plan.conflict else _lifts(plan, found, sizer)
+        yield from _why_not(plan, found, sizer)
     yield from _rent(plan)
     yield from _prices(plan, sizer)
     yield from savings_in_words(plan)
@@ -31,6 +30,23 @@ def explain(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[s
             yield from _why_degree(option, found.by_class[name], plan)
     yield from _unused_pools(plan, found, sizer)
     yield from _arrivals(plan)
+
+
+def _why_not(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
+    """Which promise breaks, or how sure the surest plan is; and what conflicts, or what would lift it."""
+    broken, sure = plan.chosen_result.verdict.feasible, plan.confidence
+    if broken.ok and sure is not None and sure.asked is not None:
+        yield (
+            f"No plan that was found holds with probability {sure.asked:g}: the surest one, shown here, holds with "
+            f"{sure.probability:.2f}, given the intervals of the modelled step costs."
+        )
+        return
+    yield f"No plan holds every promise: {broken.reason}"
+    if plan.conflict:
+        yield from _conflict(plan)
+        return
+    yield "By formula there is no conflict: every plan within its reach was late when it was tried."
+    yield from _lifts(plan, found, sizer)
 
 
 def _conflict(plan: CapacityPlan) -> Iterator[str]:

@@ -14,7 +14,8 @@ unless the plan must hold under several scenarios.
     minimise   sum_p rent_p n_p + 3600 sum_ij rate_i egress_ij x_ij              [USD per hour], or another figure
     subject to sum_j x_ij + u_i = 1                                              everybody is served
                sum_s z_bps <= 1,   sum_s n_s z_bps <= n_p                        one state, on rented nodes
-               x_ij <= sum of z_bps over the states s in which plan j is in time     the SLO at its percentile
+               sum_j x_ij <= sum of z_bps over the states s in which plan k is in time,  the SLO at its percentile
+                             j over the plans of class i that are so in no other state
                strain_p headroom sum_ij rate_i w_ij x_ij <= sum_s load_s z_bps   the load of pool p [nodes]
                sum_ij mean rate_i w_ij x_ij <= sum_s n_s z_bps                   and its time, come what may
                sum_ij rate_i h_ij (r_ij - H) x_ij <= M (1 - z of states with residual H)     the kind of its jobs
@@ -208,16 +209,28 @@ class Formulation:
         z = np.arange(side.first[index], side.first[index + 1])
         rows.at_most(z, np.ones(len(z)), 1.0)
         rows.at_most([*z, self._nodes + index], [*states.nodes, -1.0], 0.0)
-        for k, (column, _) in enumerate(side.works[index]):
-            usable = z[states.serves[k]]
-            rows.at_most([column, *usable], [1.0, *(-1.0 for _ in usable)], 0.0)
         columns = [column for column, _ in side.works[index]]
+        self._add_service(columns, states.serves, z)
         asked = np.array([rates[self._columns[c][0]] * work.node_s for c, work in side.works[index]])
         strain = side.condition.sizer.strain.get(self.pools[index], 1.0)
         rows.load([*columns, *z], asked * strain, -states.load)
         self._add_stability(side, index, z)
         for residual in np.unique(states.residual_s)[:-1]:  # the longest residual bounds nothing
             self._add_kind(side, index, float(residual), columns, rates)
+
+    def _add_service(self, columns: Sequence[int], serves: np.ndarray, z: np.ndarray) -> None:
+        """A plan needs a state in which it is in time; so do all plans of a class together that need the same or less.
+
+        Together, because one by one they could share the states out among themselves in parts.
+        """
+        classes = np.array([self.classes.index(self._columns[column][0]) for column in columns])
+        for name in np.unique(classes):
+            mine = np.flatnonzero(classes == name)
+            for pattern in np.unique(serves[mine], axis=0):
+                within = mine[~(serves[mine] & ~pattern).any(axis=1)]
+                usable = z[pattern]
+                weights = np.concatenate([np.ones(len(within)), -np.ones(len(usable))])
+                self._rows.at_most([*(columns[k] for k in within), *usable], weights, 0.0)
 
     def _add_stability(self, side: _Side, index: int, z: np.ndarray) -> None:
         """No fleet does more than its time, whatever headroom is asked: the load at the mean rates is at most 1."""
@@ -241,9 +254,7 @@ class Formulation:
 
     def _add_edge(self, columns: Sequence[int], states: EdgeStates, z: np.ndarray) -> None:
         self._rows.at_most(z, np.ones(len(z)), 1.0)
-        for column, most in zip(columns, states.most, strict=True):
-            usable = z[states.caps <= most]
-            self._rows.at_most([column, *usable], [1.0, *(-1.0 for _ in usable)], 0.0)
+        self._add_service(columns, states.caps <= states.most[:, None], z)
         self._rows.load([*columns, *z], states.busy, -states.caps)
 
     def solve(self, goal: Goal) -> Answer | None:

@@ -240,7 +240,7 @@ def _with_surroundings(
     plan: CapacityPlan, planner: Planner, chosen: _Outcome, robust: Mapping[str, Scenario]
 ) -> CapacityPlan:
     """The plan with what a planner asks next; where nothing holds, with the constraints that conflict."""
-    if not plan.feasible:
+    if not chosen.found.feasible:
         return replace(plan, conflict=conflict(planner))
     shown = _evaluated("plan", chosen.found)
     return replace(

@@ -32,11 +32,13 @@ class _Change:
 def sensitivity(planner: Planner, deployment: Deployment) -> tuple[Variation, ...]:
     """The plan under other traffic, slower pools and edge fleets, and each access network that not all are on.
 
-    Each change comes alone; each is tried by the quickest means that tells, all of them in one call. A site at which
-    the plan spends no time is left out: nothing would change.
+    Each change comes alone; each is tried by the quickest means that tells, all of them in one call and over the
+    scenario's own replications, with no more where a promise is undecided. A site at which the plan spends no time is
+    left out: nothing would change.
     """
     changes = list(_changes(planner, deployment))
-    scenarios = [planner.scenario.with_overrides(change.overrides) for change in changes]
+    once = {"search.replications_max": planner.scenario.replications}
+    scenarios = [planner.scenario.with_overrides({**once, **change.overrides}) for change in changes]
     jobs = [_job(planner, scenario, deployment, c.slowdowns) for scenario, c in zip(scenarios, changes, strict=True)]
     evaluations = planner.evaluate(jobs)
     return tuple(

@@ -175,7 +175,7 @@ def conflict_in_words(conflict: Sequence[Relaxation]) -> str:
     return (
         "This constraint cannot hold by itself."
         if len(conflict) == 1
-        else f"These {len(conflict)} constraints cannot hold together; without any one of them there would be a plan."
+        else f"These {len(conflict)} constraints cannot hold together; any {len(conflict) - 1} of them could."
     )
 
 

@@ -21,6 +21,7 @@ from hybridsd_sim.plan import Deployment, Share
 from hybridsd_sim.scenario import Pool, RequestClass, Scenario
 from hybridsd_sim.store import Store, default_folder, opened
 
+P95 = ["latency_p95_s", "latency_p95_s_low", "latency_p95_s_high"]
 SHAPES_NOTHING = {
     "name": "another",
     "replications": 3,
@@ -221,6 +222,19 @@ def test_replications_are_added_while_a_promise_is_undecided(jobs, runs):
     assert evaluation.replications == 4
     assert evaluation.verdict == whole.verdict
     assert not undecided(evaluate(jobs[6]), jobs[6].scenario)
+
+
+def test_a_screened_plan_gets_more_replications_too(jobs):
+    """The figures over all of them are those of one run of all of them."""
+    from hybridsd_sim.screen import screen
+
+    job = replace(hard(jobs[6]), level="screen")
+    evaluation = evaluate(job)
+    whole = screen(job.scenario.with_overrides({"replications": 4}), job.profiles, job.deployment).result
+
+    assert (evaluation.replications, job.scenario.replications) == (4, 2)
+    assert evaluation.verdict == whole.verdict
+    assert evaluation.classes["all"]["latency_p95_s"] == tuple(whole.summary.iloc[-1][P95])
 
 
 def test_the_run_behind_an_evaluation_is_the_same(jobs):

@@ -245,6 +245,18 @@ def test_the_order_of_booking_does_not_matter(order, flush_rows):
     assert all(0 < len(block) <= flush_rows for block in pile.blocks)
 
 
+def test_a_run_booked_at_once_is_the_same_as_row_by_row():
+    """Whole columns, or one value for all, give the table that the rows give."""
+    rows = [hybrid(request, 5.0 * request) if request % 3 else refused(request, 5.0 * request) for request in range(12)]
+    columns = dict(zip(room.RAW, np.array(rows).T, strict=True)) | {"model_load_s": 0.0}
+    book = Book(Records(("photo",), ("a100",), ("phones",), (), ("no_candidate",)), HORIZON_S)
+    for facts in PLANS:
+        book.add_plan(facts)
+    book.write_all(len(rows), columns)
+
+    np.testing.assert_array_equal(book.close().rows(), booked(rows).rows())
+
+
 def test_many_rows_are_spread_block_by_block():
     """More rows than a block holds all arrive, and each sink block is a full one but the last."""
     pile = Pile()

@@ -15,7 +15,15 @@ from hybridsd_sim import arrival_processes, workload
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.traces import import_trace
-from hybridsd_sim.workload import ArrivalChunk, arrival_chunks, arrival_source, arrivals, mean_rate_per_s, stream
+from hybridsd_sim.workload import (
+    ArrivalChunk,
+    all_arrivals,
+    arrival_chunks,
+    arrival_source,
+    arrivals,
+    mean_rate_per_s,
+    stream,
+)
 
 COLUMNS = ArrivalChunk.__slots__
 PROCESSES = (
@@ -337,6 +345,20 @@ def test_the_generator_keeps_its_shape_at_any_pace():
     )
     assert np.allclose(native / (2.0 * 74.17), scaled)
     assert len(scaled) / (40 * 86_400.0 / (2.0 * 74.17)) == pytest.approx(2.0, rel=0.3)
+
+
+@pytest.mark.parametrize("horizon_s", [3000.0, 1e-9])
+def test_all_arrivals_are_the_chunks_in_one_piece(horizon_s):
+    """Column by column, of the same kinds of numbers; nobody is no error."""
+    scenario = scenario_of(horizon_s=horizon_s, **{f"c{i}": arrivals for i, arrivals in enumerate(PROCESSES)})
+    chunks, whole = list(arrival_chunks(scenario, 1)), all_arrivals(scenario, 1)
+
+    assert len(whole) == sum(len(chunk) for chunk in chunks)
+    for name in COLUMNS if chunks else ():
+        assert np.array_equal(getattr(whole, name), np.concatenate([getattr(chunk, name) for chunk in chunks]))
+    assert [getattr(whole, name).dtype for name in COLUMNS] == [
+        np.float64, np.int16, np.float64, np.float64, np.float64, np.int16, np.int16, np.int16
+    ]  # fmt: skip
 
 
 # --- arrivals that cannot be drawn

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybridsd_sim.estimates import student
 from hybridsd_sim.metrics import ALL, pool_table, utilisation_series
 from hybridsd_sim.plan import Kind
 from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, column
@@ -177,12 +178,10 @@ def _batches(result: SimResult, class_index: int) -> Iterator[tuple[np.ndarray, 
 
 def _half_width(each: np.ndarray) -> np.ndarray:
     """Half of the 95% Student interval of the mean over the first axis; NaN with fewer than two batches."""
-    from scipy.stats import t
-
     count = len(each)
     if count < 2:
         return np.full(each.shape[1:], np.nan)
-    half: np.ndarray = float(t.ppf(0.975, count - 1)) * each.std(axis=0, ddof=1) / math.sqrt(count)
+    half: np.ndarray = student(count - 1) * each.std(axis=0, ddof=1) / math.sqrt(count)
     return half
 
 
