@@ -1,6 +1,6 @@
 """Why nothing holds: the smallest set of constraints that no plan meets together, and what it takes to mend each.
 
-A set of constraints conflicts if no plan meets all of them, and it is irreducible if every smaller part of it can be met.
+A set of constraints conflicts if no plan meets all of them; it is irreducible if every smaller part of it can be met.
 One is found by QuickXplain (Junker, AAAI 2004), which asks whether a plan exists some k log(n / k) times for k of
 n constraints; two orders of the constraints may find two sets, of which the smaller is told. A constraint is
 dropped by lifting it in the scenario (no SLO, no floor, a hundred thousand nodes), and the formulation says whether a

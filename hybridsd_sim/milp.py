@@ -155,8 +155,15 @@ class Formulation:
                 works[self.pools.index(pool)].append(
                     (column, self._work(option, scenario.pools[pool], condition, BOTH if column in queued else 1.0))
                 )
+
+        def demand(mine: Sequence[tuple[int, Work]]) -> float:
+            """The most node-seconds a second that a pool can be asked for."""
+            rates = condition.sizer.rates
+            columns = [column for column, _ in mine]
+            return self._together(columns, [rates[self._columns[c][0]][0] * work.node_s for c, work in mine])
+
         states = [
-            pool_states(scenario.pools.get(pool), [work for _, work in mine], self._demand(mine, condition))
+            pool_states(scenario.pools.get(pool), [work for _, work in mine], demand(mine))
             for pool, mine in zip(self.pools, works, strict=True)
         ]
         first = [at + int(n) for n in np.cumsum([0, *(len(s) for s in states)])]
@@ -181,12 +188,12 @@ class Formulation:
     def _work(option: Candidate, spec: Pool, condition: Condition, alone: float) -> Work:
         return work_of(option, spec, condition.sizer, *_promise(option, condition), alone)
 
-    def _demand(self, works: Sequence[tuple[int, Work]], condition: Condition) -> float:
-        """The most node-seconds a second that a pool can be asked for: every class on its longest plan there."""
+    def _together(self, columns: Sequence[int], each: Sequence[float] | np.ndarray) -> float:
+        """The most that classes can come to together, each wholly on one of its plans; at least 0."""
         most: dict[str, float] = {}
-        for column, work in works:
+        for column, value in zip(columns, each, strict=True):
             name = self._columns[column][0]
-            most[name] = max(most.get(name, 0.0), condition.sizer.rates[name][0] * work.node_s)
+            most[name] = max(most.get(name, 0.0), float(value))
         return sum(most.values())
 
     def _add_side(self, side: _Side) -> None:
@@ -249,7 +256,7 @@ class Formulation:
         rate = np.array([rates[self._columns[c][0]] / len(w.candidate.batch_s) for c, w in side.works[index]])
         excess = rate * [2.0 * work.hold_s * (work.residual_s - residual_s) for work in mine]
         z = np.arange(side.first[index], side.first[index + 1])[side.states[index].residual_s == residual_s]
-        most = float(np.maximum(excess, 0.0).sum())
+        most = self._together(columns, excess)
         self._rows.at_most([*columns, *z], [*excess, *(most for _ in z)], most)
 
     def _add_edge(self, columns: Sequence[int], states: EdgeStates, z: np.ndarray) -> None:

@@ -2,9 +2,13 @@
 
 No event loop: where nothing but the order of arrival decides, the start of a job follows from the starts before it
 (Kiefer and Wolfowitz, Trans. Am. Math. Soc. 78 (1955), for one server a job). Only the disciplines that let a job past
-a waiting one replay the moments at which a GPU is freed. The first call compiles, once on a machine: what was compiled
-is kept beside this file. Everywhere: seconds; jobs in the order in which they are ready; ends of jobs that fall
-together count in the order of their starts, as in `fleet`, whose rules of placement are followed GPU by GPU.
+a waiting one replay the moments at which a GPU is freed. Everywhere: seconds; jobs in the order in which they are
+ready; ends of jobs that fall together count in the order of their starts, as in `fleet`, whose rules of placement are
+followed GPU by GPU.
+
+The first call compiles, some three seconds once on a machine: what was compiled is kept beside this file, or in the
+user's cache folder where that cannot be written, or in NUMBA_CACHE_DIR. Compiled functions go through arrays number by
+number and leave the rest to their callers: every function of numpy that they call would be compiled with them.
 """
 
 from __future__ import annotations
