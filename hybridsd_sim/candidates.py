@@ -29,6 +29,7 @@ from hybridsd_sim.search_space import enumerate_plans, fleet_site, pool_site, re
 __all__ = [
     "Candidate", "CandidateSet", "Limits", "Refusal", "check_names", "enumerate_plans", "find_candidates", "fleet_site",
     "make_candidate", "pool_site", "pool_usd_per_gpu_hour", "prune", "rental_usd_per_hour", "request_of", "slowed",
+    "thinned",
 ]  # fmt: skip
 
 
@@ -280,6 +281,20 @@ def _unbeaten(merits: Floats) -> list[int]:
             best[len(found)] = mine
             found.append(index)
     return found
+
+
+def thinned(options: Sequence[Candidate], most: int) -> list[Candidate]:
+    """At most so many on each pool and at the edge, from the least load to the least latency, and the best picture."""
+    kept: set[int] = set()
+    for pool in {option.pool_index for option in options}:
+        mine = [index for index, option in enumerate(options) if option.pool_index == pool]
+        front: list[int] = []
+        for index in sorted(mine, key=lambda i: (options[i].gpu_seconds, options[i].full_batch_latency_s)):
+            if not front or options[index].full_batch_latency_s < options[front[-1]].full_batch_latency_s:
+                front.append(index)
+        kept |= {front[round(at)] for at in np.linspace(0, len(front) - 1, most).tolist()}
+        kept.add(max(mine, key=lambda i: options[i].quality or 0.0))
+    return [options[index] for index in sorted(kept)]
 
 
 def _merits(option: Candidate) -> tuple[float, ...]:

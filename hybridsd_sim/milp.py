@@ -29,7 +29,7 @@ cut off: some pool must have more nodes than each of them. Solved by HiGHS throu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,7 +38,7 @@ from scipy.optimize import Bounds, milp
 
 from hybridsd_sim.candidates import Candidate
 from hybridsd_sim.linear import Rows
-from hybridsd_sim.scenario import Pool
+from hybridsd_sim.queueing import NO_WAIT
 from hybridsd_sim.sizing import Mixes, Sizer
 from hybridsd_sim.surface import BOTH, EdgeStates, States, Work, edge_states, pool_states, work_of
 from hybridsd_sim.workload import mean_rate_per_s
@@ -46,8 +46,8 @@ from hybridsd_sim.workload import mean_rate_per_s
 UNKNOWN_RENT = 1e6
 """Dollars an hour of a node whose price nobody knows: it is rented when nothing else will do, and keeps no budget."""
 Minimise = Literal["usd_per_hour", "quality_loss", "turned_away_per_s", "load", "nothing"]
-GAP = 1e-4
-"""Relative gap at which the solver stops."""
+GAP, LARGE_GAP, LARGE = 1e-4, 1e-3, 2000
+"""Relative gap at which the solver stops; the second for programs of so many columns."""
 SMALLEST_SHARE = 0.005
 """Parts of a mix below this are given to the others."""
 TIE = 1e-6
@@ -58,8 +58,7 @@ TIE = 1e-6
 class Goal:
     """What is asked of the formulation. Dollars are an hour; None asks nothing.
 
-    `minimise` "load" is the rent of the nodes while they are busy: the calmest of the plans that meet the rest.
-    "nothing" asks only whether there is a plan.
+    `minimise` "load" is the rent of the nodes while they are busy; "nothing" asks whether there is a plan at all.
     `usd_per_hour` bounds the rent, `total_usd_per_hour` rent and egress together. `quality` is the least mean CLIP
     score. `turned_away_per_s` bounds what is turned away. `headroom` multiplies the traffic: below 1 the formula is
     taken to be too careful by so much. `replicas` fixes nodes. `refuted` fleets, and smaller ones, are not to be used.
@@ -106,9 +105,9 @@ class Condition:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Side:
-    """A condition with its states: `works[p]` are (column of x, work) of pool p, `edges` (columns, states) of fleets.
+    """A condition: `works[p]` are (column of x, work) of pool p, `edges` (columns of x, states) of edge fleets.
 
-    `first` are the first columns of the states of each pool, then of each of those fleets, and the end.
+    `first` are the first columns of the states of each pool, then of each of these fleets, and the end.
     """
 
     condition: Condition
@@ -151,19 +150,11 @@ class Formulation:
         for column, (name, j) in enumerate(self._columns):
             option = condition.plans[name][j]
             if option is not None and option.pool_index >= 0:
-                pool = option.plan.cloud_stages[0].site.name
-                works[self.pools.index(pool)].append(
-                    (column, self._work(option, scenario.pools[pool], condition, BOTH if column in queued else 1.0))
-                )
-
-        def demand(mine: Sequence[tuple[int, Work]]) -> float:
-            """The most node-seconds a second that a pool can be asked for."""
-            rates = condition.sizer.rates
-            columns = [column for column, _ in mine]
-            return self._together(columns, [rates[self._columns[c][0]][0] * work.node_s for c, work in mine])
-
+                pool, alone = option.plan.cloud_stages[0].site.name, BOTH if column in queued else 1.0
+                work = work_of(option, scenario.pools[pool], condition.sizer, *_promise(option, condition), alone)
+                works[self.pools.index(pool)].append((column, work))
         states = [
-            pool_states(scenario.pools.get(pool), [work for _, work in mine], demand(mine))
+            pool_states(scenario.pools.get(pool), [work for _, work in mine], self._demand(mine, condition))
             for pool, mine in zip(self.pools, works, strict=True)
         ]
         first = [at + int(n) for n in np.cumsum([0, *(len(s) for s in states)])]
@@ -184,14 +175,15 @@ class Formulation:
             found += [] if states is None else [([column for column, _ in mine], states)]
         return found
 
-    @staticmethod
-    def _work(option: Candidate, spec: Pool, condition: Condition, alone: float) -> Work:
-        return work_of(option, spec, condition.sizer, *_promise(option, condition), alone)
+    def _demand(self, works: Sequence[tuple[int, Work]], condition: Condition) -> float:
+        """The most node-seconds a second that a pool can be asked for."""
+        rates = condition.sizer.rates
+        return self._together([(c, rates[self._columns[c][0]][0] * work.node_s) for c, work in works])
 
-    def _together(self, columns: Sequence[int], each: Sequence[float] | np.ndarray) -> float:
-        """The most that classes can come to together, each wholly on one of its plans; at least 0."""
+    def _together(self, each: Iterable[tuple[int, float]]) -> float:
+        """The most that values of columns come to, each class wholly on one of its plans; at least 0."""
         most: dict[str, float] = {}
-        for column, value in zip(columns, each, strict=True):
+        for column, value in each:
             name = self._columns[column][0]
             most[name] = max(most.get(name, 0.0), float(value))
         return sum(most.values())
@@ -226,18 +218,13 @@ class Formulation:
             self._add_kind(side, index, float(residual), columns, rates)
 
     def _add_service(self, columns: Sequence[int], serves: np.ndarray, z: np.ndarray) -> None:
-        """A plan needs a state in which it is in time; so do all plans of a class together that need the same or less.
-
-        Together, because one by one they could share the states out among themselves in parts.
-        """
-        classes = np.array([self.classes.index(self._columns[column][0]) for column in columns])
-        for name in np.unique(classes):
+        """A plan needs a state in which it is in time, and so do those of its class together that need no other."""
+        classes = np.array([self._columns[column][0] for column in columns])
+        for name in dict.fromkeys(classes):
             mine = np.flatnonzero(classes == name)
             for pattern in np.unique(serves[mine], axis=0):
-                within = mine[~(serves[mine] & ~pattern).any(axis=1)]
-                usable = z[pattern]
-                weights = np.concatenate([np.ones(len(within)), -np.ones(len(usable))])
-                self._rows.at_most([*(columns[k] for k in within), *usable], weights, 0.0)
+                within = [columns[k] for k in mine[~(serves[mine] & ~pattern).any(axis=1)]]
+                self._rows.at_most([*within, *z[pattern]], [1.0] * len(within) + [-1.0] * pattern.sum(), 0.0)
 
     def _add_stability(self, side: _Side, index: int, z: np.ndarray) -> None:
         """No fleet does more than its time, whatever headroom is asked: the load at the mean rates is at most 1."""
@@ -256,7 +243,7 @@ class Formulation:
         rate = np.array([rates[self._columns[c][0]] / len(w.candidate.batch_s) for c, w in side.works[index]])
         excess = rate * [2.0 * work.hold_s * (work.residual_s - residual_s) for work in mine]
         z = np.arange(side.first[index], side.first[index + 1])[side.states[index].residual_s == residual_s]
-        most = self._together(columns, excess)
+        most = self._together(zip(columns, excess, strict=True))
         self._rows.at_most([*columns, *z], [*excess, *(most for _ in z)], most)
 
     def _add_edge(self, columns: Sequence[int], states: EdgeStates, z: np.ndarray) -> None:
@@ -275,7 +262,7 @@ class Formulation:
             integrality=whole,
             bounds=Bounds(low, high),
             constraints=rows.constraint(self.size),
-            options={"mip_rel_gap": GAP, "time_limit": goal.time_limit_s},
+            options={"mip_rel_gap": GAP if self.size < LARGE else LARGE_GAP, "time_limit": goal.time_limit_s},
         )
         if found.x is None:
             return None
@@ -301,13 +288,10 @@ class Formulation:
     def _possible(side: _Side, name: str, j: int) -> bool:
         """Whether a plan exists under a condition and, at the edge, is in time there."""
         option = side.condition.plans[name][j]
-        if option is None or option.pool_index >= 0 or name in side.condition.forgiven:
+        if option is None or option.pool_index >= 0:
             return option is not None
-        sizer, within_s = side.condition.sizer, side.condition.within_s
-        slo = sizer.scenario.requests[name].slo_s
-        if within_s is not None and (slo is None or within_s < slo):
-            return bool(option.latency_s <= within_s)
-        return sizer.idle_attainment(option) >= sizer.wanted(name)
+        within_s, allowed = _promise(option, side.condition)
+        return side.condition.sizer.share_in_time(option, NO_WAIT, within_s) >= 1.0 - allowed
 
     def _rent(self) -> np.ndarray:
         return np.array([min(self.sizer.unit_rent[name], UNKNOWN_RENT) for name in self.pools])

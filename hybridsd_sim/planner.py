@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from hybridsd_sim.candidates import Candidate, CandidateSet, prune
+from hybridsd_sim.candidates import Candidate, CandidateSet, prune, thinned
 from hybridsd_sim.evaluations import Level
 from hybridsd_sim.milp import Condition
 from hybridsd_sim.plan import Deployment
@@ -20,6 +20,8 @@ from hybridsd_sim.sizing import Sizer
 
 Keep = Callable[[Candidate], bool]
 """Whether a plan is of the kind that is looked for."""
+MANY, FEW = 1000, 4
+"""Plans in all beyond which each class keeps so many on each pool, and the best picture: the rest hardly differ."""
 LEAST_BAD = 3
 """Plans kept of a class for which none is in time."""
 
@@ -54,6 +56,8 @@ class Planner:
             plans[name] = prune(within) if within else least_bad(kept)
             if not within:
                 forgiven.add(name)
+        if sum(map(len, plans.values())) > MANY:
+            plans = {name: thinned(options, FEW) for name, options in plans.items()}
         return Condition(self.sizer, plans, within_s, frozenset(forgiven))
 
     def within_promises(self, options: Sequence[Candidate]) -> list[Candidate]:

@@ -36,11 +36,15 @@ TRUST = 0.72
 HEADROOMS = tuple(np.geomspace(TRUST, 2.0, 31).tolist())
 """Traffic at which plans are asked to be in time, to find the most robust."""
 MUCH = 0.1
-"""Share of the incumbent's dollars that is worth a leap: half of what may be saved is tried for."""
+"""Share of the incumbent's dollars that is worth a leap: half of what may still be saved is tried for."""
+MISJUDGED = 0.85
+"""Share of the traffic that a plan was late at, up to which the formula may have misjudged another one against it."""
 BETTER = 0.005
 """What a plan must save, as a share of the dollars, to be worth trying."""
 CALM = 0.004
 """What the calmest of nearly equal plans may cost more, as a share of the dollars."""
+FINER = {"quality_loss": 0.1, "turned_away_per_s": 2.0}
+"""Factors on both where something else is minimised: a loss of 0.7 of CLIP is wanted to four digits."""
 LATENCIES = 60
 """Latencies tried where the latency is minimised: 7% apart or so."""
 STRAIN_STEP, STRAIN_MOST = 1.02, 4.0
@@ -75,6 +79,17 @@ class Found:
         return all(one.level == "simulate" for one in self.evaluations)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the most robust plan was asked: to stay under an objective; and the traffic at which it is in time."""
+
+    objective: float
+    headroom: float
+
+    def beyond(self, other: _Asked) -> _Asked:
+        return _Asked(max(self.objective, other.objective), max(self.headroom, other.headroom))
+
+
 @dataclass(slots=True)
 class Search:
     """One search over the plans of `conditions`; the first condition's scenario says what is minimised and its prices.
@@ -91,6 +106,8 @@ class Search:
     _refuted: list[Mapping[str, int]] = field(default_factory=list)
     _plain: Formulation | None = None
     _reach: float | None = None
+    _asked: _Asked | None = None
+    _late: _Asked | None = None
 
     @property
     def scenario(self) -> Scenario:
@@ -99,6 +116,14 @@ class Search:
     @property
     def sizer(self) -> Sizer:
         return self.conditions[0].sizer
+
+    @property
+    def _finer(self) -> float:
+        return FINER.get(self.scenario.search.minimise, 1.0)
+
+    @property
+    def _better(self) -> float:
+        return BETTER * self._finer
 
     def run(self) -> Found | None:
         """The best plan that holds; the last one tried where none does; None where the formula has none to try."""
@@ -128,11 +153,13 @@ class Search:
         """Going up, correct the formula; going down, or where there is nothing to correct, rule the fleet out."""
         if not self._learn(last) or incumbent is not None or self._plain is not None:
             self._refuted.append(dict(last.replicas))
+        if self._asked is not None:
+            self._late = self._asked if self._late is None else self._late.beyond(self._asked)
 
     def _with_bound(self, incumbent: Found) -> Found:
         if self.scenario.search.minimise == "latency_p95_s":
             return incumbent
-        return replace(incumbent, bound=self.objective(incumbent.sizing) * (1.0 - BETTER))
+        return replace(incumbent, bound=self.objective(incumbent.sizing) * (1.0 - self._better))
 
     def _proposal(self, incumbent: Found | None) -> Answer | None:
         """The calmest of the best plans by formula; with an incumbent, the most robust of those better than it."""
@@ -142,7 +169,7 @@ class Search:
             formulation = Formulation(self.conditions)
             best = formulation.solve(self.goal(refuted=tuple(self._refuted)))
             if best is not None:
-                asked = {"refuted": tuple(self._refuted), **self._limits(best.objective, 1.0 + CALM)}
+                asked = {"refuted": tuple(self._refuted), **self._limits(best.objective, 1.0 + CALM * self._finer)}
                 return formulation.solve(self.goal(**{**asked, "minimise": "load"})) or best
         return self._most_robust(incumbent)
 
@@ -157,22 +184,28 @@ class Search:
         if best is not None and best <= 0.0:
             return None
         asked: dict[str, Any] = {"refuted": tuple(self._refuted)}
+        goal = 0.0
         if best is not None:
-            asked |= self._limits(best, 1.0 - BETTER)
+            asked |= self._limits(best, 1.0 - self._better)
             reach = self._plain.solve(self.goal(**asked, headroom=TRUST))
             self._reach = best if reach is None else min(best, reach.bound)
             if reach is None:
                 return None
-            if reach.objective < (1.0 - MUCH) * best:
-                asked |= self._limits(best, (1.0 + reach.objective / best) / 2.0)
-        return self._at_most_traffic(self._plain, asked)
+            low = max(reach.objective, 0.0 if self._late is None else self._late.objective)
+            goal = (best + low) / 2.0 if low < (1.0 - MUCH) * best else best * (1.0 - self._better)
+            asked |= self._limits(goal, 1.0)
+        return self._at_most_traffic(self._plain, asked, goal)
 
-    def _at_most_traffic(self, formulation: Formulation, asked: Mapping[str, Any]) -> Answer | None:
+    def _at_most_traffic(self, formulation: Formulation, asked: Mapping[str, Any], goal: float) -> Answer | None:
+        """The plan that is in time at the highest traffic; None where that is far under what another was late at."""
         low, high, found = -1, len(HEADROOMS), None
         while high - low > 1:
             middle = (low + high) // 2
             answer = formulation.solve(self.goal(**{**asked, "minimise": "load", "headroom": HEADROOMS[middle]}))
             low, high, found = (low, middle, found) if answer is None else (middle, high, answer)
+        if found is None or (self._late and HEADROOMS[low] < MISJUDGED * self._late.headroom):
+            return None
+        self._asked = _Asked(goal, HEADROOMS[low])
         return found
 
     def _fastest(self) -> Answer | None:

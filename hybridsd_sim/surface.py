@@ -32,12 +32,14 @@ from hybridsd_sim.sizing import EDGE_IDLE, EDGE_LOAD_MOST, Sizer
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 NO_FLOATS, NO_INTS = np.empty(0), np.empty(0, np.int64)
-CAPS = 6
-"""Most caps on the load for one number of nodes and one kind of jobs."""
-KINDS = 3
+CAPS, FEWER_CAPS = 6, 3
+"""Most caps on the load for one number of nodes and one kind of jobs; the second where a pool has `MANY` plans."""
+KINDS, FEWER_KINDS = 3, 1
 """Most bounds on the residual work of a pool's jobs."""
-NODE_COUNTS = 48
+NODE_COUNTS, FEWER_NODE_COUNTS = 48, 16
 """Most numbers of nodes that a pool's states span; beyond, every few."""
+MANY = 60
+"""Plans of a pool for which its states are fewer: programs of thousands of states take the solver minutes."""
 ALIKE = 1.15
 """Residuals that differ by less than this factor are taken as one, the longer."""
 BOTH = 0.5
@@ -136,11 +138,12 @@ def pool_states(spec: Pool | None, works: Sequence[Work], demand: float) -> Stat
     if spec is None or not works:
         return States(NO_INTS, NO_FLOATS, NO_FLOATS, NO_INTS, np.empty((len(works), 0), np.bool_))
     peakedness = _peakedness(works)
+    few = len(works) > MANY
     parts = [
         _of_kind(spec, works, nodes, residual_s, degree, peakedness)
-        for residual_s in _residuals([work.residual_s for work in works])
+        for residual_s in _residuals([work.residual_s for work in works], FEWER_KINDS if few else KINDS)
         for degree in sorted({work.degree for work in works})
-        for nodes in _node_counts(spec, demand)
+        for nodes in _node_counts(spec, demand, FEWER_NODE_COUNTS if few else NODE_COUNTS)
     ]
     nodes, load, residuals, degrees, serves = zip(*parts, strict=True)
     return States(
@@ -152,23 +155,23 @@ def pool_states(spec: Pool | None, works: Sequence[Work], demand: float) -> Stat
     )
 
 
-def _residuals(values: Sequence[float]) -> list[float]:
+def _residuals(values: Sequence[float], most: int) -> list[float]:
     """A few bounds on residual work, the longest first, no two alike."""
     bounds: list[float] = []
     for value in sorted(values, reverse=True):
         if not bounds or value * ALIKE < bounds[-1]:
             bounds.append(value)
-    step = max(1, -(-len(bounds) // KINDS))
+    step = max(1, -(-len(bounds) // most))
     return bounds[::step]
 
 
-def _node_counts(spec: Pool, demand: float) -> list[int]:
+def _node_counts(spec: Pool, demand: float, most: int) -> list[int]:
     """Numbers of nodes from the fewest to what the whole demand could need, every few where there are too many."""
     first = max(1, spec.replicas_min)
     last = min(spec.replicas_max, max(first, int(2.0 * demand / spec.availability) + 3))
-    if last - first < NODE_COUNTS:
+    if last - first < most:
         return list(range(first, last + 1))
-    return sorted({round(count) for count in np.geomspace(first, last, NODE_COUNTS)})
+    return sorted({round(count) for count in np.geomspace(first, last, most)})
 
 
 def _of_kind(
@@ -182,7 +185,7 @@ def _of_kind(
     """The states of so many nodes that see one kind of jobs: a cap for each few plans that break at it."""
     gangs = nodes * spec.availability * (spec.gpus_per_node // degree)
     breaks = _break_points(works, gangs, residual_s, degree, peakedness)
-    caps = _representatives(breaks[breaks > 0.0])
+    caps = _representatives(breaks[breaks > 0.0], FEWER_CAPS if len(works) > MANY else CAPS)
     served = breaks[:, None] >= caps[None, :]
     count = len(caps)
     load = caps * nodes * spec.availability
@@ -235,7 +238,7 @@ def edge_states(
     fleet = sizer.scenario.edge[site]
     most = np.array([edge_cap(option, fleet, sizer, *asked) for option, asked in zip(options, promised, strict=True)])
     most = np.minimum(most, whole)
-    return None if (most >= whole).all() else EdgeStates(busy, most, _representatives(most[most > 0.0]))
+    return None if (most >= whole).all() else EdgeStates(busy, most, _representatives(most[most > 0.0], CAPS))
 
 
 def edge_cap(option: Candidate, fleet: EdgeFleet, sizer: Sizer, within_s: float | None, allowed: float) -> float:
@@ -259,10 +262,10 @@ def _waiting(gangs: float, peakedness: float) -> Floats:
     return np.array([share_waiting(gangs, load * gangs, peakedness) for load in LOADS])
 
 
-def _representatives(breaks: Floats) -> Floats:
+def _representatives(breaks: Floats, most: int) -> Floats:
     """The distinct break points, highest first; where there are too many, a few spread over them, the ends included."""
     distinct: Floats = np.unique(breaks)[::-1]
-    if len(distinct) <= CAPS:
+    if len(distinct) <= most:
         return distinct
-    few = np.unique(np.linspace(0, len(distinct) - 1, CAPS).round().astype(int))
+    few = np.unique(np.linspace(0, len(distinct) - 1, most).round().astype(int))
     return np.asarray(distinct[few])

@@ -1,4 +1,4 @@
-"""Every plan on every fleet, simulated, against the optimiser: `pytest -m slow tests/test_exhaustive.py -s`.
+"""Every plan on every fleet, simulated, against the optimiser: `pytest -m slow tests/test_exhaustive.py -s`, minutes.
 
 A combination is one plan for each class, out of all legal ones within its quality floor and limits, on one fleet. If a
 combination under 99% of the dollars of the optimiser's plan holds every promise, the optimiser missed it; where the
@@ -37,13 +37,11 @@ from random_scenarios import LAYOUTS, random_scenario
 
 pytestmark = pytest.mark.slow
 
-SEEDS = range(30)
+SEEDS = range(60)
 CHEAPER = 0.99
 """Dollars, as a share of the optimiser's, at which a combination refutes it."""
 FEWER = 50
 """Combinations for each evaluation of the optimiser, at least, over all scenarios."""
-JUDGED, IN_TIME = 5, 4
-"""Columns of a tally, as in `screen.COUNTS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,37 +99,30 @@ class Counted:
 
 @dataclass(slots=True)
 class Judge:
-    """Whether combinations hold. `longest` has as many replications as the rule ever asks for."""
+    """Whether combinations hold. `longer` are the requests of as many replications at which the rule may stop."""
 
     scenario: Scenario
     profiles: Profiles
-    longest: Scenario
-    inputs: Inputs
+    longer: list[Inputs]
 
     @classmethod
     def of(cls, scenario: Scenario, profiles: Profiles) -> Judge:
-        longest = scenario.with_overrides({"replications": MOST_REPLICATIONS * scenario.replications})
-        return cls(scenario, profiles, longest, Inputs.of(longest, profiles))
+        stops = [1, *(2**k for k in range(1, MOST_REPLICATIONS) if 2**k <= MOST_REPLICATIONS)]
+        longer = [scenario.with_overrides({"replications": stop * scenario.replications}) for stop in stops]
+        return cls(scenario, profiles, [Inputs.of(each, profiles) for each in longer])
 
     def holds(self, deployment: Deployment) -> bool:
         """The rule that the optimiser goes by; the recursion says when it cannot come out well."""
-        if not why_not(self.scenario, deployment, self.inputs) and not self._in_time(deployment):
+        applies = not why_not(self.scenario, deployment, self.longer[0])
+        if applies and not any(self._in_time(deployment, inputs) for inputs in self.longer):
             return False
         return evaluate(Job(self.scenario, self.profiles, deployment)).feasible
 
-    def _in_time(self, deployment: Deployment) -> bool:
-        """Whether every class keeps its SLO over some number of replications at which the rule may stop."""
-        tallies = [counts for counts, _ in screen(self.longest, self.profiles, deployment, inputs=self.inputs)._tallies]
-        first, last = self.scenario.replications, self.longest.replications
-        stops = [first * 2**k for k in range(10) if first * 2**k <= last]
-        return any(self._keep(sum(tallies[:stop])) for stop in stops)
-
-    def _keep(self, counts: Sequence[Sequence[int]]) -> bool:
-        for row, spec in zip(counts, self.scenario.requests.values(), strict=True):
-            wanted = spec.slo_percentile / 100.0 * (1.0 - 1e-9)
-            if spec.slo_s is not None and not row[IN_TIME] >= wanted * row[JUDGED]:
-                return False
-        return True
+    def _in_time(self, deployment: Deployment, inputs: Inputs) -> bool:
+        """Whether every class keeps its SLO."""
+        attained = screen(inputs.scenario, self.profiles, deployment, inputs=inputs).attainment
+        promised = {name: spec for name, spec in self.scenario.requests.items() if spec.slo_s is not None}
+        return all(attained[name] >= spec.slo_percentile / 100.0 * (1.0 - 1e-9) for name, spec in promised.items())
 
 
 def combinations(
@@ -220,7 +211,7 @@ def test_the_optimiser_tries_far_fewer_plans(trials: list[Trial]) -> None:
 
 
 def test_the_scenarios_ask_for_something(trials: list[Trial]) -> None:
-    """At least twenty have a plan that holds, and most of these rent nodes."""
-    held = [one for one in trials if one.found is not None and one.found.feasible]
-    assert len(held) >= 20
-    assert sum(any(one.found.replicas.values()) for one in held if one.found) >= 15
+    """At least twenty have a plan that holds and rents nodes, and some have none."""
+    held = [one.found for one in trials if one.found is not None and one.found.feasible]
+    assert sum(any(found.replicas.values()) for found in held) >= 20
+    assert len(held) < len(trials)
