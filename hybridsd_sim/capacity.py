@@ -74,7 +74,8 @@ class Saving:
     """The chosen plan against the best plan of another kind; figures None where one of the two is unknown.
 
     `usd_per_hour` and `share` are what is saved (negative where the chosen plan costs more), `quality` the change of
-    the mean CLIP score. `holds` says whether the other plan keeps every promise, and `reason` why not.
+    the mean CLIP score. `holds` says whether the other plan keeps every promise, and `reason` why not. `unserved` are
+    the shares of requests that the chosen plan and the other one do not serve.
     """
 
     other: str
@@ -83,6 +84,7 @@ class Saving:
     usd_per_hour: float | None
     share: float | None
     quality: float | None
+    unserved: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class Evaluated:
     feasible: bool
     reason: str
     labels: Mapping[str, str]
+    unserved_share: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +182,22 @@ def evaluated(name: str, evaluation: Evaluation, mixes: Mixes) -> Evaluated:
         feasible=feasible.ok,
         reason=feasible.reason,
         labels=labels(mixes),
+        unserved_share=_known(everyone["unserved_share"].value) or 0.0,
+    )
+
+
+def saving(plan: Evaluated, other: Evaluated) -> Saving:
+    """What a plan saves against another, and how its pictures differ."""
+    dollars, against = plan.usd_per_hour, other.usd_per_hour
+    saved = None if dollars is None or against is None else against - dollars
+    return Saving(
+        other=other.name,
+        holds=other.feasible,
+        reason="" if other.feasible else other.reason,
+        usd_per_hour=saved,
+        share=saved / against if saved is not None and against else None,
+        quality=None if plan.quality is None or other.quality is None else plan.quality - other.quality,
+        unserved=(plan.unserved_share, other.unserved_share),
     )
 
 

@@ -9,14 +9,13 @@ uncertainty of its step costs, and, where nothing holds, which constraints confl
 from __future__ import annotations
 
 import builtins
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from hybridsd_sim.alternatives import alternatives
 from hybridsd_sim.candidates import Candidate, CandidateSet, find_candidates
-from hybridsd_sim.capacity import CapacityPlan, Confidence, Evaluated, Saving, evaluated
+from hybridsd_sim.capacity import CapacityPlan, Confidence, Evaluated, evaluated, saving
 from hybridsd_sim.confidence import confidence, confident_search
 from hybridsd_sim.conflicts import conflict
 from hybridsd_sim.evaluations import Evaluation, Evaluator, Job, evaluate, kept, simulated
@@ -27,7 +26,7 @@ from hybridsd_sim.milp import Answer, Condition, Formulation
 from hybridsd_sim.planner import Keep, Planner, quickest
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.robust import robust_conditions, robust_variations
-from hybridsd_sim.scenario import ALL, Scenario
+from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.search import Found, Search
 from hybridsd_sim.sensitivity import sensitivity
 from hybridsd_sim.simulate import SimResult
@@ -210,30 +209,12 @@ def _assembled(
         refusals=planner.found.refusal_counts(),
         profiles_digest=planner.profiles.digest,
         bound_usd_per_hour=found.bound if planner.scenario.search.minimise == "usd_per_hour" else None,
-        savings=tuple(_saving(found, outcome.found, name) for name, (outcome, _) in baselines.items()),
+        savings=tuple(saving(_evaluated("plan", found), other) for other in shown.values()),
     )
 
 
 def _evaluated(name: str, found: Found) -> Evaluated:
     return evaluated(name, found.evaluations[0], found.mixes)
-
-
-def _saving(found: Found, other: Found, name: str) -> Saving:
-    """What the plan saves against another, and how its pictures differ."""
-    mine, theirs = found.evaluations[0], other.evaluations[0]
-    dollars, against = mine.rent_usd_per_hour, theirs.rent_usd_per_hour
-    saved = None if dollars is None or against is None else against - dollars
-    quality, scored = (one.classes[ALL]["quality_mean"].value for one in (mine, theirs))
-    change = quality - scored
-    feasible = theirs.verdict.feasible
-    return Saving(
-        other=name,
-        holds=feasible.ok,
-        reason=feasible.reason,
-        usd_per_hour=saved,
-        share=saved / against if saved is not None and against else None,
-        quality=None if math.isnan(change) else change,
-    )
 
 
 def _with_surroundings(

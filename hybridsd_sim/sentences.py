@@ -29,6 +29,8 @@ Mix = Sequence[tuple[float, Candidate]]
 """How a class's requests are shared out over plans."""
 ROUNDING = 1e-6
 """Shares whose sum is this close to 1 leave nobody out."""
+LEAST_SHARE = 0.001
+"""Shares of requests below this are not worth a word."""
 NORMAL_95 = 1.959964
 """Two-sided 95% point of the normal distribution."""
 
@@ -53,19 +55,6 @@ def turned_away(mix: Mix) -> float:
 # ---- Savings --------------------------------------------------------------------------------------------------------
 
 
-def savings_of(plan: CapacityPlan) -> tuple[Saving, ...]:
-    """What the chosen plan saves against each plan that it was compared with: its own, or worked out from these."""
-    return plan.savings or tuple(_saving(plan, other) for other in plan.baselines)
-
-
-def _saving(plan: CapacityPlan, other: Evaluated) -> Saving:
-    dollars, score = plan.usd_per_hour, _score(plan)
-    saved = None if dollars is None or other.usd_per_hour is None else other.usd_per_hour - dollars
-    share = saved / other.usd_per_hour if saved is not None and other.usd_per_hour else None
-    change = None if score is None or other.quality is None else score - other.quality
-    return Saving(other.name, other.feasible, "" if other.feasible else other.reason, saved, share, change)
-
-
 def _score(plan: CapacityPlan) -> float | None:
     """Mean CLIP score of the chosen plan as it was simulated; None if nobody knows it."""
     score = float(plan.chosen_result.summary.xs(ALL, level="request_class").iloc[0]["quality_mean"])
@@ -74,7 +63,7 @@ def _score(plan: CapacityPlan) -> float | None:
 
 def savings_in_words(plan: CapacityPlan) -> Iterator[str]:
     """A sentence for each plan of another kind: dollars and quality, or why it does not hold."""
-    yield from (_saving_in_words(saving, plan) for saving in savings_of(plan))
+    yield from (_saving_in_words(saving, plan) for saving in plan.savings)
 
 
 def _saving_in_words(saving: Saving, plan: CapacityPlan) -> str:
@@ -85,7 +74,8 @@ def _saving_in_words(saving: Saving, plan: CapacityPlan) -> str:
         return f"What the plan saves against {saving.other} is not known: a price is missing."
     known = next((other.policy for other in plan.baselines if other.name == saving.other), "planned")
     dollars = f"{own:.2f} USD/h of rent against {own + saving.usd_per_hour:.2f}"
-    return f"It costs {_compared(saving)}: {dollars}, both by {KNOWN_BY.get(known, known)}{_loss(saving, plan)}."
+    rest = f"{_loss(saving, plan)}{_unserved(saving)}"
+    return f"It costs {_compared(saving)}: {dollars}, both by {KNOWN_BY.get(known, known)}{rest}."
 
 
 def _compared(saving: Saving) -> str:
@@ -95,6 +85,14 @@ def _compared(saving: Saving) -> str:
         return f"as much as {other}"
     amount = f"{abs(dollars):.2f} USD/h" if share is None else f"{abs(share):.0%}"
     return f"{amount} {'less' if dollars > 0 else 'more'} than {other}"
+
+
+def _unserved(saving: Saving) -> str:
+    """What is turned away, where either plan turns anybody away."""
+    mine, theirs = saving.unserved
+    if max(mine, theirs) < LEAST_SHARE:
+        return ""
+    return f", leaving {mine:.1%} of the requests unserved against {theirs:.1%}"
 
 
 def _loss(saving: Saving, plan: CapacityPlan) -> str:

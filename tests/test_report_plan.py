@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hand_made import BOUND, CONFIDENCE, CONFLICT, MARGINS, RENT, hand_made_plan, hand_made_scenario, handed_over
-from hybridsd_sim.capacity import Confidence, Margin, Relaxation, Saving
+from hybridsd_sim.capacity import Confidence, Margin, Relaxation, Saving, saving
 from hybridsd_sim.explain import explain
 from hybridsd_sim.report import write_report
 from hybridsd_sim.report.contents import contents
@@ -24,7 +24,6 @@ from hybridsd_sim.sentences import (
     quantity,
     relaxation_in_words,
     savings_in_words,
-    savings_of,
     turned_away,
 )
 from hybridsd_sim.show import plan_data, plan_text, to_json
@@ -123,18 +122,25 @@ def test_savings_are_told_with_dollars_share_loss_and_grounds(plan, shown):
     assert said["json"]["savings"][0]["said"] == sentence
 
 
-def test_savings_follow_from_the_comparison_where_the_plan_brings_none(plan):
-    """Rent saved, its share and the change of the score are differences of the two plans' own figures."""
-    cloud, edge = savings_of(replace(plan, savings=()))
-    assert (cloud.other, cloud.holds, cloud.usd_per_hour, cloud.share, cloud.quality) == (
-        "cloud only",
-        True,
-        RENT,
-        0.5,
-        None,
-    )
-    assert (edge.holds, edge.reason) == (False, plan.baselines[1].reason)
-    assert savings_of(plan) is plan.savings
+def test_savings_are_the_differences_of_two_plans(plan):
+    """Rent saved, its share, the change of the score and who is left unserved follow from the plans' own figures."""
+    chosen, cloud, edge = plan.evidence[0], *plan.baselines[:2]
+    against_cloud, against_edge = saving(chosen, cloud), saving(chosen, replace(edge, unserved_share=0.25))
+    saved = cloud.usd_per_hour - chosen.usd_per_hour
+
+    assert (against_cloud.other, against_cloud.holds) == ("cloud only", True)
+    assert against_cloud.usd_per_hour == pytest.approx(saved)
+    assert against_cloud.share == pytest.approx(saved / cloud.usd_per_hour)
+    assert (against_edge.holds, against_edge.reason) == (False, edge.reason)
+    assert against_edge.unserved == (0.0, 0.25)
+
+
+def test_a_saving_tells_whom_it_leaves_unserved(plan):
+    """A plan that turns requests away is not cheaper for the same work, and the sentence says so."""
+    kept = Saving("cloud only", True, "", 1.0, 0.1, None, (0.04, 0.6))
+    (said,) = savings_in_words(replace(plan, savings=(kept,)))
+
+    assert "leaving 4.0% of the requests unserved against 60.0%" in said
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from hybridsd_sim.sentences import (
     probability_interval,
     relaxation_in_words,
     savings_in_words,
-    savings_of,
     turned_away,
 )
 
@@ -37,7 +36,7 @@ Data = dict[str, Any]
 
 def planned(plan: CapacityPlan) -> Data:
     """Everything that a capacity plan knows beyond its simulations."""
-    savings, said = savings_of(plan), savings_in_words(plan)
+    savings, said = plan.savings, savings_in_words(plan)
     return {
         "feasible": plan.feasible,
         "explanation": list(plan.explanation),
