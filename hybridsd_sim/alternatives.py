@@ -54,9 +54,10 @@ def alternatives(planner: Planner, chosen: Evaluated) -> tuple[Evaluated, ...]:
 
 
 def _kinds(planner: Planner, chosen: Deployment) -> Iterator[tuple[str, Keep]]:
-    """Kinds of plan by name; those of which every plan is are left out."""
+    """Kinds of plan by name; those which the chosen plan is of already are left out."""
     scenario, pools = planner.scenario, list(planner.scenario.pools)
-    options = [option for mine in planner.found.by_class.values() for option in mine]
+    used = {(name, part.plan) for name, mix in chosen.plans.items() for part in mix}
+    options = [o for mine in planner.found.by_class.values() for o in mine if (o.request_class, o.plan) in used]
     for name, keep in _all_kinds(planner, chosen, pools):
         if not all(keep(option) for option in options):
             yield name, keep

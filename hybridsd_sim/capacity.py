@@ -115,9 +115,10 @@ class Evaluated:
 class CapacityPlan:
     """The answer: what to rent and how to serve each class, what it was compared with, and the evidence.
 
-    `evidence` are all simulated plans in the order of the search. `bound_usd_per_hour` is the rent and egress under
-    which the search ruled every plan out. `conflict` is the smallest set of constraints that no plan meets, empty where
-    one does; `robust` the plan under each named scenario, where that was asked.
+    `evidence` are all plans tried in the search, in its order. `cost_usd_per_hour` is rent and egress at the planning
+    rates; `bound_usd_per_hour` is how low the search found no plan that it could not rule out, by the same rates.
+    `conflict` is the smallest set of constraints that no plan meets, empty where one does; `robust` the plan under each
+    named scenario, where that was asked.
     """
 
     scenario: Scenario
@@ -135,6 +136,7 @@ class CapacityPlan:
     refusals: Mapping[tuple[str, str], int]
     profiles_digest: str
     bound_usd_per_hour: float | None = None
+    cost_usd_per_hour: float | None = None
     margins: tuple[Margin, ...] = ()
     conflict: tuple[Relaxation, ...] = ()
     sensitivity: tuple[Variation, ...] = ()
@@ -252,6 +254,8 @@ def dominates(one: Evaluated, other: Evaluated) -> bool:
     return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
-def _figures(point: Evaluated) -> tuple[float, float, float]:
+def _figures(point: Evaluated) -> tuple[float, ...]:
+    """Rounded, so that means of the same numbers in another order are the same."""
     dollars = math.inf if point.usd_per_hour is None else point.usd_per_hour
-    return dollars, point.latency_p95_s[0], -(point.quality if point.quality is not None else -1.0)
+    quality = -1.0 if point.quality is None else point.quality
+    return tuple(round(figure, 9) for figure in (dollars, point.latency_p95_s[0], -quality))

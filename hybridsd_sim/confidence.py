@@ -232,9 +232,15 @@ class _Tester:
         """Which classes' promises hold in a draw, at its prices."""
         scenario, wanted = self.planner.scenario, self.planner.sizer.wanted
         return {
-            name: attained[name] >= wanted(name) * (1.0 - SLACK) and limits_kept(scenario, name, mix)
+            name: attained[name] >= wanted(name) * self._let_in(mix) * (1.0 - SLACK)
+            and limits_kept(scenario, name, mix)
             for name, mix in mixes.items()
         }
+
+    def _let_in(self, mix: Sequence[tuple[float, Candidate]]) -> float:
+        """The share of a class to which its SLO is promised: those let in, where as few as possible are turned away."""
+        as_few = self.planner.scenario.search.minimise == "turned_away_per_s"
+        return sum(share for share, _ in mix) if as_few else 1.0
 
     def _means(
         self, mixes: Mixes, replicas: Mapping[str, int], known: tuple[Evaluation, Mapping[str, float]] | None

@@ -61,7 +61,7 @@ def _shares(name: str, mix: Mix) -> Iterator[str]:
         parts = "; ".join(f"{share:.1%} by {option.plan.label}" for share, option in mix)
         yield f"{name}: its requests are shared out: {parts}."
     if away := turned_away(mix):
-        yield f"{name}: {away:.1%} of its requests are turned away, so that the others are served in time."
+        yield f"{name}: {away:.1%} of its requests are turned away: there is no room for them."
 
 
 def _arrivals(plan: CapacityPlan) -> Iterator[str]:

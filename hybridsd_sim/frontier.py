@@ -62,7 +62,7 @@ def frontier(planner: Planner, chosen: Evaluated) -> tuple[Evaluated, ...]:
     `chosen` is among them, or beaten by one of them, if it holds. Where no plan keeps every promise by formula, there
     is only `chosen`, or nothing if that does not hold either.
     """
-    points = [chosen] if chosen.feasible else []
+    points = [_on_the_same_ground(planner, chosen)] if chosen.feasible else []
     condition = whole_condition(planner)
     if condition is not None:
         curve = _Curve(planner, condition)
@@ -72,6 +72,14 @@ def frontier(planner: Planner, chosen: Evaluated) -> tuple[Evaluated, ...]:
         if not any(dominates(other, point) or same_figures(other, point) for other in best):
             best = [other for other in best if not dominates(point, other)] + [point]
     return tuple(sorted(best, key=lambda point: (_dollars(point), point.latency_p95_s[0])))
+
+
+def _on_the_same_ground(planner: Planner, chosen: Evaluated) -> Evaluated:
+    """The chosen plan; by formula where the recursion does not apply, for then all other points are by formula too."""
+    if chosen.deployment is None or quickest(planner.scenario, chosen.deployment) == "screen":
+        return chosen
+    mixes = planner.priced(chosen.deployment)
+    return analytic(chosen.name, planner.sizer.assess(mixes, chosen.deployment.replicas), planner.sizer)
 
 
 def _dollars(point: Evaluated) -> float:
@@ -100,7 +108,8 @@ class _Curve:
         boldest = self._boldest(fleets)
         found = {fleet: self._on(fleet, boldest[fleet]) for fleet in fleets}
         rivals = [sizing for sizings in found.values() for sizing in sizings]
-        self._try([*rivals, *(self._swapped(rivals) if rivals else ())])
+        calm = [self._calmest(mine[0]) for mine in found.values() if mine]
+        self._try([*rivals, *(self._swapped(rivals) if rivals else ()), *calm])
         self._try(self._unbeaten([more for mine in found.values() for more in self._spared(mine, fleets)], rivals))
         return [point for point in self._tried.values() if point.feasible]
 
@@ -216,6 +225,25 @@ class _Curve:
             finer = [o for o in others if o.missed <= 0.0 and _score(o) > _score(sizing) - SAME_QUALITY]
             found += self._finest_within(slowest_s, sorted(finer, key=_score, reverse=True))
         return found
+
+    def _calmest(self, sizing: Sizing) -> Sizing:
+        """The same fleet with each class on the plan that loads it least, of those no slower than its own slowest.
+
+        A limit that every plan keeps is met as soon as the slowest class is within it. That others could be quicker, or
+        leave more room to the slowest, it does not ask.
+        """
+        nodes, mixes = self.fleet(sizing.replicas), dict(sizing.mixes)
+        for name, mix in sizing.mixes.items():
+            slowest_s = max(option.full_batch_latency_s for _, option in mix)
+            able = [
+                option
+                for option in self.condition.plans[name]
+                if option is not None
+                and option.full_batch_latency_s <= slowest_s
+                and (option.pool_index < 0 or nodes[option.pool_index])
+            ]
+            mixes[name] = ((1.0, min(able, key=lambda o: (o.gpu_seconds, o.full_batch_latency_s))),)
+        return self.planner.sizer.assess(mixes, sizing.replicas)
 
     def _finest_within(self, seconds: float, finest_first: Sequence[Sizing]) -> list[Sizing]:
         """The best picture whose p95 latency is at most so long, and the fastest of those as good; none, or one."""

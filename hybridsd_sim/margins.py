@@ -28,13 +28,15 @@ def margins(planner: Planner, chosen: Evaluated) -> tuple[Margin, ...]:
 
     Where `chosen` holds on a cheaper fleet than the formula believes, the formula is asked for as much less traffic as
     makes it agree. Costs None mean that no plan holds there. A step that the scenario has no use for (a second of SLO
-    where nobody is promised one) is left out.
+    where nobody is promised one) is left out; where as few as possible are to be turned away, nothing is told.
     """
+    if planner.scenario.search.minimise == "turned_away_per_s":
+        return ()
     condition = whole_condition(planner)
     headroom = 1.0 if condition is None else agreeing_headroom(planner, condition, chosen.usd_per_hour)
     base = solve(planner, headroom=headroom)
     before = None if base is None else base.objective
-    found = list(_of_money(planner, condition, base, headroom)) if base and condition else []
+    found = list(_of_money(planner, condition, _dollars(planner, chosen), headroom)) if base and condition else []
     for change, other in _changed(planner):
         answer = solve(other, headroom=headroom)
         after = None if answer is None else answer.objective
@@ -63,12 +65,18 @@ def _share(value: float) -> float:
     return min(1.0, max(0.0, value))
 
 
-def _of_money(planner: Planner, condition: Condition, base: Answer, headroom: float) -> Iterator[Margin]:
-    """What latency can fall to and quality rise to for one dollar of rent an hour on top of the cheapest plan's.
+def _dollars(planner: Planner, chosen: Evaluated) -> float:
+    """The rent to which one more dollar is added: the plan's, or the budget where something else is minimised."""
+    rent = math.inf if chosen.usd_per_hour is None else chosen.usd_per_hour
+    limit = planner.sizer.rent_limit_usd_per_hour
+    return rent if limit is None or planner.scenario.search.minimise == "usd_per_hour" else limit
+
+
+def _of_money(planner: Planner, condition: Condition, rent: float, headroom: float) -> Iterator[Margin]:
+    """What latency can fall to and quality rise to for one dollar of rent an hour more.
 
     The latency is what 95% of the requests of every plan keep.
     """
-    rent = sum(count * planner.sizer.unit_rent[name] for name, count in base.replicas.items() if count)
     if not math.isfinite(rent):
         return
     whole = Formulation([condition])

@@ -30,77 +30,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, milp
 
 from hybridsd_sim.candidates import Candidate
+from hybridsd_sim.goals import Answer, Condition, Goal, Minimise
 from hybridsd_sim.linear import Rows
 from hybridsd_sim.queueing import NO_WAIT
-from hybridsd_sim.sizing import Mixes, Sizer
+from hybridsd_sim.sizing import Sizer
 from hybridsd_sim.surface import BOTH, EdgeStates, States, Work, edge_states, pool_states, work_of
 from hybridsd_sim.workload import mean_rate_per_s
 
+__all__ = ["Answer", "Condition", "Formulation", "Goal"]
+
 UNKNOWN_RENT = 1e6
 """Dollars an hour of a node whose price nobody knows: it is rented when nothing else will do, and keeps no budget."""
-Minimise = Literal["usd_per_hour", "quality_loss", "turned_away_per_s", "load", "nothing"]
 GAP, LARGE_GAP, LARGE = 1e-4, 1e-3, 2000
 """Relative gap at which the solver stops; the second for programs of so many columns."""
 SMALLEST_SHARE = 0.005
 """Parts of a mix below this are given to the others."""
 TIE = 1e-6
 """Weight of the dollars where something else is minimised: the cheapest of equals."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Goal:
-    """What is asked of the formulation. Dollars are an hour; None asks nothing.
-
-    `minimise` "load" is the rent of the nodes while they are busy; "nothing" asks whether there is a plan at all.
-    `usd_per_hour` bounds the rent, `total_usd_per_hour` rent and egress together. `quality` is the least mean CLIP
-    score. `turned_away_per_s` bounds what is turned away. `headroom` multiplies the traffic: below 1 the formula is
-    taken to be too careful by so much. `replicas` fixes nodes. `refuted` fleets, and smaller ones, are not to be used.
-    """
-
-    minimise: Minimise = "usd_per_hour"
-    usd_per_hour: float | None = None
-    total_usd_per_hour: float | None = None
-    quality: float | None = None
-    turned_away_per_s: float | None = 0.0
-    headroom: float = 1.0
-    replicas: Mapping[str, int] | None = None
-    refuted: tuple[Mapping[str, int], ...] = ()
-    time_limit_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A solution: mixes, nodes, what they cost by the formulation, and a bound below which nothing is left."""
-
-    mixes: Mixes
-    replicas: Mapping[str, int]
-    objective: float
-    bound: float
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """One scenario's side of the formulation: its formula, and its price of every plan, aligned over conditions.
-
-    `plans[class][j]` is plan j of the class as this scenario prices it; None where it cannot run there. `within_s`
-    replaces every class's SLO at its percentile where it is tighter: 95% of the requests of every plan inside it.
-    `forgiven` classes may be late: they only have to be served. `slowdowns` are the factors on seconds, by site, that
-    the prices hold already. `name` is the scenario's, where there are several.
-    """
-
-    sizer: Sizer
-    plans: Mapping[str, Sequence[Candidate | None]]
-    within_s: float | None = None
-    forgiven: frozenset[str] = frozenset()
-    slowdowns: Mapping[str, float] = field(default_factory=dict)
-    name: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -271,7 +223,8 @@ class Formulation:
     def _bounds(self, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         low, high = np.zeros(self.size), np.ones(self.size)
         for column, (name, j) in enumerate(self._columns):
-            if any(not self._possible(side, name, j) for side in self._sides):
+            unwanted = self._options[column] in goal.without
+            if unwanted or any(not self._possible(side, name, j) for side in self._sides):
                 high[column] = 0.0
         if goal.turned_away_per_s == 0.0:
             high[self._turned : self._nodes] = 0.0

@@ -9,6 +9,7 @@ uncertainty of its step costs, and, where nothing holds, which constraints confl
 from __future__ import annotations
 
 import builtins
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from hybridsd_sim.candidates import Candidate, CandidateSet, find_candidates
 from hybridsd_sim.capacity import CapacityPlan, Confidence, Evaluated, evaluated, saving
 from hybridsd_sim.confidence import confidence, confident_search
 from hybridsd_sim.conflicts import conflict
+from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.evaluations import Evaluation, Evaluator, Job, evaluate, kept, simulated
 from hybridsd_sim.explain import explain
 from hybridsd_sim.frontier import frontier
@@ -60,13 +62,18 @@ def optimize(
     incumbent and gap. An infeasible scenario returns the plan that misses least, with `feasible` False and the smallest
     set of constraints that conflict. Raises `InputError` for names that the profiles do not hold.
     """
+    if robust and any(one.budget.confidence is not None for one in (scenario, *robust.values())):
+        rule = "does not go with several scenarios"
+        remedy = "Plan for one scenario at that confidence, or for all of them without it."
+        raise InputError(Problem("budget.confidence", str(scenario.budget.confidence), rule, remedy))
     progress("pricing candidate plans")
     found = find_candidates(scenario, profiles)
     trials = _Trials(map or builtins.map, store)
     planner = Planner(scenario, profiles, found, Sizer(scenario, profiles), trials, progress)
     chosen = _chosen(planner, robust or {})
     progress("planning and simulating the baselines")
-    baselines = _baselines(planner, map or builtins.map, store)
+    less = ", for the base scenario" if robust else "" if scenario.budget.confidence is None else ", at median costs"
+    baselines = _baselines(planner, map or builtins.map, store, less)
     plan = _assembled(planner, trials, chosen, baselines)
     progress("looking around the plan")
     plan = _with_surroundings(plan, planner, chosen, robust or {})
@@ -146,10 +153,16 @@ def _least_bad(search: Search, condition: Condition) -> Found:
     return search.simulated(answer or Answer({}, dict.fromkeys(search.scenario.pools, 0), 0.0, 0.0))
 
 
-def _baselines(planner: Planner, fan_out: Mapper, store: Store | None) -> dict[str, tuple[_Outcome, SimResult]]:
-    """Cloud only, edge only and the paper's static switch, each with its own best pools and the same promises."""
+def _baselines(
+    planner: Planner, fan_out: Mapper, store: Store | None, less: str
+) -> dict[str, tuple[_Outcome, SimResult]]:
+    """Cloud only, edge only and the paper's static switch, each with its own best pools and the scenario's promises.
+
+    `less` is said of each where the chosen plan was asked for more.
+    """
     share = planner.scenario.search.static_switch
     names = {CLOUD_ONLY: CLOUD_ONLY, EDGE_ONLY: EDGE_ONLY, STATIC_SWITCH: f"{STATIC_SWITCH} {share:.0%}"}
+    names = {kind: f"{name}{less}" for kind, name in names.items()}
     jobs = [(planner.scenario, planner.profiles, planner.found, store, kind, name) for kind, name in names.items()]
     done = zip(names.values(), fan_out(_baseline, jobs), strict=True)
     return {name: outcome for name, outcome in done if outcome is not None}
@@ -188,7 +201,7 @@ def _assembled(
     baselines: Mapping[str, tuple[_Outcome, SimResult]],
 ) -> CapacityPlan:
     """The plan, its baselines and the evidence."""
-    found = chosen.found
+    found, dollars = chosen.found, planner.scenario.search.minimise == "usd_per_hour"
     shown = {name: _evaluated(name, outcome.found) for name, (outcome, _) in baselines.items()}
     tried = [*chosen.tried, *(one for outcome, _ in baselines.values() for one in outcome.tried)]
     return CapacityPlan(
@@ -204,11 +217,12 @@ def _assembled(
         alternatives=(),
         evidence=tuple(tried),
         switch_curve={
-            name: tuple(_curve(planner.found.by_class[name], mix[0][1])) for name, mix in found.mixes.items()
+            name: tuple(_curve(planner.found.by_class[name], mix[0][1])) for name, mix in found.mixes.items() if mix
         },
         refusals=planner.found.refusal_counts(),
         profiles_digest=planner.profiles.digest,
-        bound_usd_per_hour=found.bound if planner.scenario.search.minimise == "usd_per_hour" else None,
+        bound_usd_per_hour=found.bound if dollars and chosen.confidence is None else None,
+        cost_usd_per_hour=found.sizing.usd_per_hour if math.isfinite(found.sizing.usd_per_hour) else None,
         savings=tuple(saving(_evaluated("plan", found), other) for other in shown.values()),
     )
 
@@ -224,11 +238,15 @@ def _with_surroundings(
     if not chosen.found.feasible:
         return replace(plan, conflict=conflict(planner))
     shown = _evaluated("plan", chosen.found)
+    if not robust and chosen.confidence is None:  # else the plan keeps more than these would be asked to
+        plan = replace(
+            plan,
+            frontier=frontier(planner, shown),
+            alternatives=alternatives(planner, shown),
+            margins=margins(planner, shown),
+        )
     return replace(
         plan,
-        frontier=frontier(planner, shown),
-        alternatives=alternatives(planner, shown),
-        margins=margins(planner, shown),
         sensitivity=sensitivity(planner, plan.deployment),
         confidence=chosen.confidence or _sure(planner, chosen.found),
         robust=robust_variations(chosen.found, robust),

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from hybridsd_sim.candidates import Candidate, CandidateSet, prune, thinned
 from hybridsd_sim.evaluations import Level
 from hybridsd_sim.milp import Condition
+from hybridsd_sim.offers import Pricing, planned_options
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.search import Evaluate, Search
-from hybridsd_sim.sizing import Sizer
+from hybridsd_sim.sizing import Mixes, Sizer
 
 Keep = Callable[[Candidate], bool]
 """Whether a plan is of the kind that is looked for."""
@@ -69,6 +70,14 @@ class Planner:
             if option.meets_floor and self.sizer.idle_attainment(option) >= wanted[option.request_class]
         ]
 
+    def priced(self, deployment: Deployment, scenario: Scenario | None = None) -> Mixes:
+        """A deployment's mixes with the price of every plan, under the planner's scenario or another."""
+        options = planned_options(Pricing(scenario or self.scenario, self.profiles), deployment).by_class
+        return {
+            name: tuple((part.share, option) for part, option in zip(mix, options[name], strict=True))
+            for name, mix in deployment.plans.items()
+        }
+
     def search(self, name: str, keep: Keep = everything) -> Search:
         """A search over one kind of plans."""
         return Search([self.condition(keep)], self.evaluate, quickest, name, self.progress)
@@ -88,9 +97,9 @@ def quickest(scenario: Scenario, deployment: Deployment) -> Level:
 
 
 def least_bad(options: Sequence[Candidate]) -> list[Candidate]:
-    """Where nothing holds: the fastest of those that keep floors and limits, else the best pictures."""
+    """Where nothing holds: the fastest of those that keep floors and limits, else the best pictures, in time first."""
     floor = sorted((option for option in options if option.meets_floor), key=lambda o: o.latency_s)
-    return floor[:LEAST_BAD] or sorted(options, key=lambda o: -(o.quality or 0.0))[:LEAST_BAD]
+    return floor[:LEAST_BAD] or sorted(options, key=lambda o: (-(o.quality or 0.0), not o.meets_slo))[:1]
 
 
 def is_hybrid(option: Candidate) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 from hybridsd_sim.candidates import Candidate
 from hybridsd_sim.capacity import Evaluated, evaluated
 from hybridsd_sim.evaluations import Evaluation, Job, Level
+from hybridsd_sim.learning import as_it_was, correct, late_classes
 from hybridsd_sim.milp import Answer, Condition, Formulation, Goal
 from hybridsd_sim.plan import Deployment, Share
 from hybridsd_sim.scenario import Scenario
@@ -45,12 +46,13 @@ CALM = 0.004
 """What the calmest of nearly equal plans may cost more, as a share of the dollars."""
 FINER = {"quality_loss": 0.1, "turned_away_per_s": 2.0}
 """Factors on both where something else is minimised: a loss of 0.7 of CLIP is wanted to four digits."""
+UNITS = {
+    "usd_per_hour": "USD/h", "latency_p95_s": "s p95 latency by formula", "quality_loss": "requests/s times 1 - CLIP",
+    "turned_away_per_s": "requests/s turned away",
+}  # fmt: skip
+"""What the incumbent's figure is called."""
 LATENCIES = 60
 """Latencies tried where the latency is minimised: 7% apart or so."""
-STRAIN_STEP, STRAIN_MOST = 1.02, 4.0
-"""Least growth of the strain of a pool that was late, and its limit."""
-EDGE_STEP = 1.2
-"""Growth of the strain of an edge fleet whose devices had queues when its requests were late."""
 
 Evaluate = Callable[[Sequence[Job]], list[Evaluation]]
 """Tries jobs, side by side where it can, in order."""
@@ -104,8 +106,10 @@ class Search:
     progress: Callable[[str], None] = lambda _: None
     tried: list[Evaluated] = field(default_factory=list)
     _refuted: list[Mapping[str, int]] = field(default_factory=list)
+    _seen: set[object] = field(default_factory=set)
     _plain: Formulation | None = None
     _reach: float | None = None
+    _second: tuple[dict[str, int], frozenset[Candidate]] | None = None
     _asked: _Asked | None = None
     _late: _Asked | None = None
 
@@ -152,9 +156,32 @@ class Search:
     def _refute(self, last: Found, incumbent: Found | None) -> None:
         """Going up, correct the formula; going down, or where there is nothing to correct, rule the fleet out."""
         if not self._learn(last) or incumbent is not None or self._plain is not None:
-            self._refuted.append(dict(last.replicas))
+            self._give_up(last)
         if self._asked is not None:
             self._late = self._asked if self._late is None else self._late.beyond(self._asked)
+
+    def _give_up(self, last: Found) -> None:
+        """Rule a fleet out; where trying costs little, once its late classes had a second choice of plans on it."""
+        if self._second is not None or last.simulated:
+            self._refuted.append(dict(last.replicas))
+            self._second = None
+            return
+        late = late_classes(self.sizer, last.mixes, last.evaluations[0])
+        used = frozenset(option for name in late for _, option in last.mixes[name] if option.pool_index >= 0)
+        self._second = dict(last.replicas), used
+
+    def _second_choice(self, incumbent: Found | None) -> Answer | None:
+        """The calmest plan on the fleet that was late, without the plans that were; None rules the fleet out."""
+        fleet, used = self._second or ({}, frozenset())
+        asked: dict[str, Any] = {"minimise": "load", "replicas": fleet, "without": used, "headroom": TRUST}
+        if incumbent is not None:
+            asked |= self._limits(self.objective(incumbent.sizing), 1.0 - self._better)
+        answer = self._plain.solve(self.goal(**asked)) if self._plain and used else None
+        if answer is None or _key(answer) in self._seen:
+            self._refuted.append(fleet)
+            self._second = None
+            return None
+        return answer
 
     def _with_bound(self, incumbent: Found) -> Found:
         if self.scenario.search.minimise == "latency_p95_s":
@@ -170,8 +197,14 @@ class Search:
             best = formulation.solve(self.goal(refuted=tuple(self._refuted)))
             if best is not None:
                 asked = {"refuted": tuple(self._refuted), **self._limits(best.objective, 1.0 + CALM * self._finer)}
-                return formulation.solve(self.goal(**{**asked, "minimise": "load"})) or best
-        return self._most_robust(incumbent)
+                best = formulation.solve(self.goal(**{**asked, "minimise": "load"})) or best
+            if best is not None and _key(best) not in self._seen:
+                return best
+        if self._second is not None and (other := self._second_choice(incumbent)) is not None:
+            return other
+        while (robust := self._most_robust(incumbent)) is not None and _key(robust) in self._seen:
+            self._refuted.append(dict(robust.replicas))  # going up it was late
+        return robust
 
     def _most_robust(self, incumbent: Found | None) -> Answer | None:
         """The plan that the formula as it was has in time at the highest traffic, of those better than the incumbent.
@@ -244,6 +277,8 @@ class Search:
         minimise = self.scenario.search.minimise
         if minimise == "usd_per_hour":
             return sizing.usd_per_hour
+        if minimise == "latency_p95_s":
+            return self.sizer.quantile(sizing, 0.95)
         rates = {name: rate for name, (rate, _) in self.sizer.rates.items()}
         if minimise == "turned_away_per_s":
             return sum(rates[name] * (1.0 - sum(share for share, _ in mix)) for name, mix in sizing.mixes.items())
@@ -253,6 +288,7 @@ class Search:
 
     def _try(self, answer: Answer) -> Found:
         """Try a plan under every condition, by the quickest means that tells."""
+        self._seen.add(_key(answer))
         return self._tried(answer.mixes, answer.replicas, None)
 
     def simulated(self, answer: Answer) -> Found:
@@ -308,61 +344,14 @@ class Search:
         best = self.objective(incumbent.sizing)
         bound = best if self._reach is None else self._reach
         gap = 0.0 if best <= 0.0 else 1.0 - bound / best
-        unit = {"usd_per_hour": "USD/h"}.get(self.scenario.search.minimise, self.scenario.search.minimise)
+        unit = UNITS[self.scenario.search.minimise]
         self.progress(f"{self.name}: bound {bound:.2f}, incumbent {best:.2f} {unit}, gap {gap:.1%}")
 
 
-def as_it_was(sizer: Sizer) -> Sizer:
-    """The formula without the strain that was learnt."""
-    return replace(sizer, rates=dict(sizer.rates), load_factors=dict(sizer.load_factors), strain={})
-
-
-def correct(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> bool:
-    """Raise the strain of pools and edge fleets whose classes were late, so that the formula is too; whether any was.
-
-    GPU-seconds held beyond those predicted (model loads, larger requests) go into the load factors first.
-    """
-    deployment, grew = evaluation.deployment, False
-    for index, pool in enumerate(sizer.scenario.pools):
-        late = [name for name in _late(sizer, mixes, evaluation) if any(o.pool_index == index for _, o in mixes[name])]
-        if not late:
-            continue
-        ratio = evaluation.load_ratio.get(pool, 1.0)
-        if ratio > 1.05:
-            sizer.load_factors[pool] = max(sizer.load_factors.get(pool, 1.0), ratio)
-        got = {name: evaluation.classes[name]["slo_attainment"].value for name in late}
-        known = sizer.strain.get(pool, 1.0)
-        sizer.strain[pool] = _strain(sizer, pool, mixes, deployment.replicas, got, known)
-        grew = grew or sizer.strain[pool] > known
-    for index, site in enumerate(sizer.scenario.edge):
-        late = [name for name in _late(sizer, mixes, evaluation) if any(o.fleet_index == index for _, o in mixes[name])]
-        if late and sizer.edge_wait(site, mixes).probability:
-            sizer.strain[site] = EDGE_STEP * sizer.strain.get(site, 1.0)
-            grew = True
-    return grew
-
-
-def _late(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> list[str]:
-    """Classes that missed their SLO among those let in: the only promise that more nodes can mend."""
-    got = {name: evaluation.classes[name]["slo_attainment"].value for name in mixes}
-    asked = {name: sizer.wanted(name) * sum(share for share, _ in mix) for name, mix in mixes.items()}
-    return [name for name, value in got.items() if not value >= asked[name] * (1.0 - 1e-9)]
-
-
-def _strain(
-    sizer: Sizer, pool: str, mixes: Mixes, replicas: Mapping[str, int], got: Mapping[str, float], known: float
-) -> float:
-    """The factor on a pool's traffic under which the formula gives the attainment that was met, or less."""
-    low, high = known * STRAIN_STEP, STRAIN_MOST
-    if low >= high:
-        return high
-    for _ in range(20):
-        middle = (low + high) / 2.0
-        sizer.strain[pool] = middle
-        attained = sizer.assess(mixes, {name: replicas.get(name, 0) for name in sizer.scenario.pools}).attainment
-        enough = any(attained[name] <= max(value, 0.0) + 1e-6 for name, value in got.items())
-        low, high = (low, middle) if enough else (middle, high)
-    return high
+def _key(answer: Answer) -> object:
+    """What tells two proposals apart."""
+    parts = [(id(option), round(share, 6)) for mix in answer.mixes.values() for share, option in mix]
+    return tuple(answer.replicas.items()), tuple(parts)
 
 
 def deployment_of(mixes: Mixes, replicas: Mapping[str, int]) -> Deployment:

@@ -8,7 +8,6 @@ from typing import Any
 
 from hybridsd_sim.capacity import Variation, evaluated
 from hybridsd_sim.evaluations import Job
-from hybridsd_sim.offers import Pricing, planned_options
 from hybridsd_sim.plan import Deployment, Plan, Share
 from hybridsd_sim.planner import Planner, quickest
 from hybridsd_sim.scenario import ArrivalSpec, Scenario
@@ -42,7 +41,7 @@ def sensitivity(planner: Planner, deployment: Deployment) -> tuple[Variation, ..
     jobs = [_job(planner, scenario, deployment, c.slowdowns) for scenario, c in zip(scenarios, changes, strict=True)]
     evaluations = planner.evaluate(jobs)
     return tuple(
-        Variation(change.name, evaluated(change.name, one, priced_mixes(planner, one.deployment, scenario)))
+        Variation(change.name, evaluated(change.name, one, planner.priced(one.deployment, scenario)))
         for change, one, scenario in zip(changes, evaluations, scenarios, strict=True)
     )
 
@@ -54,9 +53,10 @@ def _job(planner: Planner, scenario: Scenario, deployment: Deployment, slowdowns
 
 def _changes(planner: Planner, deployment: Deployment) -> Iterator[_Change]:
     scenario = planner.scenario
+    yield _Change("as planned")
     for factor in TRAFFIC:
         yield _Change(f"traffic {factor - 1.0:+.0%}", traffic(scenario, factor))
-    for site in busy_sites(priced_mixes(planner, deployment)):
+    for site in busy_sites(planner.priced(deployment)):
         for factor in SLOWER:
             yield _Change(f"{site} {factor - 1.0:.0%} slower", slowdowns={site: factor})
     for network in planner.profiles.networks:
@@ -90,15 +90,6 @@ def _over(plan: Plan, scenario: Scenario, class_name: str) -> Plan:
     if plan.network is None:
         return plan
     return replace(plan, network=scenario.edge[scenario.requests[class_name].origin].network)
-
-
-def priced_mixes(planner: Planner, deployment: Deployment, scenario: Scenario | None = None) -> Mixes:
-    """A deployment's mixes with the price of every plan, under the planner's scenario or another."""
-    options = planned_options(Pricing(scenario or planner.scenario, planner.profiles), deployment).by_class
-    return {
-        name: tuple((part.share, option) for part, option in zip(mix, options[name], strict=True))
-        for name, mix in deployment.plans.items()
-    }
 
 
 def busy_sites(mixes: Mixes) -> list[str]:

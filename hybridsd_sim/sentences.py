@@ -114,22 +114,10 @@ def bound_of(plan: CapacityPlan) -> tuple[float, float, float] | None:
 
     None where the plan does not hold, where no bound is known or where a price is missing.
     """
-    bound, rent = plan.bound_usd_per_hour, plan.usd_per_hour
-    if bound is None or rent is None or not plan.feasible:
+    bound, cost = plan.bound_usd_per_hour, plan.cost_usd_per_hour
+    if bound is None or cost is None or not plan.feasible:
         return None
-    cost = rent + _egress_usd_per_hour(plan)
     return bound, cost, max(0.0, 1.0 - bound / cost) if cost else 0.0
-
-
-def _egress_usd_per_hour(plan: CapacityPlan) -> float:
-    """Dollars an hour for what is sent to the edge, at the rates that were simulated."""
-    total, offered = 0.0, plan.chosen_result.summary["offered_per_s"].droplevel(0)
-    for name, mix in plan.mixes.items():
-        requests_per_hour = 3600.0 * float(offered[name])
-        for share, option in mix:
-            usd = sum(part.usd or 0.0 for part in option.cost.parts if part.tier == "network")
-            total += share * requests_per_hour * usd
-    return total
 
 
 def bound_in_words(plan: CapacityPlan) -> str:
@@ -139,8 +127,8 @@ def bound_in_words(plan: CapacityPlan) -> str:
         return ""
     bound, cost, gap = found
     return (
-        f"No plan under {bound:.2f} USD/h holds: the search ruled out every cheaper fleet (bound, by formula corrected "
-        f"by simulation). The plan costs {cost:.2f} USD/h with what is sent to the edge: gap {gap:.1%}."
+        f"The search found no plan under {bound:.2f} USD/h: what the formula puts within reach was tried, each part of "
+        f"a mix in time by itself. The plan costs {cost:.2f} USD/h with what is sent to the edge: gap {gap:.1%}."
     )
 
 

@@ -32,9 +32,9 @@ from hybridsd_sim.sizing import EDGE_IDLE, EDGE_LOAD_MOST, Sizer
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 NO_FLOATS, NO_INTS = np.empty(0), np.empty(0, np.int64)
-CAPS, FEWER_CAPS = 6, 3
+CAPS, FEWER_CAPS = 8, 3
 """Most caps on the load for one number of nodes and one kind of jobs; the second where a pool has `MANY` plans."""
-KINDS, FEWER_KINDS = 3, 1
+KINDS, FEWER_KINDS = 5, 1
 """Most bounds on the residual work of a pool's jobs."""
 NODE_COUNTS, FEWER_NODE_COUNTS = 48, 16
 """Most numbers of nodes that a pool's states span; beyond, every few."""
@@ -135,7 +135,7 @@ def pool_states(spec: Pool | None, works: Sequence[Work], demand: float) -> Stat
 
     A pool that is not there, or that no plan uses, has none.
     """
-    if spec is None or not works:
+    if spec is None or not works or not spec.replicas_max:
         return States(NO_INTS, NO_FLOATS, NO_FLOATS, NO_INTS, np.empty((len(works), 0), np.bool_))
     peakedness = _peakedness(works)
     few = len(works) > MANY
@@ -161,8 +161,14 @@ def _residuals(values: Sequence[float], most: int) -> list[float]:
     for value in sorted(values, reverse=True):
         if not bounds or value * ALIKE < bounds[-1]:
             bounds.append(value)
-    step = max(1, -(-len(bounds) // most))
-    return bounds[::step]
+    return bounds if len(bounds) <= most else [bounds[index] for index in _spread(len(bounds), most)]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Positions among `count`, at most so many and spread evenly; the first and the last are among them."""
+    if most == 1:
+        return [0]
+    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
 
 
 def _node_counts(spec: Pool, demand: float, most: int) -> list[int]:

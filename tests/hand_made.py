@@ -287,6 +287,7 @@ def hand_made_plan(scenario, profiles_digest="0" * 64):
         refusals={("studio", refused): 3},
         profiles_digest=profiles_digest,
         bound_usd_per_hour=BOUND,
+        cost_usd_per_hour=RENT + 0.01,
         margins=MARGINS,
         sensitivity=(
             Variation("traffic -10%", evaluated("", results["cloud only"])), Variation("traffic +10%", screened),

@@ -137,7 +137,7 @@ def _class_rows(data: Data, choice: Data) -> Iterator[tuple[Cell, ...]]:
         yield (who, Cell(in_words(part)), *_how(part), _idle(data, name, part), *(blank if number_of else simulated))
     if choice["turned_away"]:
         who = Cell(name, f"{percent(choice['turned_away'])} of its requests")
-        yield (who, Cell("Turned away, so that the others are served in time"), *(Cell(""),) * 4, *blank)
+        yield (who, Cell("Turned away: there is no room for them"), *(Cell(""),) * 4, *blank)
 
 
 def _how(part: Data | None) -> tuple[Cell, Cell, Cell]:
