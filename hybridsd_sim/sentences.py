@@ -209,4 +209,4 @@ def evidence_in_words(evidence: Sequence[Evaluated]) -> str:
     ways = Counter(KNOWN_BY.get(point.policy, point.policy) for point in evidence)
     counted = ", ".join(f"{count} by {way}" for way, count in ways.most_common())
     plans = "1 capacity plan was" if len(evidence) == 1 else f"{len(evidence)} capacity plans were"
-    return f"{plans} tried on the same requests: {counted}."
+    return f"{plans} tried in the search, on the same requests: {counted}."

@@ -308,11 +308,11 @@ def test_the_evidence_is_every_plan_in_order_with_its_reason(plan, shown):
     names = re.findall(r'<th scope="row"[^>]*>(.*?)</th>', table)
     assert names == [point.name for point in plan.evidence]
     assert (
-        "2 capacity plans were tried on the same requests: 2 by simulation. 1 of them held every promise"
+        "2 capacity plans were tried in the search, on the same requests: 2 by simulation. 1 of them held every promise"
         in said["page"]
     )
     assert (
-        "2 capacity plans were tried on the same requests: 2 by simulation. The report has every one." in said["text"]
+        "2 capacity plans were tried in the search, on the same requests: 2 by simulation. The report has every one." in said["text"]
     )
     assert len(said["json"]["evidence"]) == 2
 
