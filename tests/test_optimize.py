@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybridsd_sim import CapacityPlan, Profiles, Scenario, optimize, simulate
 from hybridsd_sim.candidates import find_candidates, rental_usd_per_hour
@@ -233,3 +235,23 @@ def test_batches_serve_more_on_the_same_nodes(quickstart: Scenario, profiles: Pr
 
     assert together.feasible
     assert (together.usd_per_hour or 0) <= (alone.usd_per_hour or 0)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    rent=st.floats(3.0, 30.0),
+    each=st.floats(0.0002, 0.002),
+    rate=st.floats(1.0, 16.0),
+    minimise=st.sampled_from(["usd_per_hour", "latency_p95_s", "quality_loss", "turned_away_per_s"]),
+)
+def test_no_plan_that_is_called_feasible_exceeds_a_budget(
+    quickstart: Scenario, profiles: Profiles, rent: float, each: float, rate: float, minimise: str
+) -> None:
+    """Whatever is minimised: the rent an hour and the rent an image stay within what may be spent."""
+    limits = {"budget__usd_per_hour": rent, "budget__usd_per_image": each, "search__minimise": minimise}
+    plan = optimize(short(quickstart, requests__picture__arrivals__rate_per_s=rate, **limits), profiles)
+
+    if plan.feasible:
+        everyone = plan.chosen_result.summary.xs("all", level="request_class").iloc[0]
+        assert (plan.usd_per_hour or 0.0) <= rent * (1 + 1e-9)
+        assert float(everyone["rent_usd_per_image"]) <= each * (1 + 1e-9)

@@ -311,9 +311,8 @@ def test_the_evidence_is_every_plan_in_order_with_its_reason(plan, shown):
         "2 capacity plans were tried in the search, on the same requests: 2 by simulation. 1 of them held every promise"
         in said["page"]
     )
-    assert (
-        "2 capacity plans were tried in the search, on the same requests: 2 by simulation. The report has every one." in said["text"]
-    )
+    tried = "2 capacity plans were tried in the search, on the same requests: 2 by simulation."
+    assert f"{tried} The report has every one." in said["text"]
     assert len(said["json"]["evidence"]) == 2
 
 
