@@ -201,14 +201,14 @@ def _of_kind(
 def _peakedness(works: Sequence[Work]) -> dict[str, float]:
     """What each class sees of the squared variation of gaps, were all classes there that can be.
 
-    Its own bursts, in which its requests meet each other; those of the others it meets at any time, as if Poisson.
+    Its own bursts, in which its requests meet each other; those of the others by half, for it meets them at any time.
     """
     classes = {work.candidate.request_class: work for work in works}
     total = sum(work.rate_per_s for work in classes.values())
-    return {
-        name: round(1.0 + work.rate_per_s / total * (work.peakedness - 1.0), 6) if total else 1.0
-        for name, work in classes.items()
+    beyond = {
+        name: work.rate_per_s / total * (work.peakedness - 1.0) if total else 0.0 for name, work in classes.items()
     }
+    return {name: round(1.0 + (own + sum(beyond.values())) / 2.0, 6) for name, own in beyond.items()}
 
 
 def _break_points(
