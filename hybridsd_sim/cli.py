@@ -7,6 +7,8 @@ imported inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -195,7 +197,7 @@ def plan_(
     profiles, ran = _profiles(resolved), ["plan", *(f"{name} {other.digest}" for name, other in others.items())]
     store = None if no_cache else _store()
     # Ray prints on standard output when a worker dies; that is for results alone.
-    with _keeping(store), redirect_stdout(sys.stderr), _progress() as say, workers(jobs, ray) as fan_out:
+    with _keeping(store), _output_aside(), _progress() as say, workers(jobs, ray) as fan_out:
         result = optimize(resolved, profiles, map=fan_out, store=store, robust=others, progress=say)
         say("drawing the report")
         saved, page = _write(result, out or _run_folder(resolved, profiles, ran), profiles)
@@ -346,6 +348,20 @@ def _keeping(store: Store | None) -> Iterator[None]:
             f"interrupted: {kept}; run the same command again to {'continue' if store else 'start anew'}", err=True
         )
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _output_aside() -> Iterator[None]:
+    """Send what libraries print on standard output, in C too, to standard error: a result stands there alone."""
+    with redirect_stdout(sys.stderr):
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @contextmanager

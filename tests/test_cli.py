@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 import hybridsd_sim
 from hybridsd_sim.arguments import named_scenarios
-from hybridsd_sim.cli import main
+from hybridsd_sim.cli import _output_aside, main
 from hybridsd_sim.errors import RunError
 from hybridsd_sim.profiles import data_folder
 from hybridsd_sim.show import LONGEST_WORD, figure, table, to_json, with_interval
@@ -946,3 +947,16 @@ def test_an_interval_is_shown_once_it_says_something():
 def test_json_holds_no_nan(data):
     """Whatever is printed as JSON parses, and what is no number is null."""
     json.loads(to_json(data), parse_constant=pytest.fail)
+
+
+def test_what_libraries_print_does_not_spoil_a_result(capfd):
+    """While a plan is made, standard output leads to standard error, for code in C as for Python."""
+    with _output_aside():
+        ctypes.CDLL(None).printf(b"from C\n")
+        sys.stdout.write("from Python\n")
+    sys.stdout.write("the result\n")
+
+    said = capfd.readouterr()
+    assert said.out == "the result\n"
+    assert "from C" in said.err
+    assert "from Python" in said.err
