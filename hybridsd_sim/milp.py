@@ -49,6 +49,8 @@ UNKNOWN_RENT = 1e6
 """Dollars an hour of a node whose price nobody knows: it is rented when nothing else will do, and keeps no budget."""
 GAP, LARGE_GAP, LARGE = 1e-4, 1e-3, 2000
 """Relative gap at which the solver stops; the second for programs of so many columns."""
+OUT_OF_TIME = 1
+"""Status of scipy's `milp` where a limit ended the search."""
 SMALLEST_SHARE = 0.005
 """Parts of a mix below this are given to the others."""
 TIE = 1e-6
@@ -70,10 +72,14 @@ class _Side:
 
 
 class Formulation:
-    """The program of one or several conditions: built once, asked many times with different goals."""
+    """The program of one or several conditions: built once, asked many times with different goals.
+
+    `gave_up` says whether the solver ever ran out of time without an answer: then None was no proof.
+    """
 
     def __init__(self, conditions: Sequence[Condition]) -> None:
         first = conditions[0]
+        self.gave_up = False
         self.sizer = first.sizer
         self.pools = list(self.sizer.scenario.pools)
         self.classes = list(first.plans)
@@ -204,7 +210,7 @@ class Formulation:
         self._rows.load([*columns, *z], states.busy, -states.caps)
 
     def solve(self, goal: Goal) -> Answer | None:
-        """The best mix and fleet for a goal; None where no plan meets it."""
+        """The best mix and fleet for a goal; None where no plan meets it, or none was found in time (`gave_up`)."""
         rows = self._rows.with_headroom(goal.headroom)
         low, high, whole = self._bounds(goal)
         for columns, weights, least in self._asked(goal):
@@ -217,6 +223,7 @@ class Formulation:
             options={"mip_rel_gap": GAP if self.size < LARGE else LARGE_GAP, "time_limit": goal.time_limit_s},
         )
         if found.x is None:
+            self.gave_up |= found.status == OUT_OF_TIME
             return None
         return self._answer(found)
 

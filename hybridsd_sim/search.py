@@ -6,9 +6,11 @@ not. It goes up first: the calmest of the cheapest plans by formula is tried; if
 (the *incumbent*). Then it goes down: corrections that were learnt from one plan are no proof against another, so the
 formula is taken as it was and believed only where it says no at `TRUST` of the traffic. Of the plans that it leaves and
 that are better than the incumbent, the most robust is tried, the one that is in time at the highest traffic; while much
-may be saved, the most robust of those that would save half of it. A fleet on which its most robust plan is late is
-refuted, and smaller ones with it. When nothing better is left, the incumbent is the answer and what was ruled out is
-the bound. Where going up finds nothing, the most robust plan of all is where going down begins.
+may be saved, the most robust of those that would save half of it. A fleet on which its most robust plan is late, and
+where trying costs little another choice of plans too, is refuted, and smaller ones with it; plans far less robust than
+one that was late (`MISJUDGED`) are not tried. When nothing better is left, the incumbent is the answer and what was
+left out is the bound: the search's, no proof. Where going up finds nothing, the most robust plan of all is where going
+down begins.
 """
 
 from __future__ import annotations
@@ -184,7 +186,7 @@ class Search:
         return answer
 
     def _with_bound(self, incumbent: Found) -> Found:
-        if self.scenario.search.minimise == "latency_p95_s":
+        if self.scenario.search.minimise == "latency_p95_s" or (self._plain and self._plain.gave_up):
             return incumbent
         return replace(incumbent, bound=self.objective(incumbent.sizing) * (1.0 - self._better))
 

@@ -150,6 +150,16 @@ def test_where_a_pool_is_too_small_the_rest_is_turned_away(profiles: Profiles) -
     assert answer.objective == pytest.approx(8.0 * (1.0 - served), rel=0.01)
 
 
+def test_an_answer_that_was_not_found_in_time_is_no_proof(photo: Condition) -> None:
+    """Without time the solver gives up, and says so; a goal that no plan meets is proved and says nothing."""
+    hurried, proved = Formulation([photo]), Formulation([photo])
+
+    assert proved.solve(Goal(usd_per_hour=0.01)) is None
+    assert not proved.gave_up
+    assert hurried.solve(Goal(time_limit_s=0.0)) is None
+    assert hurried.gave_up
+
+
 def test_two_conditions_share_fleet_and_shares(profiles: Profiles) -> None:
     """A plan for quiet and busy hours costs what the busy hour costs, and no less than the quiet one."""
     quiet = condition(load_scenario("quickstart"), profiles)
