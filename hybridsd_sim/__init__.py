@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hybridsd_sim.report import write_report as write_report
     from hybridsd_sim.scenario import Scenario as Scenario
     from hybridsd_sim.scenario import load_scenario as load_scenario
+    from hybridsd_sim.scheduler import Scheduler as Scheduler
     from hybridsd_sim.simulate import SimResult as SimResult
     from hybridsd_sim.simulate import simulate as simulate
 
@@ -40,6 +41,7 @@ _ROOMS = {
     "Profiles": "profiles",
     "Request": "plan",
     "Scenario": "scenario",
+    "Scheduler": "scheduler",
     "SimResult": "simulate",
     "Site": "plan",
     "Stage": "plan",

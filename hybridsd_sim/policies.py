@@ -1,147 +1,43 @@
-"""Who decides: a policy sees a view of the fleet and the candidate plans, and returns a `Decision`.
+"""Who decides: the policies, by the name that a scenario or a command gives them.
 
-The same object decides in the simulation and inside a serving system. It knows no event loop and no clock but the one
-passed in, and it sees only what a real dispatcher could know: predicted backlogs, as old as the view's telemetry. To
-add a policy, write one class here and decorate it with `@register`.
+To add a policy, write one class with `decide` and decorate it with `@register`: here, or in `adaptive` if it answers to
+queues and budgets.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
 
 from hybridsd_sim.candidates import Candidate
 from hybridsd_sim.errors import InputError, unknown_name
-from hybridsd_sim.plan import Plan, Share
+from hybridsd_sim.plan import Deployment, Plan, Share
+from hybridsd_sim.policy import (
+    NO_CANDIDATE,
+    POLICIES,
+    REASONS,
+    REJECT,
+    TURN_AWAY,
+    TURNED_AWAY,
+    Decision,
+    Fixed,
+    FleetView,
+    PerOptions,
+    Policy,
+    PoolView,
+    above_floor,
+    best_static,
+    register,
+)
+from hybridsd_sim.scenario import Scenario
 
-Action = Literal["run", "reject"]
-ValueT = TypeVar("ValueT")
-NO_CANDIDATE = "no_candidate"
-"""Reason code of a request that no plan of the policy's kind can serve."""
-TURNED_AWAY = "turned_away"
-"""Reason code of a request for which the capacity plan has no room."""
-REASONS = (NO_CANDIDATE, TURNED_AWAY)
-
-
-class Decision(NamedTuple):
-    """What to do with one request: run a candidate, or reject it with a reason; what the policy predicts of it."""
-
-    action: Action
-    candidate: Candidate | None
-    predicted_wait_s: float
-    reason: str
-
-
-REJECT = Decision("reject", None, 0.0, NO_CANDIDATE)
-TURN_AWAY = Decision("reject", None, 0.0, TURNED_AWAY)
-
-
-class PoolView:
-    """What a dispatcher knows of one pool: GPUs, what runs, what waits; kept live by the pool, or a snapshot of it."""
-
-    __slots__ = ("backlog_gpu_s", "busy_gpus", "busy_until_gpu_s", "declared_work", "gpus", "largest_free", "queued")
-
-    def __init__(self, gpus: int, largest_free: int) -> None:
-        self.gpus = gpus
-        self.largest_free = largest_free
-        self.queued = 0
-        self.backlog_gpu_s = 0.0
-        self.busy_gpus = 0
-        self.busy_until_gpu_s = 0.0
-        self.declared_work = 0.0
-
-    def wait_s(self, degree: int, now: float) -> float:
-        """Predicted seconds until a gang of `degree` GPUs starts: the outstanding GPU-seconds spread over the pool."""
-        if self.queued == 0 and self.largest_free >= degree:
-            return 0.0
-        left = self.backlog_gpu_s + self.busy_until_gpu_s - now * self.busy_gpus
-        return left / self.gpus if left > 0.0 else 0.0
-
-    def copy(self) -> PoolView:
-        """A snapshot that later events do not change."""
-        other = PoolView(self.gpus, self.largest_free)
-        for name in self.__slots__:
-            setattr(other, name, getattr(self, name))
-        return other
-
-
-@dataclass(slots=True)
-class FleetView:
-    """The pools a policy may send work to, by index; `as_of_s` says how old the knowledge is."""
-
-    pools: Sequence[PoolView]
-    as_of_s: float = 0.0
-
-
-class Policy(ABC):
-    """Decides for one request at a time. `options` are the class's candidates, cheapest first."""
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    settings: ClassVar[tuple[str, ...]] = ()
-    """What `make_policy` may pass to the policy, by the name of the argument."""
-
-    @abstractmethod
-    def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
-        """What to do with a request whose absolute deadline is `deadline_s`, at time `now`."""
-
-
-class _PerOptions(Generic[ValueT]):
-    """Something worked out once for each sequence of options that a policy meets."""
-
-    __slots__ = ("_known", "_make")
-
-    def __init__(self, make: Callable[[Sequence[Candidate]], ValueT]) -> None:
-        self._make = make
-        self._known: dict[int, tuple[Sequence[Candidate], ValueT]] = {}
-
-    def of(self, options: Sequence[Candidate]) -> ValueT:
-        known = self._known.get(id(options))
-        if known is None or known[0] is not options:  # another sequence may have got the address of a dead one
-            known = self._known[id(options)] = (options, self._make(options))
-        return known[1]
-
-
-def _above_floor(options: Sequence[Candidate]) -> list[Candidate]:
-    return [option for option in options if option.meets_floor]
-
-
-class _Fixed(Policy):
-    """A policy that always takes the same candidate for the same options."""
-
-    def __init__(self) -> None:
-        self._decisions = _PerOptions(self._decision)
-
-    def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
-        return self._decisions.of(options)
-
-    def _decision(self, options: Sequence[Candidate]) -> Decision:
-        candidate = self.choose(options)
-        return REJECT if candidate is None else Decision("run", candidate, 0.0, self.name)
-
-    @abstractmethod
-    def choose(self, options: Sequence[Candidate]) -> Candidate | None: ...
-
-
-def best_static(options: Sequence[Candidate]) -> Candidate | None:
-    """The cheapest option that meets its own SLO and quality floor on an idle fleet; else the fastest one."""
-    acceptable = [option for option in options if option.meets_slo and option.meets_floor]
-    if acceptable:
-        return min(acceptable, key=lambda option: (option.usd_or_inf, option.latency_s))
-    return min(options, key=lambda option: option.latency_s, default=None)
-
+__all__ = [
+    "ALL_SHARES", "NO_CANDIDATE", "POLICIES", "REASONS", "TURNED_AWAY", "CloudOnly", "CostAware", "Decision",
+    "EdgeOnly", "FleetView", "LeastWork", "Planned", "Policy", "PoolView", "StaticSwitch", "make_policy", "policy_for",
+    "register",
+]  # fmt: skip
 
 ALL_SHARES = 1.0 - 1e-9
 """A sum of shares above this is the whole class."""
-POLICIES: dict[str, type[Policy]] = {}
-
-
-def register(policy: type[Policy]) -> type[Policy]:
-    """Enter a policy under its name."""
-    POLICIES[policy.name] = policy
-    return policy
 
 
 def make_policy(name: str, **settings: object) -> Policy:
@@ -152,8 +48,18 @@ def make_policy(name: str, **settings: object) -> Policy:
     return policy(**{key: settings[key] for key in policy.settings if key in settings})
 
 
+def policy_for(name: str, scenario: Scenario, plan: Deployment | None) -> Policy:
+    """The policy of that name with the settings of a scenario, and the plan that `planned` follows."""
+    return make_policy(
+        name,
+        static_switch=scenario.search.static_switch,
+        chosen=plan.plans if plan else {},
+        budget_usd_per_hour=scenario.budget.usd_per_hour,
+    )
+
+
 @register
-class CloudOnly(_Fixed):
+class CloudOnly(Fixed):
     """Every step in the cloud, on the cheapest plan that meets the SLO on an idle pool."""
 
     name = "cloud_only"
@@ -164,7 +70,7 @@ class CloudOnly(_Fixed):
 
 
 @register
-class EdgeOnly(_Fixed):
+class EdgeOnly(Fixed):
     """Every step on the user's device."""
 
     name = "edge_only"
@@ -175,7 +81,7 @@ class EdgeOnly(_Fixed):
 
 
 @register
-class StaticSwitch(_Fixed):
+class StaticSwitch(Fixed):
     """Hand over at one fixed share of the steps: 0.4 is Hybrid SD's published 10 of 25 (arXiv 2408.06646)."""
 
     name = "static_switch"
@@ -202,7 +108,7 @@ class LeastWork(Policy):
     summary = "cloud pool with least steps x pixels x images outstanding"
 
     def __init__(self) -> None:
-        self._per_pool = _PerOptions(self._best_of_each_pool)
+        self._per_pool = PerOptions(self._best_of_each_pool)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         pools = view.pools
@@ -229,7 +135,7 @@ class CostAware(Policy):
     summary = "cheapest plan predicted to meet deadline and floor"
 
     def __init__(self) -> None:
-        self._keeping: _PerOptions[list[Candidate]] = _PerOptions(_above_floor)
+        self._keeping: PerOptions[list[Candidate]] = PerOptions(above_floor)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         budget = deadline_s - now
@@ -286,7 +192,7 @@ class Planned(Policy):
     def __init__(self, chosen: Mapping[str, Sequence[Share]] | None = None) -> None:
         self.chosen = dict(chosen or {})
         self._rotas = {name: _Rota([part.share for part in mix]) for name, mix in self.chosen.items()}
-        self._matched: _PerOptions[list[Decision]] = _PerOptions(self._match)
+        self._matched: PerOptions[list[Decision]] = PerOptions(self._match)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         decisions = self._matched.of(options)

@@ -23,7 +23,7 @@ from hybridsd_sim.fleet import EdgeFleet, Pool
 from hybridsd_sim.jobs import Job, Preemption, Route
 from hybridsd_sim.offers import Offers, Pricing, found_options, planned_options
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.policies import REASONS, FleetView, Policy, make_policy
+from hybridsd_sim.policies import REASONS, FleetView, Policy, policy_for
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, Book, Marks, Records, Sink, check_laws
 from hybridsd_sim.results import SimResult, joined, plan_facts
@@ -51,7 +51,8 @@ def simulate(
 ) -> SimResult:
     """Simulate a scenario under one policy.
 
-    `policy` is a name or an object; `planned` follows `plan`. `plan` fixes the replicas; else a pool's `replicas`, else
+    `policy` is a name or an object; `planned` follows `plan`; one with a discipline of its own orders every pool's
+    queue so. `plan` fixes the replicas; else a pool's `replicas`, else
     its `replicas_max` do. `sink` receives blocks of finished records as they fill. `options` passes candidates found
     before. `slowdowns` are factors on every second that a request spends at a site, by the name of the pool or edge
     fleet: 1.1 is 10% slower; model loads and transfers keep their time. `replications` says which to run, None all of
@@ -68,17 +69,13 @@ def simulate(
     found = planned_options(pricing, plan) if name == "planned" else found_options(pricing, options)
     done, used, timeouts = [], {}, 0
     for replication in range(scenario.replications) if replications is None else replications:
-        decider = policy if isinstance(policy, Policy) else _decider(policy, scenario, plan)
+        decider = policy if isinstance(policy, Policy) else policy_for(policy, scenario, plan)
         run = _Run(pricing, found, decider, replicas, replication, sink)
         done.append(run.run())
         used.update(run.used())
         timeouts += run.timeouts
     rent = rental_usd_per_hour(scenario, profiles, replicas)
     return SimResult(scenario, name, scenario.seed, replicas, tuple(done), used, rent, timeouts)
-
-
-def _decider(name: str, scenario: Scenario, plan: Deployment | None) -> Policy:
-    return make_policy(name, static_switch=scenario.search.static_switch, chosen=plan.plans if plan else {})
 
 
 def _replicas(scenario: Scenario, plan: Deployment | None) -> dict[str, int]:
@@ -179,7 +176,7 @@ class _Run:
             self._env,
             nodes=nodes,
             gpus_per_node=spec.gpus_per_node,
-            discipline=spec.discipline,
+            discipline=self._policy.discipline or spec.discipline,
             done=self._leave_cloud,
             resident_models=spec.resident_models,
             cold_start_s=spec.cold_start_s,
