@@ -29,7 +29,11 @@ REMEDY, AGAIN = "Give the plan.yaml that `plan` wrote.", "Plan this scenario ane
 def load_deployment(path: str | Path) -> Deployment:
     """Read what `plan` wrote. Raises `InputError` for anything else: all problems at once, each with its place."""
     place = str(path)
-    data = load_yaml(_text(Path(path)), place)
+    return read_deployment(load_yaml(_text(Path(path)), place), place)
+
+
+def read_deployment(data: Any, place: str) -> Deployment:
+    """A deployment from the plain data of `Deployment.to_dict`, with numbers that are finite; as strict as a file's."""
     try:
         found = TypeAdapter(Deployment).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
@@ -50,6 +54,23 @@ def load_deployment(path: str | Path) -> Deployment:
     if problems:
         raise InputError(problems)
     return found
+
+
+def scenario_beside(file: Path) -> Scenario:
+    """The scenario of the run that wrote a plan.yaml, from the provenance.json beside it.
+
+    Raises `InputError` if there is none, or one that cannot be read.
+    """
+    beside = file.with_name("provenance.json")
+    remedy = "Name the plan.yaml in the folder of the run that wrote it, or pass its scenario."
+    try:
+        written = json.loads(beside.read_text(encoding="utf-8"))["scenario"]
+        return Scenario.model_validate_json(json.dumps(written))
+    except OSError as error:
+        rule = "the scenario of a plan is read from beside it"
+        raise InputError(Problem(str(beside), error.strerror or "unreadable", rule, remedy)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(Problem(str(beside), type(error).__name__, "must be what `plan` wrote", remedy)) from error
 
 
 def _text(path: Path) -> str:

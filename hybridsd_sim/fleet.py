@@ -32,7 +32,7 @@ import simpy
 from simpy.events import Timeout
 
 from hybridsd_sim.jobs import INFINITY, NAN, Job, Preemption
-from hybridsd_sim.policies import PoolView
+from hybridsd_sim.policy import DeadlinePoolView, Due, PoolView, Rank
 
 JobT = TypeVar("JobT", bound=Job)
 
@@ -41,7 +41,8 @@ class Pool(Generic[JobT]):
     """GPUs of one kind in nodes, with one queue. `done(job)` is called when a job's GPUs are free again.
 
     `resident_models` limits how many models a node keeps; a job whose model is not there adds its `load_s`. None means
-    that every model fits and is loaded. The nodes, rented at time 0, serve from `cold_start_s` on.
+    that every model fits and is loaded. The nodes, rented at time 0, serve from `cold_start_s` on. `after_s(job)` are
+    the seconds from a job's end here until what its deadline asks for.
     """
 
     def __init__(
@@ -55,12 +56,16 @@ class Pool(Generic[JobT]):
         resident_models: int | None = None,
         cold_start_s: float = 0.0,
         preemption: Preemption | None = None,
+        after_s: Callable[[JobT], float] = lambda _: 0.0,
     ) -> None:
         self.env = env
         self.gpus_per_node = gpus_per_node
-        self.view = PoolView(nodes * gpus_per_node, 0)
+        self._due = DeadlinePoolView(nodes * gpus_per_node, 0)
+        self._by_deadline = discipline == "edf"
+        self.view = self._due if self._by_deadline else PoolView(nodes * gpus_per_node, 0)
         self._nodes = nodes
         self._done = done
+        self._after_s = after_s
         self._by_free: list[dict[int, None]] = [{} for _ in range(gpus_per_node + 1)]
         self._free = [gpus_per_node] * nodes
         self._running: list[dict[int, Timeout]] = [{} for _ in range(nodes)]
@@ -69,10 +74,9 @@ class Pool(Generic[JobT]):
         self._resident_models = resident_models
         self._resident: list[dict[int, None]] = [{} for _ in range(nodes)]
         self._queue: deque[JobT] = deque()
-        self._heap: list[tuple[int, float, int, JobT]] = []
+        self._heap: list[tuple[Rank, JobT]] = []
         self._order = count(1)
         self._dispatch = {"fifo": self._dispatch_fifo, "edf": self._dispatch_edf}.get(discipline, self._dispatch_gangs)
-        self._by_deadline = discipline == "edf"
         self._backfill = discipline == "backfill"
         if cold_start_s > 0.0:
             Timeout(env, cold_start_s).callbacks.append(lambda _: self._open())
@@ -101,10 +105,17 @@ class Pool(Generic[JobT]):
         view.queued += 1
         view.backlog_gpu_s += job.degree * job.hold_s
         if self._by_deadline:
-            heappush(self._heap, (-job.priority, job.deadline_s, next(self._order), job))
+            self._push(job, next(self._order))
         else:
             self._queue.append(job)
         self._dispatch()
+
+    def _push(self, job: JobT, turn: int) -> None:
+        """Queue a job by priority and deadline; among equals, the lowest turn comes first."""
+        rank = (-job.priority, job.deadline_s, turn)
+        heappush(self._heap, (rank, job))
+        latest_s = job.deadline_s - self._after_s(job) - job.hold_s
+        self._due.enter(Due(rank, job.degree * job.hold_s, latest_s))
 
     def _fit(self, job: JobT, reserved: Iterable[int]) -> int:
         """The fullest node that still has room, one that holds the model if residency matters; -1 if there is none."""
@@ -220,10 +231,10 @@ class Pool(Generic[JobT]):
         heap, passed = self._heap, []
         mates: list[JobT] = []
         while heap and len(mates) < most:
-            entry = heappop(heap)
-            job = entry[3]
+            entry = rank, job = heappop(heap)
             if job.route is head.route and job.model_key == head.model_key:
                 mates.append(job)
+                self._due.leave(rank)
             else:
                 passed.append(entry)
         for entry in passed:
@@ -278,7 +289,7 @@ class Pool(Generic[JobT]):
         self.view.queued += 1
         self.view.backlog_gpu_s += job.degree * job.hold_s
         if self._by_deadline:
-            heappush(self._heap, (-job.priority, job.deadline_s, -next(self._order), job))
+            self._push(job, -next(self._order))
         else:
             self._queue.appendleft(job)
 
@@ -289,8 +300,10 @@ class Pool(Generic[JobT]):
 
     def _dispatch_edf(self) -> None:
         heap = self._heap
-        while heap and (node := self._fit(heap[0][3], ())) >= 0:
-            self._leave_queue(heappop(heap)[3], node)
+        while heap and (node := self._fit(heap[0][1], ())) >= 0:
+            rank, job = heappop(heap)
+            self._due.leave(rank)
+            self._leave_queue(job, node)
 
     def _dispatch_gangs(self) -> None:
         """Start what fits, in order; each head that does not fit reserves the node it can have soonest."""

@@ -1,18 +1,21 @@
 """Who decides: the policies, by the name that a scenario or a command gives them.
 
-To add a policy, write one class with `decide` and decorate it with `@register`: here, or in `adaptive` if it answers to
-queues and budgets.
+To add a policy, write one class with `decide` and decorate it with `@register`. Those that answer to queues, deadlines
+and budgets have a room of their own, `adaptive`, and are entered below.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from hybridsd_sim.adaptive import Budgeted, EdfReject, SwitchByQueue
 from hybridsd_sim.candidates import Candidate
 from hybridsd_sim.errors import InputError, unknown_name
 from hybridsd_sim.plan import Deployment, Plan, Share
 from hybridsd_sim.policy import (
+    CERTAIN_LATE,
     NO_CANDIDATE,
+    OVER_BUDGET,
     POLICIES,
     REASONS,
     REJECT,
@@ -31,9 +34,9 @@ from hybridsd_sim.policy import (
 from hybridsd_sim.scenario import Scenario
 
 __all__ = [
-    "ALL_SHARES", "NO_CANDIDATE", "POLICIES", "REASONS", "TURNED_AWAY", "CloudOnly", "CostAware", "Decision",
-    "EdgeOnly", "FleetView", "LeastWork", "Planned", "Policy", "PoolView", "StaticSwitch", "make_policy", "policy_for",
-    "register",
+    "ALL_SHARES", "CERTAIN_LATE", "NO_CANDIDATE", "OVER_BUDGET", "POLICIES", "REASONS", "TURNED_AWAY", "Budgeted",
+    "CloudOnly", "CostAware", "Decision", "EdfReject", "EdgeOnly", "FleetView", "LeastWork", "Planned", "Policy",
+    "PoolView", "StaticSwitch", "SwitchByQueue", "make_policy", "policy_for", "register",
 ]  # fmt: skip
 
 ALL_SHARES = 1.0 - 1e-9
@@ -210,3 +213,7 @@ class Planned(Policy):
         """The option that is the plan, or what becomes of the plan for a request of another number of steps."""
         found = next((o for o in options if o.plan == wanted.rescaled(o.plan.num_inference_steps)), None)
         return REJECT if found is None else Decision("run", found, 0.0, self.name)
+
+
+for adaptive in (EdfReject, SwitchByQueue, Budgeted):  # after the simple ones, so that lists of names begin with these
+    register(adaptive)

@@ -7,7 +7,7 @@ passed in, and it sees only what a real dispatcher could know: predicted backlog
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
@@ -89,15 +89,19 @@ class Decision(NamedTuple):
         """CLIP score in 0..1; None if it is rejected or nobody knows."""
         return None if self.candidate is None else self.candidate.quality
 
-    def to_dict(self) -> dict[str, Any]:
-        """The decision for JSON, with 90% intervals of finish and quality; an absent deadline is None."""
+    def to_dict(self, *, with_plan: bool = True) -> dict[str, Any]:
+        """The decision for JSON, with 90% intervals of finish and quality; an absent deadline is None.
+
+        Without `with_plan` the plan is left out, which is most of the text.
+        """
         start, finish = self.predicted_start_s, self.predicted_finish_s
         quality = None if self.candidate is None else self.candidate.cost.quality
-        return {
+        said = {
             "action": self.action,
             "reason": self.reason,
             "number": self.number,
             "plan_version": self.plan_version,
+            "now_s": self.now_s,
             "pool": self.pool,
             "worker": self.worker,
             "device": self.device,
@@ -109,8 +113,10 @@ class Decision(NamedTuple):
             "usd": self.usd,
             "quality": self.quality,
             "quality_interval": None if quality is None else score_interval("clip", quality.clip, quality.kind),
-            "plan": None if self.plan is None else self.plan.to_dict(),
         }
+        if with_plan:
+            said["plan"] = None if self.plan is None else self.plan.to_dict()
+        return said
 
     def _finish_interval(self, candidate: Candidate) -> list[float]:
         begins_s = self.now_s + self.predicted_wait_s
@@ -131,9 +137,13 @@ class AnyPool(Protocol):
     def wait_s(self, degree: int, now: float) -> float:
         """Predicted seconds until a gang of `degree` GPUs starts."""
 
-    def wait_before_s(self, degree: int, now: float, deadline_s: float, priority: int) -> float:  # noqa: ARG002
-        """Predicted seconds until it starts if it is due by `deadline_s`: `wait_s`, unless a pool goes by deadline."""
+    def wait_before_s(self, degree: int, now: float, deadline_s: float, priority: int) -> float:
+        """Predicted seconds until it starts if due by `deadline_s`: `wait_s`, unless the queue goes by deadline."""
         return self.wait_s(degree, now)
+
+    def spare_gpu_s(self, now: float, deadline_s: float, priority: int) -> float:
+        """GPU-seconds due by `deadline_s` that make nobody behind late: any, unless the queue goes by deadline."""
+        return INFINITY
 
 
 class PoolView(AnyPool):
@@ -165,42 +175,68 @@ class PoolView(AnyPool):
         return other
 
 
-Rank = tuple[int, float, int]
+Rank = tuple[int, float, float]
 """Place in a queue that goes by deadline, the lowest first: the priority's negative, the deadline, the turn."""
 
 
-class DeadlinePoolView(PoolView):
-    """The view of a pool whose queue goes by priority and deadline: it also knows what is due before whom."""
+class Due(NamedTuple):
+    """Work that waits in a queue that goes by deadline, and the latest start with which it is in time."""
 
-    __slots__ = ("_gpu_s", "_ranks")
+    rank: Rank
+    gpu_s: float
+    latest_s: float
+
+
+class DeadlinePoolView(PoolView):
+    """The view of a pool whose queue goes by priority and deadline: it also knows what is due, in that order."""
+
+    __slots__ = ("due",)
 
     def __init__(self, gpus: int, largest_free: int) -> None:
         super().__init__(gpus, largest_free)
-        self._ranks: list[Rank] = []
-        self._gpu_s: list[float] = []
+        self.due: list[Due] = []
 
-    def enter(self, rank: Rank, gpu_s: float) -> None:
-        """Work of so many GPU-seconds waits at this place."""
-        index = bisect_left(self._ranks, rank)
-        self._ranks.insert(index, rank)
-        self._gpu_s.insert(index, gpu_s)
+    def enter(self, due: Due) -> None:
+        """Some work waits."""
+        insort(self.due, due)
 
     def leave(self, rank: Rank) -> None:
         """What waited at this place waits no longer."""
-        index = bisect_left(self._ranks, rank)
-        del self._ranks[index], self._gpu_s[index]
+        del self.due[self._before(rank)]
+
+    def _before(self, rank: Rank) -> int:
+        """How many are due before that place."""
+        return bisect_left(self.due, Due(rank, -INFINITY, 0.0))
+
+    def _gpu_s_before(self, index: int, now: float) -> float:
+        """GPU-seconds of what runs and of those due before the one at `index`."""
+        waiting = sum(due.gpu_s for due in self.due[:index])
+        return max(0.0, waiting + self.busy_until_gpu_s - now * self.busy_gpus)
 
     def wait_before_s(self, degree: int, now: float, deadline_s: float, priority: int) -> float:
-        """Predicted seconds until it starts: what runs and what is due before it, spread over the pool."""
-        ahead = bisect_right(self._ranks, (-priority, deadline_s, INFINITY))
+        """What runs and what is due before it, spread over the pool."""
+        ahead = self._before((-priority, deadline_s, INFINITY))
         if ahead == 0 and self.largest_free >= degree:
             return 0.0
-        left = sum(self._gpu_s[:ahead]) + self.busy_until_gpu_s - now * self.busy_gpus
-        return left / self.gpus if left > 0.0 else 0.0
+        return self._gpu_s_before(ahead, now) / self.gpus
+
+    def spare_gpu_s(self, now: float, deadline_s: float, priority: int) -> float:
+        """The least that anybody of the same priority can bear who is due later and not late already."""
+        index = self._before((-priority, deadline_s, INFINITY))
+        if index == len(self.due):
+            return INFINITY
+        before, spare = self._gpu_s_before(index, now), INFINITY
+        for rank, gpu_s, latest_s in self.due[index:]:
+            if rank[0] != -priority:
+                break
+            room = (latest_s - now) * self.gpus - before
+            spare = room if 0.0 <= room < spare else spare
+            before += gpu_s
+        return spare
 
     def copy(self) -> Self:
         other = super().copy()
-        other._ranks, other._gpu_s = self._ranks.copy(), self._gpu_s.copy()
+        other.due = self.due.copy()
         return other
 
 

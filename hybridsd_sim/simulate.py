@@ -51,13 +51,13 @@ def simulate(
 ) -> SimResult:
     """Simulate a scenario under one policy.
 
-    `policy` is a name or an object; `planned` follows `plan`; one with a discipline of its own orders every pool's
-    queue so. `plan` fixes the replicas; else a pool's `replicas`, else
-    its `replicas_max` do. `sink` receives blocks of finished records as they fill. `options` passes candidates found
-    before. `slowdowns` are factors on every second that a request spends at a site, by the name of the pool or edge
-    fleet: 1.1 is 10% slower; model loads and transfers keep their time. `replications` says which to run, None all of
-    the scenario's; each is the same whichever others run, and `joined` puts them together. Raises `InputError` for
-    names that the profiles do not hold, `RunError` if the run breaks its own laws.
+    `policy` is a name or an object; `planned` follows `plan`, and under a policy with a queue discipline of its own
+    every pool has that one. `plan` fixes the replicas; else a pool's `replicas`, else its `replicas_max` do. `sink`
+    receives blocks of finished records as they fill. `options` passes candidates found before. `slowdowns` are factors
+    on every second that a request spends at a site, by the name of the pool or edge fleet: 1.1 is 10% slower; model
+    loads and transfers keep their time. `replications` says which to run, None all of the scenario's; each is the same
+    whichever others run, and `joined` puts them together. Raises `InputError` for names that
+    the profiles do not hold, `RunError` if the run breaks its own laws.
     """
     if seed is not None and seed != scenario.seed:
         scenario = scenario.with_overrides({"seed": seed})
@@ -181,6 +181,7 @@ class _Run:
             resident_models=spec.resident_models,
             cold_start_s=spec.cold_start_s,
             preemption=self._preemption(name),
+            after_s=lambda job: job.down_s + job.route.edge_s,
         )
 
     def _preemption(self, name: str) -> Preemption | None:

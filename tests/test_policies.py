@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import simpy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridsd_sim import InputError, Profiles, Scenario
 from hybridsd_sim.candidates import Candidate, find_candidates, make_candidate, request_of
+from hybridsd_sim.fleet import Pool
+from hybridsd_sim.jobs import Job, Preemption, Route
 from hybridsd_sim.plan import Share
 from hybridsd_sim.policies import POLICIES, FleetView, Planned, PoolView, make_policy
+from hybridsd_sim.policy import DeadlinePoolView
 from hybridsd_sim.scenario import load_scenario
 
 
@@ -33,12 +37,15 @@ def view(*backlogs: float) -> FleetView:
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "planned"])
 def test_every_policy_decides_the_same_twice(options: tuple[Candidate, ...], name: str) -> None:
-    """Deterministic given what it sees; the candidate comes from the options."""
-    policy = make_policy(name)
-    first, second = (policy.decide(options, 8.0, view(0.0, 40.0), 0.0) for _ in range(2))
+    """Deterministic given what it sees and saw; the candidate comes from the options."""
+    fleets = [view(0.0, 40.0 * turn) for turn in range(5)]
+    first, second = (
+        [policy.decide(options, 8.0 + turn, fleet, float(turn)) for turn, fleet in enumerate(fleets)]
+        for policy in (make_policy(name, budget_usd_per_hour=10.0) for _ in range(2))
+    )
 
     assert first == second
-    assert first.candidate in options
+    assert all(decision.candidate in options for decision in first)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +101,8 @@ def test_least_work_goes_where_least_is_declared(options: tuple[Candidate, ...])
 
 def test_without_a_candidate_a_request_is_rejected_with_a_reason() -> None:
     """An empty set of options is no crash."""
-    for name in ("cloud_only", "edge_only", "static_switch", "cost_aware", "least_work"):
-        decision = make_policy(name).decide((), 8.0, view(), 0.0)
+    for name in POLICIES.keys() - {"planned"}:
+        decision = make_policy(name, budget_usd_per_hour=10.0).decide((), 8.0, view(), 0.0)
         assert (decision.action, decision.reason) == ("reject", "no_candidate")
 
 
@@ -115,6 +122,86 @@ def test_a_snapshot_does_not_change() -> None:
     live.queued, live.backlog_gpu_s = 0, 0.0
 
     assert (copy.queued, copy.backlog_gpu_s) == (1, 40.0)
+
+
+ranks = st.tuples(st.integers(-2, 2), st.floats(0, 50), st.floats(0.1, 5))
+"""Priority, deadline and seconds of a job."""
+
+
+def one_gpu(drawn: list[tuple[int, float, float]]) -> tuple[simpy.Environment, Pool[Job], list[Job]]:
+    """A GPU that goes by deadline, and the jobs that it was given at once."""
+    env = simpy.Environment()
+    pool: Pool[Job] = Pool(env, nodes=1, gpus_per_node=1, discipline="edf", done=lambda _: None)
+    jobs = [Job(number, 1, hold_s, due_s) for number, (_, due_s, hold_s) in enumerate(drawn)]
+    for job, (priority, _, _) in zip(jobs, drawn, strict=True):
+        job.priority = priority
+        pool.submit(job)
+    return env, pool, jobs
+
+
+@given(st.lists(ranks, max_size=20), st.integers(-2, 2), st.floats(0, 50))
+def test_the_wait_of_a_newcomer_is_the_one_that_it_has(
+    drawn: list[tuple[int, float, float]], priority: int, due_s: float
+) -> None:
+    """On one GPU that goes by deadline, the predicted wait is when the newcomer starts, whatever is due after it."""
+    env, pool, _ = one_gpu(drawn)
+    newcomer = Job(len(drawn), 1, 1.0, due_s)
+    newcomer.priority = priority
+    predicted_s = pool.view.wait_before_s(1, 0.0, due_s, priority)
+    pool.submit(newcomer)
+    env.run()
+
+    assert newcomer.cloud_start_s == pytest.approx(predicted_s)
+
+
+@given(st.lists(ranks, max_size=20), st.integers(-2, 2), st.floats(0, 50), st.floats(0.01, 0.99), st.floats(1.01, 2))
+def test_spare_work_makes_nobody_late_and_more_does(
+    drawn: list[tuple[int, float, float]], priority: int, due_s: float, less: float, more: float
+) -> None:
+    """A newcomer with less work than is spare leaves everybody of its priority in time who was; one with more, not."""
+
+    def in_time(*newcomers: tuple[int, float, float]) -> set[int]:
+        env, _, jobs = one_gpu([*drawn, *newcomers])
+        env.run()
+        return {job.number for job in jobs[: len(drawn)] if job.priority == priority and job.cloud_stop_s <= due(job)}
+
+    def due(job: Job) -> float:
+        return job.deadline_s * (1 + 1e-9)
+
+    spare_s = one_gpu(drawn)[1].view.spare_gpu_s(0.0, due_s, priority)
+    assert in_time() <= in_time((priority, due_s, less * min(spare_s, 1e6)))
+    if 1e-6 < spare_s < float("inf"):
+        assert not in_time() <= in_time((priority, due_s, more * spare_s))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), ranks), max_size=30), st.lists(st.integers(1, 9), max_size=6))
+def test_a_view_by_deadline_knows_of_those_who_wait_and_of_nobody_else(
+    drawn: list[tuple[int, tuple[int, float, float]]], lives: list[int]
+) -> None:
+    """Through batches and lost nodes: as many are due as wait, with the work that waits; a snapshot stays as it was."""
+    env, left, done = simpy.Environment(), iter(lives), []
+    route = Route((1.0, 1.5, 1.8))
+
+    def check(job: Job) -> None:
+        done.append(job)
+        assert isinstance(pool.view, DeadlinePoolView)
+        assert len(pool.view.due) == pool.view.queued
+        assert pool.view.due == sorted(pool.view.due)
+        assert sum(due.gpu_s for due in pool.view.due) == pytest.approx(pool.view.backlog_gpu_s, abs=1e-9)
+
+    preemption = Preemption(lambda _: next(left, 1e6) + 0.37, 2.0)
+    pool: Pool[Job] = Pool(env, nodes=2, gpus_per_node=1, discipline="edf", done=check, preemption=preemption)
+    for number, (at_s, (priority, due_s, hold_s)) in enumerate(drawn):
+        job = Job(number, 1, 1.0 if number % 2 else hold_s, due_s)
+        job.priority, job.route = priority, route if number % 2 else job.route
+        env.timeout(at_s).callbacks.append(lambda _, job=job: pool.submit(job))
+    env.run(until=9.5)
+    before, seen = pool.view.copy(), pool.view.wait_before_s(1, 9.5, 25.0, 0)
+    env.run(until=1e4)
+
+    assert len(done) == len(drawn)
+    assert before.wait_before_s(1, 9.5, 25.0, 0) == seen
+    assert pool.view.wait_before_s(1, 1e4, 25.0, 0) == 0.0
 
 
 def test_an_unknown_policy_names_the_nearest(quickstart: Scenario) -> None:

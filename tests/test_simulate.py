@@ -28,7 +28,7 @@ from hybridsd_sim.simulate import _Run, joined
 
 def run(scenario: Scenario, profiles: Profiles, policy: str = "cost_aware", **changes: Any) -> SimResult:
     """A short run of a scenario with dotted changes (`__` for the dots)."""
-    short: dict[str, Any] = {"horizon_s": 300.0, "warmup_s": 30.0, "replications": 1}
+    short: dict[str, Any] = {"horizon_s": 300.0, "warmup_s": 30.0, "replications": 1, "budget.usd_per_hour": 1000.0}
     resolved = scenario.with_overrides({**short, **{key.replace("__", "."): value for key, value in changes.items()}})
     return simulate(resolved, profiles, policy=policy)
 
