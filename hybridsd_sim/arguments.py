@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name
@@ -95,6 +97,15 @@ def policy_problems(names: Sequence[str], place: str, *, planned: bool) -> list[
     if "planned" in names and not planned:
         problems.append(Problem(place, "planned", "follows a plan, and none was given", "Add --plan with a plan.yaml."))
     return problems if names else [Problem(place, "nothing", "needs a policy", f"Known: {', '.join(POLICIES)}.")]
+
+
+def import_server() -> ModuleType:
+    """The room `server`. Raises `InputError` where its libraries, an extra, are not installed."""
+    try:
+        return import_module("hybridsd_sim.server")
+    except ImportError as error:
+        rule, remedy = f"needs {error.name}, which is not installed", "pip install 'hybridsd-sim[serve]'"
+        raise InputError(Problem("serve", "given", rule, remedy)) from None
 
 
 def refuse(problems: Sequence[Problem]) -> None:

@@ -21,6 +21,7 @@ import typer
 
 from hybridsd_sim import __version__
 from hybridsd_sim.arguments import (
+    import_server,
     named_scenarios,
     options_of,
     policy_problems,
@@ -250,6 +251,18 @@ def verify(
                 write_fitted(known, write_fits)
         data = verification(known, progress=say)
     _print(format_, lambda: data, lambda width: verification_text(data, width))
+
+
+@app.command()
+def serve(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.yaml, or the folder of the run with it.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8470,
+    policy: Annotated[str | None, typer.Option(help="Policy that decides; default the plan is followed.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Bearer token; default in HYBRIDSD_TOKEN.")] = None,
+) -> None:
+    """Serve a plan's scheduler over HTTP. With metrics and a what-if page; follows the plan's file when it changes."""
+    import_server().serve(plan, host=host, port=port, policy=policy, token_file=token_file)
 
 
 @trace_app.command()

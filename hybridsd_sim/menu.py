@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import Lock
 
 from hybridsd_sim.candidates import Candidate, CandidateSet, request_of, slowed
@@ -17,8 +17,9 @@ from hybridsd_sim.corrections import StepKind, kind_of
 from hybridsd_sim.errors import HybridSDError
 from hybridsd_sim.offers import Pricing
 from hybridsd_sim.plan import Request
+from hybridsd_sim.profiles import Profiles
 
-__all__ = ["MOST_SIZES", "Menu"]
+__all__ = ["MOST_SIZES", "Listed", "Menu"]
 
 MOST_SIZES = 512
 """Kinds of requests whose candidates are kept; of more, those asked for least recently are priced anew."""
@@ -27,54 +28,90 @@ Size = tuple[str, str, int, int, int, bool, int, str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Listed:
-    """Candidates as priced, as they are now, and what made them so."""
+class Listed:
+    """The candidates of requests of one size, and what made them so.
 
-    priced: Options
-    now: Options
-    factors: Mapping[StepKind, float]
-    widest: Sequence[int]
+    `kinds` are all of them as the profiles have them, with the kinds of their steps. `now` are those that the widest
+    workers can run, at the `paces` observed, the cheapest first; `origin` leads from these back to the former.
+    """
+
+    kinds: Mapping[Candidate, frozenset[StepKind]]
+    version: int = -1
+    widest: Sequence[int] = ()
+    paces: Mapping[StepKind, float] = field(default_factory=dict)
+    now: Options = ()
+    origin: Mapping[Candidate, Candidate] = field(default_factory=dict)
+
+    def under(self, factors: Mapping[StepKind, float], widest: Sequence[int], version: int) -> Listed:
+        """The same at other factors and on other workers; those stay the very same that nothing has changed for."""
+        mine = frozenset[StepKind]().union(*self.kinds.values())
+        paces = {kind: factors[kind] for kind in mine if kind in factors}
+        changed = {kind for kind in mine if paces.get(kind) != self.paces.get(kind)}
+        if not changed and widest == self.widest:
+            return replace(self, version=version)
+        same = {priced: now for now, priced in self.origin.items() if not changed & self.kinds[priced]}
+        able = [option for option in self.kinds if option.pool_index < 0 or option.degree <= widest[option.pool_index]]
+        origin = {same.get(option) or _corrected(option, paces): option for option in able}
+        now = tuple(sorted(origin, key=_cheapest) if paces else origin)
+        return Listed(self.kinds, version, widest, paces, now, origin)
+
+
+def _cheapest(option: Candidate) -> tuple[float, float]:
+    return option.usd_or_inf, option.latency_s
 
 
 class Menu:
-    """The candidates of every request of a scenario, by class and size.
-
-    `factors` are those on the seconds of each kind of step; they are replaced, never changed.
-    """
+    """The candidates of every request of a scenario, by class and size, at the `factors` last told."""
 
     def __init__(self, pricing: Pricing, found: CandidateSet) -> None:
         self._pricing = pricing
         self.own = {name: request_of(name, spec) for name, spec in pricing.scenario.requests.items()}
         self.factors: Mapping[StepKind, float] = {}
+        self._version = 0
         self._found = found.by_class
-        self._listed: OrderedDict[Size, _Listed] = OrderedDict()
+        self._listed: OrderedDict[Size, Listed] = OrderedDict()
         self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._listed)
 
-    def options(self, request: Request, widest: Sequence[int]) -> Options:
-        """The candidates of a request on pools whose largest worker has so many GPUs, the cheapest first.
+    @property
+    def profiles(self) -> Profiles:
+        return self._pricing.profiles
 
-        Empty for a request that no plan of its class can serve: of another model, or of an illegal size.
+    def options(self, request: Request, widest: Sequence[int]) -> Listed:
+        """The candidates of a request on pools whose largest worker has so many GPUs.
+
+        None of them for a request that no plan of its class can serve: of another model, or of an illegal size.
         """
         size = _size(request, self.own[request.request_class])
+        version, factors = self._version, self.factors
         with self._lock:
             listed = self._listed.get(size)
             if listed is not None:
                 self._listed.move_to_end(size)
-        factors = self.factors
-        if listed is None or listed.factors is not factors or listed.widest != widest:
-            priced = self._priced(size) if listed is None else listed.priced
-            listed = _Listed(priced, _possible(priced, factors, widest), factors, widest)
+        if listed is None:
+            listed = Listed({option: _kinds(option) for option in self._priced(size)})
+        if listed.version != version or listed.widest != widest:
+            listed = listed.under(factors, widest, version)
             self._keep(size, listed)
-        return listed.now
+        return listed
 
-    def correct(self, kind: StepKind, factor: float) -> None:
-        """From now on steps of this kind take so many times the seconds that were predicted."""
-        self.factors = {**self.factors, kind: factor}
+    def serves(self, request_class: str) -> bool:
+        """Whether the class has candidates at all: it has none where the plan turns everybody away."""
+        return bool(self._found[request_class])
 
-    def _keep(self, size: Size, listed: _Listed) -> None:
+    def at_hand(self, request: Request, widest: Sequence[int]) -> bool:
+        """Whether `options` has the answer without pricing anything."""
+        listed = self._listed.get(_size(request, self.own[request.request_class]))
+        return listed is not None and listed.version == self._version and listed.widest == widest
+
+    def follow(self, factors: Mapping[StepKind, float]) -> None:
+        """From now on steps of these kinds take so many times the seconds that were predicted."""
+        self.factors = factors
+        self._version += 1  # last: who reads the version first never takes old factors for these
+
+    def _keep(self, size: Size, listed: Listed) -> None:
         with self._lock:
             self._listed[size] = listed
             if len(self._listed) > MOST_SIZES:
@@ -86,19 +123,19 @@ class Menu:
         if size == _size(own, own):
             return tuple(found)
         _, model, height_px, width_px, steps, guided, images, sampler, floor = size
-        if model != own.model:
+        if model != own.model or not images >= 1:
             return ()
         request = replace(
             own, height_px=height_px, width_px=width_px, num_inference_steps=steps, num_images=images, sampler=sampler,
             guidance_scale=own.guidance_scale if guided == own.guided else 7.5 if guided else 1.0, quality_floor=floor,
         )  # fmt: skip
         priced = [candidate for option in found if (candidate := self._variant(request, option)) is not None]
-        return tuple(sorted(priced, key=lambda option: (option.usd_or_inf, option.latency_s)))
+        return tuple(sorted(priced, key=_cheapest))
 
     def _variant(self, request: Request, option: Candidate) -> Candidate | None:
         try:
             return self._pricing.priced(request, option.plan.rescaled(request.num_inference_steps))
-        except HybridSDError:
+        except (HybridSDError, ArithmeticError, TypeError, ValueError):  # what has no price cannot be served
             return None
 
 
@@ -111,12 +148,8 @@ def _size(request: Request, own: Request) -> Size:
     )  # fmt: skip
 
 
-def _possible(priced: Options, factors: Mapping[StepKind, float], widest: Sequence[int]) -> Options:
-    return tuple(
-        _corrected(option, factors)
-        for option in priced
-        if option.pool_index < 0 or option.degree <= widest[option.pool_index]
-    )
+def _kinds(candidate: Candidate) -> frozenset[StepKind]:
+    return frozenset(kind_of(candidate, stage) for stage in candidate.plan.stages)
 
 
 def _corrected(candidate: Candidate, factors: Mapping[StepKind, float]) -> Candidate:

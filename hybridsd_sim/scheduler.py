@@ -8,62 +8,55 @@ decisions.
 
 from __future__ import annotations
 
-import json
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from math import isfinite
 from threading import RLock
 
 from hybridsd_sim.candidates import Candidate
-from hybridsd_sim.capacity import CapacityPlan
-from hybridsd_sim.corrections import Corrections, StepKind, kind_of, step_s
-from hybridsd_sim.deployment import load_deployment, misfits
+from hybridsd_sim.corrections import Corrections, StepKind, kind_of, steps_s
 from hybridsd_sim.errors import InputError, Problem, unknown_name
 from hybridsd_sim.events import CloudDone, Event, RequestDone, StepDone, WorkerDown, WorkerUp
-from hybridsd_sim.menu import Menu
-from hybridsd_sim.offers import Pricing, found_options, planned_options
+from hybridsd_sim.menu import Listed
 from hybridsd_sim.plan import Deployment, Request
-from hybridsd_sim.policies import Planned, policy_for
-from hybridsd_sim.policy import Action, Decision, FleetView, Policy, best_static
-from hybridsd_sim.profiles import Profiles, load_profiles
+from hybridsd_sim.plan_in_use import AnyPlan, PlanInUse, prepared, resolved
+from hybridsd_sim.policy import NO_CANDIDATE, Action, Decision, FleetView, Policy
+from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
-from hybridsd_sim.workers import Job, Worker, Workers, WorkerState
+from hybridsd_sim.workers import MOST_WORKERS, Job, Worker, Workers, WorkerState, by_number, check_number, rented
 
-__all__ = ["FALLBACK", "MOST_OPEN", "UNKNOWN_CLASS", "AnyPlan", "Scheduler"]
+__all__ = ["FALLBACK", "MOST_OPEN", "MOST_WORKERS", "UNKNOWN_CLASS", "AnyPlan", "Scheduler", "Weighed"]
 
 FALLBACK = "fallback"
 """Reason code of a decision made without policy and queues, because deciding failed."""
 UNKNOWN_CLASS = "unknown_class"
 """Reason code of a request whose class the plan does not know."""
 MOST_OPEN = 65_536
-"""Decisions remembered until their `RequestDone`; of more, the oldest are taken for lost."""
-WORTH_CORRECTING = 0.02
-"""By how much a factor must differ from the one in use before candidates follow it."""
+"""Decisions remembered until their `RequestDone`; of more, the oldest are taken for lost, `LOST_AT_ONCE` of them."""
+LOST_AT_ONCE = MOST_OPEN // 16
 INFINITY = float("inf")
-AnyPlan = str | Path | CapacityPlan | Deployment
 
 
-@dataclass(frozen=True, slots=True)
-class _Serving:
-    """A plan in use: replaced as a whole, so that a decision sees one plan and one only."""
-
-    scenario: Scenario
-    deployment: Deployment
-    policy: Policy
-    menu: Menu
-    widest: tuple[int, ...]
-    fallbacks: Mapping[str, Candidate | None]
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Open:
-    """A decision whose request has not ended: where it runs, and what was predicted with which corrections."""
+    """A decision whose request has not ended: its candidate as the profiles have it, and where it runs.
+
+    `ahead` are the seconds predicted for the steps of a stage that were not told of yet, once one was.
+    """
 
     candidate: Candidate
     worker: str | None
-    factors: Mapping[StepKind, float]
+    ahead: dict[int, tuple[StepKind, Iterator[float]]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What a policy would decide for a request, and from what: its candidates, and the seconds each would wait."""
+
+    decision: Decision
+    options: tuple[Candidate, ...]
+    waits_s: tuple[float, ...]
 
 
 class Scheduler:
@@ -73,13 +66,13 @@ class Scheduler:
     """
 
     def __init__(
-        self, serving: _Serving, workers: Sequence[Worker] | None, remake: Callable[[AnyPlan], _Serving]
+        self, serving: PlanInUse, workers: Sequence[Worker] | None, remake: Callable[[AnyPlan, Scenario], PlanInUse]
     ) -> None:
         self._serving = serving
         self._remake = remake
-        self._assumed = frozenset[Worker]() if workers is not None else _rented(serving)
-        up = sorted(self._assumed, key=_by_number) if workers is None else workers
-        _check_pools(up, serving.scenario)
+        self._assumed = _rented(serving) if workers is None else None
+        up = sorted(_rented(serving), key=by_number) if workers is None else workers
+        _check_workers(up, serving.scenario)
         self._workers = Workers(list(serving.scenario.pools), up)
         self._corrections = Corrections()
         self._open: OrderedDict[int, _Open] = OrderedDict()
@@ -105,10 +98,11 @@ class Scheduler:
         or does not fit its scenario.
         """
 
-        def remake(other: AnyPlan) -> _Serving:
-            return _prepared(*_resolved(other, scenario), profiles, policy)
+        def remake(other: AnyPlan, in_use: Scenario) -> PlanInUse:
+            known = scenario or (in_use if isinstance(other, Deployment) else None)
+            return prepared(*resolved(other, known), profiles, policy)
 
-        return cls(remake(plan), workers, remake)
+        return cls(prepared(*resolved(plan, scenario), profiles, policy), workers, remake)
 
     def __repr__(self) -> str:
         return f"Scheduler({self.scenario.name}, {self.policy_name}, plan {self.version}, {len(self._open)} open)"
@@ -123,6 +117,17 @@ class Scheduler:
         return self._serving.scenario
 
     @property
+    def plan_in_use(self) -> tuple[int, Deployment]:
+        """Number and content of the plan in use, taken together."""
+        serving = self._serving
+        return serving.version, serving.deployment
+
+    @property
+    def requests(self) -> Mapping[str, Request]:
+        """What a request of each class asks for unless it says otherwise."""
+        return self._serving.menu.own
+
+    @property
     def policy_name(self) -> str:
         return self._serving.policy.name
 
@@ -135,6 +140,11 @@ class Scheduler:
         """Every worker with what it was given and has not done."""
         with self._lock:
             return self._workers.states(now)
+
+    def view(self, now: float) -> FleetView:
+        """The own ledger as policies see it; decisions change it."""
+        with self._lock:
+            return self._workers.view(now)
 
     def factors(self) -> Mapping[StepKind, float]:
         """How many times the predicted seconds steps take, for the kinds of steps that differ."""
@@ -154,35 +164,71 @@ class Scheduler:
         except Exception:  # noqa: BLE001 -- whatever it is, a request waits for an answer
             return self._fall_back(request, now)
 
+    def at_hand(self, request: Request) -> bool:
+        """Whether `decide` on the own ledger takes microseconds, because such a request was priced lately."""
+        menu = self._serving.menu
+        return request.request_class not in menu.own or menu.at_hand(request, self._workers.widest)
+
+    def weigh(self, request: Request, view: FleetView | None, now: float) -> Weighed:
+        """What `decide` would answer, and from what it would choose; changes nothing.
+
+        A policy that takes turns or keeps accounts is asked as it was when the plan was loaded, or, if it was given as
+        an object, as it is.
+        """
+        serving = self._serving
+        own = serving.menu.own.get(request.request_class)
+        if own is None:
+            return Weighed(_unknown(serving, now), (), ())
+        options = serving.menu.options(request, self._workers.widest if view is None else serving.widest).now
+        deadline_s = _deadline_s(request, own, now)
+        with self._lock:
+            fleet = self._workers.view(now) if view is None else view
+            chosen = serving.anew().decide(options, deadline_s, fleet, now)
+            waits_s = tuple(_wait_s(option, fleet, now) for option in options)
+            wait_s = 0.0 if chosen.candidate is None else _wait_s(chosen.candidate, fleet, now)
+        action, told = _action(chosen, wait_s), (0, None, now, deadline_s, serving.version)
+        return Weighed(Decision(action, chosen.candidate, wait_s, chosen.reason, *told), options, waits_s)
+
     def _decide(self, request: Request, view: FleetView | None, now: float) -> Decision:
         serving = self._serving
         own = serving.menu.own.get(request.request_class)
         if own is None:
-            return Decision("reject", None, 0.0, UNKNOWN_CLASS, now_s=now, plan_version=serving.version)
+            return _unknown(serving, now)
         widest = self._workers.widest if view is None else serving.widest
-        options = serving.menu.options(request, widest)
-        slo_s = own.slo_s if request.slo_s is None else request.slo_s
-        deadline_s = INFINITY if slo_s is None else now + slo_s
+        listed = serving.menu.options(request, widest)
+        deadline_s = _deadline_s(request, own, now)
+        if not listed.now and serving.menu.serves(request.request_class):
+            return Decision("reject", None, 0.0, NO_CANDIDATE, 0, None, now, deadline_s, serving.version)
         with self._lock:
-            fleet = self._workers.view if view is None else view
-            chosen = serving.policy.decide(options, deadline_s, fleet, now)
-            return self._carried_out(chosen, serving, deadline_s, view, now)
+            if serving is not self._serving or (view is None and widest is not self._workers.widest):
+                return self._decide(request, view, now)  # something came between; while the lock is held nothing can
+            fleet = self._workers.view(now) if view is None else view
+            chosen = serving.policy.decide(listed.now, deadline_s, fleet, now)
+            return self._carried_out(chosen, listed, deadline_s, view, now)
 
     def _carried_out(
-        self, chosen: Decision, serving: _Serving, deadline_s: float, view: FleetView | None, now: float
+        self, chosen: Decision, listed: Listed, deadline_s: float, view: FleetView | None, now: float
     ) -> Decision:
         """The policy's choice with its worker, entered in the ledger."""
-        candidate = chosen.candidate
+        candidate, version = chosen.candidate, self.version
         if candidate is None:
-            return chosen._replace(now_s=now, deadline_s=deadline_s, plan_version=serving.version)
-        self._number = number = self._number + 1
+            return chosen._replace(now_s=now, deadline_s=deadline_s, plan_version=version)
+        number = self._number + 1
         worker, wait_s = self._placed(candidate, number, view, now)
-        self._open[number] = _Open(candidate, worker, serving.menu.factors)
+        if not wait_s < INFINITY:  # the caller's view says that the pool never begins, or does not say when
+            return Decision("reject", None, 0.0, NO_CANDIDATE, 0, None, now, deadline_s, version)
+        self._number = number
+        self._open[number] = _Open(listed.origin.get(candidate, candidate), worker)
         if len(self._open) > MOST_OPEN:
-            oldest, lost = self._open.popitem(last=False)
-            self._release(oldest, lost, now)
-        action: Action = "queue" if chosen.action == "run" and wait_s > 0.0 else chosen.action
-        return Decision(action, candidate, wait_s, chosen.reason, number, worker, now, deadline_s, serving.version)
+            self._lose(now)
+        return Decision(
+            _action(chosen, wait_s), candidate, wait_s, chosen.reason, number, worker, now, deadline_s, version
+        )
+
+    def _lose(self, now: float) -> None:
+        """Take the oldest for lost; many at once, because each makes a long queue move up."""
+        for _ in range(LOST_AT_ONCE):
+            self._release(*self._open.popitem(last=False), now)
 
     def _placed(
         self, candidate: Candidate, number: int, view: FleetView | None, now: float
@@ -191,30 +237,37 @@ class Scheduler:
         if candidate.pool_index < 0:
             return None, 0.0
         if view is not None:
-            return None, view.pools[candidate.pool_index].wait_s(candidate.degree, now)
+            return None, _wait_s(candidate, view, now)
         request = candidate.cost.request
-        work = float(request.num_inference_steps * request.height_px * request.width_px * request.num_images)
+        work = request.num_inference_steps * request.height_px * request.width_px * request.num_images
         job = Job(number, candidate.degree, candidate.cloud_s, work, now)
         return self._workers.place(candidate.pool_index, job, now)
 
-    def _fall_back(self, request: Request, now: float) -> Decision:
-        """A plan that is right on an idle fleet, and no worker: the caller sends it where it can."""
+    def _fall_back(self, request: object, now: object) -> Decision:
+        """A plan that is right on an idle fleet, and no worker: the caller sends it where it can.
+
+        A clock that shows no time is taken for 0.
+        """
         serving = self._serving
-        candidate = serving.fallbacks.get(getattr(request, "request_class", ""))
+        name = request.request_class if isinstance(request, Request) else None
+        candidate = serving.fallbacks.get(name) if isinstance(name, str) else None
         action: Action = "reject" if candidate is None else "run"
-        return Decision(action, candidate, 0.0, FALLBACK, now_s=now, plan_version=serving.version)
+        now_s = now if isinstance(now, int | float) and isfinite(now) else 0.0
+        return Decision(action, candidate, 0.0, FALLBACK, now_s=now_s, plan_version=serving.version)
 
     # ---- Learning ---------------------------------------------------------------------------------------------------
 
     def observe(self, event: Event) -> None:
-        """Take in what happened. What is late, comes twice or is not known any more changes nothing.
+        """Take in what happened. What is late, comes twice, is not known any more or has no time changes nothing.
 
-        Raises `InputError` for a worker of a pool that the plan's scenario does not have.
+        Raises `InputError` for a worker without a GPU, of a pool that the plan's scenario does not have, or too many.
         """
         with self._lock:
             match event:
                 case StepDone():
                     self._learn(event)
+                case _ if not isfinite(event.at_s):
+                    pass
                 case CloudDone() | RequestDone():
                     self._done(event)
                 case WorkerUp():
@@ -226,18 +279,29 @@ class Scheduler:
         known = self._open.get(event.number)
         if known is None or not 0 <= event.stage < len(known.candidate.plan.stages):
             return
-        stage = known.candidate.plan.stages[event.stage]
-        kind = kind_of(known.candidate, stage)
-        predicted_s = step_s(known.candidate, stage) / known.factors.get(kind, 1.0)
+        known.ahead = {} if known.ahead is None else known.ahead
+        if event.stage not in known.ahead:
+            known.ahead[event.stage] = self._look_ahead(known.candidate, event.stage)
+        kind, ahead = known.ahead[event.stage]
+        predicted_s = next(ahead, None)
+        if predicted_s is None:
+            return
         self._corrections.learn(kind, event.seconds, predicted_s)
-        factor, menu = self._corrections.factor(kind), self._serving.menu
-        if abs(factor / menu.factors.get(kind, 1.0) - 1.0) > WORTH_CORRECTING:
-            menu.correct(kind, factor)
+        if self._corrections.factors is not self._serving.menu.factors:
+            self._serving.menu.follow(self._corrections.factors)
+
+    def _look_ahead(self, candidate: Candidate, index: int) -> tuple[StepKind, Iterator[float]]:
+        """The steps of a stage; none of one that several requests may share, as nobody says how many did."""
+        stage = candidate.plan.stages[index]
+        shared = stage.site.tier == "cloud" and candidate.plan.batch_cap > 1
+        steps = [] if shared else steps_s(candidate, stage, self._serving.menu.profiles)
+        return kind_of(candidate, stage), iter(steps)
 
     def _done(self, event: CloudDone | RequestDone) -> None:
         known = self._open.get(event.number)
         if known is not None:
             self._release(event.number, known, event.at_s)
+            self._workers.settle()
             if isinstance(event, RequestDone):
                 del self._open[event.number]
 
@@ -246,9 +310,12 @@ class Scheduler:
             self._workers.release(known.worker, number, now)
 
     def _join(self, event: WorkerUp) -> None:
-        _check_pools((Worker(event.worker, event.pool),), self.scenario)
-        gpus = self.scenario.pools[event.pool].gpus_per_node if event.gpus is None else event.gpus
-        self._workers.join(Worker(event.worker, event.pool, gpus), event.at_s)
+        pool = self.scenario.pools.get(event.pool)
+        gpus = pool.gpus_per_node if pool and event.gpus is None else event.gpus or 0
+        worker = Worker(event.worker, event.pool, gpus)
+        _check_workers([worker], self.scenario)
+        check_number(len(self._workers) + (event.worker not in self._workers))
+        self._workers.join(worker, event.at_s)
 
     # ---- Plans ------------------------------------------------------------------------------------------------------
 
@@ -257,87 +324,58 @@ class Scheduler:
 
         What is open goes on as it was decided; workers and corrections stay. Workers of pools that the new scenario
         lacks are forgotten, and where the workers are the plan's own nodes, there are now as many as it rents. Reads
-        and prices the plan first, while decisions go on. Raises `InputError` as `from_plan` does, and then nothing has
-        changed.
+        and prices the plan first, while decisions go on. A `Deployment` is for the scenario in use. Raises `InputError`
+        as `from_plan` does, and then nothing has changed.
         """
-        serving = self._remake(plan)
+        serving = self._remake(plan, self.scenario)
         with self._lock:
-            serving.menu.factors = self._serving.menu.factors
+            serving.menu.follow(self._corrections.factors)
             self._serving = replace(serving, version=self._serving.version + 1)
             self._workers.keep(list(serving.scenario.pools))
-            if self._assumed:
-                self._rent(_rented(serving))
+            if self._assumed is not None:
+                self._assumed = self._rent(self._assumed, _rented(serving))
             return self._serving.version
 
-    def _rent(self, nodes: frozenset[Worker]) -> None:
-        for worker in self._assumed - nodes:
-            self._workers.leave(worker.name, 0.0)
-        for worker in sorted(nodes - self._assumed, key=_by_number):
-            self._workers.join(worker, 0.0)
-        self._assumed = nodes
+    def _rent(self, before: frozenset[Worker], after: frozenset[Worker]) -> frozenset[Worker]:
+        for worker in before - after:
+            self._workers.leave(worker.name)
+        for worker in sorted(after - before, key=by_number):
+            self._workers.join(worker, -INFINITY)
+        return after
 
 
-# ---- Reading a plan -------------------------------------------------------------------------------------------------
+def _unknown(serving: PlanInUse, now: float) -> Decision:
+    return Decision("reject", None, 0.0, UNKNOWN_CLASS, now_s=now, plan_version=serving.version)
 
 
-def _prepared(
-    deployment: Deployment, scenario: Scenario, profiles: Profiles | None, policy: str | Policy | None
-) -> _Serving:
-    """A plan ready to decide by: checked, its candidates priced. Raises `InputError` for one that does not fit."""
-    known = profiles or load_profiles(scenario.search.profiles)
-    if problems := misfits(deployment, scenario, known, complete=False):
-        raise InputError(problems)
-    decider = policy if isinstance(policy, Policy) else policy_for(policy or Planned.name, scenario, deployment)
-    pricing = Pricing(scenario, known)
-    own = planned_options(pricing, deployment)
-    found = own if decider.name == Planned.name else found_options(pricing, None)
-    fallbacks = {name: next(iter(own.by_class[name]), best_static(found.by_class[name])) for name in scenario.requests}
-    widest = tuple(pool.gpus_per_node for pool in scenario.pools.values())
-    return _Serving(scenario, deployment, decider, Menu(pricing, found), widest, fallbacks, version=1)
+def _deadline_s(request: Request, own: Request, now: float) -> float:
+    """When the image is due. Raises `ValueError` where that, or the time, is no time."""
+    slo_s = own.slo_s if request.slo_s is None else request.slo_s
+    deadline_s = INFINITY if slo_s is None else now + slo_s
+    if not (isfinite(now) and deadline_s > -INFINITY):
+        msg = f"at {now}, due {deadline_s}"
+        raise ValueError(msg)
+    return deadline_s
 
 
-def _resolved(plan: AnyPlan, scenario: Scenario | None) -> tuple[Deployment, Scenario]:
-    """The plan, and the scenario that it was made for."""
-    if isinstance(plan, CapacityPlan):
-        return plan.deployment, scenario or plan.scenario
-    if isinstance(plan, Deployment):
-        if scenario is None:
-            rule = "says nothing of request classes, pools and fleets"
-            raise InputError(Problem("scenario", "not given", f"a Deployment {rule}", "Pass scenario=."))
-        return plan, scenario
-    path = Path(plan)
-    file = path / "plan.yaml" if path.is_dir() else path
-    return load_deployment(file), scenario or _scenario_beside(file)
+def _wait_s(candidate: Candidate, view: FleetView, now: float) -> float:
+    """Seconds until the candidate's pool could begin with it."""
+    return 0.0 if candidate.pool_index < 0 else view.pools[candidate.pool_index].wait_s(candidate.degree, now)
 
 
-def _scenario_beside(file: Path) -> Scenario:
-    """The scenario of the run that wrote a plan.yaml."""
-    beside = file.with_name("provenance.json")
-    remedy = "Name the plan.yaml in the folder of the run that wrote it, or pass its scenario."
-    try:
-        written = json.loads(beside.read_text(encoding="utf-8"))["scenario"]
-        return Scenario.model_validate_json(json.dumps(written))
-    except OSError as error:
-        rule = "the scenario of a plan is read from beside it"
-        raise InputError(Problem(str(beside), error.strerror or "unreadable", rule, remedy)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(Problem(str(beside), type(error).__name__, "must be what `plan` wrote", remedy)) from error
+def _action(chosen: Decision, wait_s: float) -> Action:
+    return "queue" if chosen.action == "run" and wait_s > 0.0 else chosen.action
 
 
-def _rented(serving: _Serving) -> frozenset[Worker]:
-    """A worker for each node that the plan rents."""
-    return frozenset(
-        Worker(f"{name}/{index}", name, pool.gpus_per_node)
-        for name, pool in serving.scenario.pools.items()
-        for index in range(serving.deployment.replicas.get(name, 0))
-    )
+def _rented(serving: PlanInUse) -> frozenset[Worker]:
+    gpus = {name: pool.gpus_per_node for name, pool in serving.scenario.pools.items()}
+    return rented(serving.deployment.replicas, gpus)
 
 
-def _by_number(worker: Worker) -> tuple[str, int]:
-    return worker.pool, int(worker.name.rpartition("/")[2])
-
-
-def _check_pools(workers: Iterable[Worker], scenario: Scenario) -> None:
-    pools = list(scenario.pools)
-    if problems := [unknown_name("worker.pool", w.pool, pools) for w in workers if w.pool not in pools]:
+def _check_workers(workers: Sequence[Worker], scenario: Scenario) -> None:
+    pools, names = list(scenario.pools), Counter(worker.name for worker in workers)
+    problems = [unknown_name("worker.pool", w.pool, pools) for w in workers if w.pool not in pools]
+    problems += [Problem(f"worker {w.name}", f"{w.gpus} GPUs", "has at least one") for w in workers if w.gpus < 1]
+    problems += [Problem("workers", repr(n), "each has a name of its own") for n, count in names.items() if count > 1]
+    if problems:
         raise InputError(problems)
