@@ -1,7 +1,7 @@
 # The project's commands. `make demo` needs git, make, Python 3.11 or newer, and pip.
 
 PYTHON      ?= $(shell command -v python3.11 || command -v python3)
-TEST_EXTRAS ?= test,live,ray
+TEST_EXTRAS ?= test,live,ray-serve
 PYTEST_ARGS ?=
 
 VENV := .venv

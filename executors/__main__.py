@@ -1,4 +1,4 @@
-"""The commands that touch torch: `python -m executors profile|count|run`.
+"""The commands that touch torch: `python -m executors profile|count|run|live|calibrate`.
 
 Results go to standard output, as text or as JSON alone; progress and logs go to standard error. Exit code 0 is fine, 1
 means that a run failed, 2 that the input is wrong, 130 that it was interrupted: every message names place, value, rule
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from executors.arguments import read_address, read_loads, read_numbers, read_options, read_sizes, split
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.exits import run_to_exit
 
@@ -109,10 +110,10 @@ def profile(
     from hybridsd_sim.profiles import load_profiles
 
     sweep = Sweep(
-        models=_split(models), sizes=_sizes(sizes), methods=_split(methods) or ["single"],
-        degrees=_numbers(degrees, "--degrees"), batch_sizes=_numbers(batch_sizes, "--batch-sizes"),
-        guidance=_GUIDANCE[guidance], runtime=runtime, precision=precision, components=_split(components) or STEPS,
-        options=_options(option), ranks=None if ranks is None else ranks.value, warmup_runs=warmup_runs, runs=runs,
+        models=split(models), sizes=read_sizes(sizes), methods=split(methods) or ["single"],
+        degrees=read_numbers(degrees, "--degrees"), batch_sizes=read_numbers(batch_sizes, "--batch-sizes"),
+        guidance=_GUIDANCE[guidance], runtime=runtime, precision=precision, components=split(components) or STEPS,
+        options=read_options(option), ranks=None if ranks is None else ranks.value, warmup_runs=warmup_runs, runs=runs,
     )  # fmt: skip
     catalogue = load_profiles(profiles)
     here = find_here(catalogue, device, threads)
@@ -143,9 +144,9 @@ def count(
     """Count parameters, FLOPs and what parallel methods exchange, for one latent, on torch's meta device."""
     from executors.count import are_components, component_rows, count_rows, pcpp_bytes_rows
 
-    names, pixels = _split(models), _sizes(sizes)
+    names, pixels = split(models), read_sizes(sizes)
     if degrees is not None:
-        rows = pcpp_bytes_rows(names, pixels, _numbers(degrees, "--degrees"))
+        rows = pcpp_bytes_rows(names, pixels, read_numbers(degrees, "--degrees"))
         what = "received by the busiest rank in a guided fp16 step"
     elif are_components(names):
         rows, what = component_rows(names, pixels), "for one prompt or latent"
@@ -191,7 +192,7 @@ def run(
 
     ask = Ask(
         model=model, small_model=small_model, switch_step=switch_step, method=method, degree=degree,
-        options=_options(option), ranks=ranks.value,
+        options=read_options(option), ranks=ranks.value,
         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, height_px=height_px,
         width_px=width_px, sampler=sampler, seed=seed, prompt=prompt, precision=precision,
         payload=payload, device=device, threads=threads, weights=weights, small_weights=small_weights,
@@ -199,64 +200,78 @@ def run(
     )  # fmt: skip
     if listen is not None:
         with suppress(KeyboardInterrupt):
-            be_edge(ask, _address(listen, "--listen"), lambda there: typer.echo(f"listening on {there}", err=True))
+            be_edge(ask, read_address(listen, "--listen"), lambda there: typer.echo(f"listening on {there}", err=True))
         return
-    data = make_image(ask, out, None if edge is None else _address(edge, "--edge"))
+    data = make_image(ask, out, None if edge is None else read_address(edge, "--edge"))
     parts = [*data["seconds"].items(), *data["bytes"].items()]
     _print(format_, data, lambda: (["part", "seconds or bytes"], [[name, value] for name, value in parts]))
 
 
-# ---- Reading options ------------------------------------------------------------------------------------------------
+@app.command()
+def live(
+    plan: Annotated[Path | None, typer.Argument(help="A plan.yaml, or the folder of the run that wrote it.")] = None,
+    host: Annotated[str, typer.Option(help="Where to serve; other machines' askers need the token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8471,
+    token: Annotated[str | None, typer.Option(help="Bearer token.", envvar="HYBRIDSD_TOKEN")] = None,
+    ask: Annotated[str | None, typer.Option(help="Instead: the URL of a service to ask for one image.")] = None,
+    request_class: Annotated[str | None, typer.Option(help="Request class of the image.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to paint.")] = "a photograph of an astronaut riding a horse",
+    seed: Annotated[int, typer.Option(help="Of the first latents.", min=0)] = 0,
+    slo_s: Annotated[float | None, typer.Option(help="Promised seconds; default those of the class.")] = None,
+    network: Annotated[str | None, typer.Option(help="Shape the transfers as this class of networks does.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The image: a .png file.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads of each process.", min=1)] = 1,
+    weights: Annotated[list[str] | None, typer.Option(help="MODEL=FOLDER; default seeded random weights.")] = None,
+    profiles: ProfilesFolder = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Serve a plan's hybrid images over HTTP, or be the edge that asks a service for one and finishes it."""
+    from executors.live.commands import Serving, Wish, fetch, serve, weights_of
+    from executors.live.gangs import Here
 
-
-def _split(values: Sequence[str] | None) -> list[str]:
-    """Repeated and comma-separated values as one list without repetitions."""
-    return list(dict.fromkeys(name.strip() for value in values or () for name in value.split(",") if name.strip()))
-
-
-def _numbers(values: Sequence[str] | None, place: str) -> list[int]:
-    return [_number(text, place) for text in _split(values) or ["1"]]
-
-
-def _number(text: str, place: str) -> int:
+    here = Here(threads=threads, device=device, precision=precision, weights=weights_of(weights), profiles=profiles)
+    if (plan is None) == (ask is None):
+        raise InputError(Problem("live", "PLAN or --ask", "takes the one or the other", "See --help."))
+    if plan is not None:
+        serve(Serving(plan=plan, host=host, port=port, token=token, here=here), lambda line: typer.echo(line, err=True))
+        return
+    if ask is None or request_class is None or out is None:
+        raise InputError(Problem("--ask", str(ask), "needs --request-class and --out", "See --help."))
+    wish = Wish(
+        url=ask, request_class=request_class, out=out, prompt=prompt, seed=seed, slo_s=slo_s, network=network,
+        token=token, here=here,
+    )  # fmt: skip
     try:
-        return int(text)
-    except ValueError:
-        raise InputError(Problem(place, repr(text), "must be a whole number")) from None
+        data = fetch(wish)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the request was taken back", err=True)
+        raise SystemExit(130) from None
+    _print(format_, data, lambda: (["part", "seconds"], [[name, value] for name, value in data["seconds"].items()]))
 
 
-def _sizes(values: Sequence[str] | None) -> list[tuple[int, int]]:
-    """Sizes as (height_px, width_px); one number is a square."""
-    sizes = []
-    for text in _split(values) or ["512"]:
-        numbers = [_number(part, "--sizes") for part in text.split("x")]
-        if len(numbers) > 2:
-            raise InputError(
-                Problem("--sizes", repr(text), "must be one number, or height x width", "Such as 512x768.")
-            )
-        sizes.append((numbers[0], numbers[-1]))
-    return sizes
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the report; goes on where it stopped.")],
+    kinds: Annotated[list[str] | None, typer.Option(help="Default cloud,edge,hybrid,parallel.")] = None,
+    loads: Annotated[list[str] | None, typer.Option(help="Utilisations; default 0.3,0.6,0.8.")] = None,
+    requests: Annotated[int, typer.Option(help="Requests of all runs together.", min=1)] = 2040,
+    trace: Annotated[Path | None, typer.Option(help="Its arrivals, at each load's rate; default Poisson.")] = None,
+    tries: Annotated[int, typer.Option(help="How often a run is made whose steps drift.", min=1)] = 3,
+    runs: Annotated[Path | None, typer.Option("--from", help="Compare the runs in this folder, observe none.")] = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Observe live runs, simulate the same requests, and compare: is the simulator right on this machine?"""
+    from executors.calibrate.command import KINDS, LOADS
+    from executors.calibrate.command import calibrate as carry_out
 
-
-def _options(given: Sequence[str] | None) -> dict[str, Any]:
-    """A method's options with typed values: true and false, numbers, and text."""
-    options: dict[str, Any] = {}
-    for pair in _split(given):
-        key, equals, text = (part.strip() for part in pair.partition("="))
-        if not key or not equals:
-            raise InputError(Problem("--option", repr(pair), "needs KEY=VALUE", "For example --option stride=2."))
-        try:
-            options[key] = json.loads(text)
-        except ValueError:
-            options[key] = text
-    return options
-
-
-def _address(text: str, place: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise InputError(Problem(place, repr(text), "needs HOST:PORT", "For example 127.0.0.1:8471."))
-    return host, int(port)
+    chosen = read_loads(loads, "--loads") if loads else LOADS
+    rows = carry_out(
+        out, kinds=split(kinds) or KINDS, loads=chosen, requests=requests, trace=trace, tries=tries, runs=runs
+    )
+    header = list(rows[0]) if rows else []
+    _print(format_, {"runs": rows}, lambda: (header, [list(row.values()) for row in rows]))
 
 
 # ---- Printing -------------------------------------------------------------------------------------------------------

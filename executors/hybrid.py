@@ -284,11 +284,14 @@ def listen_at(address: Address) -> socket.socket:
     """A socket that listens; port 0 takes a free one. Raises `InputError` where this machine cannot listen there."""
     check_address(address, "--listen")
     try:
-        return socket.create_server(address)
+        listener = socket.create_server(address)
     except OSError as error:
         rule = f"this machine cannot listen there: {_reason(error)}"
         remedy = "Choose a free port, or 0 for any, and an address of this machine, such as 127.0.0.1."
         raise InputError(Problem("--listen", _written(address), rule, remedy)) from error
+    # What it accepts inherits this. Without it a payload waits until the receiver has acknowledged what came before.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _written(address: Address) -> str:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from executors.group import TIMEOUT_S, Alone, join
+from executors.group import TIMEOUT_S, Alone, Distributed, join
 from executors.loopback import run_loopback
 from hybridsd_sim.errors import HybridSDError, InputError, Problem, RunError
 
@@ -83,13 +83,29 @@ def _device_of(rank: int, kind: Carrier) -> torch.device:
     return device
 
 
+# ---- Where ranks meet -----------------------------------------------------------------------------------------------
+
+
+def meeting_place() -> dist.TCPStore:
+    """Where processes of this machine meet, by its `port`; whoever starts them keeps it for as long as they live."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def meet(rank: int, size: int, *, kind: Carrier, port: int, timeout_s: float = TIMEOUT_S) -> Distributed:
+    """Become a rank of the group whose processes meet at this port of `meeting_place`; gloo works on the CPU."""
+    if sys.platform == "linux":  # the host's own name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    return join(backend=kind, device=_device_of(rank, kind), timeout_s=timeout_s, rank=rank, size=size, store=store)
+
+
 # ---- The process that starts the ranks ------------------------------------------------------------------------------
 
 
 def _run_processes(
     work: Callable[..., T], size: int, kind: Carrier, args: Sequence[Any], threads: int, timeout_s: float
 ) -> list[T]:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = meeting_place()
     with tempfile.TemporaryDirectory(prefix="hybridsd-ranks-") as name:
         folder = Path(name)
         job = (work, size, kind, args, threads, timeout_s, store.port, folder)
@@ -126,12 +142,13 @@ def _what_went_wrong(codes: Sequence[int | None], folder: Path) -> HybridSDError
             return failure.error(f"rank {rank} of {size} failed")
     for rank, code in enumerate(codes):
         if code and rank not in told:
-            return RunError(f"rank {rank} of {size} died: {_last_words(code)}")
+            return RunError(f"rank {rank} of {size} died: {last_words(code)}")
     rank, failure = next(iter(told.items()))
     return failure.error(f"rank {rank} of {size} lost another rank")
 
 
-def _last_words(code: int) -> str:
+def last_words(code: int) -> str:
+    """What an exit code says: the number, or the signal that killed the process."""
     if code > 0:
         return f"exit code {code}"
     known = {number.value: number.name for number in signal.Signals}
@@ -153,10 +170,11 @@ class RankTraceback(Exception):  # noqa: N818 -- no error of its own; it is the 
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
+class Failure:
     """An exception as it crosses to the process that started the rank.
 
     `own` is what to raise again there: the type and the argument of a `HybridSDError`; None for other exceptions.
+    `lost_another` says that the rank failed because another one was gone or silent.
     """
 
     text: str
@@ -165,7 +183,7 @@ class _Failure:
     lost_another: bool
 
     @classmethod
-    def of(cls, error: Exception) -> _Failure:
+    def of(cls, error: Exception) -> Failure:
         own: tuple[type[HybridSDError], Any] | None = None
         if isinstance(error, HybridSDError):
             own = (type(error), error.problems if isinstance(error, InputError) else str(error))
@@ -192,8 +210,8 @@ def _failure(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.failed"
 
 
-def _read_failure(folder: Path, rank: int) -> _Failure:
-    failure: _Failure = torch.load(_failure(folder, rank), weights_only=False)
+def _read_failure(folder: Path, rank: int) -> Failure:
+    failure: Failure = torch.load(_failure(folder, rank), weights_only=False)
     return failure
 
 
@@ -213,17 +231,13 @@ def _live(
 ) -> None:
     """A rank's whole life, in its own process."""
     torch.set_num_threads(threads)
-    if sys.platform == "linux":  # the host's own name need not resolve
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        device = _device_of(rank, kind)
-        group = join(backend=kind, device=device, timeout_s=timeout_s, rank=rank, size=size, store=store)
+        group = meet(rank, size, kind=kind, port=port, timeout_s=timeout_s)
         torch.save(work(group, *args), _result(folder, rank))
         group.barrier()  # nobody leaves while another still reads from it
     except Exception as error:  # noqa: BLE001 -- raised again by the process that started this one
         part = folder / f"rank{rank}.part"
-        torch.save(_Failure.of(error), part)
+        torch.save(Failure.of(error), part)
         part.rename(_failure(folder, rank))  # whole, or not there
         sys.exit(1)
     dist.destroy_process_group()

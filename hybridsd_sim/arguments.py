@@ -89,13 +89,15 @@ def split(values: Sequence[str] | None) -> list[str]:
     return [name.strip() for value in values or () for name in value.split(",") if name.strip()]
 
 
-def policy_problems(names: Sequence[str], place: str, *, planned: bool) -> list[Problem]:
-    """Policies that do not exist, or that follow a plan where none was `planned`."""
+def policy_problems(names: Sequence[str], place: str, *, planned: bool, budget: float | None) -> list[Problem]:
+    """Policies that do not exist, follow a plan where none was `planned`, or spend a `budget` that is not there."""
     from hybridsd_sim.policies import POLICIES
 
     problems = [unknown_name(place, name, list(POLICIES)) for name in names if name not in POLICIES]
     if "planned" in names and not planned:
         problems.append(Problem(place, "planned", "follows a plan, and none was given", "Add --plan with a plan.yaml."))
+    if "budgeted" in names and budget is None:
+        problems.append(Problem(place, "budgeted", "spends budget.usd_per_hour, and there is none", "Give a budget."))
     return problems if names else [Problem(place, "nothing", "needs a policy", f"Known: {', '.join(POLICIES)}.")]
 
 

@@ -91,7 +91,8 @@ def check(
 
     resolved = read_scenario(path, scenario, set_)
     profiles = _profiles(resolved)
-    policies = policy_problems(resolved.search.policies, "search.policies", planned=True)
+    budget = resolved.budget.usd_per_hour
+    policies = policy_problems(resolved.search.policies, "search.policies", planned=True, budget=budget)
     together(lambda: check_names(resolved, profiles), lambda: refuse(policies))
     _print(format_, resolved.to_dict, lambda width: scenario_text(resolved, width))
 
@@ -159,7 +160,8 @@ def simulate(
     names = split(policy) if policy else [*resolved.search.policies, *(["planned"] if deployment else [])]
     names, place = list(dict.fromkeys(names)), "--policy" if policy else "search.policies"
     profiles = _profiles(resolved)
-    problems = policy_problems(names, place, planned=deployment is not None)
+    budget = resolved.budget.usd_per_hour
+    problems = policy_problems(names, place, planned=deployment is not None, budget=budget)
     problems += misfits(deployment, resolved, profiles) if deployment else []
     together(lambda: check_names(resolved, profiles), lambda: refuse(problems))
     with _progress() as say:

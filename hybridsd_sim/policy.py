@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
@@ -263,7 +264,7 @@ class Policy(ABC):
         """What to do with a request whose absolute deadline is `deadline_s`, at time `now`."""
 
 
-MOST_KNOWN = 4096
+MOST_KNOWN = 1024
 """Sequences of options that a policy remembers at a time: a service that runs for months meets ever new ones."""
 
 
@@ -275,6 +276,10 @@ class PerOptions(Generic[ValueT]):
     def __init__(self, make: Callable[[Sequence[Candidate]], ValueT]) -> None:
         self._make = make
         self._known: dict[int, tuple[Sequence[Candidate], ValueT]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Empty: what was worked out can be worked out again."""
+        return type(self)(deepcopy(self._make, memo))
 
     def of(self, options: Sequence[Candidate]) -> ValueT:
         known = self._known.get(id(options))

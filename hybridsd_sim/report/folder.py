@@ -99,7 +99,7 @@ def draw_report(folder: Path) -> Path:
     make = pages.plan_page if data["kind"] == "plan" else pages.simulation_page
     title = f"{data['scenario']['name']}: {'capacity plan' if data['kind'] == 'plan' else 'simulation'}"
     write_atomically(folder / "timeline.json.gz", _timeline(folder, data))
-    return _write_pages(folder, title, list(make(data, provenance, shown)), shown)
+    return write_pages(folder, title, list(make(data, provenance, shown)), shown)
 
 
 def compare_reports(a: Path, b: Path, folder: Path) -> Path:
@@ -112,7 +112,7 @@ def compare_reports(a: Path, b: Path, folder: Path) -> Path:
     data = side_by_side(first[0], second[0])
     shown = pictures(data, figures.draw(data, ("latency", "components")))
     with _replaced(Path(folder)) as fresh:
-        _write_pages(fresh, "Two runs side by side", list(compare_page(first, second, shown)), shown)
+        write_pages(fresh, "Two runs side by side", list(compare_page(first, second, shown)), shown)
     return Path(folder) / "index.html"
 
 
@@ -212,7 +212,8 @@ def _timeline(folder: Path, data: Mapping[str, Any]) -> bytes:
     return gzip.compress(canonical_json(trace(rows, gpus, data["scenario"]["horizon_s"])), mtime=0)
 
 
-def _write_pages(folder: Path, title: str, blocks: Sequence[Any], shown: Sequence[Any]) -> Path:
+def write_pages(folder: Path, title: str, blocks: Sequence[Any], shown: Sequence[Any]) -> Path:
+    """Write figures, `report.md` and `index.html` into a folder; returns the page."""
     from hybridsd_sim.report import markup
 
     for picture in shown:

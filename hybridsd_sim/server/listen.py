@@ -114,11 +114,13 @@ def opened(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises `InputError` for an address that cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         remedy = "Choose another --port, or another --host."
         said = getattr(error, "strerror", None) or str(error)
         raise InputError(Problem("--port", str(port), f"cannot listen on {host}: {said}", remedy)) from None
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits this
+    return listener
 
 
 def address_of(listener: socket.socket) -> str:

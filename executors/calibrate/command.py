@@ -1,0 +1,151 @@
+"""`python -m executors calibrate`: observes live runs, replays them, compares the two, writes a report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from executors.bench import commit
+from executors.calibrate import observed as kept
+from executors.calibrate.compare import Comparison, compare
+from executors.calibrate.observe import Protocol, observe
+from executors.calibrate.observed import Observed
+from executors.calibrate.replay import replay
+from executors.calibrate.setting import KINDS, kind_of, plan_of, shared_out
+from executors.calibrate.testbed import build_testbed, write_catalogue
+from executors.devices import Here, library_versions, processor
+from hybridsd_sim import __version__
+from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.profiles import load_profiles
+from hybridsd_sim.records import Records, column, write_atomically
+from hybridsd_sim.report.agreement import write_agreement
+from hybridsd_sim.traces import import_trace
+
+LOADS = (0.3, 0.6, 0.8)
+RUNS, REPLAYS, REPORT, TESTBED = "runs", "replays", "report", "testbed"
+
+
+def calibrate(
+    out: Path,
+    *,
+    kinds: Sequence[str] = tuple(KINDS),
+    loads: Sequence[float] = LOADS,
+    requests: int = 2040,
+    trace: Path | None = None,
+    runs: Path | None = None,
+    profile_s: float = 12.0,
+    tries: int = 3,
+) -> list[dict[str, Any]]:
+    """Calibrate the simulator on this machine; returns a row for each run, and writes all of it into `out`.
+
+    Every kind gets as many of the `requests`, shared out over the `loads` so that its runs take equally long. Arrivals
+    are LoadGen's Poisson, or those of a `trace` at the rate of each load. When all kinds have been run, those loads are
+    run again whose run is void, until each was tried `tries` times. Sound runs that `out` holds are not made again;
+    `runs` is a folder of runs to compare without observing any.
+    """
+    folder = out / RUNS if runs is None else runs
+    with _progress() as say:
+        if runs is None:
+            protocol = Protocol(profile_s=profile_s, trace=None if trace is None else import_trace(trace))
+            wanted = [kind_of(name) for name in kinds]
+            each = shared_out(math.ceil(requests / len(wanted)), loads)
+            testbed = build_testbed(out / TESTBED)
+            for kind in tries * wanted:
+                asyncio.run(observe(kind, each, testbed, folder, protocol, say))
+        return _report(_found(folder), out, say)
+
+
+def _found(folder: Path) -> list[Observed]:
+    found = kept.find(folder)
+    if not found:
+        rule = "holds no run that `calibrate` observed"
+        raise InputError(Problem("--from", str(folder), rule, "Name the `runs` of another calibration."))
+    return found
+
+
+def _report(found: Sequence[Observed], out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Replay and compare every run, and write records, figures and pages."""
+    catalogue = load_profiles(write_catalogue(out / TESTBED / "profiles"))
+    runs, rows = [], []
+    for observed in found:
+        say(f"{observed.name}: replaying")
+        simulated = replay(observed, catalogue, out / "arrivals")
+        kept.write_times(out / REPLAYS / f"{observed.name}.parquet", kept.of_records(simulated))
+        comparison = compare(observed.records(), simulated, observed.load)
+        runs.append(_run(observed, simulated, comparison))
+        rows.append(_row(observed, comparison))
+    text = json.dumps([{k: v for k, v in run.items() if k not in ("live", "simulated")} for run in runs], indent=1)
+    write_atomically(out / "comparison.json", f"{text}\n".encode())
+    folder = out / REPORT
+    shutil.rmtree(folder, ignore_errors=True)
+    write_agreement({"runs": runs, "made_by": _made_by()}, folder)
+    return rows
+
+
+def _run(observed: Observed, simulated: Records, comparison: Comparison) -> dict[str, Any]:
+    """A run and its replay as the report wants them."""
+    slo_s = next(iter(observed.scenario.requests.values())).slo_s
+    seconds = (observed.step_before_s, observed.step_during_s, observed.step_after_s)
+    return {
+        "name": observed.name, "kind": observed.kind, "load": observed.load, "driver": observed.driver,
+        "requests": comparison.requests, "block": comparison.block, "holds": comparison.holds, "void": observed.void,
+        "drift": observed.drift, "drift_limit": observed.drift_limit, "tries": observed.tries,
+        "plan": plan_of(observed.deployment).label, "slo_s": slo_s, "late_s": float(observed.late_s.max()),
+        "stack_s": observed.stack_s,
+        "steps": {device: [each[device] for each in seconds] for device in observed.step_before_s},
+        "figures": [_plain(asdict(figure) | {"holds": figure.holds}) for figure in comparison.figures],
+        "rows": [row.model_dump() for row in observed.rows],
+        "live": _latencies(observed.records()), "simulated": _latencies(simulated),
+    }  # fmt: skip
+
+
+def _plain(figure: dict[str, Any]) -> dict[str, Any]:
+    """None for what is not a number."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figure.items()}
+
+
+def _latencies(records: Records) -> list[float]:
+    rows = records.rows()
+    found: list[float] = np.sort(column(rows, "finish_s") - column(rows, "arrival_s")).tolist()
+    return found
+
+
+def _row(observed: Observed, comparison: Comparison) -> dict[str, Any]:
+    """What the command prints of a run."""
+    off = {f"{name}_off": comparison[name].off for name in ("latency_p50_s", "latency_mean_s", "latency_p95_s")}
+    return {
+        "run": observed.name, "requests": comparison.requests, "drift": observed.drift, "void": observed.void,
+        **off, "served_per_s_off": comparison["served_per_s"].off, "holds": comparison.holds,
+    }  # fmt: skip
+
+
+def _made_by() -> list[tuple[str, str]]:
+    libraries = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    here = processor(Here("", "cpu", 1))
+    return [("Made by", f"hybridsd_sim {__version__} ({commit() or 'no checkout'}) with {libraries}"), ("On", here)]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """What is being done, on standard error: a spinner for people, lines for logs."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
+    with console.status("starting") as status:
+
+        def say(text: str) -> None:
+            console.log(text)
+            status.update(text)
+
+        yield say

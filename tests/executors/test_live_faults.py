@@ -1,0 +1,254 @@
+"""Whatever breaks in between, an image comes out the same or the request ends with a reason; nothing hangs."""
+
+import asyncio
+import math
+import os
+import random
+import signal
+import socket
+import threading
+from contextlib import contextmanager, suppress
+
+import httpx
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from executors.live.client import Ask, Client
+from live_plans import LONG_S, STEPS, Counting, Town, small_deployment, wait_for
+
+PROMPT = "a paper boat in the rain"
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory):
+    """Two cloud workers and one edge device for all tests here."""
+    town = Town(tmp_path_factory.mktemp("profiles") / "own", nodes=2)
+    with town.crews() as (town.cloud, town.edge):
+        yield town
+
+
+@pytest.fixture(scope="module")
+def url(town):
+    """A service for whoever needs none of their own."""
+    with town.service(town.scheduler(), town.cloud) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def undisturbed(town, url):
+    """The image of a class when nothing goes wrong, made once."""
+    made = {}
+
+    def image(name, **ask):
+        key = (name, *ask.items())
+        if key not in made:
+            number = len(made)
+            [outcome] = town.ask(url, town.edge, Ask(id=f"calm{number}", request_class=name, prompt=PROMPT, **ask))
+            assert outcome.status == "served"
+            made[key] = outcome.image
+        return made[key]
+
+    return image
+
+
+def asked(town, url, ask, **settings):
+    """One ask under way, on the town's loop."""
+
+    async def put():
+        async with Client(url, town.edge, timeout_s=LONG_S, **settings) as client:
+            return await client.ask(ask)
+
+    return asyncio.run_coroutine_threadsafe(put(), town.background.loop)
+
+
+def kill(crew, worker):
+    """End a worker's processes as a machine that runs out of memory does."""
+    for pid in crew.pids(worker):
+        os.kill(pid, signal.SIGKILL)
+
+
+# ---- Processes that die ---------------------------------------------------------------------------------------------
+
+
+def test_a_worker_killed_at_any_step_loses_no_request(town, undisturbed):
+    """The other worker goes on from the last checkpoint that arrived, and the image is the same."""
+    wanted = undisturbed("long")
+    wait_for(lambda: len(town.cloud.up()) == 2)
+    crew, scheduler = Counting(town.cloud), town.scheduler()
+    at_step = random.randrange(1, STEPS["long"][1] - 20)  # noqa: S311 -- a step, no secret
+    with town.service(scheduler, crew) as url:
+        work = asked(town, url, Ask(id="killed", request_class="long", prompt=PROMPT))
+        wait_for(lambda: httpx.get(f"{url}/v1/images/killed").json().get("steps_done", 0) >= at_step)
+        kill(town.cloud, crew.workers[0])
+        outcome = work.result(LONG_S)
+        wait_for(lambda: scheduler.open_decisions == 0)
+    assert (outcome.status, outcome.restarts) == ("served", 1)
+    assert outcome.worker == crew.workers[1] != crew.workers[0]
+    assert crew.tasks[1].begun is not None
+    assert len(outcome.cloud_step_s) <= STEPS["long"][1] - at_step + 1
+    assert outcome.image == wanted
+
+
+def test_when_every_process_dies_the_request_waits_for_them(town, undisturbed):
+    """All cloud workers, then the edge's device: each comes back, and goes on from where the last one was."""
+    wanted = undisturbed("long")
+    with town.service(town.scheduler(), town.cloud, patience_s=LONG_S) as url:
+        work = asked(town, url, Ask(id="all", request_class="long", prompt=PROMPT))
+        wait_for(lambda: httpx.get(f"{url}/v1/images/all").json().get("steps_done", 0) >= 5)
+        for worker in town.cloud.up():
+            kill(town.cloud, worker)
+        wait_for(lambda: httpx.get(f"{url}/v1/images/all").json()["status"] == "handed_over")
+        kill(town.edge, "edge/0")
+        outcome = work.result(LONG_S)
+    assert (outcome.status, outcome.restarts) == ("served", 2)
+    assert outcome.image == wanted
+
+
+def test_a_request_that_kills_its_workers_ends(town):
+    """After as many lost workers as it may have, a request ends with the reason instead of killing the next one."""
+    crew, scheduler = Counting(town.cloud), town.scheduler()
+    with town.service(scheduler, crew, restarts=0, patience_s=LONG_S) as url:
+        work = asked(town, url, Ask(id="deadly", request_class="all_day"))
+        wait_for(lambda: httpx.get(f"{url}/v1/images/deadly").json().get("steps_done", 0) > 0)
+        kill(town.cloud, crew.workers[0])
+        outcome = work.result(LONG_S)
+    assert (outcome.status, outcome.reason, outcome.restarts) == ("unserved", "worker_lost", 1)
+    assert scheduler.open_decisions == 0
+
+
+def test_a_service_that_stops_leaves_nobody_waiting(town):
+    """Who waits for an image when the service is stopped hears of it, or cannot reach it any more."""
+    with town.service(town.scheduler(), town.cloud) as url:
+        work = asked(town, url, Ask(id="stopped", request_class="all_day"), retries=1)
+        wait_for(lambda: httpx.get(f"{url}/v1/images/stopped").json().get("steps_done", 0) > 0)
+    outcome = work.result(LONG_S)
+    assert (outcome.status, outcome.reason in {"stopped", "unreachable"}) == ("unserved", True)
+
+
+# ---- Lines that break -----------------------------------------------------------------------------------------------
+
+
+class Saboteur:
+    """A line that spoils what comes back so many times: cut after `at` bytes, or a bit flipped every `at` bytes."""
+
+    def __init__(self, url, at, how, times=1):
+        self._to = ("127.0.0.1", httpx.URL(url).port)
+        self._at, self._how, self._left = at, how, times
+        self._threads, self._ends = [], []
+
+    @contextmanager
+    def line(self):
+        """The address to call."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self._begin(self._accept, listener)
+            try:
+                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            finally:
+                for end in [listener, *self._ends]:
+                    hang_up(end)
+                for thread in self._threads:
+                    thread.join(LONG_S)
+                for end in self._ends:
+                    end.close()
+
+    def _begin(self, work, *arguments):
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, listener):
+        with suppress(OSError):
+            while True:
+                near, far = listener.accept()[0], socket.create_connection(self._to)
+                self._ends += [near, far]
+                self._begin(self._carry, near, far, math.inf)
+                self._begin(self._carry, far, near, self._at)
+
+    def _carry(self, source, sink, next_at):
+        done = 0
+        with suppress(OSError):
+            while data := bytearray(source.recv(4096)):
+                while self._left and done <= next_at < done + len(data):
+                    self._left -= 1
+                    if self._how == "cut":
+                        sink.sendall(data[: next_at - done])
+                        hang_up(source)
+                        return hang_up(sink)
+                    data[next_at - done] ^= 1 << self._at % 8
+                    next_at += max(self._at, 1)
+                done += len(data)
+                sink.sendall(data)
+        return hang_up(sink)
+
+
+def hang_up(end):
+    """End a connection both ways; whoever reads from it or waits on it learns that."""
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+
+
+@settings(max_examples=25)
+@given(at=st.integers(0, 4000), how=st.sampled_from(["cut", "flip"]))
+def test_an_answer_spoilt_anywhere_is_asked_for_again(town, url, undisturbed, at, how):
+    """Cut or with one bit flipped, in the head or in the image: the client asks again and has the very image."""
+    wanted = undisturbed("cloud")
+    ask = Ask(id="spoilt", request_class="cloud", prompt=PROMPT)
+    with Saboteur(url, at, how).line() as line:
+        [outcome] = town.ask(line, None, ask, retries=2, wait_s=2.0)
+    assert (outcome.status, outcome.image == wanted) == ("served", True)
+    assert outcome.retries <= 1
+
+
+@pytest.mark.parametrize("how", ["cut", "flip"])
+def test_a_hand_over_spoilt_on_the_way_is_not_made_again(town, undisturbed, how):
+    """The line breaks in the middle of the payload: it is sent again, and the cloud does nothing twice."""
+    wanted = undisturbed("hybrid")
+    crew = Counting(town.cloud)
+    with town.service(town.scheduler(), crew) as url, Saboteur(url, 100_000, how).line() as line:
+        [outcome] = town.ask(line, town.edge, Ask(id="torn", request_class="hybrid", prompt=PROMPT))
+    assert (outcome.status, outcome.retries, len(crew.tasks)) == ("served", 1, 1)
+    assert outcome.image == wanted
+
+
+def test_a_line_that_spoils_everything_is_given_up(town, url):
+    """After so many damaged answers the request ends with the reason."""
+    ask = Ask(id="noise", request_class="cloud", prompt=PROMPT)
+    with Saboteur(url, 1500, "flip", times=99).line() as line:
+        [outcome] = town.ask(line, None, ask, retries=2)
+    assert (outcome.status, outcome.reason in {"damaged", "unreachable"}) == ("unserved", True)
+    assert outcome.retries == 2
+
+
+@settings(max_examples=15)
+@given(sent=st.binary(min_size=1, max_size=300))
+def test_noise_on_the_line_is_survived(url, sent):
+    """Bytes that are no HTTP get a refusal or a closed line, in time, and the next asker gets an answer."""
+    with socket.create_connection(("127.0.0.1", httpx.URL(url).port), timeout=LONG_S) as line:
+        line.sendall(sent + b"\r\n\r\n")
+        line.shutdown(socket.SHUT_WR)
+        reply = b"".join(iter(lambda: line.recv(4096), b""))
+    assert b"Traceback" not in reply
+    assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+# ---- Plans that change ----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_swapped_under_load_loses_no_request(town):
+    """While requests come and go the switch step moves back and forth: each has the image of the plan it was given."""
+    scheduler = town.scheduler()
+    plans = [town.plan, small_deployment(town.scenario, town.profiles, hybrid=4)]
+    with town.service(scheduler, town.cloud) as url:
+        works = []
+        for number in range(8):
+            works.append(asked(town, url, Ask(id=f"swap{number}", request_class="hybrid", prompt=PROMPT)))
+            wait_for(lambda name=f"swap{number}": httpx.get(f"{url}/v1/images/{name}").status_code in {200, 202})
+            scheduler.replace_plan(plans[(number + 1) % 2])
+        outcomes = [work.result(LONG_S) for work in works]
+    assert {outcome.status for outcome in outcomes} == {"served"}
+    assert sorted(outcome.plan_version for outcome in outcomes) == list(range(1, 9))
+    for outcome in outcomes:
+        assert len(outcome.cloud_step_s) == (3 if outcome.plan_version % 2 else 4)
+    assert len({(outcome.plan_label, outcome.image) for outcome in outcomes}) == 2
+    wait_for(lambda: scheduler.open_decisions == 0)

@@ -1,0 +1,60 @@
+"""Live runs that were observed once, replayed: the simulator still agrees with them as nearly as was asked.
+
+`tests/data/live` holds what `python -m executors calibrate` wrote: the runs with the profile measured before each, and
+their replays.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from executors.calibrate import observed as kept
+from executors.calibrate.booking import TICK_S
+from executors.calibrate.compare import compare, limits_at
+from executors.calibrate.replay import replay
+from executors.calibrate.setting import KINDS
+from executors.calibrate.testbed import write_catalogue
+from hybridsd_sim import load_profiles
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.records import TIMES, column
+
+DATA = Path(__file__).parents[1] / "data" / "live"
+RUNS = kept.find(DATA / "runs")
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Profiles:
+    """The testbed's catalogue, without any rows."""
+    return load_profiles(write_catalogue(tmp_path_factory.mktemp("catalogue")))
+
+
+def test_the_kept_runs_are_those_that_were_asked_for():
+    """All four kinds at loads from 0.3 to 0.8, two thousand requests and more, none of them void."""
+    assert {run.kind for run in RUNS} == set(KINDS)
+    for kind in KINDS:
+        loads = {run.load for run in RUNS if run.kind == kind}
+        assert (min(loads), max(loads)) == (0.3, 0.8)
+    assert sum(len(run.late_s) for run in RUNS) >= 2000
+    assert not [run.name for run in RUNS if run.void]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_simulation_agrees_with_the_live_run(run, catalogue, tmp_path):
+    """p50, mean, p95 and throughput lie within the limits of the load, from the profile measured before the run."""
+    limits = limits_at(run.load)
+    found = compare(run.records(), replay(run, catalogue, tmp_path), run.load, resamples=10)
+    off = {name: found[name].off for name in limits}
+    assert limits
+    assert {name: share for name, share in off.items() if abs(share) > limits[name]} == {}
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_replay_is_the_one_that_was_kept(run, catalogue, tmp_path):
+    """Every time of every request is what it was when the calibration was made: the simulator has not moved."""
+    again = replay(run, catalogue, tmp_path).rows()
+    before = kept.read_times(DATA / "replays" / f"{run.name}.parquet")
+    for name in TIMES:
+        np.testing.assert_allclose(column(again, name), before[name], rtol=0, atol=4 * TICK_S)

@@ -1,0 +1,228 @@
+"""A small world to serve live: real small UNets, a plan for each way to share an image, and where it all runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+from fastapi import FastAPI
+
+from executors.live.client import Ask, Client, Outcome
+from executors.live.crew import Crew
+from executors.live.gangs import Here, cloud_gangs, edge_gang
+from executors.live.service import build_service
+from executors.live.tasks import Done, Gang, Task
+from executors.live.work import Settings
+from hybridsd_sim.candidates import fleet_site, pool_site
+from hybridsd_sim.plan import Deployment, Plan, Stage
+from hybridsd_sim.profiles import Profiles, data_folder, load_profiles
+from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.scheduler import Scheduler
+from hybridsd_sim.workers import Worker
+from own_catalogue import own_catalogue
+
+T = TypeVar("T")
+LONG_S = 300.0
+"""More than anything here takes on a busy machine: a test that waits longer hangs, and fails."""
+STEPS = {"hybrid": (6, 3), "cloud": (6, 6), "edge": (6, 0), "decoded": (4, 4), "long": (120, 80), "all_day": (900, 900)}
+"""Request classes: steps of one image, and how many of them are the cloud's."""
+ARRIVALS = {"process": "poisson", "rate_per_s": 1.0}
+
+
+def small_profiles(folder: Path) -> Path:
+    """A profiles folder with the small models, and the measured times of generic computers to price them by."""
+    own_catalogue(folder)
+    for device in ("cpu-1core", "cpu-2core"):
+        shutil.copytree(data_folder("profiles") / "measured" / device, folder / "measured" / device)
+    return folder
+
+
+def small_scenario(folder: Path, *, slo_s: float | None = None) -> Scenario:
+    """Every class of `STEPS`, one pool, and one fleet of devices that the users share."""
+    classes = {
+        name: {
+            "origin": "desks", "model": "small", "small_models": ["smaller"], "height_px": 64, "width_px": 64,
+            "num_inference_steps": steps, "guidance_scale": 1.0, "sampler": "dpmsolver++", "arrivals": ARRIVALS,
+            "slo_s": slo_s,
+        }
+        for name, (steps, _) in STEPS.items()
+    }  # fmt: skip
+    rented = {"gpu": "cpu-2core", "runtime": "eager", "precision": "fp32", "usd_per_gpu_hour": 0.1, "replicas_max": 4}
+    desks = {"device": "cpu-2core", "replicas": 1, "network": "ethernet", "ownership": "shared"}
+    said = {
+        "name": "small",
+        "horizon_s": 600,
+        "requests": classes,
+        "edge": {"desks": {**desks, "encodes_prompt": False}},
+        "pools": {"rented": rented},
+        "search": {"profiles": [str(folder)], "vaes": ["taesd"]},
+    }
+    return Scenario.model_validate_json(json.dumps(said))
+
+
+def small_plan(scenario: Scenario, profiles: Profiles, name: str, *, switch: int | None = None) -> Plan:
+    """The plan of a class: the cloud's steps up to the switch step, the edge's from there on."""
+    steps, cloud_steps = STEPS[name]
+    k = cloud_steps if switch is None else switch
+    pool = pool_site("rented", scenario.pools["rented"])
+    desk = fleet_site("desks", scenario.edge["desks"], profiles)
+    stages = [Stage(start=0, stop=k, model="small", site=pool)] if k else []
+    if k < steps:
+        stages.append(Stage(start=k, stop=steps, model="smaller", site=desk))
+    last = desk if name == "decoded" else stages[-1].site
+    extra = (desk,) if name == "decoded" else ()
+    return Plan(
+        stages=tuple(stages), text_encode_site=stages[0].site.name, vae_site=last.name, vae="taesd",
+        network="ethernet", extra_sites=extra,
+    )  # fmt: skip
+
+
+def small_deployment(scenario: Scenario, profiles: Profiles, *, nodes: int = 2, **switches: int) -> Deployment:
+    """A plan for every class, on rented nodes; `switches` move the switch step of a class."""
+    plans = {name: small_plan(scenario, profiles, name, switch=switches.get(name)) for name in STEPS}
+    return Deployment.pure({"rented": nodes}, plans)
+
+
+# ---- Where it runs --------------------------------------------------------------------------------------------------
+
+
+class Background:
+    """An event loop in a thread of its own. What a test asks of it ends within `LONG_S`, or fails."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], *, timeout_s: float = LONG_S) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(LONG_S)
+        self.loop.close()
+
+
+class Counting:
+    """A crew that writes down what it was given and for whom; everything else is the crew's."""
+
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
+        self.tasks: list[Task] = []
+        self.workers: list[str] = []
+
+    def up(self) -> tuple[str, ...]:
+        return self.crew.up()
+
+    async def run(self, worker: str, task: Task, *, on_step: Any = None) -> Done:
+        self.tasks.append(task)
+        self.workers.append(worker)
+        return await self.crew.run(worker, task, on_step=on_step)
+
+
+class Town:
+    """A cloud, an edge and the plan between them, started once; services and clients come and go on them."""
+
+    def __init__(self, folder: Path, *, nodes: int = 2) -> None:
+        self.here = Here(profiles=small_profiles(folder))
+        self.profiles = load_profiles(self.here.profiles)
+        self.scenario = small_scenario(folder)
+        self.plan = small_deployment(self.scenario, self.profiles, nodes=nodes)
+        self.gangs = tuple(replace(gang, models=("small", "smaller")) for gang in cloud_gangs(self.plan, self.here))
+        every_plan = [part.plan for mix in self.plan.plans.values() for part in mix]
+        self.edge_gangs: Sequence[Gang] = [gang for gang in [edge_gang(every_plan, self.here)] if gang]
+        self.background = Background()
+
+    def scheduler(self, **settings: Any) -> Scheduler:
+        """A scheduler that follows the plan with all workers idle."""
+        workers = [Worker(gang.name, gang.pool, gang.degree) for gang in self.gangs]
+        said = {"scenario": self.scenario, "profiles": self.profiles, "workers": workers} | settings
+        return Scheduler.from_plan(self.plan, **said)
+
+    @contextmanager
+    def crews(self) -> Iterator[tuple[Crew, Crew]]:
+        """The cloud's workers and the edge's device, up."""
+        stack = AsyncExitStack()
+
+        async def start() -> list[Crew]:
+            crews = [Crew(self.gangs), Crew(self.edge_gangs)]
+            await asyncio.gather(*(stack.enter_async_context(crew) for crew in crews))
+            return crews
+
+        try:
+            cloud, edge = self.background.run(start())
+            yield cloud, edge
+        finally:
+            self.background.run(stack.aclose())
+            self.background.close()
+
+    @contextmanager
+    def service(self, scheduler: Scheduler, crew: Any, **settings: Any) -> Iterator[str]:
+        """The address of a service on a port of its own."""
+        token = settings.pop("token", None)
+        chosen = Settings(**{"payload": "fp32", "checkpoint_every": 1} | settings)
+        app = build_service(scheduler, crew, gangs=self.gangs, token=token, settings=chosen)
+        with served(self.background, app) as url:
+            yield url
+
+    def ask(self, url: str, crew: Any, *asks: Ask, **settings: Any) -> list[Outcome]:
+        """What becomes of these asks, put at the same time by one client."""
+
+        async def put() -> list[Outcome]:
+            async with Client(url, crew, **{"timeout_s": LONG_S} | settings) as client:
+                return await asyncio.gather(*(client.ask(ask) for ask in asks))
+
+        return self.background.run(put())
+
+
+@contextmanager
+def served(background: Background, app: FastAPI) -> Iterator[str]:
+    """An application on a real port of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
+        running = asyncio.run_coroutine_threadsafe(server.serve(sockets=[listener]), background.loop)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            running.result(LONG_S)
+
+
+# ---- Waiting and disturbing -----------------------------------------------------------------------------------------
+
+
+def wait_for(happens: Callable[[], bool]) -> None:
+    """Wait for something that must happen, and fail if it does not."""
+    until_s = time.monotonic() + LONG_S
+    while not happens():
+        assert time.monotonic() < until_s, "it never happened"
+        time.sleep(0.005)
+
+
+@contextmanager
+def frozen(crew: Crew, worker: str) -> Iterator[None]:
+    """A worker's processes stopped in their tracks, as on a machine that swaps."""
+    for pid in crew.pids(worker):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        thaw(crew, worker)
+
+
+def thaw(crew: Crew, worker: str) -> None:
+    """Let them go on."""
+    for pid in crew.pids(worker):
+        os.kill(pid, signal.SIGCONT)
