@@ -267,6 +267,7 @@ def test_a_run_comes_back_from_its_files_and_replays_to_itself(catalogue, known,
 # ---- The whole ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_handful_of_requests_is_served_live_and_replayed(tmp_path):
     """Workers, service, client and driver for real: all requests are served, booked, kept, replayed and reported."""
     kind = Kind(name="hybrid", num_inference_steps=2, in_cloud=True, at_edge=True)
