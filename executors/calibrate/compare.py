@@ -71,7 +71,10 @@ class Comparison:
     figures: tuple[Figure, ...]
 
     @property
-    def holds(self) -> bool:
+    def holds(self) -> bool | None:
+        """Whether every figure is as near as is asked; None at loads of which nothing is asked."""
+        if all(figure.limit is None for figure in self.figures):
+            return None
         return all(figure.holds for figure in self.figures)
 
     def __getitem__(self, name: str) -> Figure:

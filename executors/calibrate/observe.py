@@ -8,6 +8,7 @@ cut off at any moment.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -138,8 +139,9 @@ class _Bench:
     async def observe(self, load: float, count: int, logs: Path) -> Observed:
         """Serve `count` requests at a load of the last profile, and profile again."""
         rate_per_s = load / bottleneck_s(candidate_of(self.scenario, self.deployment, self.known))
+        seed = self._seed(load)
         async with self._serving(self.scenario, self.known) as client:
-            before = await self._rehearse(client, rate_per_s, self.protocol.seed + 1)
+            before = await self._rehearse(client, rate_per_s, seed + 1)
         self.known = profiles = self.catalogue.with_costs(before.rows)
         candidate = candidate_of(self.scenario, self.deployment, profiles)
         rate_per_s = load / bottleneck_s(candidate)
@@ -148,13 +150,13 @@ class _Bench:
             self.kind,
             arrivals=trace_arrivals(Path(f"{name}.csv")),
             span_s=2.0 * count / rate_per_s,
-            seed=self.protocol.seed,
+            seed=seed,
             slo_s=round(SLO_LATENCIES * candidate.latency_s, 3),
         )
         self.say(f"{name}: {count} requests in {count / rate_per_s:.0f} s")
         async with self._serving(scenario, profiles) as client:
-            sent = await self._drive(client, self._links(profiles, count, self.protocol.seed), rate_per_s, logs)
-            after = await self._rehearse(client, rate_per_s, self.protocol.seed + 2)
+            sent = await self._drive(client, self._links(profiles, count, seed), rate_per_s, seed, logs)
+            after = await self._rehearse(client, rate_per_s, seed + 2)
         drifted = drift(before.step_median_s, after.step_median_s)
         void = " (void)" if drifted > self.protocol.drift_limit else ""
         self.say(f"{name}: {count} requests served, steps drifted by {drifted:.2%}{void}")
@@ -183,15 +185,19 @@ class _Bench:
             return [None] * count
         return [*drawn_links(_endless(self.kind, seed), profiles, count)]
 
+    def _seed(self, load: float) -> int:
+        """A seed of its own for every kind and load: no two runs have the same gaps between arrivals."""
+        return 10 * zlib.crc32(f"{self.protocol.seed} {self.kind.name} {load:g}".encode())
+
     async def _drive(
-        self, client: Client, links: Sequence[Link | None], rate_per_s: float, logs: Path
+        self, client: Client, links: Sequence[Link | None], rate_per_s: float, seed: int, logs: Path
     ) -> list[Sent[Outcome]]:
         async def send(number: int, arrival_s: float) -> Outcome:
             return await client.ask(replace(_ask(f"r{number}", number, links[number]), arrival_s=arrival_s))
 
         if self.protocol.trace is not None:
             return await replay_trace(_scaled(self.protocol.trace, len(links), rate_per_s), send)
-        return await drive_loadgen(rate_per_s, len(links), send, logs=logs, seed=self.protocol.seed)
+        return await drive_loadgen(rate_per_s, len(links), send, logs=logs, seed=seed)
 
 
 def _ask(name: str, seed: int, link: Link | None) -> Ask:

@@ -1,7 +1,8 @@
 """The profile behind a calibration: cost rows of the parts of a request, from tasks that its workers were seen to do.
 
 What a worker does around the parts that it times itself (it takes the task, makes a PNG of the image, answers, turns to
-the next one) is counted to the last part, so that the parts sum to the time for which a request holds the worker.
+the next one) is counted to the last part. So is what is left of the mean beyond the medians of the parts before: all
+parts together are the mean time for which a request holds the worker, because that is what a queue is made of.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from executors.bench import commit
 from executors.calibrate.setting import REQUEST_CLASS
@@ -81,7 +82,9 @@ class _Site:
         stage = self._stage
         before_s = [one.done.text_encode_s + one.done.parse_s for one in tasks]
         steps_s = [sum(one.done.step_s) for one in tasks]
+        rest_s = mean(one.held_s for one in tasks) - median(before_s) - median(steps_s)
         after_s = [one.held_s - before - steps for one, before, steps in zip(tasks, before_s, steps_s, strict=True)]
+        after_s = [second + rest_s - median(after_s) for second in after_s]
         gang = {"method": stage.method, "degree": stage.degree, "options": "ranks=gloo" if stage.degree > 1 else ""}
         a_step_s = [seconds / stage.num_steps for seconds in steps_s]
         yield self._before(before_s, handed_over)
@@ -96,7 +99,7 @@ class _Site:
         return self._row(TEXT_ENCODER, "text_encode", [each / prompts for each in seconds], "one prompt of a request")
 
     def _after(self, seconds: Sequence[float], handed_over: int) -> CostRow:
-        around = "with all that the worker does around a task"
+        around = "what is left of the mean time for which a request holds the worker"
         if self._stage.stop == self._plan.num_inference_steps:
             return self._row(self._plan.vae, "vae_decode", seconds, f"{around}, the PNG among it", **self._size)
         more = {**self._size, **self._guided, "comm_bytes": handed_over}

@@ -21,6 +21,7 @@ MEASURED = ("measured", "modelled")
 SHARES = frozenset({"utilisation", "slo_attainment"})
 """Figures that are shares of 1: they differ by points of a per cent, all others by per cent of the live figure."""
 _OWN_NAMES = {"utilisation": "Busiest worker's utilisation", "held_mean_s": "Mean time held by it (s)"}
+_WORDS = {True: "as near as asked", False: "not as near as asked", None: "nothing is asked at this load"}
 _ASKED = ("latency_p50_s", "latency_mean_s", "latency_p95_s", "served_per_s")
 
 
@@ -50,17 +51,17 @@ def _page(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     yield from pictures
     yield Heading("Every figure", "details")
     for run in runs:
-        yield Fold(f"{_called(run)}: {'as near as asked' if run['holds'] else 'not as near as asked'}", _details(run))
+        yield Fold(f"{_called(run)}: {_WORDS[run['holds']]}", _details(run))
     yield Heading("Provenance", "provenance")
     yield Terms(tuple(data["made_by"]))
 
 
 def _verdict(runs: Sequence[Data]) -> str:
-    sound = [run for run in runs if not run["void"]]
+    sound = [run for run in runs if not run["void"] and run["holds"] is not None]
     near = sum(run["holds"] for run in sound)
     requests = sum(run["requests"] for run in runs)
     text = f"The simulation is as near as is asked in {near} of {len(sound)} runs."
-    lost = len(runs) - len(sound)
+    lost = sum(run["void"] for run in runs)
     void = f" {lost} more are void: their steps drifted." if lost else ""
     return f"{text}{void} {requests:,} requests were served live."
 
@@ -73,7 +74,7 @@ def _overview(runs: Sequence[Data]) -> Table:
             Cell(number(run["requests"])),
             *(_off(_figure(run, name)) for name in _ASKED),
             Cell(percent(run["drift"]), "void" if run["void"] else ""),
-            answered(run["holds"]),
+            Cell(DASH) if run["holds"] is None else answered(run["holds"]),
         )
         for run in runs
     )
