@@ -170,7 +170,8 @@ class Budgeted(Policy):
     Bound: prices accepted in any window of t seconds sum to at most budget * t + cap_usd. Z before the window is at
     least 0 and after it at most the cap, and it drains by at most budget * t; there is nothing more, because a price is
     checked before it is accepted. Prices are those of the request's own GPU-seconds and bytes, not the rent of idle
-    nodes nor work lost with a node. A clock that goes backwards stands still.
+    nodes nor work lost with a node. A clock that goes backwards stands still. One that
+    follows another takes over its Z: a window that sees both is bound by the larger of their figures.
 
     `cap_usd` defaults to `CAP_S` seconds of the budget; a plan dearer than that is out of reach.
     """
@@ -193,7 +194,7 @@ class Budgeted(Policy):
         self.ahead_usd = 0.0
         """The virtual queue Z."""
         self._v = usd_per_clip * self.cap_usd
-        self._now_s = -INFINITY
+        self.as_of_s = -INFINITY
         self._keeping: PerOptions[list[Candidate]] = PerOptions(above_floor)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
@@ -212,10 +213,14 @@ class Budgeted(Policy):
         degraded = any((option.quality or 0.0) > (found.quality or 0.0) for option in in_time)
         return Decision("degrade" if degraded else "run", found, waits.of(found), reason)
 
+    def follow(self, other: Policy) -> None:
+        if isinstance(other, Budgeted):
+            self.ahead_usd, self.as_of_s = other.ahead_usd, other.as_of_s
+
     def _drain(self, now: float) -> None:
-        if self._now_s < now < INFINITY:
-            self.ahead_usd = max(0.0, self.ahead_usd - self.budget_usd_per_s * (now - self._now_s))
-            self._now_s = now
+        if self.as_of_s < now < INFINITY:
+            self.ahead_usd = max(0.0, self.ahead_usd - self.budget_usd_per_s * (now - self.as_of_s))
+            self.as_of_s = now
 
     def _affords(self, option: Candidate) -> bool:
         return self.ahead_usd + option.usd_or_inf <= self.cap_usd

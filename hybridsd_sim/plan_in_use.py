@@ -61,6 +61,9 @@ def prepared(
     deployment: Deployment, scenario: Scenario, profiles: Profiles | None, policy: str | Policy | None
 ) -> PlanInUse:
     """A plan ready to decide by: checked, its candidates priced. Raises `InputError` for one that does not fit."""
+    if isinstance(policy, Planned):
+        rule = "would follow the shares that it was made with, whatever the plan"
+        raise InputError(Problem("policy", "a Planned object", rule, f'Pass its name, "{Planned.name}", or none.'))
     known = profiles or load_profiles(scenario.search.profiles)
     if problems := misfits(deployment, scenario, known, complete=False):
         raise InputError(problems)

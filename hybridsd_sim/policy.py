@@ -24,7 +24,7 @@ NO_CANDIDATE = "no_candidate"
 TURNED_AWAY = "turned_away"
 """Reason code of a request for which the capacity plan has no room."""
 CERTAIN_LATE = "certain_late"
-"""Reason code of a request that no plan could serve by its deadline."""
+"""Reason code of a request that no plan could serve by its deadline without making others late who wait already."""
 OVER_BUDGET = "over_budget"
 """Reason code of a request that would overspend the running budget."""
 REASONS = (NO_CANDIDATE, TURNED_AWAY, CERTAIN_LATE, OVER_BUDGET)
@@ -262,6 +262,9 @@ class Policy(ABC):
     @abstractmethod
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         """What to do with a request whose absolute deadline is `deadline_s`, at time `now`."""
+
+    def follow(self, other: Policy) -> None:  # noqa: B027 -- most policies keep no accounts
+        """Take over the accounts of the policy that decided so far, which is not asked again."""
 
 
 MOST_KNOWN = 1024

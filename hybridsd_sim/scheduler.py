@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from sys import float_info
 from threading import RLock
+from typing import Any
 
 from hybridsd_sim.candidates import Candidate
 from hybridsd_sim.corrections import Corrections, StepKind, kind_of, steps_s
@@ -63,6 +64,9 @@ class Scheduler:
     """Decides in a serving system as the simulator's policy would: which plan, on which worker, and why.
 
     Make one with `from_plan`. Times are seconds on any clock of the caller's that does not go backwards.
+
+    The own ledger's queues go in order of arrival: `edf_reject` and priorities order only queues that the caller keeps,
+    by the `deadline_s` of each decision.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class Scheduler:
         it, unless `scenario` is given), a `CapacityPlan`, or a `Deployment` with its `scenario`. `policy` is a
         registered name or an object; by default the plan is followed. `workers` are those that are up; by default one
         for each node that the plan rents, called `<pool>/<number>`. Raises `InputError` for a plan that cannot be read
-        or does not fit its scenario.
+        or does not fit its scenario, and for a `Planned` object, which could follow no other plan.
         """
 
         def remake(other: AnyPlan, in_use: Scenario) -> PlanInUse:
@@ -252,8 +256,7 @@ class Scheduler:
         name = request.request_class if isinstance(request, Request) else None
         candidate = serving.fallbacks.get(name) if isinstance(name, str) else None
         action: Action = "reject" if candidate is None else "run"
-        now_s = now if isinstance(now, int | float) and isfinite(now) else 0.0
-        return Decision(action, candidate, 0.0, FALLBACK, now_s=now_s, plan_version=serving.version)
+        return Decision(action, candidate, 0.0, FALLBACK, now_s=_shown_s(now), plan_version=serving.version)
 
     # ---- Learning ---------------------------------------------------------------------------------------------------
 
@@ -266,7 +269,7 @@ class Scheduler:
             match event:
                 case StepDone():
                     self._learn(event)
-                case _ if not isfinite(event.at_s):
+                case _ if not _is_time(event.at_s):
                     pass
                 case CloudDone() | RequestDone():
                     self._done(event)
@@ -322,37 +325,44 @@ class Scheduler:
     def replace_plan(self, plan: AnyPlan) -> int:
         """Follow another plan from the next decision on; returns its version.
 
-        What is open goes on as it was decided; workers and corrections stay. Workers of pools that the new scenario
-        lacks are forgotten, and where the workers are the plan's own nodes, there are now as many as it rents. Reads
-        and prices the plan first, while decisions go on. A `Deployment` is for the scenario in use. Raises `InputError`
-        as `from_plan` does, and then nothing has changed.
+        What is open goes on as it was decided; workers, corrections and what the policy has spent stay. Workers of
+        pools that the new scenario lacks are forgotten, and where the workers are the plan's own nodes, there are now
+        as many as it rents. Reads and prices the plan first, while decisions go on. A `Deployment` is for the scenario
+        in use. Raises `InputError` as `from_plan` does, and then nothing has changed.
         """
         serving = self._remake(plan, self.scenario)
+        nodes = _rented(serving)
         with self._lock:
             serving.menu.follow(self._corrections.factors)
+            serving.policy.follow(self._serving.policy)
             self._serving = replace(serving, version=self._serving.version + 1)
             self._workers.keep(list(serving.scenario.pools))
             if self._assumed is not None:
-                self._assumed = self._rent(self._assumed, _rented(serving))
+                gone, new = self._assumed - nodes, sorted(nodes - self._assumed, key=by_number)
+                self._workers.exchange([worker.name for worker in gone], new, -INFINITY)
+                self._assumed = nodes
             return self._serving.version
 
-    def _rent(self, before: frozenset[Worker], after: frozenset[Worker]) -> frozenset[Worker]:
-        for worker in before - after:
-            self._workers.leave(worker.name)
-        for worker in sorted(after - before, key=by_number):
-            self._workers.join(worker, -INFINITY)
-        return after
+
+def _is_time(value: object) -> bool:
+    """Whether it is a number of seconds that others can be added to."""
+    return isinstance(value, int | float) and abs(value) <= float_info.max
+
+
+def _shown_s(now: Any) -> float:
+    """The time; 0 from a clock that shows none."""
+    return float(now) if _is_time(now) else 0.0
 
 
 def _unknown(serving: PlanInUse, now: float) -> Decision:
-    return Decision("reject", None, 0.0, UNKNOWN_CLASS, now_s=now, plan_version=serving.version)
+    return Decision("reject", None, 0.0, UNKNOWN_CLASS, now_s=_shown_s(now), plan_version=serving.version)
 
 
 def _deadline_s(request: Request, own: Request, now: float) -> float:
     """When the image is due. Raises `ValueError` where that, or the time, is no time."""
     slo_s = own.slo_s if request.slo_s is None else request.slo_s
-    deadline_s = INFINITY if slo_s is None else now + slo_s
-    if not (isfinite(now) and deadline_s > -INFINITY):
+    deadline_s = INFINITY if slo_s is None else float(now + slo_s)
+    if not (_is_time(now) and deadline_s > -INFINITY):
         msg = f"at {now}, due {deadline_s}"
         raise ValueError(msg)
     return deadline_s

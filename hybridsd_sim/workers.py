@@ -3,13 +3,14 @@
 A worker is one node, or one gang of GPUs, with a queue of its own in order of arrival: its head waits for its GPUs and
 everybody behind it waits too. Who runs and who waits follows from what is told; when GPUs will be free is predicted.
 Who is overdue is expected to take as long again as it is late: a worker that hangs looks busier and busier instead of
-free, and so does the queue behind it.
+free, and so does the queue behind it. Who is overdue beyond hope is taken for done, and its end for not told, so that
+no event that got lost keeps a worker busy for ever.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,9 @@ MOST_WORKERS = 16_384
 """Workers that are kept at a time; a plan that rents more, or a worker that comes on top, is refused."""
 LEAST_LATE = 0.1
 """Share of its predicted seconds that an overdue job is expected to take at least: it was late by a moment only."""
+LOST_S = 600.0
+LOST_TIMES = 20.0
+"""A job overdue by more than so many seconds, and so many times those that were predicted, is taken for lost."""
 IDLE, NEVER = -np.inf, np.inf
 
 
@@ -65,11 +69,16 @@ class Job:
     stop_s: float = field(init=False)
     again_s: float = field(init=False)
 
+    @property
+    def lost_s(self) -> float:
+        """From when on one that runs is taken for lost."""
+        return self.due_s + max(LOST_S, LOST_TIMES * self.hold_s)
+
     def expect(self, now: float) -> None:
         """Believe in the prediction until it has failed, and then in as long again; look again halfway."""
         if self.again_s < now:
             late_s = max(now - self.due_s, LEAST_LATE * self.hold_s)
-            self.stop_s, self.again_s = now + late_s, now + late_s / 2
+            self.stop_s, self.again_s = now + late_s, min(now + late_s / 2, self.lost_s)
 
 
 class Queue:
@@ -165,16 +174,25 @@ class WorkerPool(AnyPool):
 
     def _expect(self, queue: Queue, now: float) -> None:
         """Believe who is overdue to be later still. Behind one that runs alone, everybody moves with it."""
+        lost = self._lose(queue, now)
         jobs = list(queue.running.values())
-        before_s = jobs[0].stop_s
+        stops_s = [job.stop_s for job in jobs]
         for job in jobs:
             job.expect(now)
-        if len(jobs) > 1:
+        if lost or len(jobs) > 1:
             self._write(queue)
             return
-        self.free_s[: queue.worker.gpus, queue.index] += jobs[0].stop_s - before_s
+        self.free_s[: queue.worker.gpus, queue.index] += jobs[0].stop_s - stops_s[0]
         self._again_s[queue.index] = jobs[0].again_s
         self._soonest = {}
+
+    def _lose(self, queue: Queue, now: float) -> bool:
+        """Take out who is lost. Those behind it began when it was due, and so may be lost as well."""
+        lost = False
+        while job := next((job for job in queue.running.values() if job.lost_s < now), None):
+            self.remove(queue, job.number, job.due_s)
+            lost = True
+        return lost
 
     def _write(self, queue: Queue) -> None:
         free_s, self._again_s[queue.index] = queue.outlook()
@@ -232,20 +250,23 @@ class WorkerPool(AnyPool):
         free_s[: len(self.free_s), :before] = self.free_s
         self.free_s, self._again_s = free_s, np.append(self._again_s, np.full(len(new), NEVER))
         for queue in new:
-            self._write(queue)
+            free_s[: queue.worker.gpus, queue.index] = IDLE
+        self._soonest = {}
         return new
 
-    def leave(self, queue: Queue) -> None:
-        """Remove a worker and forget what it was given; the others keep what they have."""
-        del self.queues[queue.index]
-        for other in self.queues[queue.index :]:
-            other.index -= 1
-        self.free_s, self._again_s = (np.delete(array, queue.index, -1) for array in (self.free_s, self._again_s))
-        self._changed.pop(queue, None)
+    def leave(self, gone: Collection[Queue]) -> None:
+        """Remove workers and forget what they were given; the others keep what they have."""
+        places = [queue.index for queue in gone]
+        self.free_s, self._again_s = (np.delete(array, places, -1) for array in (self.free_s, self._again_s))
+        self.queues = [queue for queue in self.queues if queue not in gone]
+        for index, queue in enumerate(self.queues):
+            queue.index = index
         self._soonest = {}
-        self.widest = max((other.worker.gpus for other in self.queues), default=0)
-        self.queued -= len(queue.waiting)
-        self.declared_work -= sum(job.work for jobs in (queue.running, queue.waiting) for job in jobs.values())
+        self.widest = max((queue.worker.gpus for queue in self.queues), default=0)
+        for queue in gone:
+            self._changed.pop(queue, None)
+            self.queued -= len(queue.waiting)
+            self.declared_work -= sum(job.work for jobs in (queue.running, queue.waiting) for job in jobs.values())
 
     def state(self, queue: Queue, now: float) -> WorkerState:
         worker, last_s = queue.worker, float(self.free_s[queue.worker.gpus - 1, queue.index])
@@ -253,17 +274,16 @@ class WorkerPool(AnyPool):
 
 
 class Workers:
-    """All workers by pool, in the scenario's order of pools."""
+    """All workers by pool, in the scenario's order of pools.
+
+    Queues go in order of arrival, whatever deadlines and priorities say: those order only queues of the caller's own.
+    """
 
     def __init__(self, pools: Sequence[str], workers: Iterable[Worker]) -> None:
         self._where: dict[str, Queue] = {}
         self._pools: dict[str, WorkerPool] = {}
         self.keep(pools)
-        by_pool: dict[str, list[Worker]] = {}
-        for worker in workers:
-            by_pool.setdefault(worker.pool, []).append(worker)
-        for pool, mine in by_pool.items():
-            self._join(pool, mine, IDLE)
+        self.exchange([], workers, IDLE)
 
     def keep(self, pools: Sequence[str]) -> None:
         """Have these pools, in this order: those that were there with their workers, others empty."""
@@ -320,23 +340,31 @@ class Workers:
 
     def join(self, worker: Worker, now: float) -> None:
         """Add an idle worker. One that is there as it is said to be keeps what it was given."""
-        known = self._where.get(worker.name)
-        if known is not None and known.worker == worker:
-            return
-        self.leave(worker.name)
-        self._join(worker.pool, [worker], now)
-
-    def _join(self, pool: str, workers: Sequence[Worker], now: float) -> None:
-        self._where.update({queue.worker.name: queue for queue in self._pools[pool].join(workers, now)})
-        self._measure()
+        self.exchange([], [worker], now)
 
     def leave(self, name: str, now: float = NEVER) -> None:
         """Remove a worker and forget what it was given, unless it came after that."""
         queue = self._where.get(name)
         if queue is not None and queue.since_s <= now:
-            del self._where[name]
-            self._pools[queue.worker.pool].leave(queue)
+            self.exchange([name], [], now)
+
+    def exchange(self, gone: Iterable[str], come: Iterable[Worker], now: float) -> None:
+        """Remove and add workers as `leave` and `join` do, all at once: many take hardly longer than one."""
+        names = set(gone)
+        new = [worker for worker in come if worker.name in names or not self._has(worker)]
+        names.update(worker.name for worker in new)
+        left = {queue for name in names if (queue := self._where.pop(name, None)) is not None}
+        for pool in {queue.worker.pool for queue in left}:
+            self._pools[pool].leave({queue for queue in left if queue.worker.pool == pool})
+        for pool in dict.fromkeys(worker.pool for worker in new):
+            joined = self._pools[pool].join([worker for worker in new if worker.pool == pool], now)
+            self._where.update({queue.worker.name: queue for queue in joined})
+        if left or new:
             self._measure()
+
+    def _has(self, worker: Worker) -> bool:
+        known = self._where.get(worker.name)
+        return known is not None and known.worker == worker
 
 
 def rented(replicas: Mapping[str, int], gpus_per_node: Mapping[str, int]) -> frozenset[Worker]:

@@ -114,7 +114,9 @@ def test_corrected_candidates_come_cheapest_first(menu: Menu) -> None:
     after = menu.options(own, WIDE)
 
     assert [o.usd_or_inf for o in after.now] == sorted(o.usd_or_inf for o in after.now)
-    assert after.now[0].plan != next(o for o in before.now if o.usd_or_inf > 0.0).plan or after.now[0].cloud_steps == 0
+    first, now_first = (next(o for o in listed.now if o.usd_or_inf > 0.0) for listed in (before, after))
+    assert now_first.plan != first.plan
+    assert now_first.usd_or_inf > first.usd_or_inf
     assert {after.origin[option] for option in after.now} == set(before.now)
     assert all(after.origin[option].plan == option.plan for option in after.now)
 

@@ -16,7 +16,7 @@ from hybridsd_sim import InputError, Profiles, Request, Scenario, Scheduler, sim
 from hybridsd_sim.candidates import Candidate, find_candidates, request_of
 from hybridsd_sim.events import CloudDone, RequestDone, StepDone
 from hybridsd_sim.plan import Deployment, Share
-from hybridsd_sim.policies import POLICIES, Decision, FleetView, Policy
+from hybridsd_sim.policies import POLICIES, Decision, FleetView, Planned, Policy
 from hybridsd_sim.profile_rows import Quantiles
 from hybridsd_sim.records import column
 from hybridsd_sim.workers import Worker
@@ -243,6 +243,27 @@ def test_on_its_own_ledger_it_decides_and_predicts_as_simulated(
     assert (labels[0] == labels[1]) is same
 
 
+def test_ends_that_are_never_told_are_no_outage_for_ever(quickstart: Scenario, profiles: Profiles) -> None:
+    """Each of three nodes owes one end: requests are rejected for minutes, and then served; an end told late is none.
+
+    Nothing that is rejected could ever make the ledger move on.
+    """
+    scheduler = Scheduler.from_plan(QUICKSTART, scenario=quickstart, profiles=profiles, policy="edf_reject")
+    untold = [scheduler.decide(PICTURE, None, 0.0) for _ in range(3)]
+    answers = [scheduler.decide(PICTURE, None, float(now)) for now in range(60, 660, 60)]
+    again = scheduler.decide(PICTURE, None, 660.0)
+    before = scheduler.workers(660.1)
+    for decision in untold:
+        scheduler.observe(RequestDone(decision.number, 660.1))
+
+    assert {decision.worker for decision in untold} == {"a100/0", "a100/1", "a100/2"}
+    assert {decision.reason for decision in answers} == {"certain_late"}
+    assert (again.action, again.reason) == ("run", "edf_reject")
+    assert again.worker is not None
+    assert scheduler.workers(660.1) == before
+    assert scheduler.open_decisions == 1
+
+
 # ---- Other plans ----------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +304,29 @@ def test_workers_of_the_callers_stay_whatever_a_plan_rents(
 
     assert [state.name for state in own.workers(0.0)] == ["mine"]
     assert [state.name for state in none.workers(0.0)] == ["a100/0", "a100/1"]
+
+
+def test_a_budget_is_one_budget_under_however_many_plans(
+    options: tuple[Candidate, ...], quickstart: Scenario, profiles: Profiles
+) -> None:
+    """What was spent ahead of time under one plan is spent under the next: at one moment never more than the cap."""
+    paid = quickstart.with_overrides({"budget.usd_per_hour": 1.0})
+    plans = [at_switch_step(options, k) for k in (10, 15)]
+    scheduler = Scheduler.from_plan(plans[0], scenario=paid, profiles=profiles, policy="budgeted")
+    spent_usd = 0.0
+    for swap in range(1, 10):
+        spent_usd += sum(scheduler.decide(PICTURE, None, 0.0).usd or 0.0 for _ in range(100))
+        scheduler.replace_plan(plans[swap % 2])
+
+    assert 0.9 / 60 < spent_usd <= 1.0 / 60
+
+
+def test_shares_given_as_an_object_could_follow_no_other_plan(
+    plan: Deployment, quickstart: Scenario, profiles: Profiles
+) -> None:
+    """They are refused, with the name to give instead."""
+    with pytest.raises(InputError, match='Pass its name, "planned"'):
+        Scheduler.from_plan(plan, scenario=quickstart, profiles=profiles, policy=Planned(plan.plans))
 
 
 def test_a_plan_that_does_not_fit_changes_nothing(scheduler: Scheduler, options: tuple[Candidate, ...]) -> None:

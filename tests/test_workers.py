@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridsd_sim import InputError
-from hybridsd_sim.workers import MOST_WORKERS, Job, Worker, Workers, check_number
+from hybridsd_sim.workers import LOST_S, LOST_TIMES, MOST_WORKERS, Job, Worker, Workers, check_number
 
 POOL = "pool"
 GANGS = st.tuples(st.integers(0, 6), st.integers(1, 4), st.integers(1, 20), st.sampled_from([0.5, 1.0, 3.0]))
@@ -172,12 +172,15 @@ def test_a_gang_that_fits_nowhere_waits_for_ever() -> None:
         assert ledger.view(0.0).pools[0].declared_work == 0
 
 
+PICTURES = 900
+
+
 def times_chosen(load: float) -> list[int]:
-    """How often a worker of four is chosen that never ends anything, in each of four periods."""
+    """How often a worker of four is chosen that never ends anything, in each of four periods before that is lost."""
     ledger = Workers([POOL], [Worker(name, POOL) for name in "abcd"])
     ends: deque[tuple[float, str, int]] = deque()
     chosen, free_s = [], dict.fromkeys("acd", 0.0)
-    for number in range(1200):
+    for number in range(PICTURES):
         now = number / (4 * load)
         while ends and ends[0][0] <= now:
             stop_s, name, done = ends.popleft()
@@ -188,7 +191,7 @@ def times_chosen(load: float) -> list[int]:
         if name != "b":
             free_s[name] = max(now, free_s[name]) + 1.0
             insort(ends, (free_s[name], name, number))
-    return [chosen[first : first + 300].count("b") for first in range(0, 1200, 300)]
+    return [chosen[first : first + PICTURES // 4].count("b") for first in range(0, PICTURES, PICTURES // 4)]
 
 
 @pytest.mark.parametrize("load", [0.4, 0.6, 0.74])
@@ -202,7 +205,34 @@ def test_a_worker_that_hangs_is_chosen_less_and_less(load: float) -> None:
 
 def test_a_worker_that_hangs_gets_little_where_nobody_is_free_either() -> None:
     """In overload, where all look busier and busier, it gets a small part of its share of a quarter."""
-    assert sum(times_chosen(1.2)) < 0.05 * 1200
+    assert sum(times_chosen(1.2)) < 0.05 * PICTURES
+
+
+@pytest.mark.parametrize("hold_s", [2.0, 100.0])
+def test_an_end_that_is_never_told_keeps_nobody_busy_for_ever(hold_s: float) -> None:
+    """Overdue by so much a job is lost, not sooner, however often one looks; those behind it are when they are too."""
+    ledger, allowed_s = Workers([POOL], [Worker("a", POOL)]), max(LOST_S, LOST_TIMES * hold_s)
+    for number in range(3):
+        ledger.place(0, Job(number, 1, hold_s, 1, 0.0), 0.0)
+    looks_s = [hold_s + share * allowed_s for share in (0.01, 0.5, 0.9, 1.0)]
+    held = [ledger.states(now)[0].queued for now in looks_s]
+    held += [ledger.states(looks_s[-1] + late_s)[0].queued for late_s in (0.1, hold_s + 0.1, 2 * hold_s + 0.1)]
+    pool = ledger.view(looks_s[-1] + 2 * hold_s + 0.1).pools[0]
+
+    assert held == [3, 3, 3, 3, 2, 1, 0]
+    assert (pool.queued, pool.declared_work, pool.wait_s(1, looks_s[-1] + 2 * hold_s + 0.1)) == (0, 0, 0.0)
+
+
+def test_an_end_that_is_told_after_all_changes_nothing() -> None:
+    """A worker hung for an hour and has been given another job since: its old job's end is not the new one's."""
+    ledger = Workers([POOL], [Worker("a", POOL, 2)])
+    ledger.place(0, Job(1, 2, 1.0, 1, 0.0), 0.0)
+    ledger.view(3600.0)
+    ledger.place(0, Job(2, 2, 5.0, 1, 3600.0), 3600.0)
+    before = ledger.states(3601.0)
+    ledger.release("a", 1, 3601.0)
+
+    assert ledger.states(3601.0) == before == (replace(before[0], queued=1, left_s=4.0),)
 
 
 def test_one_that_is_late_by_a_moment_is_not_taken_for_idle() -> None:
@@ -240,6 +270,34 @@ def test_those_who_stay_keep_what_they_were_given(
     )
     assert town.ledger.widest == (max(4, gpus),)
     assert pool.best(gpus, town.now)[1] == 0.0
+
+
+@given(
+    st.lists(GANGS, max_size=20),
+    st.sets(st.sampled_from(["w0", "w1", "w2", "nobody"])),
+    st.lists(st.builds(Worker, st.sampled_from(["w1", "w2", "new"]), st.just(POOL), st.integers(3, 8)),
+             unique_by=lambda worker: worker.name, max_size=3),
+)  # fmt: skip
+def test_workers_exchanged_at_once_are_as_if_one_by_one(
+    gangs: list[tuple[int, int, int, float]], gone: set[str], come: list[Worker]
+) -> None:
+    """Who goes, who comes, who comes back as another and who is there already: the same queues and predictions."""
+    towns = [Town([4, 4, 4]) for _ in range(2)]
+    for town in towns:
+        for gap_s, degree, hold_s, times in gangs:
+            town.pass_until(town.now + gap_s)
+            town.arrive(degree, float(hold_s), times)
+    now, (whole, single) = towns[0].now, (town.ledger for town in towns)
+    whole.exchange(gone, come, now)
+    for name in gone:
+        single.leave(name)
+    for worker in come:
+        single.join(worker, now)
+    ours, theirs = (ledger.view(now).pools[0] for ledger in (whole, single))
+
+    assert whole.states(now) == single.states(now)
+    assert (ours.queued, ours.declared_work, whole.widest) == (theirs.queued, theirs.declared_work, single.widest)
+    assert [ours.best(d, now) for d in range(1, 9)] == [theirs.best(d, now) for d in range(1, 9)]
 
 
 def test_a_worker_that_is_there_already_keeps_its_queue() -> None:
