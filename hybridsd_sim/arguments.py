@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 from hybridsd_sim.errors import InputError, Problem, unknown_name
 
 if TYPE_CHECKING:
+    from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
+
+SERVER_LIBRARIES = frozenset({"anyio", "fastapi", "httptools", "prometheus_client", "starlette", "uvicorn"})
+"""What the extra `serve` installs."""
 
 
 def together(*steps: Callable[[], Any]) -> list[Any]:
@@ -42,6 +46,13 @@ def read_scenario(
     except InputError as error:
         places = {f"--set: {key}": flag for flag, (key, _) in given.items()}
         raise InputError(replace(p, place=places.get(p.place, p.place)) for p in error.problems) from None
+
+
+def profiles_of(scenario: Scenario) -> Profiles:
+    """The shipped profiles, and over them those that the scenario names."""
+    from hybridsd_sim.profiles import load_profiles
+
+    return load_profiles(scenario.search.profiles)
 
 
 def named_scenarios(
@@ -105,7 +116,9 @@ def import_server() -> ModuleType:
     """The room `server`. Raises `InputError` where its libraries, an extra, are not installed."""
     try:
         return import_module("hybridsd_sim.server")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in SERVER_LIBRARIES:
+            raise
         rule, remedy = f"needs {error.name}, which is not installed", "pip install 'hybridsd-sim[serve]'"
         raise InputError(Problem("serve", "given", rule, remedy)) from None
 

@@ -25,6 +25,7 @@ from hybridsd_sim.arguments import (
     named_scenarios,
     options_of,
     policy_problems,
+    profiles_of,
     read_scenario,
     refuse,
     split,
@@ -90,7 +91,7 @@ def check(
     from hybridsd_sim.show import scenario_text
 
     resolved = read_scenario(path, scenario, set_)
-    profiles = _profiles(resolved)
+    profiles = profiles_of(resolved)
     budget = resolved.budget.usd_per_hour
     policies = policy_problems(resolved.search.policies, "search.policies", planned=True, budget=budget)
     together(lambda: check_names(resolved, profiles), lambda: refuse(policies))
@@ -159,7 +160,7 @@ def simulate(
     )
     names = split(policy) if policy else [*resolved.search.policies, *(["planned"] if deployment else [])]
     names, place = list(dict.fromkeys(names)), "--policy" if policy else "search.policies"
-    profiles = _profiles(resolved)
+    profiles = profiles_of(resolved)
     budget = resolved.budget.usd_per_hour
     problems = policy_problems(names, place, planned=deployment is not None, budget=budget)
     problems += misfits(deployment, resolved, profiles) if deployment else []
@@ -197,7 +198,7 @@ def plan_(
     flags = {"--budget-usd-per-hour": ("budget.usd_per_hour", budget_usd_per_hour)}
     resolved, _ = together(lambda: read_scenario(path, scenario, set_, flags), lambda: _check_folder(out))
     others = named_scenarios(path, set_, flags) if robust else {}
-    profiles, ran = _profiles(resolved), ["plan", *(f"{name} {other.digest}" for name, other in others.items())]
+    profiles, ran = profiles_of(resolved), ["plan", *(f"{name} {other.digest}" for name, other in others.items())]
     store = None if no_cache else _store()
     # Ray prints on standard output when a worker dies; that is for results alone.
     with _keeping(store), _output_aside(), _progress() as say, workers(jobs, ray) as fan_out:
@@ -262,9 +263,11 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8470,
     policy: Annotated[str | None, typer.Option(help="Policy that decides; default the plan is followed.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="Bearer token; default in HYBRIDSD_TOKEN.")] = None,
+    requests_per_s: Annotated[float, typer.Option(help="Requests answered a second; beyond, 429.", min=1)] = 5000.0,
 ) -> None:
     """Serve a plan's scheduler over HTTP. With metrics and a what-if page; follows the plan's file when it changes."""
-    import_server().serve(plan, host=host, port=port, policy=policy, token_file=token_file)
+    server = import_server()
+    server.serve(plan, host=host, port=port, policy=policy, token_file=token_file, requests_per_s=requests_per_s)
 
 
 @trace_app.command()
@@ -287,13 +290,6 @@ def import_(
     trace = import_trace(path)
     trace.write_csv(out)
     _print(format_, lambda: {"requests": len(trace), "path": str(out)}, lambda _: f"{len(trace)} requests: {out}\n")
-
-
-def _profiles(scenario: Scenario) -> Profiles:
-    """The shipped profiles, and over them those that the scenario names."""
-    from hybridsd_sim.profiles import load_profiles
-
-    return load_profiles(scenario.search.profiles)
 
 
 def _run_folder(scenario: Scenario, profiles: Profiles, ran: Sequence[str], plan: Path | None = None) -> Path:

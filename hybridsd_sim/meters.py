@@ -177,8 +177,9 @@ class Meters:
         for state in states:
             workers[state.pool] = workers.get(state.pool, 0) + 1
             depths[state.pool] = depths.get(state.pool, 0) + state.queued
-        _set(self._workers, workers)
-        _set(self._depth, depths)
+        with self._lock:
+            _set(self._workers, workers)
+            _set(self._depth, depths)
 
     def follow(self, version: int) -> None:
         """From now on the plan of this number is in use."""
@@ -188,6 +189,8 @@ class Meters:
 
 def _set(gauge: Gauge, values: dict[str, int]) -> None:
     """The values of a gauge by pool; pools that are gone are not shown any more."""
-    gauge.clear()
-    for pool, value in values.items():
+    shown = {sample.labels["pool"] for family in gauge.collect() for sample in family.samples}
+    for pool, value in values.items():  # each in its place: who reads meanwhile sees no pool without a value
         gauge.labels(pool).set(value)
+    for pool in shown - set(values):
+        gauge.remove(pool)

@@ -139,6 +139,22 @@ def test_pools_that_are_gone_are_not_shown(meters):
     assert ("hybridsd_workers", ("pool", "a")) not in figures(meters)
 
 
+def test_whoever_reads_while_the_fleet_is_taken_in_sees_it_whole(meters, monkeypatch):
+    """A scrape amid another finds every pool with a figure, the one before or the one after."""
+    meters.fleet([WorkerState("w", "a", 1, 7, 0.0)], ["a", "b"])
+    seen, labels = [], room.Gauge.labels
+
+    def watched(gauge, *values):
+        seen.append(figures(meters))
+        return labels(gauge, *values)
+
+    monkeypatch.setattr(room.Gauge, "labels", watched)
+    meters.fleet([WorkerState("w", "a", 1, 9, 0.0)], ["a", "b"])
+    assert len(seen) == 4
+    assert {found["hybridsd_queue_depth", ("pool", "a")] for found in seen} == {7, 9}
+    assert {found["hybridsd_workers", ("pool", "b")] for found in seen} == {0}
+
+
 def test_the_plan_in_use_is_the_only_one_shown(meters):
     """A decision of another plan moves the info on; there is never more than one version."""
     for version in (1, 2, 2, 5):

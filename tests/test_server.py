@@ -12,6 +12,7 @@ import threading
 import time
 from base64 import b64encode
 from dataclasses import asdict, replace
+from inspect import signature
 
 import httpx
 import pytest
@@ -19,13 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from hybridsd_sim import cli as command
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.events import RequestDone
 from hybridsd_sim.plan import Request
 from hybridsd_sim.policies import POLICIES
 from hybridsd_sim.server import build_app, serve
 from hybridsd_sim.server.answers import WhatIfAnswer
+from hybridsd_sim.server.app import REQUESTS_PER_S
 from hybridsd_sim.server.listen import is_loopback, read_token
+from hybridsd_sim.server.reload import PlanFile
 from sidecars import LONG_S, Asker, Clock, embedded, handed_over, problems, served, write_plan
 
 MINE = '{"request_class": "picture"}'
@@ -127,6 +131,20 @@ def test_of_events_of_which_one_is_wrong_none_counts(ask, scheduler):
     assert scheduler.open_decisions == 1
 
 
+def test_of_events_of_which_one_worker_is_too_many_none_counts(ask, scheduler, clock, monkeypatch):
+    """An end and a worker before it are not taken in either; one that goes makes room for the next."""
+    monkeypatch.setattr("hybridsd_sim.workers.MOST_WORKERS", 3)
+    ask.post("/v1/decide", MINE)
+    end = {"event": "request_done", "number": 1}
+    ups = [{"event": "worker_up", "worker": f"w{n}", "pool": "a100"} for n in range(2)]
+    before = scheduler.workers(clock.now)
+    assert "at most 3" in problems(ask("POST", "/v1/observe", json=[end, *ups]))[0]["rule"]
+    assert (scheduler.open_decisions, scheduler.workers(clock.now)) == (1, before)
+    down = {"event": "worker_down", "worker": "w0"}
+    assert ask("POST", "/v1/observe", json=[end, ups[0], down, ups[1]]).json() == {"observed": 4}
+    assert [worker.name for worker in scheduler.workers(clock.now)] == ["a100/0", "a100/1", "w1"]
+
+
 # ---- Plans ----------------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +202,7 @@ def test_a_changed_file_is_followed_while_requests_run(scheduler, deployment, qu
             await asyncio.sleep(0)  # in one process nobody else would get a turn
         return happened()
 
-    app = build_app(scheduler, plan_path=folder, reload_every_s=0.02)
+    app = build_app(scheduler, plan_file=PlanFile(folder), reload_every_s=0.02)
     to_app = {"transport": httpx.ASGITransport(app), "base_url": "http://localhost"}
     asyncio.run(run())
     assert scheduler.plan_in_use[1].replicas == {"a100": 4}
@@ -225,6 +243,33 @@ def test_busy_pools_are_as_busy_as_said(ask):
     answer = ask("POST", "/v1/whatif", json=question | {"busy_s": {"b100": 1.0}})
     assert answer.status_code == 422
     assert "a100" in problems(answer)[0]["remedy"]
+
+
+@pytest.mark.parametrize("policy", ["budgeted", "cost_aware", "switch_by_queue"])
+def test_of_a_request_that_is_late_nothing_untrue_is_told(deployment, quickstart, profiles, clock, policy):
+    """The plan that is taken need not be there first: each policy has its own reasons for it."""
+    scenario = quickstart.with_overrides({"budget.usd_per_hour": 50.0})
+    scheduler = embedded(deployment, scenario, profiles=profiles, policy=policy)
+    with Asker(build_app(scheduler, clock=clock)) as ask:
+        question = {"request": {"request_class": "picture", "slo_s": 0.01}, "busy_s": {"a100": 30.0}}
+        found = ask("POST", "/v1/whatif", json=question).json()
+    assert found["decision"]["reason"] == "late"
+    assert all("deadline" in option["misses"] for option in found["options"])
+    assert found["why"].startswith("No plan that the policy may take")
+    assert "first" not in found["why"]
+
+
+def test_what_protects_those_who_wait_is_told(deployment, quickstart, profiles, clock):
+    """`edf_reject` turns away what it could do in time too, where it would make others late: the page says so."""
+    scheduler = embedded(deployment, quickstart, profiles=profiles, policy="edf_reject")
+    with Asker(build_app(scheduler, clock=clock)) as ask:
+        patient = {"request_class": "picture", "slo_s": 20.0}
+        while ask("POST", "/v1/decide", json=patient).json()["action"] != "reject":
+            pass
+        found = ask("POST", "/v1/whatif", json={"request": patient | {"slo_s": 12.0}}).json()
+        assert found["decision"]["reason"] == "certain_late"
+        assert "or make requests late that wait already" in found["why"]
+        assert any("deadline" not in option["misses"] for option in found["options"]), found
 
 
 def test_the_page_stands_alone(ask, scheduler):
@@ -288,6 +333,13 @@ def test_the_command_serves_until_it_is_told_to_end(folder, deployment):
     assert "Traceback" not in said
     assert "picture" not in said
     assert TOKEN not in said
+
+
+def test_the_command_bounds_the_rate(folder):
+    """By the option where it is given, else by what the application itself allows."""
+    assert signature(command.serve).parameters["requests_per_s"].default == REQUESTS_PER_S
+    with served(folder, "--requests-per-s", "1") as (_, address):
+        assert {httpx.get(f"{address}/v1/plan").status_code for _ in range(9)} == {200, 429}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "example.org"])  # noqa: S104 -- to be refused

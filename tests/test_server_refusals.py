@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 
@@ -14,7 +15,7 @@ from schemathesis.checks import CHECKS
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.events import WorkerUp
 from hybridsd_sim.server import build_app
-from sidecars import Asker, Clock, embedded, handed_over, problems
+from sidecars import LONG_S, Asker, Clock, embedded, handed_over, problems
 
 MINE = '{"request_class": "picture"}'
 TOKEN = "f00d" * 8
@@ -138,6 +139,23 @@ def test_a_worker_beyond_what_is_kept_is_refused(ask, scheduler, monkeypatch):
         scheduler.observe(WorkerUp("w9", "a100", 0.0))
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_body_that_does_not_come_is_not_waited_for(scheduler, monkeypatch, begun):
+    """408 and the connection is closed, whether its first byte is missing or its last."""
+    monkeypatch.setattr("hybridsd_sim.server.guard.BODY_S", 0.05)
+
+    async def silence():
+        if begun:
+            yield b"{"
+        await asyncio.sleep(LONG_S)
+        yield b"}"
+
+    with Asker(build_app(scheduler)) as ask:
+        answer = ask.post("/v1/decide", silence())
+        assert (answer.status_code, answer.headers["Connection"]) == (408, "close")
+        assert "0.05 s" in problems(answer)[0]["rule"]
+
+
 # ---- Who may ask ----------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +192,14 @@ def test_too_many_requests_are_told_how_long_to_wait(scheduler, monkeypatch):
         assert ask("GET", "/healthz").status_code == ask("GET", "/metrics").status_code == 200
         clock.now += float(refused.headers["Retry-After"])
         assert ask("GET", "/v1/plan").status_code == 200
+
+
+def test_who_has_no_token_uses_up_nothing_of_the_rate(scheduler):
+    """A stranger's requests are refused for the token alone, and the owner's are answered as if there were none."""
+    with Asker(build_app(scheduler, token=TOKEN, requests_per_s=1e-6)) as ask:
+        assert {ask("GET", "/v1/plan").status_code for _ in range(5)} == {401}
+        mine = {"Authorization": f"Bearer {TOKEN}"}
+        assert [ask("GET", "/v1/plan", headers=mine).status_code for _ in range(2)] == [200, 429]
 
 
 def test_nothing_that_a_request_carries_is_logged(ask, scheduler, monkeypatch, caplog):

@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
@@ -24,7 +23,7 @@ from starlette.responses import HTMLResponse, Response
 from hybridsd_sim import __version__
 from hybridsd_sim.deployment import read_deployment
 from hybridsd_sim.errors import InputError, Problem, unknown_name
-from hybridsd_sim.events import Event, WorkerUp
+from hybridsd_sim.events import Event, WorkerDown, WorkerUp
 from hybridsd_sim.meters import Meters
 from hybridsd_sim.plan import Request as Wanted
 from hybridsd_sim.policies import Decision
@@ -35,20 +34,21 @@ from hybridsd_sim.server.guard import LOOPBACK, Bucket, Guard, body_of
 from hybridsd_sim.server.reload import EVERY_S, PlanFile, follow
 from hybridsd_sim.server.sent import QUESTION, REQUEST, asks_for_plan, read, read_events, read_plain
 from hybridsd_sim.server.whatif import choices, page, what_if
+from hybridsd_sim.workers import check_number
 
 __all__ = ["build_app"]
 
 MOST_BODY_BYTES = 65_536
 LARGER_PLAN = 16
 """How many times larger than other bodies a plan may be."""
-REQUESTS_PER_S = 20_000.0
-"""More than one core answers, so that only a caller that ran wild meets it."""
+REQUESTS_PER_S = 5_000.0
+"""About as many as one core answers: beyond, requests would only wait for each other."""
 
 
 def build_app(
     scheduler: Scheduler,
     *,
-    plan_path: Path | None = None,
+    plan_file: PlanFile | None = None,
     token: str | None = None,
     hosts: Collection[str] | None = LOOPBACK,
     max_body_bytes: int = MOST_BODY_BYTES,
@@ -58,15 +58,16 @@ def build_app(
 ) -> FastAPI:
     """The application that answers for a scheduler.
 
-    `plan_path` is looked at every `reload_every_s` seconds, and followed when it changes. With a `token` all but the
-    page and the health checks asks for it. `hosts` are the names by which the server may be asked; None is any, for a
-    server that others than this machine reach. `clock` gives the seconds that decisions and events are timed by.
+    `plan_file`, made before the scheduler read it, is looked at every `reload_every_s` seconds, and followed when it
+    changes. With a `token` all but the page and the health checks asks for it. `hosts` are the names by which the
+    server may be asked; None is any, for a server that others than this machine reach. `clock` gives the seconds that
+    decisions and events are timed by.
     """
     sidecar = Sidecar(scheduler, max_body_bytes, clock)
 
     @asynccontextmanager
     async def alive(_: FastAPI) -> AsyncIterator[None]:
-        watch = follow(PlanFile(plan_path), sidecar.replaced, reload_every_s) if plan_path else asyncio.sleep(0)
+        watch = follow(plan_file, sidecar.replaced, reload_every_s) if plan_file else asyncio.sleep(0)
         task = asyncio.create_task(watch)
         sidecar.ready = True
         yield
@@ -115,16 +116,26 @@ class Sidecar:
         """Take in one event or a list of them, all or, where one is wrong, none."""
         now = self._clock()
         events = [sent.of(now) for sent in read_events(await body_of(request, self._most))]
-        self._check(events)
+        self._check(events, now)
         for event in events:
             self.scheduler.observe(event)
             self.meters.observed(event)
         return Json({"observed": len(events)})
 
-    def _check(self, events: list[Event]) -> None:
+    def _check(self, events: list[Event], now: float) -> None:
+        """Raise what the scheduler would, before it has taken in the first: strange pools, too many workers."""
+        if not any(isinstance(event, WorkerUp) for event in events):
+            return
         pools = self.scheduler.scenario.pools
         if strange := [e.pool for e in events if isinstance(e, WorkerUp) and e.pool not in pools]:
             raise InputError(unknown_name("pool", name, list(pools)) for name in strange)
+        up = {worker.name for worker in self.scheduler.workers(now)}
+        for event in events:
+            if isinstance(event, WorkerUp):
+                up.add(event.worker)
+                check_number(len(up))
+            elif isinstance(event, WorkerDown):
+                up.discard(event.worker)
 
     async def get_plan(self, _: Request) -> Response:
         """The plan in use."""

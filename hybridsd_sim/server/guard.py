@@ -1,8 +1,8 @@
 """Who may ask, how often and how much: every request passes here before the application sees it.
 
-In this order: the `Host` header (a page of another site that got its name to point here is turned away), the rate, the
-bearer token; bodies are bounded where they are read. Whatever goes wrong inside is answered as JSON, and logged by its
-kind and place, without a word of what the request carried.
+In this order: the `Host` header (a page of another site that got its name to point here is turned away), the bearer
+token, the rate, which strangers therefore cannot use up; bodies are bounded where they are read. Whatever goes wrong
+inside is answered as JSON, and logged by its kind and place, without a word of what the request carried.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class Guard:
         path = scope["path"]
         if self._hosts is not None and _name(headers.get(b"host", b"")) not in self._hosts:
             return STRANGE_HOST
-        if path not in FREE_PATHS and (wait_s := self._bucket.wait_s()):
-            return too_many(wait_s)
         if self._token is not None and path not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
             return NO_TOKEN
+        if path not in FREE_PATHS and (wait_s := self._bucket.wait_s()):
+            return too_many(wait_s)
         return None
 
     def _knows(self, header: bytes) -> bool:
@@ -130,8 +130,8 @@ def too_many(wait_s: float) -> RefusedError:
 async def body_of(request: Request, most: int) -> bytes:
     """The body of a request: JSON by its header, at most so many bytes, all of them within `BODY_S`.
 
-    Raises `RefusedError` for another type (415), too many bytes (413, however they come) and a body that takes too long
-    (408).
+    Raises `RefusedError` for another type (415), too many bytes (413, however they come), a body that breaks off (400)
+    and one that is not there in time, its first byte or its last (408).
     """
     headers = request.headers
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -141,23 +141,16 @@ async def body_of(request: Request, most: int) -> bytes:
     length = headers.get("content-length", "0")
     if not length.isdigit() or int(length[:20]) > most:
         raise too_large(most)
-    message = await request.receive()
-    body: bytes = message.get("body", b"")
-    if message.get("more_body"):
-        try:
-            async with asyncio.timeout(BODY_S):
-                body = await _rest(request, body, most)
-        except TimeoutError:
-            raise RefusedError(
-                408, Problem("body", "incomplete", f"must be there within {BODY_S:g} s"), CLOSE
-            ) from None
-    if len(body) > most:
-        raise too_large(most)
-    return body
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await _received(request, most)
+    except TimeoutError:
+        raise RefusedError(408, Problem("body", "incomplete", f"must be there within {BODY_S:g} s"), CLOSE) from None
 
 
-async def _rest(request: Request, first: bytes, most: int) -> bytes:
-    parts, size, more = [first], len(first), True
+async def _received(request: Request, most: int) -> bytes:
+    parts: list[bytes] = []
+    size, more = 0, True
     while more:
         message = await request.receive()
         if message["type"] == "http.disconnect":

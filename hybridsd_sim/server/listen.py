@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import ipaddress
 import logging
@@ -16,12 +17,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.scheduler import Scheduler
-from hybridsd_sim.server.app import build_app
+from hybridsd_sim.server.app import REQUESTS_PER_S, build_app
 from hybridsd_sim.server.guard import LOOPBACK
+from hybridsd_sim.server.reload import PlanFile
 
 LOG = logging.getLogger("hybridsd_sim.server")
 TOKEN = "HYBRIDSD_TOKEN"  # noqa: S105 -- the name of the variable, not what it holds
 MOST_HEAD_BYTES = 65_536
+HEAD_S = 10.0
+"""Seconds within which request line and headers must be there, from the connection on or the answer before."""
 MOST_CONNECTIONS = 1000
 GRACE_S = 5
 """Seconds that open requests have to end once the server is told to."""
@@ -29,7 +33,15 @@ SWITCH_S = 0.0005
 """Seconds after which a thread that prices a plan lets decisions through."""
 
 
-def serve(plan: Path, *, host: str, port: int, policy: str | None = None, token_file: Path | None = None) -> None:
+def serve(
+    plan: Path,
+    *,
+    host: str,
+    port: int,
+    policy: str | None = None,
+    token_file: Path | None = None,
+    requests_per_s: float = REQUESTS_PER_S,
+) -> None:
     """Serve a plan's scheduler until SIGTERM or SIGINT.
 
     Raises `InputError` for a plan, policy, token, host or port that will not do: all but this machine's own addresses
@@ -41,9 +53,10 @@ def serve(plan: Path, *, host: str, port: int, policy: str | None = None, token_
         rule = "is reached from other machines, and nothing asks who they are"
         remedy = f"Give --token-file or {TOKEN}, or listen on 127.0.0.1."
         raise InputError(Problem("--host", host, rule, remedy))
+    file = PlanFile(plan)  # before it is read, so that no change is missed meanwhile
     scheduler = Scheduler.from_plan(plan, policy=policy)
     hosts = {*LOOPBACK, f"[{host}]" if ":" in host else host.lower()} if local else None
-    app = build_app(scheduler, plan_path=plan, token=token, hosts=hosts)
+    app = build_app(scheduler, plan_file=file, token=token, hosts=hosts, requests_per_s=requests_per_s)
     with opened(host, port) as listener:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -57,28 +70,56 @@ def run(app: object, listener: socket.socket) -> None:
     gc.freeze()  # profiles and plan stay: no decision waits while they are looked through for garbage
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal once more when it has ended
         signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(
+    uvicorn.Server(settings(app)).run(sockets=[listener])
+
+
+def settings(app: object) -> uvicorn.Config:
+    """How uvicorn runs the application: bounded, silent, and without a word of what it is."""
+    return uvicorn.Config(
         app,  # type: ignore[arg-type]
         http=BoundedHead, ws="none", log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=GRACE_S,
     )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 class BoundedHead(HttpToolsProtocol):
-    """HTTP of which request line and headers together may have at most `MOST_HEAD_BYTES`; beyond, it hangs up."""
+    """HTTP that hangs up on a request line and headers of more than `MOST_HEAD_BYTES`, or of more than `HEAD_S`.
+
+    A connection on which nothing is being answered is dropped unless a whole head comes in time: one that sends
+    nothing, or its head by the byte, would take the place of another for ever.
+    """
 
     _head_bytes = 0
+    _head_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_is_there()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
         super().data_received(data)
         if self._head_bytes > MOST_HEAD_BYTES:
             self.transport.close()
+        elif self._head_due is None and self.cycle.response_complete:  # the first head is awaited from the start
+            self._await_head()
+
+    def _await_head(self) -> None:
+        self._head_due = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def _head_is_there(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
 
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
         super().on_headers_complete()
+        self._head_is_there()
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from hybridsd_sim.errors import InputError
 
@@ -15,22 +16,38 @@ EVERY_S = 1.0
 """Seconds between two looks at the file."""
 
 
+class Seen(NamedTuple):
+    """The state of a file: what tells cheaply that it was touched, and its content; None where it is not there."""
+
+    stamp: tuple[int, int, int] | None
+    digest: bytes | None
+
+
 class PlanFile:
-    """A plan.yaml, or the folder of a run that holds one, and whether it has changed since the last look."""
+    """A plan.yaml, or the folder of a run that holds one, and the state of it that is in use.
+
+    That is the state in which it is when this is made: make it before the file is read, and no change is missed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path / "plan.yaml" if path.is_dir() else path
-        self._stamp, self._digest = self._now(), self._content()
+        self._in_use = Seen(self._stamp(), self._content())
 
-    def changed(self) -> bool:
-        """Whether the content differs from that of the last look. A file that is not there has not changed."""
-        stamp = self._now()
-        if stamp is None or stamp == self._stamp:
-            return False
-        before, self._stamp, self._digest = self._digest, stamp, self._content()
-        return self._digest not in {before, None}
+    def changed(self) -> Seen | None:
+        """The file's state, if its content is not the one in use. A file that is not there has not changed."""
+        stamp = self._stamp()
+        if stamp is None or stamp == self._in_use.stamp:
+            return None
+        seen = Seen(stamp, self._content())
+        if seen.digest == self._in_use.digest:
+            self._in_use = seen
+        return None if seen.digest in {self._in_use.digest, None} else seen
 
-    def _now(self) -> tuple[int, int, int] | None:
+    def taken(self, seen: Seen) -> None:
+        """That state is in use from now on."""
+        self._in_use = seen
+
+    def _stamp(self) -> tuple[int, int, int] | None:
         try:
             found = self.path.stat()
         except OSError:
@@ -45,14 +62,29 @@ class PlanFile:
 
 
 async def follow(file: PlanFile, replace: Callable[[Path], Awaitable[int]], every_s: float = EVERY_S) -> None:
-    """Replace the plan whenever its file changes, for ever; what is wrong with the file is logged."""
+    """Replace the plan whenever its file changes, for ever.
+
+    A file that will not do is tried again at every look, as what it needs may come after it; what is wrong with it is
+    logged when it is another thing than at the look before.
+    """
+    said: list[str] = []
     while True:
         await asyncio.sleep(every_s)
-        try:
-            if await asyncio.to_thread(file.changed):
-                LOG.info("plan %d is in use: %s has changed", await replace(file.path), file.path)
-        except InputError as error:
-            for problem in error.problems:
-                LOG.error("the plan in use stays: %s", problem)  # noqa: TRY400 -- it names the place in the file
-        except Exception as error:  # noqa: BLE001 -- whatever one version of the file does, the next is looked at
-            LOG.error("the plan in use stays: %s", type(error).__name__)  # noqa: TRY400
+        wrong = await _look(file, replace)
+        if wrong != said:
+            for problem in wrong:
+                LOG.error("the plan in use stays: %s", problem)
+        said = wrong
+
+
+async def _look(file: PlanFile, replace: Callable[[Path], Awaitable[int]]) -> list[str]:
+    """Replace the plan if its file has changed; what is wrong with the file."""
+    try:
+        if seen := await asyncio.to_thread(file.changed):
+            LOG.info("plan %d is in use: %s has changed", await replace(file.path), file.path)
+            file.taken(seen)
+    except InputError as error:
+        return [str(problem) for problem in error.problems]
+    except Exception as error:  # noqa: BLE001 -- whatever one version of the file does, the next is looked at
+        return [type(error).__name__]
+    return []

@@ -32,10 +32,10 @@ from hybridsd_sim.scheduler import FALLBACK, UNKNOWN_CLASS, Scheduler
 from hybridsd_sim.server.sent import QuestionSent
 
 WHY = {
-    "late": "No plan is predicted to meet the deadline; this one is there first.",
+    "late": "No plan that the policy may take is predicted to meet the deadline; it serves the request all the same.",
     NO_CANDIDATE: "No plan of the policy's kind can serve such a request.",
     TURNED_AWAY: "The capacity plan has no room for this part of its class.",
-    CERTAIN_LATE: "Every plan would miss the deadline.",
+    CERTAIN_LATE: "Every plan would miss the deadline, or make requests late that wait already.",
     OVER_BUDGET: "It would overspend the running budget.",
     UNKNOWN_CLASS: "The plan's scenario has no such request class.",
     FALLBACK: "Deciding failed; this is what an idle fleet would do.",
