@@ -3,6 +3,8 @@
 PYTHON      ?= $(shell command -v python3.11 || command -v python3)
 TEST_EXTRAS ?= test,live,ray-serve
 PYTEST_ARGS ?=
+# A file's tests stay in one process, as they share what they set up; the files are spread over the cores.
+SPREAD      := --numprocesses auto --maxprocesses 4 --dist loadfile --benchmark-disable
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -21,14 +23,14 @@ demo: $(VENV)/.base  ## Plan the quickstart scenario and write its report
 	$(BIN)/hybridsd-sim plan scenarios/quickstart.yaml
 
 test: $(VENV)/.test  ## Run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 check: $(VENV)/.test  ## Lint, check types and layers, then run the tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict hybridsd_sim
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 bench: $(VENV)/.test  ## Run the benchmarks
 	$(BIN)/python -m pytest tests/benchmarks $(PYTEST_ARGS)
