@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -88,7 +89,9 @@ def _device_of(rank: int, kind: Carrier) -> torch.device:
 
 def meeting_place() -> dist.TCPStore:
     """Where processes of this machine meet, by its `port`; whoever starts them keeps it for as long as they live."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    listener = socket.create_server(("127.0.0.1", 0))  # of its own accord a store listens to the whole network
+    port = listener.getsockname()[1]
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def meet(rank: int, size: int, *, kind: Carrier, port: int, timeout_s: float = TIMEOUT_S) -> Distributed:

@@ -27,6 +27,8 @@ from executors.live.tasks import Done, Gang, Task
 from executors.live.work import Settings
 from hybridsd_sim.candidates import fleet_site, pool_site
 from hybridsd_sim.plan import Deployment, Plan, Stage
+from hybridsd_sim.policies import CloudOnly, Decision
+from hybridsd_sim.policy import CERTAIN_LATE
 from hybridsd_sim.profiles import Profiles, data_folder, load_profiles
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.scheduler import Scheduler
@@ -93,6 +95,14 @@ def small_deployment(scenario: Scenario, profiles: Profiles, *, nodes: int = 2, 
     """A plan for every class, on rented nodes; `switches` move the switch step of a class."""
     plans = {name: small_plan(scenario, profiles, name, switch=switches.get(name)) for name in STEPS}
     return Deployment.pure({"rented": nodes}, plans)
+
+
+class Punctual(CloudOnly):
+    """Everything in the cloud, and nobody served late."""
+
+    def decide(self, options: Any, deadline_s: float, view: Any, now: float) -> Decision:
+        late = Decision("reject", None, 0.0, CERTAIN_LATE)
+        return late if now + 0.5 > deadline_s else super().decide(options, deadline_s, view, now)
 
 
 # ---- Where it runs --------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ _SPARE_S = 30.0
 """Longest silence of a service beyond what it was asked to wait."""
 _CHECKPOINT_EVERY = 5
 _LAST_WORDS_S = 2.0
+_LAST_WORDS_PAUSES_S = (0.0, 0.1, 0.4)
 _POLL_S = 0.05
 NAN = math.nan
 MakeCrew = Callable[[EdgePart], Awaitable[Crew]]
@@ -148,7 +149,10 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         if self._last_words:
-            await asyncio.wait(self._last_words, timeout=_LAST_WORDS_S)
+            _, unsaid = await asyncio.wait(self._last_words, timeout=_LAST_WORDS_S)
+            for saying in unsaid:
+                saying.cancel()
+            await asyncio.gather(*unsaid, return_exceptions=True)
         await self._http.aclose()
 
     async def ask(self, ask: Ask) -> Outcome:
@@ -213,6 +217,8 @@ class Client:
             body = await response.aread()
         said, payload = read_answer(body, response.headers.get(DIGEST))
         if isinstance(said, Answer):
+            if said.has_payload and not payload:
+                raise DamagedError("the answer came without its payload")
             trip.hear(said, payload, sent_s, heard_s)
         return said, payload
 
@@ -276,12 +282,18 @@ class Client:
         saying.add_done_callback(self._last_words.discard)
 
     async def _tell(self, name: str, ended: Ended) -> None:
-        with suppress(httpx.HTTPError):  # the service forgets the request by itself in time
-            await self._http.post(f"/v1/images/{name}/done", content=ended.model_dump_json())
+        await self._send("POST", f"/v1/images/{name}/done", ended.model_dump_json())
 
     async def _take_back(self, name: str) -> None:
-        with suppress(httpx.HTTPError):
-            await self._http.delete(f"/v1/images/{name}")
+        await self._send("DELETE", f"/v1/images/{name}")
+
+    async def _send(self, method: str, path: str, body: str | None = None) -> None:
+        """Say it until it is heard, three times at most: the service forgets the request by itself in time."""
+        for pause_s in _LAST_WORDS_PAUSES_S:
+            await asyncio.sleep(pause_s)
+            with suppress(httpx.HTTPError):
+                if not (await self._http.request(method, path, content=body)).is_server_error:
+                    return
 
 
 class _Trip:

@@ -219,7 +219,10 @@ class _Worker:
 
     async def _one_life(self) -> tuple[bool, HybridSDError]:
         """From the start of the processes until none is left: whether the worker was up, and why it ended."""
-        processes = Processes(self.gang, self._start_method)
+        try:
+            processes = Processes(self.gang, self._start_method)
+        except OSError as error:
+            return False, RunError(f"worker {self.gang.name} cannot be started: {error}")
         self.pids = processes.pids
         try:
             refusal = await self._listen(processes)

@@ -23,7 +23,7 @@ from hybridsd_sim.plan import Request
 
 MOST_KEPT = 10_000
 """Finished works remembered at a time."""
-_ROOM_S = 0.25
+ROOM_S = 0.25
 """There may be room again after so long: sooner than any image is made, later than a tight loop would ask."""
 _STOPPING_S = 5.0
 
@@ -88,7 +88,7 @@ class Desk:
         if known is not None and not known.dropped:
             return known
         if self.num_open >= self._settings.max_open:
-            raise BusyError("as many requests as the service takes are under way", _ROOM_S)
+            raise BusyError("as many requests as the service takes are under way", ROOM_S)
         if known is not None:
             self._forget(known)
         work = self._works[order.id] = Work(order, self._request(order), self._roster, self._settings, self._meters)
@@ -107,7 +107,7 @@ class Desk:
         self._kept[work] = None
         self._kept_bytes += len(work.payload)
         task.get_loop().call_later(self._settings.keep_s, self._forget, work)
-        for other in list(self._kept):
+        for other in list(self._kept)[:-1]:  # the newest is being answered, whatever its size
             if self._kept_bytes <= self._settings.keep_bytes:
                 break
             self._kept_bytes -= other.drop_payload()
@@ -118,7 +118,7 @@ class Desk:
         """Nobody asks for it any more; if the edge has said nothing until now, it is lost."""
         if work in self._kept:
             del self._kept[work], self._works[work.order.id]
-            self._kept_bytes -= len(work.payload)
+            self._kept_bytes -= work.drop_payload()  # its timer may hold the work for longer
             work.close(Ended(outcome="failed"))
 
     async def close(self) -> None:

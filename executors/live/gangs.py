@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from executors.live.tasks import Gang
 from hybridsd_sim.errors import InputError, Problem
@@ -40,14 +42,33 @@ def plan_problems(plan: Plan) -> list[Problem]:
 def cloud_gangs(deployment: Deployment, here: Here) -> tuple[Gang, ...]:
     """As many gangs as fit each pool's nodes, named `<pool>/<number>`, with all models that the plans run there.
 
-    Raises `InputError` for plans that cannot be served live, or of which one pool would need gangs of several kinds.
+    On GPUs a gang has its own. Raises `InputError` for plans that cannot be served live, of which one pool would need
+    gangs of several kinds, or that need more GPUs than are here.
     """
     plans = [part.plan for mix in deployment.plans.values() for part in mix]
     if problems := [problem for plan in plans for problem in plan_problems(plan)]:
         raise InputError(problems)
-    return tuple(
+    gangs = [
         gang for pool, nodes in deployment.replicas.items() if nodes for gang in _of_pool(pool, nodes, plans, here)
-    )
+    ]
+    return placed(gangs, torch.cuda.device_count()) if here.device.startswith("cuda") else tuple(gangs)
+
+
+def placed(gangs: Sequence[Gang], num_gpus: int) -> tuple[Gang, ...]:
+    """The gangs on this machine's GPUs, one GPU a rank; a single gang stays as it is, and its ranks count from GPU 0.
+
+    Raises `InputError` where there are too few GPUs, and for gangs of several ranks beside others.
+    """
+    wanted = sum(gang.degree for gang in gangs)
+    if wanted > num_gpus:
+        rule = f"every rank of a worker needs one, which makes {wanted}"
+        raise InputError(Problem("devices", f"{num_gpus} GPUs", rule, "Plan fewer nodes, or serve with --device cpu."))
+    if len(gangs) <= 1:
+        return tuple(gangs)
+    if wide := [gang.name for gang in gangs if gang.degree > 1]:
+        rule = "has several ranks, and is served on GPUs only where it is the only worker"
+        raise InputError(Problem("workers", ", ".join(wide), rule, "Plan one worker, or degrees of 1."))
+    return tuple(replace(gang, device=f"cuda:{index}") for index, gang in enumerate(gangs))
 
 
 def _of_pool(pool: str, nodes: int, plans: list[Plan], here: Here) -> Iterator[Gang]:

@@ -83,12 +83,13 @@ class Inbox:
     def __init__(self, line: Line) -> None:
         self._line = line
         self._waiting: dict[int, Task] = {}
-        self._called_off = 0
+        self._called_off: set[int] = set()
 
     def next(self) -> tuple[int, Task]:
         """The next task and its ticket, once there is one."""
         while not self._waiting:
             self._receive()
+        self._called_off.clear()  # of tasks that have ended, as those that wait leave the queue at once
         ticket = next(iter(self._waiting))
         return ticket, self._waiting.pop(ticket)
 
@@ -96,7 +97,7 @@ class Inbox:
         """Whether this task, which is under way, is no longer wanted; reads what has come since it was last asked."""
         while self._line.has_mail():
             self._receive()
-        return ticket == self._called_off
+        return ticket in self._called_off
 
     def _receive(self) -> None:
         kind, ticket, task = self._line.receive()
@@ -105,4 +106,4 @@ class Inbox:
         elif self._waiting.pop(ticket, None) is not None:
             self._line.send(Kind.cancelled, ticket)
         else:  # the task under way, or one that has ended meanwhile
-            self._called_off = ticket
+            self._called_off.add(ticket)

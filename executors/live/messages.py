@@ -121,6 +121,12 @@ class Answer(Message):
     answered_s: float = 0.0
     error: Error | None = None
 
+    @property
+    def has_payload(self) -> bool:
+        """Whether there is something to send with it: only an edge that begins itself is handed nothing."""
+        begun = self.status == "handed_over" and self.edge is not None and self.edge.start > 0
+        return self.status == "served" or begun
+
 
 class Refusal(Message):
     """An order that was not taken: what is wrong with it, or after how many seconds to try again."""

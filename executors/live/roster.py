@@ -41,6 +41,11 @@ class Roster:
         self._tell(now)
         return self.scheduler.decide(request, None, now)
 
+    def weigh(self, request: Request, now: float) -> Decision:
+        """What `decide` would answer; changes nothing in the ledger."""
+        self._tell(now)
+        return self.scheduler.weigh(request, None, now).decision
+
     def _tell(self, now: float) -> None:
         up = set(self.crew.up())
         for name in self._told - up:

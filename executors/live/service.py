@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from executors.live import endings
-from executors.live.desk import BusyError, Desk
+from executors.live.desk import ROOM_S, BusyError, Desk
 from executors.live.messages import DIGEST, MEDIA_TYPE, Ended, Error, Order, Refusal, digest_of, head_of
 from executors.live.messages import Message as Said
 from executors.live.meters import CONTENT_TYPE, Meters
@@ -153,7 +153,10 @@ def _known(desk: Desk, name: str) -> Work:
 def _answered(work: Work, order: Order, received_s: float, meters: Meters) -> Response:
     """The answer with its payload, as fast as the asker's link carries it."""
     answer, payload = work.answer(received_s), work.payload
-    if not payload:
+    if work.dropped and answer.status != "unserved":
+        problem = Problem("request", "no longer kept", "its payload had to make room for others", "Send it again.")
+        return _refusal(503, problem, retry_after_s=ROOM_S)
+    if answer.status == "unserved" or not payload:
         code = _CODES.get(answer.status) or endings.ending_of(answer.reason).code
         return _said(code, answer)
     head = head_of(answer)

@@ -25,9 +25,11 @@ from hybridsd_sim.errors import HybridSDError
 from hybridsd_sim.events import CloudDone, Outcome, RequestDone, StepDone
 from hybridsd_sim.plan import Plan, Request, Stage
 from hybridsd_sim.policies import Decision
-from hybridsd_sim.policy import CERTAIN_LATE
+from hybridsd_sim.policy import CERTAIN_LATE, NO_CANDIDATE
 
 log = logging.getLogger(__name__)
+_MAY_PASS = {NO_CANDIDATE, endings.NO_WORKER}
+"""Reasons that a worker who comes back may do away with; the others hold whoever is up."""
 _NO_TIME_S = 1e-3
 """What is left of a promise that cannot be kept: the scheduler takes no promise of nothing."""
 
@@ -196,7 +198,7 @@ class Work:
     async def _decide(self, step: int) -> Stage | None:
         """Who does the steps from `step` on; None if it is the edge alone.
 
-        Waits where only workers that are down are missing. Raises `UnservedError` with the scheduler's reason.
+        Waits where only workers that are down may be missing. Raises `UnservedError` with the scheduler's reason.
         """
         until_s = time.monotonic() + self._settings.patience_s
         while True:
@@ -211,7 +213,7 @@ class Work:
                     return stage
                 self._observe(RequestDone(decision.number, now, "failed"))
                 reason = endings.NO_WORKER
-            if self._roster.complete or not await self._roster.change(until_s):
+            if reason not in _MAY_PASS or self._roster.complete or not await self._roster.change(until_s):
                 raise UnservedError(reason)
 
     async def _decide_again(self, step: int) -> Stage | None:
@@ -252,12 +254,9 @@ class Work:
         )
 
     def _on_deadline(self) -> None:
-        """End what the policy calls hopeless. It is asked, and its answer taken out of the ledger again."""
+        """End what the policy calls hopeless."""
         now = time.monotonic()
-        asked = self._roster.decide(self._rest(0, now), now)
-        if asked.number:
-            self._observe(RequestDone(asked.number, now, "cancelled"))
-        if asked.reason == CERTAIN_LATE:
+        if self._roster.weigh(self._rest(0, now), now).reason == CERTAIN_LATE:
             self.end(endings.DEADLINE)
 
     # ---- Ending -----------------------------------------------------------------------------------------------------
@@ -271,6 +270,8 @@ class Work:
             stop_s=done.stop_s,
             step_s=done.step_s,
         )
+        self._meters.wait.observe(done.start_s - self._ready_s)
+        self._meters.held.observe(done.stop_s - done.start_s)
         if done.is_image:
             self.payload = done.payload
             self._settle("served", "served")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 
 from crew_site import ENDLESS, LONG_S, SENDER, levels, opened, pair_method, task
 from executors.handover import parse
+from executors.live import crew
+from executors.live.processes import Processes
 from executors.live.tasks import WorkerLost
 from hybridsd_sim.errors import InputError
 
@@ -127,6 +130,26 @@ def test_a_worker_that_dies_idle_is_there_again(site):
     assert np.array_equal(levels(site.do(come_back())), site.picture(task(), **pair_method(site)))
     assert site.heard == [("down", "pair"), ("up", "pair")]
     assert not set(before) & set(site.workers.pids("pair"))
+
+
+def test_a_worker_that_the_machine_has_no_room_for_is_tried_again(site, monkeypatch):
+    """When the operating system refuses a process to a worker that died, it is asked again until it grants one."""
+    refusals = [OSError(errno.EAGAIN, "no more processes")] * 2
+
+    def grudging(*arguments):
+        if refusals:
+            raise refusals.pop()
+        return Processes(*arguments)
+
+    async def come_back():
+        kill(site.workers, "cloud")
+        await site.until("down", "cloud")
+        await site.until("up", "cloud")
+        return await site.workers.run("cloud", task())
+
+    monkeypatch.setattr(crew, "Processes", grudging)
+    assert np.array_equal(levels(site.do(come_back())), site.picture(task()))
+    assert not refusals
 
 
 def test_a_crew_with_a_worker_that_cannot_start_says_why(site):

@@ -24,9 +24,8 @@ from executors.run import ImageRun, make_picture
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.events import CloudDone, RequestDone, StepDone
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.policies import CloudOnly, Decision
-from hybridsd_sim.policy import CERTAIN_LATE
-from live_plans import LONG_S, STEPS, Counting, Town, frozen, small_plan, thaw, wait_for
+from hybridsd_sim.policies import CloudOnly
+from live_plans import LONG_S, STEPS, Counting, Punctual, Town, frozen, small_plan, thaw, wait_for
 
 PROMPT = "a lighthouse in a bottle"
 TOKEN = "open sesame"  # noqa: S105 -- of services that live for one test
@@ -164,13 +163,16 @@ def test_who_waits_shorter_asks_again(town):
 
 
 def test_what_is_kept_is_bounded(town):
-    """Payloads beyond the bound are made again for who asks again; the image is the same."""
+    """Of payloads beyond the bound only the newest is kept; what is made again for who asks again is the same image."""
     crew = Counting(town.cloud)
     with town.service(town.scheduler(), crew, keep_bytes=10) as url:
-        ask = Ask(id="large", request_class="cloud", prompt=PROMPT)
-        images = [town.ask(url, None, ask)[0].image for _ in range(2)]
-    assert len(crew.tasks) == 2
-    assert images[0] == images[1]
+        large, other = (Ask(id=name, request_class="cloud", prompt=PROMPT) for name in ("large", "other"))
+        images = [town.ask(url, None, ask)[0].image for ask in (large, large, other, large)]
+        counted = httpx.get(f"{url}/metrics").text
+    assert [task.key.partition("/")[0] for task in crew.tasks] == ["large", "other", "large"]
+    assert len(set(images)) == 1
+    assert Image.open(io.BytesIO(images[0])).size == (64, 64)
+    assert f"hybridsd_live_kept_bytes {float(len(images[0]))}" in counted
 
 
 def test_what_is_kept_is_forgotten_in_time(town):
@@ -227,14 +229,6 @@ async def one(url, ask, crew=None):
     """One ask by a client of its own."""
     async with Client(url, crew) as client:
         return await client.ask(ask)
-
-
-class Punctual(CloudOnly):
-    """Everything in the cloud, and nobody served late."""
-
-    def decide(self, options, deadline_s, view, now):
-        late = Decision("reject", None, 0.0, CERTAIN_LATE)
-        return late if now + 0.5 > deadline_s else super().decide(options, deadline_s, view, now)
 
 
 @pytest.mark.parametrize(("policy", "status"), [(Punctual(), "unserved"), (CloudOnly(), "served")])
@@ -319,15 +313,25 @@ PATHS = st.sampled_from(
 )
 
 
+@pytest.fixture(scope="module")
+def known(town, url):
+    """A request that the service knows, by the name of x."""
+    assert town.ask(url, None, Ask(id="x", request_class="cloud"))[0].status == "served"
+
+
 @settings(max_examples=100)
 @given(method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"]), path=PATHS, body=BODIES)
-def test_garbage_is_refused_in_one_shape(town, url, method, path, body):
+def test_garbage_is_refused_in_one_shape(url, known, method, path, body):
     """Whatever is sent anywhere: an answer, no failure inside, and every refusal with place, value, rule and remedy."""
-    answer = httpx.request(method, f"{url}/v1/{path}", content=body, timeout=LONG_S)
+    answer = httpx.request(method, f"{url}{path}", content=body, timeout=LONG_S)
     assert answer.status_code < 500
     assert b"Traceback" not in answer.content
     if answer.status_code >= 400:
-        assert answer.json()["error"].keys() <= ERROR
+        error = answer.json()["error"]
+        assert error.keys() == ERROR
+        assert (error["rule"] == "Not Found") == (path == "/nowhere")
+    if answer.status_code == 404:  # no such route, request or class
+        assert path in {"/nowhere", "/v1/images/%00", "/v1/images"}
 
 
 def test_nothing_that_a_request_carries_is_logged(town, caplog):
@@ -351,6 +355,8 @@ def test_metrics_count_every_end_once(town):
         text = httpx.get(f"{url}/metrics").text
     assert 'hybridsd_live_requests_total{reason="unknown_class",status="unserved"} 1.0' in text
     assert "hybridsd_live_open_requests 0.0" in text
+    assert "hybridsd_live_wait_seconds_count 1.0" in text
+    assert "hybridsd_live_cloud_seconds_count 1.0" in text
     assert "hybridsd_live_workers_up 1.0" in text
     assert "counted" not in text
 

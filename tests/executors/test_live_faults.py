@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 
 from executors.live.client import Ask, Client
-from live_plans import LONG_S, STEPS, Counting, Town, small_deployment, wait_for
+from hybridsd_sim.workers import Worker
+from live_plans import LONG_S, STEPS, Counting, Punctual, Town, small_deployment, wait_for
 
 PROMPT = "a paper boat in the rain"
 
@@ -115,6 +116,16 @@ def test_a_request_that_kills_its_workers_ends(town):
         outcome = work.result(LONG_S)
     assert (outcome.status, outcome.reason, outcome.restarts) == ("unserved", "worker_lost", 1)
     assert scheduler.open_decisions == 0
+
+
+def test_who_is_turned_away_for_certain_does_not_wait_for_workers(town):
+    """While a worker is missing: a class that nobody knows and a promise that nobody can keep end at once."""
+    there = [Worker(gang.name, gang.pool, gang.degree) for gang in town.gangs]
+    scheduler = town.scheduler(policy=Punctual(), workers=[*there, Worker("rented/9", "rented", 1)])
+    asks = Ask(id="class", request_class="poster"), Ask(id="promise", request_class="cloud", slo_s=0.1)
+    with town.service(scheduler, town.cloud, patience_s=LONG_S) as url:
+        outcomes = town.ask(url, None, *asks, timeout_s=LONG_S / 2)
+    assert [outcome.reason for outcome in outcomes] == ["unknown_class", "certain_late"]
 
 
 def test_a_service_that_stops_leaves_nobody_waiting(town):
