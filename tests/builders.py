@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hybridsd_sim import Plan, Request, Site, Stage
+from hybridsd_sim.candidates import Candidate
+from hybridsd_sim.plan import Deployment
 
 CLOUD = Site(name="cloud", tier="cloud", device="a100-sxm-80gb", runtime="cudagraph", gpus_per_node=8)
 PHONE = Site(name="phone", tier="edge", device="snapdragon-8-elite", runtime="qnn", precision="w8a16")
@@ -20,3 +24,9 @@ def hybrid(
         stages.append(Stage(start=k, stop=steps, model=small, site=PHONE))
     last = stages[-1].site.name
     return Plan(stages=tuple(stages), text_encode_site=last, vae_site=last, network=network)
+
+
+def at_switch_step(options: Sequence[Candidate], k: int, nodes: int = 3) -> Deployment:
+    """The plan that hands every picture of the quickstart over after step k."""
+    plan = next(option.plan for option in options if option.plan.switch_step == k)
+    return Deployment.pure({"a100": nodes}, {"picture": plan})

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
+from builders import at_switch_step
 from hand_made import hand_made_plan, hand_made_scenario
 from hybridsd_sim import InputError, Profiles, Request, Scenario, Scheduler, simulate
 from hybridsd_sim.candidates import Candidate, find_candidates, request_of
@@ -31,12 +32,6 @@ PICTURE = Request(
 def options(quickstart: Scenario, profiles: Profiles) -> tuple[Candidate, ...]:
     """The candidates of quickstart, cheapest first."""
     return find_candidates(quickstart, profiles).by_class["picture"]
-
-
-def at_switch_step(options: Sequence[Candidate], k: int, nodes: int = 3) -> Deployment:
-    """The plan that hands every picture over after step k."""
-    plan = next(option.plan for option in options if option.plan.switch_step == k)
-    return Deployment.pure({"a100": nodes}, {"picture": plan})
 
 
 @pytest.fixture(scope="module")

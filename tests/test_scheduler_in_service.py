@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import at_switch_step
 from hybridsd_sim import InputError, Profiles, Request, Scenario, Scheduler
 from hybridsd_sim import corrections as corrections_room
 from hybridsd_sim import menu as menu_room
@@ -44,12 +45,6 @@ SOME = {field.name: ANYTHING for field in fields(Request)}
 def options(quickstart: Scenario, profiles: Profiles) -> tuple[Candidate, ...]:
     """The candidates of quickstart, cheapest first."""
     return find_candidates(quickstart, profiles).by_class["picture"]
-
-
-def at_switch_step(options: Sequence[Candidate], k: int, nodes: int = 3) -> Deployment:
-    """The plan that hands every picture over after step k."""
-    plan = next(option.plan for option in options if option.plan.switch_step == k)
-    return Deployment.pure({"a100": nodes}, {"picture": plan})
 
 
 @pytest.fixture(scope="module")

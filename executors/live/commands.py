@@ -8,7 +8,6 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,6 +26,7 @@ from hybridsd_sim.deployment import load_deployment
 from hybridsd_sim.errors import InputError, Problem, RunError
 from hybridsd_sim.profiles import load_profiles
 from hybridsd_sim.scheduler import Scheduler
+from hybridsd_sim.server.listen import is_loopback
 from hybridsd_sim.workers import Worker
 
 Say = Callable[[str], None]
@@ -85,16 +85,9 @@ async def _until_stopped(
 
 def _check_exposure(serving: Serving) -> None:
     """A service that others can reach asks for a token."""
-    if not serving.token and not _is_loopback(serving.host):
+    if not serving.token and not is_loopback(serving.host):
         rule = "can be reached from other machines, so that a token is needed"
         raise InputError(Problem("--host", serving.host, rule, "Add --token, or serve on 127.0.0.1."))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # ---- One image ------------------------------------------------------------------------------------------------------
