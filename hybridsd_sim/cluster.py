@@ -168,9 +168,12 @@ class _Processes:
                     if losses > RESTARTS:
                         raise RunError(LOST) from None
                     pool = self._renew(pool)
-                    again = [self._submit(c) if _is_lost(f) else f for c, f in zip(calls, futures, strict=True)]
-                    futures[:] = again
+                    # Alone, so that nobody else's death is counted against it.
+                    futures[index] = self._submit(calls[index])
                 else:
+                    if losses:
+                        again = [self._submit(c) if _is_lost(f) else f for c, f in zip(calls, futures, strict=True)]
+                        futures[:] = again
                     yield result
                     index, losses = index + 1, 0
         finally:

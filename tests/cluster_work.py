@@ -69,6 +69,14 @@ def always_killed(number):
     return 2 * number
 
 
+def slow_beside_death(number):
+    """Take long, beside an item that loses its process at once, whenever it is tried."""
+    if number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    return number
+
+
 def say_and_wait(folder):
     """Leave this worker's process id in a folder, and take forever."""
     (folder / str(os.getpid())).touch()

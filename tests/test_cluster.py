@@ -136,6 +136,14 @@ def test_work_that_always_loses_its_process_is_given_up(process_map):
     assert list(process_map(cluster_work.doubled, [1, 2])) == [2, 4]
 
 
+def test_the_deaths_of_others_are_not_counted_against_work(process_map):
+    """An item that every death beside it takes along is finished all the same; only the deadly one is given up."""
+    results = process_map(cluster_work.slow_beside_death, range(2))
+    assert next(results) == 0
+    with pytest.raises(RunError, match="lost its worker process"):
+        next(results)
+
+
 @needs_ray
 def test_a_ray_worker_that_is_killed_loses_no_result(ray_map, jobs, answers, tmp_path):
     """Every worker is killed with SIGKILL in the middle of its work; the answers are those of a quiet run."""
