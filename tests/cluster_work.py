@@ -73,7 +73,7 @@ def slow_beside_death(number):
     """Take long, beside an item that loses its process at once, whenever it is tried."""
     if number:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1)
+    time.sleep(3)
     return number
 
 
