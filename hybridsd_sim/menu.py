@@ -23,8 +23,10 @@ __all__ = ["MOST_SIZES", "Listed", "Menu"]
 
 MOST_SIZES = 512
 """Kinds of requests whose candidates are kept; of more, those asked for least recently are priced anew."""
+MOST_PRICED = 128
+"""Kinds of requests priced until the profiles forget what they worked out: some 0.4 MiB for each size of its own."""
 Options = tuple[Candidate, ...]
-Size = tuple[str, str, int, int, int, bool, int, str, float | None]
+Size = tuple[str, str, int, int, int, bool, int, str, float | None, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Menu:
         self._version = 0
         self._found = found.by_class
         self._listed: OrderedDict[Size, Listed] = OrderedDict()
+        self._priced_since = 0
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -122,15 +125,23 @@ class Menu:
         own, found = self.own[size[0]], self._found[size[0]]
         if size == _size(own, own):
             return tuple(found)
-        _, model, height_px, width_px, steps, guided, images, sampler, floor = size
+        _, model, height_px, width_px, steps, guided, images, sampler, floor, priority = size
         if model != own.model or not images >= 1:
             return ()
         request = replace(
             own, height_px=height_px, width_px=width_px, num_inference_steps=steps, num_images=images, sampler=sampler,
             guidance_scale=own.guidance_scale if guided == own.guided else 7.5 if guided else 1.0, quality_floor=floor,
+            priority=priority,
         )  # fmt: skip
+        self._make_room()
         priced = [candidate for option in found if (candidate := self._variant(request, option)) is not None]
         return tuple(sorted(priced, key=_cheapest))
+
+    def _make_room(self) -> None:
+        self._priced_since += 1
+        if self._priced_since >= MOST_PRICED:
+            self._priced_since = 0
+            self.profiles.memory.forget()
 
     def _variant(self, request: Request, option: Candidate) -> Candidate | None:
         try:
@@ -140,11 +151,12 @@ class Menu:
 
 
 def _size(request: Request, own: Request) -> Size:
-    """What candidates depend on. Promise and priority do not change them: everybody may name their own."""
+    """What candidates depend on, and the priority, which policies read off them. Promises change neither."""
     floor = own.quality_floor if request.quality_floor is None else request.quality_floor
     return (
         request.request_class, request.model, request.height_px, request.width_px, request.num_inference_steps,
         request.guidance_scale > 1.0, request.num_images, request.sampler, floor,
+        request.priority,
     )  # fmt: skip
 
 

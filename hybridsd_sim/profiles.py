@@ -76,6 +76,10 @@ class Memory:
             table[key] = found
         return found
 
+    def forget(self) -> None:
+        """Empty all tables: what is asked for again is worked out again."""
+        self._tables.clear()
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Profiles:

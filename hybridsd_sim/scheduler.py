@@ -188,8 +188,8 @@ class Scheduler:
         with self._lock:
             fleet = self._workers.view(now) if view is None else view
             chosen = serving.anew().decide(options, deadline_s, fleet, now)
-            waits_s = tuple(_wait_s(option, fleet, now) for option in options)
-            wait_s = 0.0 if chosen.candidate is None else _wait_s(chosen.candidate, fleet, now)
+            waits_s = tuple(_wait_s(option, fleet, now, deadline_s) for option in options)
+            wait_s = 0.0 if chosen.candidate is None else _wait_s(chosen.candidate, fleet, now, deadline_s)
         action, told = _action(chosen, wait_s), (0, None, now, deadline_s, serving.version)
         return Weighed(Decision(action, chosen.candidate, wait_s, chosen.reason, *told), options, waits_s)
 
@@ -218,7 +218,7 @@ class Scheduler:
         if candidate is None:
             return chosen._replace(now_s=now, deadline_s=deadline_s, plan_version=version)
         number = self._number + 1
-        worker, wait_s = self._placed(candidate, number, view, now)
+        worker, wait_s = self._placed(candidate, number, deadline_s, view, now)
         if not wait_s < INFINITY:  # the caller's view says that the pool never begins, or does not say when
             return Decision("reject", None, 0.0, NO_CANDIDATE, 0, None, now, deadline_s, version)
         self._number = number
@@ -235,13 +235,13 @@ class Scheduler:
             self._release(*self._open.popitem(last=False), now)
 
     def _placed(
-        self, candidate: Candidate, number: int, view: FleetView | None, now: float
+        self, candidate: Candidate, number: int, deadline_s: float, view: FleetView | None, now: float
     ) -> tuple[str | None, float]:
         """The worker of the ledger that takes it and how long it waits; no worker where the caller keeps the queues."""
         if candidate.pool_index < 0:
             return None, 0.0
         if view is not None:
-            return None, _wait_s(candidate, view, now)
+            return None, _wait_s(candidate, view, now, deadline_s)
         request = candidate.cost.request
         work = request.num_inference_steps * request.height_px * request.width_px * request.num_images
         job = Job(number, candidate.degree, candidate.cloud_s, work, now)
@@ -368,9 +368,12 @@ def _deadline_s(request: Request, own: Request, now: float) -> float:
     return deadline_s
 
 
-def _wait_s(candidate: Candidate, view: FleetView, now: float) -> float:
-    """Seconds until the candidate's pool could begin with it."""
-    return 0.0 if candidate.pool_index < 0 else view.pools[candidate.pool_index].wait_s(candidate.degree, now)
+def _wait_s(candidate: Candidate, view: FleetView, now: float, deadline_s: float) -> float:
+    """Seconds until the candidate's pool could begin with it, as its queue goes."""
+    if candidate.pool_index < 0:
+        return 0.0
+    pool, priority = view.pools[candidate.pool_index], candidate.cost.request.priority
+    return pool.wait_before_s(candidate.degree, now, deadline_s, priority)
 
 
 def _action(chosen: Decision, wait_s: float) -> Action:

@@ -107,14 +107,14 @@ def outcomes_of(run: Records, *, at_s: float = 1000.0) -> list[Sent[Outcome]]:
     ]
 
 
-def observed_of(run: Records, profiles: Profiles, kind: Kind) -> kept.Observed:
-    """A run as it is kept."""
+def observed_of(run: Records, profiles: Profiles, kind: Kind, *, part: int = 1, drift: float = 0.0) -> kept.Observed:
+    """A part of a run as it is kept."""
     scenario, deployment = set_up(kind, profiles)
     sent = outcomes_of(run)
     steps = {CLOUD: 0.06, EDGE: 0.045}
     return kept.Observed(
-        kind=kind.name, load=0.7, rate_per_s=3.0, driver="mlcommons-loadgen",
+        kind=kind.name, load=0.7, part=part, rate_per_s=3.0, driver="mlcommons-loadgen",
         scenario=with_arrivals(scenario, scenario.name), deployment=deployment, rows=tuple(rows()), stack_s=0.0,
-        step_before_s=steps, step_during_s=steps, step_after_s=steps, drift=0.02, drift_limit=0.01,
+        step_before_s=steps, step_during_s=steps, step_after_s=steps, drift=drift, drift_limit=0.01,
         facts=facts_of(sent, scenario, deployment, profiles), times_s=times_of(sent), late_s=np.full(len(run), 0.001),
     )  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from executors.calibrate.awake import own_cpus
 from executors.denoiser import job_of, legal_settings
 from executors.handover import Expected
 from executors.live.crew import Crew
@@ -119,11 +120,11 @@ def pair_method(site):
 
 @contextmanager
 def opened(folder):
-    """A site with a cloud worker, an edge worker, which has both models, and two ranks that work as one."""
+    """A site with a cloud worker on the last CPU, an edge worker with both models, and two ranks that work as one."""
     site = Site(folder)
     torch.set_num_threads(1)
     site.workers = site.crew(
-        site.gang("cloud"),
+        site.gang("cloud", cpus=own_cpus()[-1:]),
         site.gang("edge", ("smaller", "small")),
         site.gang("pair", method="asyncdiff", degree=2, options=STALE),
     )

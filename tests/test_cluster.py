@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from hybridsd_sim.cluster import workers
 from hybridsd_sim.errors import IllegalPlanError, InputError, RunError
 from hybridsd_sim.evaluations import Evaluator, evaluate
 from hybridsd_sim.store import Store
+from waiting import alive, within_a_minute
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 RAY_OR_PROCESSES = ["processes", pytest.param("ray", marks=needs_ray)]
@@ -55,24 +55,6 @@ def process_map():
 def fan_out(request):
     """The map that the parameter names."""
     return request.getfixturevalue("ray_map" if request.param == "ray" else "process_map")
-
-
-def within_a_minute(happens):
-    """Wait until something is true; what it is."""
-    end_s = time.monotonic() + 60
-    while not (found := happens()) and time.monotonic() < end_s:
-        time.sleep(0.02)
-    assert found
-    return found
-
-
-def alive(pid):
-    """Whether a process runs; one that only waits to be reaped does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 def pids(folder, count):

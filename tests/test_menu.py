@@ -78,17 +78,39 @@ def test_what_no_plan_can_make_has_no_candidate(menu: Menu, changed: dict[str, o
     assert menu.options(replace(menu.own["draft"], **changed), WIDE).now == ()  # type: ignore[arg-type]
 
 
-@given(st.floats(0.1, 100), st.integers(-5, 5), st.floats(1.5, 15.0))
-def test_promises_and_priorities_are_no_sizes(
-    studio: Scenario, profiles: Profiles, found: CandidateSet, slo_s: float, priority: int, guidance: float
+@given(st.floats(0.1, 100), st.floats(1.5, 15.0))
+def test_promises_are_no_sizes(
+    studio: Scenario, profiles: Profiles, found: CandidateSet, slo_s: float, guidance: float
 ) -> None:
-    """Everybody may name their own deadline, priority and guidance: one entry serves them all."""
+    """Everybody may name their own deadline and guidance: one entry serves them all."""
     menu = Menu(Pricing(studio, profiles), found)
     own = menu.own["draft"]
     options = menu.options(own, WIDE).now
 
-    assert menu.options(replace(own, slo_s=slo_s, priority=priority, guidance_scale=guidance), WIDE).now is options
+    assert menu.options(replace(own, slo_s=slo_s, guidance_scale=guidance), WIDE).now is options
     assert len(menu) == 1
+
+
+def test_candidates_carry_the_priority_that_was_asked_for(menu: Menu) -> None:
+    """Policies read it off them; it changes no figure."""
+    own = menu.own["draft"]
+    urgent = menu.options(replace(own, priority=7), WIDE).now
+
+    assert {option.cost.request.priority for option in urgent} == {7}
+    assert figures(urgent) == figures(menu.options(own, WIDE).now)
+    assert {option.cost.request.priority for option in menu.options(own, WIDE).now} == {own.priority}
+
+
+def test_sizes_that_clients_think_of_do_not_fill_the_memory(
+    menu: Menu, profiles: Profiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many, the profiles forget what they worked out for them, and price the next ones the same."""
+    monkeypatch.setattr(room, "MOST_PRICED", 3)
+    forgotten = []
+    monkeypatch.setattr(type(profiles.memory), "forget", lambda memory: forgotten.append(memory))  # noqa: PLW0108 -- a method
+    for steps in range(10, 17):
+        assert menu.options(replace(menu.own["draft"], num_inference_steps=steps), WIDE).now
+    assert forgotten == [profiles.memory] * 2
 
 
 def test_gangs_that_no_worker_could_hold_are_left_out(menu: Menu) -> None:

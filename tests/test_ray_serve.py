@@ -33,6 +33,7 @@ from hybridsd_sim import Scheduler
 from hybridsd_sim.adapters.ray_serve import LOOK_S, TurnedAwayError
 from hybridsd_sim.events import RequestDone
 from serve_plans import JOURNALS, save_plan, studio
+from waiting import within_a_minute
 
 SIZES = ((512, 10, 1), (512, 30, 1), (1024, 20, 1))
 PICTURE = Request(model="sd15", num_inference_steps=30, request_class="picture", slo_s=20.0)
@@ -138,15 +139,6 @@ def pictures(count, service_s=0.05):
 def served(handle, calls):
     """Answers of calls that are made at once, in their order."""
     return [response.result(timeout_s=60) for response in [handle.remote(call) for call in calls]]
-
-
-def within_a_minute(happens):
-    """Wait until something is true; what it is."""
-    end_s = time.monotonic() + 60
-    while not (found := happens()) and time.monotonic() < end_s:
-        time.sleep(0.05)
-    assert found
-    return found
 
 
 def decided(journal):

@@ -18,6 +18,7 @@ from hybridsd_sim.candidates import Candidate, find_candidates, request_of
 from hybridsd_sim.events import CloudDone, RequestDone, StepDone
 from hybridsd_sim.plan import Deployment, Share
 from hybridsd_sim.policies import POLICIES, Decision, FleetView, Planned, Policy
+from hybridsd_sim.policy import DeadlinePoolView, Due
 from hybridsd_sim.profile_rows import Quantiles
 from hybridsd_sim.records import column
 from hybridsd_sim.workers import Worker
@@ -44,6 +45,25 @@ def plan(options: tuple[Candidate, ...]) -> Deployment:
 def scheduler(options: tuple[Candidate, ...], quickstart: Scenario, profiles: Profiles) -> Scheduler:
     """Follows a plan of three nodes that hands over after ten steps."""
     return Scheduler.from_plan(at_switch_step(options, 10), scenario=quickstart, profiles=profiles)
+
+
+def test_a_request_goes_by_its_own_priority(
+    quickstart: Scenario, profiles: Profiles, options: tuple[Candidate, ...]
+) -> None:
+    """In a queue that the caller keeps by priority and deadline, it waits for nobody who is less urgent."""
+    one_gpu = at_switch_step(options, 10, nodes=1)
+    scheduler = Scheduler.from_plan(one_gpu, policy="edf_reject", scenario=quickstart, profiles=profiles)
+    pool = DeadlinePoolView(1, 0)
+    pool.busy_gpus, pool.busy_until_gpu_s, pool.queued, pool.backlog_gpu_s = 1, 0.5, 1, 100.0
+    pool.enter(Due((0, 1.0, 1.0), 100.0, 1.0))
+    plain, urgent = (
+        scheduler.decide(replace(PICTURE, priority=priority, slo_s=9.0), FleetView([pool]), 0.0) for priority in (0, 3)
+    )
+
+    assert plain.action == "reject" or plain.pool is None
+    assert (urgent.action, urgent.pool, urgent.predicted_wait_s) == ("queue", "a100", 0.5)
+    assert urgent.predicted_finish_s is not None
+    assert urgent.predicted_finish_s <= urgent.deadline_s
 
 
 # ---- From a plan ----------------------------------------------------------------------------------------------------

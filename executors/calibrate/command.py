@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from executors.bench import commit
 from executors.calibrate import observed as kept
-from executors.calibrate.compare import Comparison, compare
+from executors.calibrate.compare import Comparison, Part, compare
 from executors.calibrate.observe import Protocol, observe
 from executors.calibrate.observed import Observed
 from executors.calibrate.replay import replay
@@ -26,7 +27,7 @@ from executors.calibrate.testbed import build_testbed, write_catalogue
 from executors.devices import Here, library_versions, processor
 from hybridsd_sim import __version__
 from hybridsd_sim.errors import InputError, Problem
-from hybridsd_sim.profiles import load_profiles
+from hybridsd_sim.profiles import Profiles, load_profiles
 from hybridsd_sim.records import Records, column, write_atomically
 from hybridsd_sim.report.agreement import write_agreement
 from hybridsd_sim.traces import import_trace
@@ -43,20 +44,19 @@ def calibrate(
     requests: int = 2040,
     trace: Path | None = None,
     runs: Path | None = None,
-    profile_s: float = 12.0,
-    tries: int = 3,
+    tries: int = 5,
 ) -> list[dict[str, Any]]:
     """Calibrate the simulator on this machine; returns a row for each run, and writes all of it into `out`.
 
     Every kind gets as many of the `requests`, shared out over the `loads` so that its runs take equally long. Arrivals
-    are LoadGen's Poisson, or those of a `trace` at the rate of each load. When all kinds have been run, those loads are
-    run again whose run is void, until each was tried `tries` times. Sound runs that `out` holds are not made again;
-    `runs` is a folder of runs to compare without observing any.
+    are LoadGen's Poisson, or those of a `trace` at the rate of each load. Runs are made in parts; when all kinds have
+    been run, the parts that are void are made again, and again, until all was tried `tries` times. Sound parts that
+    `out` holds are not made again; `runs` is a folder of runs to compare without observing any.
     """
     folder = out / RUNS if runs is None else runs
     with _progress() as say:
         if runs is None:
-            protocol = Protocol(profile_s=profile_s, trace=None if trace is None else import_trace(trace))
+            protocol = Protocol(trace=None if trace is None else import_trace(trace))
             wanted = [kind_of(name) for name in kinds]
             each = shared_out(math.ceil(requests / len(wanted)), loads)
             testbed = build_testbed(out / TESTBED)
@@ -74,38 +74,55 @@ def _found(folder: Path) -> list[Observed]:
 
 
 def _report(found: Sequence[Observed], out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Replay and compare every run, and write records, figures and pages."""
+    """Replay the sound parts of every run, compare, and write records, figures and pages."""
     catalogue = load_profiles(write_catalogue(out / TESTBED / "profiles"))
-    runs, rows = [], []
-    for observed in found:
-        say(f"{observed.name}: replaying")
-        simulated = replay(observed, catalogue, out / "arrivals")
-        kept.write_times(out / REPLAYS / f"{observed.name}.parquet", kept.of_records(simulated))
-        comparison = compare(observed.records(), simulated, observed.load)
-        runs.append(_run(observed, simulated, comparison))
-        rows.append(_row(observed, comparison))
+    runs, rows, lost = [], [], []
+    for (kind, load), group in groupby(found, key=lambda part: (part.kind, part.load)):
+        parts = list(group)
+        say(f"{kept.name_of(kind, load)}: replaying")
+        pairs = [(part.records(), _replayed(part, catalogue, out)) for part in parts if not part.void]
+        if not pairs:
+            lost.append(kept.name_of(kind, load))
+            continue
+        comparison = compare(pairs, load)
+        runs.append(_run(parts, pairs, comparison))
+        rows.append(_row(parts, comparison))
     text = json.dumps([{k: v for k, v in run.items() if k not in ("live", "simulated")} for run in runs], indent=1)
     write_atomically(out / "comparison.json", f"{text}\n".encode())
     folder = out / REPORT
     shutil.rmtree(folder, ignore_errors=True)
-    write_agreement({"runs": runs, "made_by": _made_by()}, folder)
+    write_agreement({"runs": runs, "lost": lost, "made_by": _made_by()}, folder)
     return rows
 
 
-def _run(observed: Observed, simulated: Records, comparison: Comparison) -> dict[str, Any]:
-    """A run and its replay as the report wants them."""
-    slo_s = next(iter(observed.scenario.requests.values())).slo_s
-    seconds = (observed.step_before_s, observed.step_during_s, observed.step_after_s)
+def _replayed(part: Observed, catalogue: Profiles, out: Path) -> Records:
+    simulated = replay(part, catalogue, out / "arrivals")
+    kept.write_times(out / REPLAYS / f"{part.name}.parquet", kept.of_records(simulated))
+    return simulated
+
+
+def _run(parts: Sequence[Observed], pairs: Sequence[Part], comparison: Comparison) -> dict[str, Any]:
+    """A run and its replay as the report wants them: figures of its sound parts, and what each part was like."""
+    first = next(part for part in parts if not part.void)
     return {
-        "name": observed.name, "kind": observed.kind, "load": observed.load, "driver": observed.driver,
-        "requests": comparison.requests, "block": comparison.block, "holds": comparison.holds, "void": observed.void,
-        "drift": observed.drift, "drift_limit": observed.drift_limit, "tries": observed.tries,
-        "plan": plan_of(observed.deployment).label, "slo_s": slo_s, "late_s": float(observed.late_s.max()),
-        "stack_s": observed.stack_s,
-        "steps": {device: [each[device] for each in seconds] for device in observed.step_before_s},
+        "name": kept.name_of(first.kind, first.load), "kind": first.kind, "load": first.load, "driver": first.driver,
+        "requests": comparison.requests, "block": comparison.block, "holds": comparison.holds,
+        "drift_limit": first.drift_limit, "plan": plan_of(first.deployment).label,
+        "slo_s": next(iter(first.scenario.requests.values())).slo_s,
         "figures": [_plain(asdict(figure) | {"holds": figure.holds}) for figure in comparison.figures],
-        "rows": [row.model_dump() for row in observed.rows],
-        "live": _latencies(observed.records()), "simulated": _latencies(simulated),
+        "parts": [_part(part) for part in parts],
+        "rows": [row.model_dump() for row in first.rows],
+        "live": _latencies([live for live, _ in pairs]), "simulated": _latencies([replayed for _, replayed in pairs]),
+    }  # fmt: skip
+
+
+def _part(part: Observed) -> dict[str, Any]:
+    """What a part was like, sound or void."""
+    seconds = (part.step_before_s, part.step_during_s, part.step_after_s)
+    return {
+        "part": part.part, "requests": len(part.late_s), "drift": part.drift, "void": part.void,
+        "steps": {device: [each[device] for each in seconds] for device in part.step_before_s},
+        "stack_s": part.stack_s, "late_s": float(part.late_s.max()),
     }  # fmt: skip
 
 
@@ -114,17 +131,18 @@ def _plain(figure: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figure.items()}
 
 
-def _latencies(records: Records) -> list[float]:
-    rows = records.rows()
+def _latencies(parts: Sequence[Records]) -> list[float]:
+    rows = np.concatenate([records.rows() for records in parts])
     found: list[float] = np.sort(column(rows, "finish_s") - column(rows, "arrival_s")).tolist()
     return found
 
 
-def _row(observed: Observed, comparison: Comparison) -> dict[str, Any]:
+def _row(parts: Sequence[Observed], comparison: Comparison) -> dict[str, Any]:
     """What the command prints of a run."""
     off = {f"{name}_off": comparison[name].off for name in ("latency_p50_s", "latency_mean_s", "latency_p95_s")}
     return {
-        "run": observed.name, "requests": comparison.requests, "drift": observed.drift, "void": observed.void,
+        "run": kept.name_of(parts[0].kind, parts[0].load), "requests": comparison.requests,
+        "parts": sum(not part.void for part in parts), "void_parts": sum(part.void for part in parts),
         **off, "served_per_s_off": comparison["served_per_s"].off, "holds": comparison.holds,
     }  # fmt: skip
 

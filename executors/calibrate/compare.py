@@ -1,9 +1,11 @@
 """Holds a live run against its replay: figures of both, how far the simulation is off, and whether that is near enough.
 
-Both have the same requests, so that figures are compared in pairs. Intervals are 95% percentile intervals of the moving
-block bootstrap (Künsch, Annals of Statistics 17, 1989): requests are drawn again in blocks of neighbours, live and
-simulated together, because requests that share a queue depend on each other. A block is as long as the live latencies
-are correlated (`block_length`); without correlation it is one request, which is the ordinary paired bootstrap.
+A run is compared as a whole, the requests of all its parts together. Both sides have the same requests, so that figures
+are compared in pairs. Intervals are 95% percentile intervals of the moving block bootstrap (Künsch, Annals of
+Statistics 17, 1989): requests are drawn again in blocks of neighbours, live and simulated together, because requests
+that share a queue depend on each other. A block is as long as the live latencies are correlated (`block_length`);
+without correlation it is one request, which is the ordinary paired bootstrap. Blocks may run over the end of a part
+into the next one.
 """
 
 from __future__ import annotations
@@ -29,15 +31,27 @@ LIMITS: tuple[tuple[float, Mapping[str, float]], ...] = (
 """By how much, relative to the live run, a simulation may be off at loads up to the first number."""
 
 
+SIDES = ("cloud", "edge")
+Part = tuple[Records, Records]
+"""A part of a live run, and its replay."""
+
+
 class Passage(NamedTuple):
-    """The requests of one run as arrays: seconds of latency, of waiting for workers, and of holding the busiest one."""
+    """The requests of a run as arrays: seconds of latency, of waiting for workers, and of holding the busiest one.
+
+    `span_s` is the time from first arrival to last image, of all parts together.
+    """
 
     latency_s: Floats
     wait_s: Floats
     held_s: Floats
     in_time: Floats
-    served_per_s: float
     span_s: float
+
+    @property
+    def served_per_s(self) -> float:
+        """Throughput."""
+        return len(self.latency_s) / self.span_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +112,17 @@ SHARES: Mapping[str, Statistic] = {
 """Figures whose difference is told in shares of 1."""
 
 
-def compare(live: Records, simulated: Records, load: float, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
-    """Compare two runs of the same requests. Raises `RunError` if they are not, or if a request was not served."""
-    pair = _passage(live), _passage(simulated)
+def compare(parts: Sequence[Part], load: float, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """Compare the parts of a live run with their replays, pair by pair.
+
+    Raises `RunError` if two of a pair have not the same requests, or if a request was not served.
+    """
+    for live, simulated in parts:
+        if len(live) != len(simulated):
+            raise RunError(f"{len(live)} requests were served live and {len(simulated)} in the simulation")
+    side = _busiest(parts)
+    pair = tuple(_joined([_passage(part[which], side) for part in parts]) for which in (0, 1))
     count = len(pair[0].latency_s)
-    if count != len(pair[1].latency_s):
-        raise RunError(f"{count} requests were served live and {len(pair[1].latency_s)} in the simulation")
     block = block_length(pair[0].latency_s)
     draws = blocks_again(count, block, resamples, np.random.default_rng(seed))
     limits = limits_at(load)
@@ -119,22 +138,29 @@ def limits_at(load: float) -> Mapping[str, float]:
     return next((limits for most, limits in LIMITS if load <= most + 1e-9), {})
 
 
-def _passage(records: Records) -> Passage:
+def _busiest(parts: Sequence[Part]) -> str:
+    """The side whose worker was held the longest, live."""
+    return max(SIDES, key=lambda side: sum(float(_seconds(live.rows(), side)[1].sum()) for live, _ in parts))
+
+
+def _passage(records: Records, busiest: str) -> Passage:
     rows = records.rows()
     if not len(rows) or (column(rows, "status") != SERVED).any():
         raise RunError(f"{int((column(rows, 'status') != SERVED).sum())} of {len(rows)} requests were not served")
-    sides = {side: _seconds(rows, side) for side in ("cloud", "edge")}
     arrival_s, finish_s = column(rows, "arrival_s"), column(rows, "finish_s")
-    span_s = float(finish_s.max() - arrival_s.min())
-    busiest = max((held for _, held in sides.values()), key=lambda held: float(held.sum()))
     return Passage(
         latency_s=finish_s - arrival_s,
-        wait_s=sides["cloud"][0] + sides["edge"][0],
-        held_s=busiest,
+        wait_s=sum((_seconds(rows, side)[0] for side in SIDES), np.zeros(len(rows))),
+        held_s=_seconds(rows, busiest)[1],
         in_time=(finish_s <= column(rows, "deadline_s") + TOLERANCE_S).astype(float),
-        served_per_s=len(rows) / span_s,
-        span_s=span_s,
+        span_s=float(finish_s.max() - arrival_s.min()),
     )
+
+
+def _joined(passages: Sequence[Passage]) -> Passage:
+    """The requests of all parts, one part after the other."""
+    *columns, spans_s = zip(*passages, strict=True)
+    return Passage(*(np.concatenate(each) for each in columns), span_s=sum(spans_s))
 
 
 def _seconds(rows: np.ndarray, side: str) -> tuple[Floats, Floats]:

@@ -1,8 +1,10 @@
-"""Observes live runs: profile, serve, profile again; a run whose steps drifted is void.
+"""Observes live runs in parts: profile, serve, profile again; a part whose steps drifted is void and made again.
 
-All loads of a kind are served by the same processes, one after the other, so that the profile behind a run is that of
-the very workers. A run is kept as soon as it is done and a sound one is not made again, so that a calibration can be
-cut off at any moment.
+Parts are a minute long, because machines that others share seldom keep their pace for longer; and so are the profiles,
+because the median of a few hundred steps is itself uncertain by half a per cent. The profile after a part is the one
+before the next. All loads of a kind are served by the same processes, so that the profile behind a part is that of the
+very workers. A part is kept as soon as it is done, so that a calibration can be cut off at any moment and goes on where
+it was.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from executors.calibrate.testbed import CLOUD, EDGE, Testbed
 from executors.live.client import Ask, Client, Outcome
 from executors.live.shaping import Link
 from executors.live.work import Settings
+from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.profiles import Profiles, load_profiles
 from hybridsd_sim.scenario import Scenario
@@ -52,26 +55,32 @@ FEWEST_REHEARSED = 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """How runs are made: seconds for which the workers are profiled, and the drift that voids a run.
+    """How runs are made: seconds of a part and of the profiles around it, and the drift that voids a part.
 
     `trace` gives the arrivals their shape; None means Poisson arrivals from LoadGen.
     """
 
-    profile_s: float = 12.0
+    part_s: float = 60.0
+    profile_s: float = 60.0
     drift_limit: float = 0.01
     seed: int = 1
     trace: Trace | None = None
+
+    @property
+    def driver(self) -> str:
+        """What sends the requests."""
+        return "trace" if self.trace else "mlcommons-loadgen"
 
 
 async def observe(
     kind: Kind, requests: Mapping[float, int], testbed: Testbed, out: Path, protocol: Protocol, say: Say
 ) -> None:
-    """Run a kind once at every load of which no sound run is there yet, and keep the runs in `out`.
+    """Serve a kind at every load as many requests as the sound parts in `out` lack of the `requests` of that load.
 
-    `requests` are those of each load. Of several void runs the one that drifted least is kept.
+    What is void of it has to be made again. Raises `InputError` if another driver sent the requests in `out`.
     """
-    before = {load: _kept(kind, load, out) for load in requests}
-    todo = [load for load, run in before.items() if run is None or run.void]
+    before = {load: _kept(kind, load, out, protocol) for load in requests}
+    todo = [load for load, parts in before.items() if _missing(requests[load], parts)]
     if not todo:
         return
     catalogue = load_profiles(testbed.profiles)
@@ -82,21 +91,23 @@ async def observe(
         bench = _Bench(kind, crews, catalogue, protocol, say)
         await bench.settle(deployment)
         for load in todo:
-            run = await bench.observe(load, requests[load], out / "logs" / kept.name_of(kind.name, load))
-            _keep(before[load], run, out)
+            number = 1 + max((part.part for part in before[load]), default=0)
+            await bench.serve(load, _missing(requests[load], before[load]), number, out)
 
 
-def _kept(kind: Kind, load: float, out: Path) -> Observed | None:
-    path = out / f"{kept.name_of(kind.name, load)}.json"
-    return kept.load(path) if path.is_file() else None
+def _kept(kind: Kind, load: float, out: Path, protocol: Protocol) -> list[Observed]:
+    """The parts that `out` holds of a run."""
+    mine = [part for part in kept.find(out) if (part.kind, part.load) == (kind.name, load)]
+    for part in mine:
+        if part.driver != protocol.driver:
+            rule = f"was driven by {part.driver}, not by {protocol.driver}"
+            raise InputError(Problem(str(out / part.name), "a part of a run", rule, "Name another folder."))
+    return mine
 
 
-def _keep(before: Observed | None, run: Observed, out: Path) -> None:
-    """Keep the run of the two that drifted less; it counts the tries of both."""
-    tries = 1 + (0 if before is None else before.tries)
-    best = run if before is None or run.drift < before.drift else before
-    write_profile(best.rows, out / "profiles" / best.name, warmup_runs=WARMUP_RUNS)
-    kept.save(replace(best, tries=tries), out)
+def _missing(wanted: int, parts: Sequence[Observed]) -> int:
+    """Requests that sound parts do not have yet."""
+    return max(0, wanted - sum(len(part.late_s) for part in parts if not part.void))
 
 
 def _endless(kind: Kind, seed: int) -> Scenario:
@@ -127,7 +138,7 @@ class _Bench:
         return serving(self.crews, scenario, self.deployment, profiles, self.settings)
 
     async def _rehearse(self, client: Client, rate_per_s: float, seed: int) -> Profile:
-        """What requests take at that rate; those of another seed than the run's."""
+        """What requests take at that rate; those of another seed than any part's."""
         count = max(FEWEST_REHEARSED, math.ceil(self.protocol.profile_s * rate_per_s))
         draws = np.random.default_rng(seed)
         arrivals_s: list[float] = np.cumsum(draws.exponential(1.0 / rate_per_s, count)).tolist()
@@ -136,35 +147,48 @@ class _Bench:
         rehearsal = Rehearsal(arrivals_s=arrivals_s, links=links, cost=cost)
         return await rehearse(client, self.crews, self.scenario, self.deployment, rehearsal)
 
-    async def observe(self, load: float, count: int, logs: Path) -> Observed:
-        """Serve `count` requests at a load of the last profile, and profile again."""
-        rate_per_s = load / bottleneck_s(candidate_of(self.scenario, self.deployment, self.known))
-        seed = self._seed(load)
+    async def serve(self, load: float, missing: int, number: int, out: Path) -> None:
+        """Serve the requests that a run misses, in parts of about the same length, the first of which is `number`."""
         async with self._serving(self.scenario, self.known) as client:
-            before = await self._rehearse(client, rate_per_s, seed + 1)
-        self.known = profiles = self.catalogue.with_costs(before.rows)
-        candidate = candidate_of(self.scenario, self.deployment, profiles)
-        rate_per_s = load / bottleneck_s(candidate)
-        name = kept.name_of(self.kind.name, load)
+            before = await self._rehearse(client, self._rate(load), self._seed(load, 0))
+        parts = max(1, round(missing / self._rate(load) / self.protocol.part_s))
+        for each in range(number, number + parts):
+            self.known = self.catalogue.with_costs(before.rows)
+            part, before = await self._observe(load, each, math.ceil(missing / parts), before, out)
+            write_profile(part.rows, out / "profiles" / kept.name_of(part.kind, load), warmup_runs=WARMUP_RUNS)
+            kept.save(part, out)
+
+    def _rate(self, load: float) -> float:
+        """Requests a second that make this load, by what is known now."""
+        return load / bottleneck_s(candidate_of(self.scenario, self.deployment, self.known))
+
+    async def _observe(
+        self, load: float, number: int, count: int, before: Profile, out: Path
+    ) -> tuple[Observed, Profile]:
+        """One part of `count` requests, and the profile after it."""
+        profiles, rate_per_s, seed = self.known, self._rate(load), self._seed(load, number)
+        name = f"{kept.name_of(self.kind.name, load)}-{number}"
         scenario = scenario_of(
             self.kind,
             arrivals=trace_arrivals(Path(f"{name}.csv")),
             span_s=2.0 * count / rate_per_s,
             seed=seed,
-            slo_s=round(SLO_LATENCIES * candidate.latency_s, 3),
+            slo_s=round(SLO_LATENCIES * candidate_of(self.scenario, self.deployment, profiles).latency_s, 3),
         )
         self.say(f"{name}: {count} requests in {count / rate_per_s:.0f} s")
         async with self._serving(scenario, profiles) as client:
-            sent = await self._drive(client, self._links(profiles, count, seed), rate_per_s, seed, logs)
-            after = await self._rehearse(client, rate_per_s, seed + 2)
+            links = self._links(profiles, count, seed)
+            sent = await self._drive(client, links, rate_per_s, number, seed, out / "logs" / name)
+            after = await self._rehearse(client, rate_per_s, seed + 1)
         drifted = drift(before.step_median_s, after.step_median_s)
         void = " (void)" if drifted > self.protocol.drift_limit else ""
         self.say(f"{name}: {count} requests served, steps drifted by {drifted:.2%}{void}")
-        return Observed(
+        part = Observed(
             kind=self.kind.name,
             load=load,
+            part=number,
             rate_per_s=rate_per_s,
-            driver="trace" if self.protocol.trace else "mlcommons-loadgen",
+            driver=self.protocol.driver,
             scenario=scenario,
             deployment=self.deployment,
             rows=before.rows,
@@ -178,6 +202,7 @@ class _Bench:
             times_s=times_of(sent),
             late_s=np.array([one.late_s for one in sent]),
         )
+        return part, after
 
     def _links(self, profiles: Profiles, count: int, seed: int) -> list[Link | None]:
         """Each request's own link; none for requests that cross no network."""
@@ -185,18 +210,18 @@ class _Bench:
             return [None] * count
         return [*drawn_links(_endless(self.kind, seed), profiles, count)]
 
-    def _seed(self, load: float) -> int:
-        """A seed of its own for every kind and load: no two runs have the same gaps between arrivals."""
-        return 10 * zlib.crc32(f"{self.protocol.seed} {self.kind.name} {load:g}".encode())
+    def _seed(self, load: float, number: int) -> int:
+        """A seed of its own for every part of every run: no two have the same gaps between arrivals."""
+        return 10 * zlib.crc32(f"{self.protocol.seed} {self.kind.name} {load:g} {number}".encode())
 
     async def _drive(
-        self, client: Client, links: Sequence[Link | None], rate_per_s: float, seed: int, logs: Path
+        self, client: Client, links: Sequence[Link | None], rate_per_s: float, number: int, seed: int, logs: Path
     ) -> list[Sent[Outcome]]:
         async def send(number: int, arrival_s: float) -> Outcome:
             return await client.ask(replace(_ask(f"r{number}", number, links[number]), arrival_s=arrival_s))
 
         if self.protocol.trace is not None:
-            return await replay_trace(_scaled(self.protocol.trace, len(links), rate_per_s), send)
+            return await replay_trace(_scaled(self.protocol.trace, number, len(links), rate_per_s), send)
         return await drive_loadgen(rate_per_s, len(links), send, logs=logs, seed=seed)
 
 
@@ -204,9 +229,9 @@ def _ask(name: str, seed: int, link: Link | None) -> Ask:
     return Ask(id=name, request_class=REQUEST_CLASS, prompt=PROMPT, seed=seed, link=link)
 
 
-def _scaled(trace: Trace, count: int, rate_per_s: float) -> list[float]:
-    """The first arrivals of a trace at another rate, begun anew where it ends."""
-    gaps = np.resize(np.diff(trace.arrival_s), count - 1)
+def _scaled(trace: Trace, number: int, count: int, rate_per_s: float) -> list[float]:
+    """As many arrivals of a trace as part `number` has, at another rate; the trace begins anew where it ends."""
+    gaps = np.resize(np.roll(np.diff(trace.arrival_s), (1 - number) * count), count - 1)
     found: list[float] = np.cumsum(np.append(0.0, gaps * ((count - 1) / rate_per_s / gaps.sum()))).tolist()
     return found
 

@@ -1,7 +1,7 @@
-"""A live run as it is kept: what was served, the profile measured before it, and what every request went through.
+"""A part of a live run as it is kept: what was served, the profile measured before it, what its requests went through.
 
-A run is two files: `<name>.json` says what was run and how it was measured, `<name>.parquet` has the times of each
-request, of which its records are made. The JSON is written last, so that a run which has one is whole.
+A part is two files: `<name>.json` says what was run and how it was measured, `<name>.parquet` has the times of each
+request, of which its records are made. The JSON is written last, so that a part which has one is whole.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from hybridsd_sim.profiles import CostRow, Profiles, Quantiles
 from hybridsd_sim.records import TIMES, PlanFacts, Records, column, write_atomically
 from hybridsd_sim.scenario import Scenario
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Observed:
-    """A live run of one kind at one load.
+    """One part of a live run of one kind at one load, `part` counted from 1; workers and queues are idle between parts.
 
-    `scenario` has the run's own arrivals as a trace of the name `<name>.csv`, wherever that lies. Measured before it:
-    the cost `rows`, and `stack_s`, what the machine adds to the network. `step_before_s`, `step_during_s` and
-    `step_after_s` are the median steps of each device. `late_s`: how long after it was due each request was sent.
+    `scenario` has the part's own arrivals as a trace of the name `<name>.csv`, wherever that lies. Measured before it:
+    the cost `rows`, and `stack_s`, what the machine adds to the network, or to asking where none is crossed.
+    `step_before_s`, `step_during_s` and `step_after_s` are the median steps of each device. `late_s`: how long after it
+    was due each request was sent.
     """
 
     kind: str
     load: float
+    part: int
     rate_per_s: float
     driver: str
     scenario: Scenario
@@ -47,18 +49,17 @@ class Observed:
     step_after_s: Mapping[str, float]
     drift: float
     drift_limit: float
-    tries: int = 1
     facts: PlanFacts
     times_s: Mapping[str, Floats] = field(repr=False)
     late_s: Floats = field(repr=False)
 
     @property
     def name(self) -> str:
-        return name_of(self.kind, self.load)
+        return f"{name_of(self.kind, self.load)}-{self.part}"
 
     @property
     def void(self) -> bool:
-        """Whether steps took another time after the run than before, so that the profile does not stand for it."""
+        """Whether steps took another time after the part than before, so that the profile does not stand for it."""
         return self.drift > self.drift_limit
 
     def records(self) -> Records:
@@ -76,12 +77,12 @@ class Observed:
 
 
 def name_of(kind: str, load: float) -> str:
-    """What the files of a run are called."""
+    """What a run is called, all its parts together."""
     return f"{kind}-{load:g}"
 
 
 def save(observed: Observed, folder: Path) -> None:
-    """Write a run into a folder, in the place of one of the same kind and load."""
+    """Write a part into a folder, in the place of one of its name."""
     folder.mkdir(parents=True, exist_ok=True)
     write_times(folder / f"{observed.name}.parquet", {**observed.times_s, "late_s": observed.late_s})
     said = json.dumps(_said(observed), indent=1, allow_nan=False)
@@ -89,12 +90,12 @@ def save(observed: Observed, folder: Path) -> None:
 
 
 def find(folder: Path) -> list[Observed]:
-    """All runs of a folder, in the order of kind and load. Raises `InputError` for files of another format."""
-    return sorted((load(path) for path in folder.glob("*.json")), key=lambda run: (run.kind, run.load))
+    """All parts in a folder, by kind, load and number. Raises `InputError` for files of another format."""
+    return sorted((load(path) for path in folder.glob("*.json")), key=lambda run: (run.kind, run.load, run.part))
 
 
 def load(path: Path) -> Observed:
-    """The run whose JSON this is."""
+    """The part whose JSON this is."""
     said = json.loads(path.read_text(encoding="utf-8"))
     if said.pop("format", None) != FORMAT:
         rule = f"this version reads runs of format {FORMAT}"
@@ -114,8 +115,8 @@ def load(path: Path) -> Observed:
 
 
 def _said(observed: Observed) -> dict[str, Any]:
-    """All of a run but its requests, as plain data without folders."""
-    plain = ("kind", "load", "rate_per_s", "driver", "stack_s", "drift", "drift_limit", "tries")
+    """All of a part but its requests, as plain data without folders."""
+    plain = ("kind", "load", "part", "rate_per_s", "driver", "stack_s", "drift", "drift_limit")
     medians = ("step_before_s", "step_during_s", "step_after_s")
     facts = {name: _known(value) for name, value in observed.facts._asdict().items()}
     return {

@@ -38,8 +38,8 @@ class Held:
 class Profile:
     """Cost rows of the parts of a request, and the seconds of every single step by device.
 
-    `stack_s` are the seconds that a request crosses the network for longer than the model of its link says: what
-    clients, servers and sockets add. 0 where no network is crossed.
+    `stack_s` are the seconds for which a request is in nobody's hands beyond what the model of its link says: what
+    clients, servers and sockets add, of requests that are served at the edge alone the asking whether they may be.
     """
 
     rows: tuple[CostRow, ...]

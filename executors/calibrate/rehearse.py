@@ -119,14 +119,12 @@ async def rehearse(
 
 
 def _added_by_the_machine(outcomes: Sequence[Outcome], rehearsal: Rehearsal) -> float:
-    """Median seconds for which requests are on their way for longer than the model of their links says."""
+    """Median seconds for which requests are in nobody's hands beyond what the model of their links says."""
     cost = rehearsal.cost
-    beyond_s = [
-        outcome.transfer_s - link.up_s(cost.bytes_up) - link.down_s(cost.bytes_down)
-        for outcome, link in zip(outcomes, rehearsal.links, strict=True)
-        if link is not None
+    modelled_s = [
+        0.0 if link is None else link.up_s(cost.bytes_up) + link.down_s(cost.bytes_down) for link in rehearsal.links
     ]
-    return max(0.0, median(beyond_s)) if beyond_s else 0.0
+    return max(0.0, median(outcome.transfer_s - s for outcome, s in zip(outcomes, modelled_s, strict=True)))
 
 
 async def _ask(client: Client, seed: int, link: Link | None = None) -> Outcome:

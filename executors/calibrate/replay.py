@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from executors.calibrate.observed import Observed
-from executors.calibrate.setting import REQUEST_CLASS
+from executors.calibrate.setting import REQUEST_CLASS, plan_of
 from executors.live.shaping import Link
 from hybridsd_sim.draws import Draws
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.records import Records
+from hybridsd_sim.records import TIMES, Records, column
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.simulate import simulate
 
@@ -19,12 +20,26 @@ POLICY = "planned"
 
 
 def replay(observed: Observed, catalogue: Profiles, folder: Path) -> Records:
-    """The records of the simulation of a run. Its arrivals are written into `folder` as a trace, which is played."""
+    """The records of the simulation of a run. Its arrivals are written into `folder` as a trace, which is played.
+
+    Simulated requests that cross no network begin at once; live ones ask first, and begin `stack_s` later.
+    """
     path = folder / f"{observed.name}.csv"
     write_arrivals(path, observed.times_s["arrival_s"])
     scenario = with_arrivals(observed.scenario, path)
     profiles = observed.profiles(catalogue)
-    return simulate(scenario, profiles, policy=POLICY, plan=observed.deployment).replications[0]
+    simulated = simulate(scenario, profiles, policy=POLICY, plan=observed.deployment).replications[0]
+    return simulated if plan_of(observed.deployment).cloud_stages else _later(simulated, observed.stack_s)
+
+
+def _later(records: Records, seconds: float) -> Records:
+    """The same requests, each in nobody's hands for so long before anything else happens to it."""
+    rows = records.rows().copy()
+    for name in TIMES:
+        if name != "arrival_s":
+            column(rows, name)[:] += seconds
+    column(rows, "transfer_s")[:] += seconds
+    return replace(records, table=rows)
 
 
 def write_arrivals(path: Path, arrival_s: np.ndarray) -> None:

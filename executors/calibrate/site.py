@@ -6,9 +6,11 @@ cross a TCP connection.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
+from executors.calibrate.awake import a_cpu_each, kept_awake
 from executors.calibrate.rehearse import Crews, WatchedCrew
 from executors.calibrate.setting import plan_of
 from executors.calibrate.testbed import Testbed
@@ -17,6 +19,7 @@ from executors.live.client import Client
 from executors.live.gangs import Here, cloud_gangs, edge_gang
 from executors.live.listening import served
 from executors.live.service import build_service
+from executors.live.tasks import Gang
 from executors.live.work import Settings
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.profiles import Profiles
@@ -29,12 +32,20 @@ POLICY = "planned"
 
 @asynccontextmanager
 async def working(deployment: Deployment, testbed: Testbed) -> AsyncIterator[Crews]:
-    """The workers that a deployment asks for, one CPU thread a process, all up."""
+    """The workers that a deployment asks for, all up: a CPU thread each process, on processors that are kept awake."""
     here = Here(threads=1, weights=testbed.weights, profiles=testbed.profiles)
     device = edge_gang([plan_of(deployment)], here)
-    gangs = cloud_gangs(deployment, here)
-    async with WatchedCrew(gangs) as cloud, WatchedCrew((device,) if device else ()) as edge:
-        yield Crews(cloud=cloud, edge=edge, gangs=gangs)
+    gangs, devices = _on_cpus(cloud_gangs(deployment, here), (device,) if device else ())
+    with kept_awake():
+        async with WatchedCrew(gangs) as cloud, WatchedCrew(devices) as edge:
+            yield Crews(cloud=cloud, edge=edge, gangs=gangs)
+
+
+def _on_cpus(*sides: tuple[Gang, ...]) -> Iterator[tuple[Gang, ...]]:
+    """The gangs of each side with a CPU for every process, where there are enough."""
+    cpus = iter(a_cpu_each([gang.degree for side in sides for gang in side]))
+    for side in sides:
+        yield tuple(replace(gang, cpus=next(cpus)) for gang in side)
 
 
 @asynccontextmanager

@@ -2,7 +2,8 @@
 
 The pipelines are real ones, whole and small: UNets that take some 40 to 60 ms for a guided step on one CPU thread, a
 CLIP text encoder with a tokenizer of single bytes, and a tiny autoencoder. Their weights are seeded random numbers,
-which cost what trained ones cost, and small, so that processes on neighbouring cores disturb each other little.
+which cost what trained ones cost. The UNets are deep and narrow: their few megabytes of weights stay in the caches, so
+that neighbours who use the memory, on this machine or on its host, disturb their steps little.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ _WIDTH = 256
 _UNET: Mapping[str, Any] = {
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
+    "layers_per_block": 3,
     "cross_attention_dim": _WIDTH,
     "attention_head_dim": 8,
 }
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    LARGE: {**_UNET, "block_out_channels": [128, 128]},
-    SMALL: {**_UNET, "block_out_channels": [96, 96]},
+    LARGE: {**_UNET, "block_out_channels": [64, 64]},
+    SMALL: {**_UNET, "block_out_channels": [32, 32]},
 }
 _SOURCE = {"kind": "modelled", "source": "hybridsd_sim.executors, seeded weights", "source_date": "2026-11"}
 

@@ -18,8 +18,9 @@ class Gang:
     """A worker: `degree` processes that work as one, of which rank 0 speaks for all.
 
     `models` are names of the catalogue, all loaded before the worker is up; with `weights` a model's parts come from
-    its folder. `vae` names another decoder for models without weights. A process has `threads` CPU threads. `options`
-    are the method's, `profiles` a profiles folder of one's own.
+    its folder. `vae` names another decoder for models without weights. A process has `threads` CPU threads; `cpus` are
+    the CPU of each rank, by its number on Linux, and none leaves the choice to the system. `options` are the method's,
+    `profiles` a profiles folder of one's own.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Gang:
     degree: int = 1
     options: Mapping[str, Option] = field(default_factory=dict)
     threads: int = 1
+    cpus: tuple[int, ...] = ()
     device: str = "cpu"
     precision: str = "fp32"
     weights: Mapping[str, Path] = field(default_factory=dict)

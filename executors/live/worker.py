@@ -51,6 +51,8 @@ def live(gang: Gang, rank: int, port: int, ends: Sequence[Connection], crew: soc
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; whoever started us decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if gang.cpus:
+        os.sched_setaffinity(0, {gang.cpus[rank]})
     torch.set_num_threads(gang.threads)
     try:
         if crew is not None:

@@ -28,10 +28,12 @@ _ASKED = ("latency_p50_s", "latency_mean_s", "latency_p95_s", "served_per_s")
 def write_agreement(data: Data, folder: Path) -> Path:
     """Write `index.html`, `report.md` and the figures into a folder; returns the page.
 
-    `data["runs"]` has for each run its `name`, `kind`, `load`, `driver`, `requests`, `block`, `holds`, `void`, `drift`,
-    `drift_limit`, `tries`, `plan`, `slo_s`, `late_s` (the latest request), `stack_s` (what the machine adds to the
-    network), the `figures` of the comparison, both sorted latencies in seconds under `live` and `simulated`, the
-    `steps` of each device and the measured `rows`; `data["made_by"]` are terms for the provenance.
+    `data["runs"]` has for each run its `name`, `kind`, `load`, `driver`, `requests`, `block`, `holds`, `drift_limit`,
+    `plan`, `slo_s`, the `figures` of the comparison, both sorted latencies in seconds under `live` and `simulated`, the
+    `rows` measured before its first sound part, and its `parts`: `part` (the number), `requests`, `drift`, `void`, the
+    `steps` of each device (seconds before, during, after), `stack_s` (what the machine adds to the network, or to
+    asking), `late_s` (the latest request). `data["lost"]` are names of runs without a sound part, `data["made_by"]`
+    terms for the provenance.
     """
     shown = list(_pictures(data["runs"]))
     return write_pages(Path(folder), "Simulated against live", list(_page(data, shown)), shown)
@@ -44,7 +46,14 @@ def _page(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     runs = data["runs"]
     yield Heading("Simulated against live", "top", 1)
     yield Heading("Verdict", "verdict")
-    yield Paragraph(_verdict(runs), "lead")
+    yield Paragraph(_verdict(runs, data["lost"]), "lead")
+    if runs:
+        yield from _evidence(runs, pictures)
+    yield Heading("Provenance", "provenance")
+    yield Terms(tuple(data["made_by"]))
+
+
+def _evidence(runs: Sequence[Data], pictures: Sequence[Picture]) -> Iterator[Block]:
     yield _overview(runs)
     yield Paragraph(_how(runs), "note")
     yield Heading("Latency, curve over curve", "figures")
@@ -52,28 +61,28 @@ def _page(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     yield Heading("Every figure", "details")
     for run in runs:
         yield Fold(f"{_called(run)}: {_WORDS[run['holds']]}", _details(run))
-    yield Heading("Provenance", "provenance")
-    yield Terms(tuple(data["made_by"]))
 
 
-def _verdict(runs: Sequence[Data]) -> str:
-    sound = [run for run in runs if not run["void"] and run["holds"] is not None]
-    near = sum(run["holds"] for run in sound)
+def _verdict(runs: Sequence[Data], lost: Sequence[str]) -> str:
+    asked = [run for run in runs if run["holds"] is not None]
+    near = sum(run["holds"] for run in asked)
     requests = sum(run["requests"] for run in runs)
-    text = f"The simulation is as near as is asked in {near} of {len(sound)} runs."
-    lost = sum(run["void"] for run in runs)
-    void = f" {lost} more are void: their steps drifted." if lost else ""
-    return f"{text}{void} {requests:,} requests were served live."
+    parts = [part for run in runs for part in run["parts"]]
+    void = sum(part["void"] for part in parts)
+    text = f"The simulation is as near as is asked in {near} of {len(asked)} runs, of {requests:,} live requests."
+    drifted = f" {void} of {len(parts)} parts of them are void, and left out: their steps drifted." if void else ""
+    nothing = f" Nothing is told of {', '.join(lost)}: all that was run is void." if lost else ""
+    return f"{text}{drifted}{nothing}"
 
 
 def _overview(runs: Sequence[Data]) -> Table:
-    head = ("Run", "Requests", *(NAMES[name] for name in _ASKED), "Step drift", "Near enough")
+    head = ("Run", "Requests", *(NAMES[name] for name in _ASKED), "Largest drift", "Near enough")
     rows = tuple(
         (
             Cell(_called(run)),
-            Cell(number(run["requests"])),
+            Cell(number(run["requests"]), f"in {number(len(_sound(run)))} parts"),
             *(_off(_figure(run, name)) for name in _ASKED),
-            Cell(percent(run["drift"]), "void" if run["void"] else ""),
+            Cell(percent(max(part["drift"] for part in _sound(run)))),
             Cell(DASH) if run["holds"] is None else answered(run["holds"]),
         )
         for run in runs
@@ -81,24 +90,28 @@ def _overview(runs: Sequence[Data]) -> Table:
     return Table("Simulated against live, in per cent of the live figure; beneath, its 95% interval", head, rows)
 
 
+def _sound(run: Data) -> list[Data]:
+    return [part for part in run["parts"] if not part["void"]]
+
+
 def _how(runs: Sequence[Data]) -> str:
     drivers = " and ".join(dict.fromkeys(run["driver"] for run in runs))
     blocks = f"{min(run['block'] for run in runs)} to {max(run['block'] for run in runs)}"
     return (
-        "Cost rows were measured on the workers themselves before each run and are not fitted to it. The simulation "
-        "plays the live arrivals again, over the same links. Intervals: moving block bootstrap over requests, live and "
-        f"simulated drawn together, in blocks of {blocks} requests. Load driver: {drivers}. Utilisation and SLO "
-        "attainment differ in points of a per cent; throughput is one figure a run and has no interval."
+        "Runs are made in short parts, because machines seldom keep their pace for long. Cost rows were measured on "
+        "the workers themselves before each part and are not fitted to it; a part after which steps take another time "
+        "than before it is void. The simulation plays the live arrivals again, over the same links. Intervals: moving "
+        f"block bootstrap over requests, live and simulated drawn together, in blocks of {blocks} requests. Load "
+        f"driver: {drivers}. Utilisation and SLO attainment differ in points of a per cent; throughput is one figure a "
+        "run and has no interval."
     )
 
 
 def _details(run: Data) -> tuple[Block, ...]:
     facts = (
         f"Plan: {run['plan']}. Promise: {number(run['slo_s'])} s.",
-        f"Median steps before, during and after: {'; '.join(_steps(*item) for item in run['steps'].items())}.",
-        f"Tries: {run['tries']}. The median step drifted by {_most(run)}.",
-        f"To the model of the network the machine adds {number(1000 * run['stack_s'])} ms, measured before the run.",
-        f"The latest request was sent {number(1000 * run['late_s'])} ms after it was due.",
+        f"A part is void whose median step drifts by more than {percent(run['drift_limit'])}.",
+        "What the machine adds to the network, or to asking where none is crossed, was measured before each part.",
     )
     head = ("Figure", "Live", "Simulated", "Simulated against live", "Asked", "Near enough")
     rows = tuple(
@@ -112,11 +125,23 @@ def _details(run: Data) -> tuple[Block, ...]:
         )
         for figure in run["figures"]
     )
-    return Bullets(facts), Table("Live and simulated", head, rows), _measured(run["rows"])
+    return Bullets(facts), Table("Live and simulated", head, rows), _parts(run), _measured(run["rows"])
 
 
-def _most(run: Data) -> str:
-    return f"{percent(run['drift'])}; up to {percent(run['drift_limit'])} are allowed"
+def _parts(run: Data) -> Table:
+    devices = list(run["parts"][0]["steps"])
+    steps = (f"Median step of {device}: before, during, after (ms)" for device in devices)
+    head = ("Part", "Requests", *steps, "Drift", "Latest request (ms)", "Added by the machine (ms)")
+    cells = tuple(
+        (
+            Cell(number(part["part"])), Cell(number(part["requests"])),
+            *(Cell(_milliseconds(*part["steps"][device])) for device in devices),
+            Cell(percent(part["drift"]), "void" if part["void"] else ""),
+            Cell(_milliseconds(part["late_s"])), Cell(_milliseconds(part["stack_s"])),
+        )
+        for part in run["parts"]
+    )  # fmt: skip
+    return Table("Parts of the run", head, cells)
 
 
 def _measured(rows: Sequence[Data]) -> Table:
@@ -128,11 +153,11 @@ def _measured(rows: Sequence[Data]) -> Table:
         )
         for row in rows
     )  # fmt: skip
-    return Table("Measured before the run", head, cells, words=frozenset({0, 1, 2}))
+    return Table("Measured before the first sound part", head, cells, words=frozenset({0, 1, 2}))
 
 
-def _steps(device: str, seconds: Sequence[float]) -> str:
-    return f"{device} {', '.join(number(1000 * second) for second in seconds)} ms"
+def _milliseconds(*seconds: float) -> str:
+    return ", ".join(number(1000 * second) for second in seconds)
 
 
 def _called(run: Data) -> str:

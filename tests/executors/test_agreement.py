@@ -34,7 +34,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Profiles:
 def test_a_run_agrees_with_itself(kind, known, tmp_path):
     """Compared with itself a run is off by nothing, in every figure and at both ends of every interval."""
     run = run_of(kind, known, tmp_path)
-    found = compare(run, run, 0.6, resamples=100)
+    found = compare([(run, run)], 0.6, resamples=100)
     assert found.holds
     assert found.requests == len(run) == 100
     for figure in found.figures:
@@ -47,7 +47,7 @@ def test_a_run_agrees_with_itself(kind, known, tmp_path):
 def test_a_simulation_that_is_slower_by_a_share_is_off_by_that_share(factor, known, tmp_path):
     """Latencies and waits on a slower clock are off by its share, throughput by the reverse; utilisation not at all."""
     run = run_of(KINDS["hybrid"], known, tmp_path)
-    found = compare(run, slower(run, factor), 0.6, resamples=100)
+    found = compare([(run, slower(run, factor))], 0.6, resamples=100)
     for name in ("latency_mean_s", "latency_p50_s", "latency_p95_s", "latency_p99_s", "wait_mean_s", "held_mean_s"):
         figure = found[name]
         assert [figure.off, figure.low, figure.high] == pytest.approx([factor - 1.0] * 3)
@@ -56,11 +56,22 @@ def test_a_simulation_that_is_slower_by_a_share_is_off_by_that_share(factor, kno
     assert found["slo_attainment"].off == 0.0
 
 
+def test_the_parts_of_a_run_are_compared_as_one(known, tmp_path):
+    """Figures are those of all requests together; spans add up, so that time between parts counts for nothing."""
+    run = run_of(KINDS["hybrid"], known, tmp_path)
+    once, twice = (compare([(run, slower(run, 1.1))] * parts, 0.6, resamples=10) for parts in (1, 2))
+    assert twice.requests == 2 * once.requests
+    for one, both in zip(once.figures, twice.figures, strict=True):
+        assert (both.live, both.simulated) == pytest.approx((one.live, one.simulated), rel=1e-2), one.name
+    mixed = compare([(run, run), (run, slower(run, 1.1))], 0.6, resamples=10)
+    assert mixed["latency_mean_s"].off == pytest.approx(0.05)
+
+
 @pytest.mark.parametrize(("share", "load", "holds"), [(0.04, 0.6, True), (0.07, 0.6, False), (0.07, 0.8, True)])
 def test_the_verdict_is_that_of_the_limits(share, load, holds, known, tmp_path):
     """Four per cent is near enough at a load of 0.6, seven are not; at 0.8 seven are."""
     run = run_of(KINDS["cloud"], known, tmp_path)
-    assert compare(run, slower(run, 1.0 + share), load, resamples=10).holds is holds
+    assert compare([(run, slower(run, 1.0 + share))], load, resamples=10).holds is holds
 
 
 def test_limits_are_looser_at_higher_loads_and_nothing_is_asked_beyond_them():
@@ -80,7 +91,7 @@ def test_intervals_hold_the_difference_and_narrow_with_requests(known, tmp_path)
         frame = np.concatenate([run.rows()] * 4)[:count]
         other = frame.copy()
         column(other, "finish_s")[:] += noise[:count]
-        figure = compare(replace(run, table=frame), replace(run, table=other), 0.6)["latency_mean_s"]
+        figure = compare([(replace(run, table=frame), replace(run, table=other))], 0.6)["latency_mean_s"]
         assert figure.low < figure.off < figure.high
         widths.append(figure.high - figure.low)
     assert 1.4 < widths[0] / widths[1] < 2.9
@@ -93,7 +104,7 @@ def test_runs_that_are_not_of_the_same_served_requests_are_refused(known, tmp_pa
     column(lost, "status")[7] = 1.0
     for other in (replace(run, table=run.rows()[:-1]), replace(run, table=lost)):
         with pytest.raises(RunError):
-            compare(run, other, 0.6)
+            compare([(run, run), (run, other)], 0.6)
 
 
 @given(st.integers(1, 400), st.data())
@@ -129,21 +140,35 @@ def test_blocks_are_as_long_as_latencies_are_correlated():
 
 
 def test_the_report_says_what_was_compared(known, tmp_path):
-    """A page with a verdict, every figure of both runs, and the two curves of each run."""
+    """A page with a verdict, every figure, and the two curves of each run; void parts are told of and not compared."""
     run = run_of(KINDS["cloud"], known, tmp_path)
     kept.save(observed_of(run, known, KINDS["cloud"]), tmp_path / "runs")
+    kept.save(observed_of(run, known, KINDS["cloud"], part=2, drift=0.02), tmp_path / "runs")
+    kept.save(observed_of(run_of(KINDS["edge"], known, tmp_path), known, KINDS["edge"], drift=0.02), tmp_path / "runs")
     (row,) = calibrate(tmp_path / "out", runs=tmp_path / "runs")
     assert row["run"] == "cloud-0.7"
     assert row["holds"]
-    assert row["void"]
+    assert (row["requests"], row["parts"], row["void_parts"]) == (100, 1, 1)
     text = (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
-    assert "1 more are void" in text
+    assert "1 of 2 parts of them are void" in text
+    assert "Nothing is told of edge-0.7" in text
     assert "cloud at load 0.7" in text
     drawn = (tmp_path / "out" / "report" / "figures" / "latency-cloud.svg").read_text(encoding="utf-8")
     assert "simulated" in drawn
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())[0]["requests"] == 100
-    again = kept.read_times(tmp_path / "out" / "replays" / "cloud-0.7.parquet")
-    np.testing.assert_allclose(again["finish_s"], column(run.rows(), "finish_s"), atol=4 * TICK_S, rtol=0)
+    (path,) = (tmp_path / "out" / "replays").iterdir()
+    assert path.name == "cloud-0.7-1.parquet"
+    np.testing.assert_allclose(
+        kept.read_times(path)["finish_s"], column(run.rows(), "finish_s"), atol=4 * TICK_S, rtol=0
+    )
+
+
+def test_runs_of_which_nothing_is_sound_are_reported_all_the_same(known, tmp_path):
+    """The page says that nothing can be told, and no run is compared."""
+    void = observed_of(run_of(KINDS["cloud"], known, tmp_path), known, KINDS["cloud"], drift=0.02)
+    kept.save(void, tmp_path / "runs")
+    assert calibrate(tmp_path / "out", runs=tmp_path / "runs") == []
+    assert "Nothing is told of cloud-0.7" in (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

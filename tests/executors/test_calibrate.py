@@ -46,6 +46,7 @@ from hybridsd_sim import load_profiles
 from hybridsd_sim.errors import InputError, RunError
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.records import check_laws, column
+from hybridsd_sim.traces import import_trace
 
 
 @pytest.fixture(scope="module")
@@ -249,18 +250,28 @@ def test_what_the_machine_adds_to_the_network_lengthens_every_transfer(catalogue
     np.testing.assert_allclose(longer - plain, 0.004, rtol=0.1)
 
 
+def test_requests_that_cross_no_network_begin_when_they_were_allowed_to(catalogue, known, tmp_path):
+    """What asking takes comes before everything else that happens to a request at the edge, and moves nothing else."""
+    kind = KINDS["edge"]
+    before = observed_of(run_of(kind, known, tmp_path), known, kind)
+    plain, later = (replay(run, catalogue, tmp_path).rows() for run in (before, replace(before, stack_s=0.004)))
+    np.testing.assert_array_equal(column(plain, "arrival_s"), column(later, "arrival_s"))
+    for name in ("edge_ready_s", "edge_start_s", "edge_stop_s", "finish_s", "transfer_s"):
+        np.testing.assert_allclose(column(later, name) - column(plain, name), 0.004, atol=1e-9)
+
+
 def test_a_run_comes_back_from_its_files_and_replays_to_itself(catalogue, known, tmp_path):
     """What was saved is read the same; simulated from its own profile, a simulated run comes out again."""
     kind = KINDS["hybrid"]
     run = run_of(kind, known, tmp_path)
-    before = observed_of(run, known, kind)
+    before = observed_of(run, known, kind, part=3, drift=0.02)
     kept.save(before, tmp_path / "runs")
     (after,) = kept.find(tmp_path / "runs")
     assert after.void
-    for name in ("scenario", "deployment", "rows", "step_before_s", "load", "drift", "name"):
+    for name in ("scenario", "deployment", "rows", "step_before_s", "load", "part", "drift", "name"):
         assert getattr(after, name) == getattr(before, name)
     np.testing.assert_array_equal(after.records().rows(), before.records().rows())
-    found = compare(after.records(), replay(after, catalogue, tmp_path), after.load, resamples=10)
+    found = compare([(after.records(), replay(after, catalogue, tmp_path))], after.load, resamples=10)
     assert all(abs(figure.off) < 1e-6 for figure in found.figures)
 
 
@@ -269,17 +280,28 @@ def test_a_run_comes_back_from_its_files_and_replays_to_itself(catalogue, known,
 
 @pytest.mark.slow
 def test_a_handful_of_requests_is_served_live_and_replayed(tmp_path):
-    """Workers, service, client and driver for real: all requests are served, booked, kept, replayed and reported."""
+    """Workers, service, client and driver for real: all requests are served, booked, kept, replayed and reported.
+
+    A run that was cut off goes on with what it lacks, but not with another driver.
+    """
     kind = Kind(name="hybrid", num_inference_steps=2, in_cloud=True, at_edge=True)
     testbed = build_testbed(tmp_path / "testbed")
-    protocol = Protocol(profile_s=0.1)
-    asyncio.run(observe(kind, {0.5: 4}, testbed, tmp_path / "runs", protocol, lambda _: None))
-    (run,) = kept.find(tmp_path / "runs")
-    assert len(run.records()) == 4
-    assert plan_of(run.deployment).switch_step == 1
-    assert {row.component for row in run.rows} == {
-        "text_encode", "step", "handover_serialise", "handover_parse", "vae_decode",
-    }  # fmt: skip
-    measured = load_profiles([testbed.profiles, tmp_path / "runs" / "profiles" / run.name])
-    assert len(measured.costs) == len(run.rows)
+    protocol = Protocol(profile_s=0.1, part_s=1.0, drift_limit=1.0)
+    for requests in (4, 9, 9):  # the second goes on where the first stopped, and the third has nothing left to do
+        asyncio.run(observe(kind, {0.5: requests}, testbed, tmp_path / "runs", protocol, lambda _: None))
+    parts = kept.find(tmp_path / "runs")
+    assert [part.part for part in parts] == list(range(1, len(parts) + 1))
+    assert 9 <= sum(len(part.records()) for part in parts) <= 9 + len(parts)
+    for part in parts:
+        assert plan_of(part.deployment).switch_step == 1
+        assert {row.component for row in part.rows} == {
+            "text_encode", "step", "handover_serialise", "handover_parse", "vae_decode",
+        }  # fmt: skip
+    measured = load_profiles([testbed.profiles, tmp_path / "runs" / "profiles" / "hybrid-0.5"])
+    assert len(measured.costs) == len(parts[-1].rows)
     assert len(calibrate(tmp_path / "out", runs=tmp_path / "runs")) == 1
+
+    (tmp_path / "trace.csv").write_text("arrival_s\n0.0\n1.0\n", encoding="utf-8")
+    other = replace(protocol, trace=import_trace(tmp_path / "trace.csv"))
+    with pytest.raises(InputError, match="mlcommons-loadgen"):
+        asyncio.run(observe(kind, {0.5: 20}, testbed, tmp_path / "runs", other, lambda _: None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from crew_site import ENDLESS, SENDER, STEPS, levels, opened, pair_method, task
+from executors.calibrate.awake import own_cpus
 from executors.handover import parse, serialise
 from executors.live.tasks import Cancelled, WorkerLost
 from executors.samplers import SAMPLERS, SamplerState
@@ -47,6 +49,13 @@ def test_a_chain_of_workers_makes_the_picture_of_two_stages(site, sampler, switc
     wanted = site.picture(task(sampler=sampler), small="smaller", switch_step=switch)
     assert np.array_equal(levels(ended), wanted)
     assert (len(begun.step_s), len(ended.step_s)) == (switch, STEPS - switch)
+
+
+@pytest.mark.skipif(not own_cpus(), reason="this system does not say where processes run")
+def test_a_worker_stays_on_the_processors_it_was_given(site):
+    """One that was given none goes where the system likes."""
+    on = {name: os.sched_getaffinity(site.workers.pids(name)[0]) for name in ("cloud", "edge")}
+    assert on == {"cloud": set(own_cpus()[-1:]), "edge": set(own_cpus())}
 
 
 def test_a_gang_makes_what_its_ranks_make_in_one_process(site):
