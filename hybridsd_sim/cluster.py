@@ -40,6 +40,9 @@ RESTARTS = 3
 AHEAD = 4
 """Tasks that each CPU of a Ray cluster is given ahead of the result that is waited for."""
 LOST = f"a simulation lost its worker process {RESTARTS + 1} times; run fewer side by side, or see what ends them"
+LOST_ALONE = (
+    f"a simulation lost its worker process {RESTARTS + 1} times, at last with nothing beside it; see what ends it"
+)
 PATIENCE_S = 10.0
 """Seconds that a Ray cluster may take to accept a connection."""
 KEPT_PROFILES = 8
@@ -166,7 +169,7 @@ class _Processes:
                 except BrokenProcessPool:
                     losses += 1
                     if losses > RESTARTS:
-                        raise RunError(LOST) from None
+                        raise RunError(LOST_ALONE) from None
                     pool = self._renew(pool)
                     # Alone, so that nobody else's death is counted against it.
                     futures[index] = self._submit(calls[index])

@@ -123,8 +123,8 @@ class Menu:
     def _priced(self, size: Size) -> Options:
         """The class's own candidates, or what becomes of their plans for a request of another size."""
         own, found = self.own[size[0]], self._found[size[0]]
-        if size == _size(own, own):
-            return tuple(found)
+        if size[:-1] == _size(own, own)[:-1]:
+            return tuple(_of_priority(option, size[-1]) for option in found)
         _, model, height_px, width_px, steps, guided, images, sampler, floor, priority = size
         if model != own.model or not images >= 1:
             return ()
@@ -158,6 +158,14 @@ def _size(request: Request, own: Request) -> Size:
         request.guidance_scale > 1.0, request.num_images, request.sampler, floor,
         request.priority,
     )  # fmt: skip
+
+
+def _of_priority(candidate: Candidate, priority: int) -> Candidate:
+    """The candidate for a request of another priority, which changes no figure; itself where it has that one."""
+    request = candidate.cost.request
+    if request.priority == priority:
+        return candidate
+    return replace(candidate, cost=replace(candidate.cost, request=replace(request, priority=priority)))
 
 
 def _kinds(candidate: Candidate) -> frozenset[StepKind]:

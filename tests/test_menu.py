@@ -97,20 +97,27 @@ def test_candidates_carry_the_priority_that_was_asked_for(menu: Menu) -> None:
     urgent = menu.options(replace(own, priority=7), WIDE).now
 
     assert {option.cost.request.priority for option in urgent} == {7}
+    assert {o.cost.request.priority for o in menu.options(replace(own, num_images=2, priority=7), WIDE).now} == {7}
     assert figures(urgent) == figures(menu.options(own, WIDE).now)
     assert {option.cost.request.priority for option in menu.options(own, WIDE).now} == {own.priority}
 
 
 def test_sizes_that_clients_think_of_do_not_fill_the_memory(
-    menu: Menu, profiles: Profiles, monkeypatch: pytest.MonkeyPatch
+    menu: Menu, studio: Scenario, profiles: Profiles, found: CandidateSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After so many, the profiles forget what they worked out for them, and price the next ones the same."""
     monkeypatch.setattr(room, "MOST_PRICED", 3)
-    forgotten = []
-    monkeypatch.setattr(type(profiles.memory), "forget", lambda memory: forgotten.append(memory))  # noqa: PLW0108 -- a method
-    for steps in range(10, 17):
-        assert menu.options(replace(menu.own["draft"], num_inference_steps=steps), WIDE).now
-    assert forgotten == [profiles.memory] * 2
+    asked = [replace(menu.own["draft"], num_inference_steps=steps) for steps in (10, 11, 12, 13)]
+    remembers = []
+    for request in asked:
+        profiles.memory.recall("a test", request, lambda: "before")
+        menu.options(request, WIDE)
+        remembers.append(profiles.memory.recall("a test", request, lambda: "after") == "before")
+
+    assert remembers == [True, True, False, True]
+    fresh = Menu(Pricing(studio, profiles), found)
+    for request in asked:
+        assert figures(menu.options(request, WIDE).now) == figures(fresh.options(request, WIDE).now)
 
 
 def test_gangs_that_no_worker_could_hold_are_left_out(menu: Menu) -> None:

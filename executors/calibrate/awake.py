@@ -3,7 +3,8 @@
 A processor that has nothing to do goes to sleep; the next task finds another clock, cold caches or, on a virtual
 machine, a host that has lent the processor to somebody else. Steps then take a few per cent more or less from one half
 minute to the next. A process of the lowest scheduling class (SCHED_IDLE) that does nothing on every processor prevents
-that, and gives way at once to whoever has something to do. Both are Linux's; elsewhere nothing is done.
+that, and gives way at once to whoever has something to do; but it counts against a container's CPU quota, under which
+nobody should calibrate. Both are Linux's; elsewhere nothing is done.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from executors.bench import commit
 from executors.calibrate import observed as kept
-from executors.calibrate.compare import Comparison, Part, compare
+from executors.calibrate.compare import Comparison, Pair, compare
 from executors.calibrate.observe import Protocol, observe
 from executors.calibrate.observed import Observed
 from executors.calibrate.replay import replay
@@ -83,6 +83,7 @@ def _report(found: Sequence[Observed], out: Path, say: Callable[[str], None]) ->
         pairs = [(part.records(), _replayed(part, catalogue, out)) for part in parts if not part.void]
         if not pairs:
             lost.append(kept.name_of(kind, load))
+            rows.append(_row(parts, None))
             continue
         comparison = compare(pairs, load)
         runs.append(_run(parts, pairs, comparison))
@@ -101,7 +102,7 @@ def _replayed(part: Observed, catalogue: Profiles, out: Path) -> Records:
     return simulated
 
 
-def _run(parts: Sequence[Observed], pairs: Sequence[Part], comparison: Comparison) -> dict[str, Any]:
+def _run(parts: Sequence[Observed], pairs: Sequence[Pair], comparison: Comparison) -> dict[str, Any]:
     """A run and its replay as the report wants them: figures of its sound parts, and what each part was like."""
     first = next(part for part in parts if not part.void)
     return {
@@ -137,13 +138,14 @@ def _latencies(parts: Sequence[Records]) -> list[float]:
     return found
 
 
-def _row(parts: Sequence[Observed], comparison: Comparison) -> dict[str, Any]:
-    """What the command prints of a run."""
-    off = {f"{name}_off": comparison[name].off for name in ("latency_p50_s", "latency_mean_s", "latency_p95_s")}
+def _row(parts: Sequence[Observed], comparison: Comparison | None) -> dict[str, Any]:
+    """What the command prints of a run; without a sound part, nothing is compared."""
+    names = ("latency_p50_s", "latency_mean_s", "latency_p95_s", "served_per_s")
     return {
-        "run": kept.name_of(parts[0].kind, parts[0].load), "requests": comparison.requests,
+        "run": kept.name_of(parts[0].kind, parts[0].load), "requests": comparison.requests if comparison else 0,
         "parts": sum(not part.void for part in parts), "void_parts": sum(part.void for part in parts),
-        **off, "served_per_s_off": comparison["served_per_s"].off, "holds": comparison.holds,
+        **{f"{name}_off": comparison[name].off if comparison else None for name in names},
+        "holds": comparison.holds if comparison else None,
     }  # fmt: skip
 
 

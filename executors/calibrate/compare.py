@@ -32,7 +32,7 @@ LIMITS: tuple[tuple[float, Mapping[str, float]], ...] = (
 
 
 SIDES = ("cloud", "edge")
-Part = tuple[Records, Records]
+Pair = tuple[Records, Records]
 """A part of a live run, and its replay."""
 
 
@@ -112,7 +112,7 @@ SHARES: Mapping[str, Statistic] = {
 """Figures whose difference is told in shares of 1."""
 
 
-def compare(parts: Sequence[Part], load: float, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def compare(parts: Sequence[Pair], load: float, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
     """Compare the parts of a live run with their replays, pair by pair.
 
     Raises `RunError` if two of a pair have not the same requests, or if a request was not served.
@@ -138,7 +138,7 @@ def limits_at(load: float) -> Mapping[str, float]:
     return next((limits for most, limits in LIMITS if load <= most + 1e-9), {})
 
 
-def _busiest(parts: Sequence[Part]) -> str:
+def _busiest(parts: Sequence[Pair]) -> str:
     """The side whose worker was held the longest, live."""
     return max(SIDES, key=lambda side: sum(float(_seconds(live.rows(), side)[1].sum()) for live, _ in parts))
 

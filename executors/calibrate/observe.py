@@ -89,7 +89,7 @@ async def observe(
     say(f"{kind.name}: loading the models")
     async with working(deployment, testbed) as crews:
         bench = _Bench(kind, crews, catalogue, protocol, say)
-        await bench.settle(deployment)
+        await bench.settle(deployment, next((part.deployment for parts in before.values() for part in parts), None))
         for load in todo:
             number = 1 + max((part.part for part in before[load]), default=0)
             await bench.serve(load, _missing(requests[load], before[load]), number, out)
@@ -125,14 +125,15 @@ class _Bench:
         self.deployment: Deployment
         self.known: Profiles
 
-    async def settle(self, deployment: Deployment) -> None:
-        """Choose the switch step from the workers alone."""
-        first = await alone(self.crews, self.scenario, deployment, self.settings)
-        step = balanced_switch_step(self.kind, self.catalogue.with_costs(first.rows))
-        self.deployment = deployment_of(self.kind, self.scenario, self.catalogue, switch_step=step)
-        self.known = self.catalogue.with_costs(
-            (await alone(self.crews, self.scenario, self.deployment, self.settings)).rows
-        )
+    async def settle(self, deployment: Deployment, before: Deployment | None) -> None:
+        """Time the workers alone, and choose the switch step by that unless parts `before` have one."""
+        if before is None:
+            first = await alone(self.crews, self.scenario, deployment, self.settings)
+            step = balanced_switch_step(self.kind, self.catalogue.with_costs(first.rows))
+            before = deployment_of(self.kind, self.scenario, self.catalogue, switch_step=step)
+        self.deployment = before
+        alone_now = await alone(self.crews, self.scenario, self.deployment, self.settings)
+        self.known = self.catalogue.with_costs(alone_now.rows)
 
     def _serving(self, scenario: Scenario, profiles: Profiles) -> AbstractAsyncContextManager[Client]:
         return serving(self.crews, scenario, self.deployment, profiles, self.settings)
@@ -155,8 +156,9 @@ class _Bench:
         for each in range(number, number + parts):
             self.known = self.catalogue.with_costs(before.rows)
             part, before = await self._observe(load, each, math.ceil(missing / parts), before, out)
-            write_profile(part.rows, out / "profiles" / kept.name_of(part.kind, load), warmup_runs=WARMUP_RUNS)
             kept.save(part, out)
+            if not part.void:
+                write_profile(part.rows, out / "profiles" / kept.name_of(part.kind, load), warmup_runs=WARMUP_RUNS)
 
     def _rate(self, load: float) -> float:
         """Requests a second that make this load, by what is known now."""
@@ -215,13 +217,13 @@ class _Bench:
         return 10 * zlib.crc32(f"{self.protocol.seed} {self.kind.name} {load:g} {number}".encode())
 
     async def _drive(
-        self, client: Client, links: Sequence[Link | None], rate_per_s: float, number: int, seed: int, logs: Path
+        self, client: Client, links: Sequence[Link | None], rate_per_s: float, part: int, seed: int, logs: Path
     ) -> list[Sent[Outcome]]:
         async def send(number: int, arrival_s: float) -> Outcome:
             return await client.ask(replace(_ask(f"r{number}", number, links[number]), arrival_s=arrival_s))
 
         if self.protocol.trace is not None:
-            return await replay_trace(_scaled(self.protocol.trace, number, len(links), rate_per_s), send)
+            return await replay_trace(_scaled(self.protocol.trace, part, len(links), rate_per_s), send)
         return await drive_loadgen(rate_per_s, len(links), send, logs=logs, seed=seed)
 
 
@@ -229,10 +231,17 @@ def _ask(name: str, seed: int, link: Link | None) -> Ask:
     return Ask(id=name, request_class=REQUEST_CLASS, prompt=PROMPT, seed=seed, link=link)
 
 
-def _scaled(trace: Trace, number: int, count: int, rate_per_s: float) -> list[float]:
-    """As many arrivals of a trace as part `number` has, at another rate; the trace begins anew where it ends."""
-    gaps = np.resize(np.roll(np.diff(trace.arrival_s), (1 - number) * count), count - 1)
-    found: list[float] = np.cumsum(np.append(0.0, gaps * ((count - 1) / rate_per_s / gaps.sum()))).tolist()
+def _scaled(trace: Trace, part: int, count: int, rate_per_s: float) -> list[float]:
+    """The arrivals of a part of `count` requests, from where the part before ended in a trace that begins anew.
+
+    The trace as a whole has the rate; a part is as busy as its piece of it. Raises `InputError` where all arrive at
+    once, which is no rate.
+    """
+    gaps = np.diff(trace.arrival_s)
+    if not gaps.sum() > 0.0:
+        raise InputError(Problem("--trace", f"{len(trace)} requests", "has two that arrive at different times"))
+    mine = np.resize(np.roll(gaps, (1 - part) * count), count - 1) / (gaps.mean() * rate_per_s)
+    found: list[float] = np.cumsum(np.append(0.0, mine)).tolist()
     return found
 
 

@@ -68,12 +68,18 @@ def build_testbed(folder: Path) -> Testbed:
     testbed = Testbed(folder)
     write_catalogue(testbed.profiles)
     for name, path in testbed.weights.items():
-        if not path.is_dir():
+        if not _is_of(CONFIGS[name], path):
             _write_pipeline(CONFIGS[name], path)
     return testbed
 
 
 # ---- Pipelines ------------------------------------------------------------------------------------------------------
+
+
+def _is_of(config: Mapping[str, Any], path: Path) -> bool:
+    """Whether a pipeline lies there whose UNet has this configuration."""
+    file = path / "unet" / "config.json"
+    return file.is_file() and config.items() <= json.loads(file.read_text(encoding="utf-8")).items()
 
 
 def _write_pipeline(config: Mapping[str, Any], path: Path) -> None:
@@ -86,6 +92,7 @@ def _write_pipeline(config: Mapping[str, Any], path: Path) -> None:
     _seeded_vae().save_pretrained(part / "vae")
     _seeded_text_encoder().save_pretrained(part / "text_encoder")
     _write_tokenizer(part / "tokenizer")
+    shutil.rmtree(path, ignore_errors=True)
     part.rename(path)
 
 

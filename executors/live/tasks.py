@@ -37,6 +37,11 @@ class Gang:
     profiles: Path | None = None
     vae: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.cpus and len(self.cpus) != self.degree:
+            msg = f"worker {self.name}: {len(self.cpus)} CPUs for {self.degree} ranks"
+            raise ValueError(msg)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:

@@ -80,7 +80,7 @@ def _overview(runs: Sequence[Data]) -> Table:
     rows = tuple(
         (
             Cell(_called(run)),
-            Cell(number(run["requests"]), f"in {number(len(_sound(run)))} parts"),
+            Cell(number(run["requests"]), _in_parts(len(_sound(run)))),
             *(_off(_figure(run, name)) for name in _ASKED),
             Cell(percent(max(part["drift"] for part in _sound(run)))),
             Cell(DASH) if run["holds"] is None else answered(run["holds"]),
@@ -88,6 +88,10 @@ def _overview(runs: Sequence[Data]) -> Table:
         for run in runs
     )
     return Table("Simulated against live, in per cent of the live figure; beneath, its 95% interval", head, rows)
+
+
+def _in_parts(count: int) -> str:
+    return "in one part" if count == 1 else f"in {number(count)} parts"
 
 
 def _sound(run: Data) -> list[Data]:
@@ -109,7 +113,7 @@ def _how(runs: Sequence[Data]) -> str:
 
 def _details(run: Data) -> tuple[Block, ...]:
     facts = (
-        f"Plan: {run['plan']}. Promise: {number(run['slo_s'])} s.",
+        f"Plan: {run['plan']}. Promise in the first sound part: {number(run['slo_s'])} s.",
         f"A part is void whose median step drifts by more than {percent(run['drift_limit'])}.",
         "What the machine adds to the network, or to asking where none is crossed, was measured before each part.",
     )

@@ -145,7 +145,8 @@ def test_the_report_says_what_was_compared(known, tmp_path):
     kept.save(observed_of(run, known, KINDS["cloud"]), tmp_path / "runs")
     kept.save(observed_of(run, known, KINDS["cloud"], part=2, drift=0.02), tmp_path / "runs")
     kept.save(observed_of(run_of(KINDS["edge"], known, tmp_path), known, KINDS["edge"], drift=0.02), tmp_path / "runs")
-    (row,) = calibrate(tmp_path / "out", runs=tmp_path / "runs")
+    row, lost = calibrate(tmp_path / "out", runs=tmp_path / "runs")
+    assert (lost["run"], lost["requests"], lost["void_parts"], lost["holds"]) == ("edge-0.7", 0, 1, None)
     assert row["run"] == "cloud-0.7"
     assert row["holds"]
     assert (row["requests"], row["parts"], row["void_parts"]) == (100, 1, 1)
@@ -167,7 +168,8 @@ def test_runs_of_which_nothing_is_sound_are_reported_all_the_same(known, tmp_pat
     """The page says that nothing can be told, and no run is compared."""
     void = observed_of(run_of(KINDS["cloud"], known, tmp_path), known, KINDS["cloud"], drift=0.02)
     kept.save(void, tmp_path / "runs")
-    assert calibrate(tmp_path / "out", runs=tmp_path / "runs") == []
+    (lost,) = calibrate(tmp_path / "out", runs=tmp_path / "runs")
+    assert (lost["parts"], lost["latency_p50_s_off"]) == (0, None)
     assert "Nothing is told of cloud-0.7" in (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
 
 
