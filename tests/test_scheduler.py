@@ -42,9 +42,9 @@ def plan(options: tuple[Candidate, ...]) -> Deployment:
 
 
 @pytest.fixture
-def scheduler(options: tuple[Candidate, ...], quickstart: Scenario, profiles: Profiles) -> Scheduler:
-    """Follows a plan of three nodes that hands over after ten steps."""
-    return Scheduler.from_plan(at_switch_step(options, 10), scenario=quickstart, profiles=profiles)
+def scheduler(plan: Deployment, quickstart: Scenario, profiles: Profiles) -> Scheduler:
+    """Follows that plan."""
+    return Scheduler.from_plan(plan, scenario=quickstart, profiles=profiles)
 
 
 def test_a_request_goes_by_its_own_priority(
