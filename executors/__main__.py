@@ -258,7 +258,7 @@ def calibrate(
     loads: Annotated[list[str] | None, typer.Option(help="Utilisations; default 0.3,0.6,0.8.")] = None,
     requests: Annotated[int, typer.Option(help="Requests of all runs together.", min=1)] = 2040,
     trace: Annotated[Path | None, typer.Option(help="Its arrivals, at each load's rate; default Poisson.")] = None,
-    tries: Annotated[int, typer.Option(help="How often parts are made whose steps drift.", min=1)] = 5,
+    tries: Annotated[int, typer.Option(help="Rounds over all kinds; each goes on with what is missing.", min=1)] = 5,
     runs: Annotated[Path | None, typer.Option("--from", help="Compare the runs in this folder, observe none.")] = None,
     format_: OutputFormat = TEXT,
 ) -> None:

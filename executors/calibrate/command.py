@@ -49,9 +49,9 @@ def calibrate(
     """Calibrate the simulator on this machine; returns a row for each run, and writes all of it into `out`.
 
     Every kind gets as many of the `requests`, shared out over the `loads` so that its runs take equally long. Arrivals
-    are LoadGen's Poisson, or those of a `trace` at the rate of each load. Runs are made in parts; when all kinds have
-    been run, the parts that are void are made again, and again, until all was tried `tries` times. Sound parts that
-    `out` holds are not made again; `runs` is a folder of runs to compare without observing any.
+    are LoadGen's Poisson, or those of a `trace` at the rate of each load. Runs are made in parts, and void parts again
+    as long as there are attempts; what all kinds lack after that is made in the next of `tries` rounds. Sound parts
+    that `out` holds are not made again; `runs` is a folder of runs to compare without observing any.
     """
     folder = out / RUNS if runs is None else runs
     with _progress() as say:

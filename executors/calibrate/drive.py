@@ -15,8 +15,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from executors.live.shaping import until
-from hybridsd_sim.errors import RunError
+from hybridsd_sim.errors import InputError, Problem, RunError
+from hybridsd_sim.traces import Trace
 
 AnswerT = TypeVar("AnswerT")
 Send = Callable[[int, float], Awaitable[AnswerT]]
@@ -48,6 +51,20 @@ async def replay_trace(arrivals_s: Sequence[float], send: Send[AnswerT]) -> list
 async def _sent(send: Send[AnswerT], number: int, arrival_s: float) -> Sent[AnswerT]:
     late_s = time.monotonic() - arrival_s
     return Sent(arrival_s, late_s, await send(number, arrival_s))
+
+
+def piece_of(trace: Trace, first: int, count: int, rate_per_s: float) -> list[float]:
+    """The arrivals of `count` requests from the `first` on, counted from 0, of a trace that begins anew at its end.
+
+    The trace as a whole has the rate; a piece is as busy as it is in the trace. Raises `InputError` where all arrive at
+    once, which is no rate.
+    """
+    gaps = np.diff(trace.arrival_s)
+    if not gaps.sum() > 0.0:
+        raise InputError(Problem("--trace", f"{len(trace)} requests", "has two that arrive at different times"))
+    mine = np.resize(np.roll(gaps, -first), count - 1) / (gaps.mean() * rate_per_s)
+    found: list[float] = np.cumsum(np.append(0.0, mine)).tolist()
+    return found
 
 
 async def drive_loadgen(

@@ -1,19 +1,21 @@
-"""Observes live runs in parts: profile, serve, profile again; a part whose steps drifted is void and made again.
+"""Observes live runs in parts of some seconds, between which the pace of the workers is taken.
 
-Parts are a minute long, because machines that others share seldom keep their pace for longer; and so are the profiles,
-because the median of a few hundred steps is itself uncertain by half a per cent. The profile after a part is the one
-before the next. All loads of a kind are served by the same processes, so that the profile behind a part is that of the
-very workers. A part is kept as soon as it is done, so that a calibration can be cut off at any moment and goes on where
-it was.
+The pace is the median step of workers that have nothing else to do. Machines that others share change theirs within a
+minute. So what requests cost is measured in a rehearsal, its rows are brought to the pace just before each part, and a
+part whose workers have another pace behind it is void: its rows do not stand for it, and it has to be made again. The
+pace after a part is the one before the next, but after a void one it is waited until the pace is steady. All loads of
+a kind are served by the same processes, so that the profile behind a part is that of the very workers. A part is kept
+as soon as it is done, so that a calibration can be cut off at any moment and goes on where it was.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 
@@ -21,10 +23,10 @@ import numpy as np
 
 from executors.calibrate import observed as kept
 from executors.calibrate.booking import facts_of, times_of
-from executors.calibrate.drive import Sent, drive_loadgen, replay_trace
+from executors.calibrate.drive import Sent, drive_loadgen, piece_of, replay_trace
 from executors.calibrate.observed import Observed
 from executors.calibrate.profiled import Profile, drift, write_profile
-from executors.calibrate.rehearse import PROMPT, WARMUP_RUNS, Crews, Rehearsal, alone, rehearse
+from executors.calibrate.rehearse import PROMPT, WARMUP_RUNS, Crews, Rehearsal, alone, pace, rehearse
 from executors.calibrate.replay import drawn_links
 from executors.calibrate.setting import (
     REQUEST_CLASS,
@@ -49,20 +51,26 @@ from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.traces import Trace
 
 Say = Callable[[str], None]
-FEWEST_REHEARSED = 24
-"""Requests of a rehearsal, at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """How runs are made: seconds of a part and of the profiles around it, and the drift that voids a part.
+    """How runs are made: seconds of a part, of a rehearsal and of taking the pace, and the drift that voids a part.
 
-    `trace` gives the arrivals their shape; None means Poisson arrivals from LoadGen.
+    A rehearsal has `fewest_rehearsed` requests or more, and is made anew, up to `rehearsals` times, if the pace drifted
+    around it. For each sound part that is wanted there are `attempts`. `patience` is how often the pace is taken until
+    two in a row agree; then things go on all the same. `trace` gives the arrivals their shape; None means Poisson
+    arrivals from LoadGen.
     """
 
-    part_s: float = 60.0
-    profile_s: float = 60.0
+    part_s: float = 10.0
+    rehearsal_s: float = 20.0
+    pace_s: float = 3.0
     drift_limit: float = 0.01
+    fewest_rehearsed: int = 24
+    rehearsals: int = 3
+    attempts: int = 6
+    patience: int = 12
     seed: int = 1
     trace: Trace | None = None
 
@@ -88,11 +96,10 @@ async def observe(
     deployment = deployment_of(kind, _endless(kind, protocol.seed), catalogue, switch_step=middle)
     say(f"{kind.name}: loading the models")
     async with working(deployment, testbed) as crews:
-        bench = _Bench(kind, crews, catalogue, protocol, say)
+        bench = _Bench(kind, crews, catalogue, protocol, out, say)
         await bench.settle(deployment, next((part.deployment for parts in before.values() for part in parts), None))
         for load in todo:
-            number = 1 + max((part.part for part in before[load]), default=0)
-            await bench.serve(load, _missing(requests[load], before[load]), number, out)
+            await bench.serve(load, requests[load], before[load])
 
 
 def _kept(kind: Kind, load: float, out: Path, protocol: Protocol) -> list[Observed]:
@@ -105,9 +112,14 @@ def _kept(kind: Kind, load: float, out: Path, protocol: Protocol) -> list[Observ
     return mine
 
 
-def _missing(wanted: int, parts: Sequence[Observed]) -> int:
+def _missing(wanted: int, parts: Iterable[Observed]) -> int:
     """Requests that sound parts do not have yet."""
-    return max(0, wanted - sum(len(part.late_s) for part in parts if not part.void))
+    return max(0, wanted - _served(parts))
+
+
+def _served(parts: Iterable[Observed]) -> int:
+    """Requests of the sound parts."""
+    return sum(len(part.late_s) for part in parts if not part.void)
 
 
 def _endless(kind: Kind, seed: int) -> Scenario:
@@ -118,8 +130,9 @@ def _endless(kind: Kind, seed: int) -> Scenario:
 class _Bench:
     """The workers of one kind, the plan that suits them, and what was last known of their costs."""
 
-    def __init__(self, kind: Kind, crews: Crews, catalogue: Profiles, protocol: Protocol, say: Say) -> None:
-        self.kind, self.crews, self.catalogue, self.protocol, self.say = kind, crews, catalogue, protocol, say
+    def __init__(self, kind: Kind, crews: Crews, catalogue: Profiles, protocol: Protocol, out: Path, say: Say) -> None:
+        self.kind, self.crews, self.catalogue = kind, crews, catalogue
+        self.protocol, self.out, self.say = protocol, out, say
         self.settings = Settings()
         self.scenario = _endless(kind, protocol.seed)
         self.deployment: Deployment
@@ -138,37 +151,74 @@ class _Bench:
     def _serving(self, scenario: Scenario, profiles: Profiles) -> AbstractAsyncContextManager[Client]:
         return serving(self.crews, scenario, self.deployment, profiles, self.settings)
 
-    async def _rehearse(self, client: Client, rate_per_s: float, seed: int) -> Profile:
+    async def _rehearse(self, rate_per_s: float, seed: int) -> Profile:
         """What requests take at that rate; those of another seed than any part's."""
-        count = max(FEWEST_REHEARSED, math.ceil(self.protocol.profile_s * rate_per_s))
+        count = max(self.protocol.fewest_rehearsed, math.ceil(self.protocol.rehearsal_s * rate_per_s))
         draws = np.random.default_rng(seed)
         arrivals_s: list[float] = np.cumsum(draws.exponential(1.0 / rate_per_s, count)).tolist()
         links = self._links(self.known, count, seed)
         cost = candidate_of(self.scenario, self.deployment, self.known).cost
         rehearsal = Rehearsal(arrivals_s=arrivals_s, links=links, cost=cost)
-        return await rehearse(client, self.crews, self.scenario, self.deployment, rehearsal)
-
-    async def serve(self, load: float, missing: int, number: int, out: Path) -> None:
-        """Serve the requests that a run misses, in parts of about the same length, the first of which is `number`."""
         async with self._serving(self.scenario, self.known) as client:
-            before = await self._rehearse(client, self._rate(load), self._seed(load, 0))
-        parts = max(1, round(missing / self._rate(load) / self.protocol.part_s))
-        for each in range(number, number + parts):
-            self.known = self.catalogue.with_costs(before.rows)
-            part, before = await self._observe(load, each, math.ceil(missing / parts), before, out)
-            kept.save(part, out)
-            if not part.void:
-                write_profile(part.rows, out / "profiles" / kept.name_of(part.kind, load), warmup_runs=WARMUP_RUNS)
+            return await rehearse(client, self.crews, self.scenario, self.deployment, rehearsal)
+
+    async def serve(self, load: float, wanted: int, parts: Sequence[Observed]) -> None:
+        """Serve what a run misses after its `parts`, in further parts of about the same length.
+
+        A void part is tried again as long as there are attempts.
+        """
+        profile, before = await self._profile(load)
+        more = math.ceil(_missing(wanted, parts) / self._rate(load) / self.protocol.part_s)
+        count = math.ceil(_missing(wanted, parts) / more)
+        done = list(parts)
+        for _ in range(self.protocol.attempts * more):
+            part = await self._observe(load, done, count, profile.at(before))
+            done.append(part)
+            self._keep(part)
+            if not _missing(wanted, done):
+                return
+            before = await self._steady_pace() if part.void else part.step_after_s
+        self.say(
+            f"{kept.name_of(self.kind.name, load)}: given up for now, {_missing(wanted, done)} requests are missing"
+        )
+
+    async def _profile(self, load: float) -> tuple[Profile, Mapping[str, float]]:
+        """What is measured in a rehearsal, at the mean of the paces around it, and the pace just now."""
+        tried: list[tuple[float, Profile]] = []
+        for number in range(self.protocol.rehearsals):
+            before = await self._steady_pace()
+            rehearsed = await self._rehearse(self._rate(load), self._seed(load, -number))
+            after = await self._pace()
+            mean = {device: (before[device] + after[device]) / 2.0 for device in before}
+            tried.append((drift(before, after), replace(rehearsed, pace=mean)))
+            if tried[-1][0] <= self.protocol.drift_limit:
+                break
+        drifted, profile = min(tried, key=itemgetter(0))
+        self.say(f"{kept.name_of(self.kind.name, load)}: rehearsed, steps drifted by {drifted:.2%}")
+        return profile, after
+
+    async def _steady_pace(self) -> Mapping[str, float]:
+        """The pace, as soon as it is the same twice in a row."""
+        last = await self._pace()
+        for _ in range(self.protocol.patience):
+            before, last = last, await self._pace()
+            if drift(before, last) <= self.protocol.drift_limit:
+                return last
+        self.say(f"{self.kind.name}: steps do not get steady")
+        return last
+
+    async def _pace(self) -> Mapping[str, float]:
+        return await pace(self.crews, self.scenario, self.deployment, self.settings, self.protocol.pace_s)
 
     def _rate(self, load: float) -> float:
         """Requests a second that make this load, by what is known now."""
         return load / bottleneck_s(candidate_of(self.scenario, self.deployment, self.known))
 
-    async def _observe(
-        self, load: float, number: int, count: int, before: Profile, out: Path
-    ) -> tuple[Observed, Profile]:
-        """One part of `count` requests, and the profile after it."""
-        profiles, rate_per_s, seed = self.known, self._rate(load), self._seed(load, number)
+    async def _observe(self, load: float, done: Sequence[Observed], count: int, profile: Profile) -> Observed:
+        """The part of `count` requests after those that are `done`, by the profile at the pace before it."""
+        profiles = self.known = self.catalogue.with_costs(profile.rows)
+        number = 1 + max((part.part for part in done), default=0)
+        rate_per_s, seed = self._rate(load), self._seed(load, number)
         name = f"{kept.name_of(self.kind.name, load)}-{number}"
         scenario = scenario_of(
             self.kind,
@@ -180,12 +230,12 @@ class _Bench:
         self.say(f"{name}: {count} requests in {count / rate_per_s:.0f} s")
         async with self._serving(scenario, profiles) as client:
             links = self._links(profiles, count, seed)
-            sent = await self._drive(client, links, rate_per_s, number, seed, out / "logs" / name)
-            after = await self._rehearse(client, rate_per_s, seed + 1)
-        drifted = drift(before.step_median_s, after.step_median_s)
+            sent = await self._drive(client, links, rate_per_s, _served(done), seed, self.out / "logs" / name)
+        after = await self._pace()
+        drifted = drift(profile.pace, after)
         void = " (void)" if drifted > self.protocol.drift_limit else ""
         self.say(f"{name}: {count} requests served, steps drifted by {drifted:.2%}{void}")
-        part = Observed(
+        return Observed(
             kind=self.kind.name,
             load=load,
             part=number,
@@ -193,18 +243,17 @@ class _Bench:
             driver=self.protocol.driver,
             scenario=scenario,
             deployment=self.deployment,
-            rows=before.rows,
-            stack_s=before.stack_s,
-            step_before_s=before.step_median_s,
+            rows=profile.rows,
+            stack_s=profile.stack_s,
+            step_before_s=profile.pace,
             step_during_s=_steps(sent),
-            step_after_s=after.step_median_s,
+            step_after_s=after,
             drift=drifted,
             drift_limit=self.protocol.drift_limit,
             facts=facts_of(sent, scenario, self.deployment, profiles),
             times_s=times_of(sent),
             late_s=np.array([one.late_s for one in sent]),
         )
-        return part, after
 
     def _links(self, profiles: Profiles, count: int, seed: int) -> list[Link | None]:
         """Each request's own link; none for requests that cross no network."""
@@ -214,35 +263,28 @@ class _Bench:
 
     def _seed(self, load: float, number: int) -> int:
         """A seed of its own for every part of every run: no two have the same gaps between arrivals."""
-        return 10 * zlib.crc32(f"{self.protocol.seed} {self.kind.name} {load:g} {number}".encode())
+        return zlib.crc32(f"{self.protocol.seed} {self.kind.name} {load:g} {number}".encode())
 
     async def _drive(
-        self, client: Client, links: Sequence[Link | None], rate_per_s: float, part: int, seed: int, logs: Path
+        self, client: Client, links: Sequence[Link | None], rate_per_s: float, first: int, seed: int, logs: Path
     ) -> list[Sent[Outcome]]:
         async def send(number: int, arrival_s: float) -> Outcome:
             return await client.ask(replace(_ask(f"r{number}", number, links[number]), arrival_s=arrival_s))
 
         if self.protocol.trace is not None:
-            return await replay_trace(_scaled(self.protocol.trace, part, len(links), rate_per_s), send)
+            return await replay_trace(piece_of(self.protocol.trace, first, len(links), rate_per_s), send)
         return await drive_loadgen(rate_per_s, len(links), send, logs=logs, seed=seed)
+
+    def _keep(self, part: Observed) -> None:
+        kept.save(part, self.out)
+        if not part.void:
+            write_profile(
+                part.rows, self.out / "profiles" / kept.name_of(part.kind, part.load), warmup_runs=WARMUP_RUNS
+            )
 
 
 def _ask(name: str, seed: int, link: Link | None) -> Ask:
     return Ask(id=name, request_class=REQUEST_CLASS, prompt=PROMPT, seed=seed, link=link)
-
-
-def _scaled(trace: Trace, part: int, count: int, rate_per_s: float) -> list[float]:
-    """The arrivals of a part of `count` requests, from where the part before ended in a trace that begins anew.
-
-    The trace as a whole has the rate; a part is as busy as its piece of it. Raises `InputError` where all arrive at
-    once, which is no rate.
-    """
-    gaps = np.diff(trace.arrival_s)
-    if not gaps.sum() > 0.0:
-        raise InputError(Problem("--trace", f"{len(trace)} requests", "has two that arrive at different times"))
-    mine = np.resize(np.roll(gaps, (1 - part) * count), count - 1) / (gaps.mean() * rate_per_s)
-    found: list[float] = np.cumsum(np.append(0.0, mine)).tolist()
-    return found
 
 
 def _steps(sent: Sequence[Sent[Outcome]]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from hybridsd_sim.profiles import CostRow, Profiles, Quantiles
 from hybridsd_sim.records import TIMES, PlanFacts, Records, column, write_atomically
 from hybridsd_sim.scenario import Scenario
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,8 +31,8 @@ class Observed:
 
     `scenario` has the part's own arrivals as a trace of the name `<name>.csv`, wherever that lies. Measured before it:
     the cost `rows`, and `stack_s`, what the machine adds to the network, or to asking where none is crossed.
-    `step_before_s`, `step_during_s` and `step_after_s` are the median steps of each device. `late_s`: how long after it
-    was due each request was sent.
+    `step_before_s`, `step_during_s` and `step_after_s` are the median steps of each device, before and after with
+    nothing else to do. `late_s`: how long after it was due each request was sent.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Observed:
 
     @property
     def void(self) -> bool:
-        """Whether steps took another time after the part than before, so that the profile does not stand for it."""
+        """Whether steps took another time after the part than before, so that its profile does not stand for it."""
         return self.drift > self.drift_limit
 
     def records(self) -> Records:

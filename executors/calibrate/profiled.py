@@ -8,7 +8,7 @@ parts together are the mean time for which a request holds the worker, because t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, median
@@ -36,20 +36,27 @@ class Held:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Cost rows of the parts of a request, and the seconds of every single step by device.
+    """Cost rows of the parts of a request, at a pace of the workers: the median step of each device, all of them busy.
 
     `stack_s` are the seconds for which a request is in nobody's hands beyond what the model of its link says: what
     clients, servers and sockets add, of requests that are served at the edge alone the asking whether they may be.
     """
 
     rows: tuple[CostRow, ...]
-    step_s: Mapping[str, tuple[float, ...]] = field(repr=False)
     stack_s: float = 0.0
+    pace: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def step_median_s(self) -> dict[str, float]:
-        """The median step of each device."""
-        return {device: median(seconds) for device, seconds in self.step_s.items()}
+    def at(self, pace: Mapping[str, float]) -> Profile:
+        """The same workers at another pace: all that a device does takes longer, or less, in that proportion."""
+        rows = tuple(_scaled(row, pace[row.device] / self.pace[row.device]) for row in self.rows)
+        return replace(self, rows=rows, pace=pace)
+
+
+def _scaled(row: CostRow, factor: float) -> CostRow:
+    """A row at another pace, which it says."""
+    known = {name: getattr(row, name) for name in ("seconds_median", "seconds_p05", "seconds_p95")}
+    seconds = {name: factor * second for name, second in known.items() if second is not None}
+    return row.model_copy(update={**seconds, "notes": f"{row.notes}; times {factor:.4f}, the pace before the part"})
 
 
 def drift(before: Mapping[str, float], after: Mapping[str, float]) -> float:
@@ -60,20 +67,24 @@ def drift(before: Mapping[str, float], after: Mapping[str, float]) -> float:
 def profile_of(scenario: Scenario, plan: Plan, tasks: Sequence[Sequence[Held]], notes: str) -> Profile:
     """The profile that the tasks of each stage of a plan make; `notes` say how they came about."""
     rows: list[CostRow] = []
-    steps, handed_over = {}, 0
+    handed_over = 0
     for stage, held in zip(plan.stages, tasks, strict=True):
         site = _Site(scenario, plan, stage, notes)
         rows += site.rows(held, handed_over)
-        steps[site.device] = tuple(second for one in held for second in one.done.step_s)
         handed_over = len(held[0].done.payload)
-    return Profile(rows=tuple(rows), step_s=steps)
+    return Profile(rows=tuple(rows))
+
+
+def device_of(stage: Stage) -> str:
+    """The testbed's device that does a stage."""
+    return CLOUD if stage.site.tier == "cloud" else EDGE
 
 
 class _Site:
     """Makes rows of what the worker of one stage did."""
 
     def __init__(self, scenario: Scenario, plan: Plan, stage: Stage, notes: str) -> None:
-        self.device = CLOUD if stage.site.tier == "cloud" else EDGE
+        self.device = device_of(stage)
         self._spec = scenario.requests[REQUEST_CLASS]
         self._plan, self._stage, self._notes = plan, stage, notes
 

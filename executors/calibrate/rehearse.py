@@ -7,6 +7,7 @@ cold caches, client, service and the other workers cost a worker at this load, a
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from itertools import pairwise
 from statistics import median
 
 from executors.calibrate.drive import replay_trace
-from executors.calibrate.profiled import Held, Profile, profile_of
+from executors.calibrate.profiled import Held, Profile, device_of, profile_of
 from executors.calibrate.setting import REQUEST_CLASS, plan_of
 from executors.live.client import Ask, Client, Outcome
 from executors.live.crew import Crew, OnStep
@@ -73,6 +74,31 @@ class Crews:
     def of(self, stage: Stage) -> tuple[WatchedCrew, str]:
         """The crew and the worker that do a stage."""
         return (self.cloud, _CLOUD) if stage.site.tier == "cloud" else (self.edge, _EDGE)
+
+
+async def pace(
+    crews: Crews, scenario: Scenario, deployment: Deployment, settings: Settings, for_s: float
+) -> dict[str, float]:
+    """The median step of each device while all workers do one task after the other: how fast they are just now."""
+    begun, tasks = None, {}
+    for stage in plan_of(deployment).stages:
+        tasks[device_of(stage)] = (*crews.of(stage), _task(scenario, stage, begun, settings))
+        begun = (await _next(*tasks[device_of(stage)])).payload
+    until_s = time.monotonic() + for_s
+    step_s = await asyncio.gather(*[_steps(*task, until_s) for task in tasks.values()])
+    return {device: median(seconds) for device, seconds in zip(tasks, step_s, strict=True)}
+
+
+async def _steps(crew: Crew, worker: str, task: Task, until_s: float) -> list[float]:
+    """Seconds of the steps of a task that is done again and again."""
+    found: list[float] = []
+    while not found or time.monotonic() < until_s:
+        found += (await _next(crew, worker, task)).step_s
+    return found
+
+
+async def _next(crew: Crew, worker: str, task: Task) -> Done:
+    return await crew.run(worker, replace(task, key=f"pace/{time.monotonic_ns()}"))
 
 
 async def alone(crews: Crews, scenario: Scenario, deployment: Deployment, settings: Settings) -> Profile:

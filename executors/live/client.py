@@ -136,7 +136,7 @@ class Client:
         self._last_words: set[asyncio.Task[None]] = set()
         self._http = httpx.AsyncClient(
             base_url=_checked_url(url),
-            headers={"authorization": f"Bearer {token}"} if token else {},
+            headers={"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {}),
             timeout=httpx.Timeout(wait_s + _SPARE_S, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
             trust_env=False,

@@ -26,7 +26,7 @@ from hybridsd_sim.deployment import load_deployment
 from hybridsd_sim.errors import InputError, Problem, RunError
 from hybridsd_sim.profiles import load_profiles
 from hybridsd_sim.scheduler import Scheduler
-from hybridsd_sim.server.listen import is_loopback
+from hybridsd_sim.server.listen import is_loopback, names_of
 from hybridsd_sim.workers import Worker
 
 Say = Callable[[str], None]
@@ -76,7 +76,14 @@ async def _until_stopped(
     for gang in gangs:
         say(f"loading {gang.name}: {', '.join(gang.models)}, {gang.method} x{gang.degree}, {gang.threads} threads")
     async with Crew(gangs) as crew:
-        app = build_service(scheduler, crew, gangs=gangs, token=serving.token, settings=serving.settings)
+        app = build_service(
+            scheduler,
+            crew,
+            gangs=gangs,
+            token=serving.token or None,
+            hosts=names_of(serving.host),
+            settings=serving.settings,
+        )
         async with served(app, listener) as running:
             host, port = listener.getsockname()[:2]
             say(f"serving {scheduler.scenario.name} on http://{host}:{port} with {len(crew.up())} workers")

@@ -8,19 +8,15 @@ is JSON: `{"error": {"place", "value", "rule", "remedy"}}`. Nothing that a reque
 from __future__ import annotations
 
 import asyncio
-import hmac
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.exceptions import HTTPException
 
 from executors.live import endings
 from executors.live.desk import ROOM_S, BusyError, Desk
@@ -33,14 +29,13 @@ from executors.live.tasks import Gang
 from executors.live.work import Settings, Work
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.scheduler import Scheduler
+from hybridsd_sim.server.answers import RefusedError
+from hybridsd_sim.server.guard import FAILED, LOOPBACK, Guard, body_of
 
 if TYPE_CHECKING:
     from executors.live.crew import Crew
 
-log = logging.getLogger(__name__)
 _CODES = {"served": 200, "handed_over": 200, "open": 202}
-_BODY_S = 10.0
-"""A body of a few kilobytes that takes longer is not coming."""
 SaidT = TypeVar("SaidT", bound=Said)
 
 
@@ -50,13 +45,15 @@ def build_service(
     *,
     gangs: Sequence[Gang] = (),
     token: str | None = None,
+    hosts: Collection[str] | None = LOOPBACK,
     settings: Settings | None = None,
 ) -> FastAPI:
     """The endpoint of a scheduler and the crew that carries its decisions out, as an ASGI application.
 
     The crew must be up, and stays its owner's; `gangs` are what it was made of, so that a plan that is swapped in sends
     no worker what it was not made for. With a `token` whoever asks must send it as a bearer token; health and
-    readiness are for everybody. `scheduler.replace_plan` may be called at any time.
+    readiness are for everybody. `hosts` are the names by which the service may be asked; None is any, for one that
+    others than this machine reach. `scheduler.replace_plan` may be called at any time.
     """
     chosen = settings or Settings()
     meters = Meters()
@@ -71,10 +68,10 @@ def build_service(
 
     app = FastAPI(title="hybridsd_sim live", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(_health(crew))
-    guarded = [Depends(_bearer(token))] if token else []
-    app.include_router(_images(desk, meters, chosen), dependencies=guarded)
-    app.add_exception_handler(StarletteHTTPException, _http_error)
-    app.add_middleware(_Discreet)
+    app.include_router(_images(desk, meters, chosen))
+    app.add_exception_handler(RefusedError, _refused)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(Guard, token=token, hosts=hosts, answer=_turned_away)
     return app
 
 
@@ -146,7 +143,7 @@ def _images(desk: Desk, meters: Meters, settings: Settings) -> APIRouter:
 def _known(desk: Desk, name: str) -> Work:
     work = desk.find(name)
     if work is None:
-        raise HTTPException(404, "no request of this id is under way or kept")
+        raise RefusedError(404, Problem("id", "unknown", "no such request is under way or kept", "Order it."))
     return work
 
 
@@ -186,20 +183,12 @@ def _takes(shape: type[Said]) -> dict[str, Any]:
 
 
 async def _read(request: Request, shape: type[SaidT], most: int) -> SaidT:
-    """The body as a message; a refusal where it is too long, too slow or something else."""
-    data = bytearray()
+    """The body as a message. Raises `RefusedError` where it is too long, too slow or something else."""
+    body = await body_of(request, most)
     try:
-        async with asyncio.timeout(_BODY_S):
-            async for part in request.stream():
-                data += part
-                if len(data) > most:
-                    raise HTTPException(413, f"a body has at most {most} bytes")
-    except TimeoutError:
-        raise HTTPException(408, f"a body must arrive within {_BODY_S:g} seconds") from None
-    try:
-        return shape.model_validate_json(bytes(data))
+        return shape.model_validate_json(body)
     except ValidationError as error:
-        raise HTTPException(422, _misread(error)) from None
+        raise RefusedError(422, _misread(error)) from None
 
 
 def _misread(error: ValidationError) -> Problem:
@@ -208,17 +197,6 @@ def _misread(error: ValidationError) -> Problem:
     return Problem(
         place, "missing" if first["type"] == "missing" else first["type"], first["msg"], "See /openapi.json."
     )
-
-
-def _bearer(token: str) -> Callable[[Request], Awaitable[None]]:
-    wanted = f"Bearer {token}".encode()
-
-    async def check(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, wanted):
-            raise HTTPException(401, "the bearer token is missing or wrong", {"www-authenticate": "Bearer"})
-
-    return check
 
 
 def _said(code: int, message: Said, headers: dict[str, str] | None = None) -> Response:
@@ -231,36 +209,17 @@ def _refusal(code: int, problem: Problem, *, retry_after_s: float | None = None)
     return _said(code, Refusal(error=Error.of(problem), retry_after_s=retry_after_s), headers)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Every refusal of the framework's or of a route in the shape of all errors."""
-    code = error.status_code if isinstance(error, StarletteHTTPException) else 500
-    detail: Any = error.detail if isinstance(error, StarletteHTTPException) else ""
-    problem = detail if isinstance(detail, Problem) else Problem("request", request.method, str(detail))
-    response = _refusal(code, problem)
-    response.headers.update(getattr(error, "headers", None) or {})
+def _turned_away(refused: RefusedError) -> Response:
+    response = _refusal(refused.code, refused.problem)
+    response.headers.update(refused.headers)
     return response
 
 
-class _Discreet:
-    """Answers what nobody foresaw without a traceback to the client, and logs its kind without what it says."""
+async def _refused(_: Request, error: Exception) -> Response:
+    return _turned_away(error if isinstance(error, RefusedError) else FAILED)
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched)
-        except ClientDisconnect:
-            return
-        except Exception as error:  # noqa: BLE001 -- this is where all of them end
-            log.error("an HTTP request failed with %s", type(error).__name__)  # noqa: TRY400 -- it may quote a prompt
-            if scope["type"] == "http" and not begun:
-                problem = Problem("request", scope["method"], "failed inside the service", "Tell whoever runs it.")
-                await _refusal(500, problem)(scope, receive, send)
+async def _http_error(request: Request, error: Exception) -> Response:
+    """A path or a method that there is not, in the shape of all errors."""
+    code, said = getattr(error, "status_code", 500), getattr(error, "detail", "")
+    return _turned_away(RefusedError(code, Problem("request", request.method, said), getattr(error, "headers", None)))

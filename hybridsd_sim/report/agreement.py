@@ -103,8 +103,9 @@ def _how(runs: Sequence[Data]) -> str:
     blocks = f"{min(run['block'] for run in runs)} to {max(run['block'] for run in runs)}"
     return (
         "Runs are made in short parts, because machines seldom keep their pace for long. Cost rows were measured on "
-        "the workers themselves before each part and are not fitted to it; a part after which steps take another time "
-        "than before it is void. The simulation plays the live arrivals again, over the same links. Intervals: moving "
+        "the workers themselves in a rehearsal, and brought to the pace that they had just before each part; they are "
+        "not fitted to it. A part after which workers have another pace than before it is void. The simulation plays "
+        "the live arrivals again, over the same links. Intervals: moving "
         f"block bootstrap over requests, live and simulated drawn together, in blocks of {blocks} requests. Load "
         f"driver: {drivers}. Utilisation and SLO attainment differ in points of a per cent; throughput is one figure a "
         "run and has no interval."
@@ -114,8 +115,9 @@ def _how(runs: Sequence[Data]) -> str:
 def _details(run: Data) -> tuple[Block, ...]:
     facts = (
         f"Plan: {run['plan']}. Promise in the first sound part: {number(run['slo_s'])} s.",
-        f"A part is void whose median step drifts by more than {percent(run['drift_limit'])}.",
-        "What the machine adds to the network, or to asking where none is crossed, was measured before each part.",
+        f"A part is void whose median step is by more than {percent(run['drift_limit'])} another after it than before.",
+        "Steps before and after a part are those of workers that have nothing else to do; those during it are not.",
+        "What the machine adds to the network, or to asking where none is crossed, was measured in the rehearsal.",
     )
     head = ("Figure", "Live", "Simulated", "Simulated against live", "Asked", "Near enough")
     rows = tuple(

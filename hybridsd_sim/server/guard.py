@@ -14,7 +14,8 @@ import math
 import traceback
 from collections.abc import Callable, Collection
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybridsd_sim.errors import Problem
@@ -52,11 +53,20 @@ class Bucket:
 class Guard:
     """ASGI middleware that turns away what must not come in, and lets no error out as it is.
 
-    `hosts` are the names that the `Host` header may have; None lets every name pass.
+    `hosts` are the names that the `Host` header may have; None lets every name pass. Without a `bucket` requests may
+    come at any rate. `answer` says what is refused in the application's own shape.
     """
 
-    def __init__(self, app: ASGIApp, *, token: str | None, hosts: Collection[str] | None, bucket: Bucket) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        token: str | None,
+        hosts: Collection[str] | None,
+        bucket: Bucket | None = None,
+        answer: Callable[[RefusedError], Response] = refusal,
+    ) -> None:
+        self._app, self._answer = app, answer
         self._token = None if token is None else token.encode()
         self._hosts = None if hosts is None else frozenset(host.encode() for host in hosts)
         self._bucket = bucket
@@ -66,7 +76,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         if refused := self._refused(scope):
-            await refusal(refused)(scope, receive, send)
+            await self._answer(refused)(scope, receive, send)
             return
         begun = False
 
@@ -77,10 +87,12 @@ class Guard:
 
         try:
             await self._app(scope, receive, sending)
+        except ClientDisconnect:
+            return
         except Exception as error:  # noqa: BLE001 -- nobody outside learns more than that it failed
             LOG.error("%s in %s", type(error).__name__, _place(error))  # noqa: TRY400 -- values might stand in it
             if not begun:
-                await refusal(FAILED)(scope, receive, send)
+                await self._answer(FAILED)(scope, receive, send)
 
     def _refused(self, scope: Scope) -> RefusedError | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -89,7 +101,7 @@ class Guard:
             return STRANGE_HOST
         if self._token is not None and path not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
             return NO_TOKEN
-        if path not in FREE_PATHS and (wait_s := self._bucket.wait_s()):
+        if self._bucket is not None and path not in FREE_PATHS and (wait_s := self._bucket.wait_s()):
             return too_many(wait_s)
         return None
 

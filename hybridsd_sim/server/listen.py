@@ -48,15 +48,13 @@ def serve(
     need a token.
     """
     token = read_token(token_file)
-    local = is_loopback(host)
-    if not local and token is None:
+    if token is None and not is_loopback(host):
         rule = "is reached from other machines, and nothing asks who they are"
         remedy = f"Give --token-file or {TOKEN}, or listen on 127.0.0.1."
         raise InputError(Problem("--host", host, rule, remedy))
     file = PlanFile(plan)  # before it is read, so that no change is missed meanwhile
     scheduler = Scheduler.from_plan(plan, policy=policy)
-    hosts = {*LOOPBACK, f"[{host}]" if ":" in host else host.lower()} if local else None
-    app = build_app(scheduler, plan_file=file, token=token, hosts=hosts, requests_per_s=requests_per_s)
+    app = build_app(scheduler, plan_file=file, token=token, hosts=names_of(host), requests_per_s=requests_per_s)
     with opened(host, port) as listener:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -132,6 +130,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def names_of(host: str) -> frozenset[str] | None:
+    """Names by which a server at an address may be asked; None, any, if other machines reach it."""
+    if not is_loopback(host):
+        return None
+    return frozenset({*LOOPBACK, f"[{host}]" if ":" in host else host.lower()})
 
 
 def read_token(file: Path | None) -> str | None:

@@ -15,16 +15,13 @@ from hypothesis import strategies as st
 from calibration_runs import observed_of, outcomes_of, rows, run_of, set_up
 from executors.calibrate import observed as kept
 from executors.calibrate.booking import TICK_S, booked, facts_of, times_of
-from executors.calibrate.command import calibrate
 from executors.calibrate.compare import compare
-from executors.calibrate.drive import Sent, drive_loadgen, replay_trace
-from executors.calibrate.observe import Protocol, _missing, _scaled, observe
+from executors.calibrate.drive import Sent, drive_loadgen, piece_of, replay_trace
 from executors.calibrate.profiled import drift
 from executors.calibrate.rehearse import Seen, held
 from executors.calibrate.replay import drawn_links, replay
 from executors.calibrate.setting import (
     KINDS,
-    Kind,
     balanced_switch_step,
     bottleneck_s,
     candidate_of,
@@ -204,23 +201,14 @@ def test_parts_play_one_piece_of_a_trace_after_the_other(tmp_path):
     """At the rate asked for over the whole trace, beginning anew where it ends."""
     (tmp_path / "trace.csv").write_text("arrival_s\n0.0\n1.0\n3.0\n6.0\n", encoding="utf-8")
     trace = import_trace(tmp_path / "trace.csv")
-    pieces = [np.diff(_scaled(trace, part, 3, 0.5)).tolist() for part in (1, 2)]
-    assert pieces == [[1.0, 2.0], [1.0, 2.0]]
-    assert np.diff(_scaled(trace, 2, 2, 1.0)).tolist() == [1.5]
-    assert _scaled(trace, 1, 1, 1.0) == [0.0]
+    pieces = [np.diff(piece_of(trace, first, 3, 0.5)).tolist() for first in (0, 1, 3)]
+    assert pieces == [[1.0, 2.0], [2.0, 3.0], [1.0, 2.0]]
+    assert np.diff(piece_of(trace, 2, 2, 1.0)).tolist() == [1.5]
+    assert piece_of(trace, 0, 1, 1.0) == [0.0]
 
     (tmp_path / "burst.csv").write_text("arrival_s\n0.0\n0.0\n", encoding="utf-8")
     with pytest.raises(InputError, match="--trace"):
-        _scaled(import_trace(tmp_path / "burst.csv"), 1, 3, 1.0)
-
-
-def test_void_parts_are_made_again_and_sound_ones_are_not(known, tmp_path):
-    """What a run misses is what it was to have less what its sound parts have."""
-    run = run_of(KINDS["cloud"], known, tmp_path)
-    sound, void = (observed_of(run, known, KINDS["cloud"], drift=drift) for drift in (0.01, 0.011))
-    assert _missing(250, []) == 250
-    assert _missing(250, [sound, void]) == 150
-    assert _missing(250, [sound, void, sound, sound]) == 0
+        piece_of(import_trace(tmp_path / "burst.csv"), 0, 3, 1.0)
 
 
 # ---- Records and files ----------------------------------------------------------------------------------------------
@@ -296,37 +284,3 @@ def test_a_run_comes_back_from_its_files_and_replays_to_itself(catalogue, known,
     np.testing.assert_array_equal(after.records().rows(), before.records().rows())
     found = compare([(after.records(), replay(after, catalogue, tmp_path))], after.load, resamples=10)
     assert all(abs(figure.off) < 1e-6 for figure in found.figures)
-
-
-# ---- The whole ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_handful_of_requests_is_served_live_and_replayed(tmp_path):
-    """Workers, service, client and driver for real: all requests are served, booked, kept, replayed and reported.
-
-    A run that was cut off goes on with what it lacks, but not with another driver.
-    """
-    kind = Kind(name="hybrid", num_inference_steps=2, in_cloud=True, at_edge=True)
-    testbed = build_testbed(tmp_path / "testbed")
-    protocol = Protocol(profile_s=0.1, part_s=0.3, drift_limit=1.0)
-    for requests in (6, 9, 9):  # the second goes on where the first stopped, and the third has nothing left to do
-        asyncio.run(observe(kind, {0.5: requests}, testbed, tmp_path / "runs", protocol, lambda _: None))
-    parts = kept.find(tmp_path / "runs")
-    assert [part.part for part in parts] == list(range(1, len(parts) + 1))
-    assert 9 <= sum(len(part.records()) for part in parts) <= 9 + len(parts)
-    assert parts[0].step_after_s == parts[1].step_before_s
-    assert len({part.scenario.seed for part in parts}) == len(parts)
-    for part in parts:
-        assert plan_of(part.deployment).switch_step == 1
-        assert {row.component for row in part.rows} == {
-            "text_encode", "step", "handover_serialise", "handover_parse", "vae_decode",
-        }  # fmt: skip
-    measured = load_profiles([testbed.profiles, tmp_path / "runs" / "profiles" / "hybrid-0.5"])
-    assert len(measured.costs) == len(parts[-1].rows)
-    assert len(calibrate(tmp_path / "out", runs=tmp_path / "runs")) == 1
-
-    (tmp_path / "trace.csv").write_text("arrival_s\n0.0\n1.0\n", encoding="utf-8")
-    other = replace(protocol, trace=import_trace(tmp_path / "trace.csv"))
-    with pytest.raises(InputError, match="mlcommons-loadgen"):
-        asyncio.run(observe(kind, {0.5: 20}, testbed, tmp_path / "runs", other, lambda _: None))

@@ -279,6 +279,16 @@ def test_only_who_has_the_token_is_served(town):
         assert town.ask(url, None, ask, token=TOKEN)[0].status == "served"
 
 
+def test_pages_of_other_sites_cannot_ask(url):
+    """A name that was made to point here is none of the service's, and what a form can send is no order."""
+    order = {"id": "foreign", "request_class": "cloud"}
+    rebound = httpx.post(f"{url}/v1/images", json=order, headers={"host": "evil.example"})
+    as_text = httpx.post(f"{url}/v1/images", content=json.dumps(order), headers={"content-type": "text/plain"})
+    assert (rebound.status_code, as_text.status_code) == (421, 415)
+    assert rebound.json()["error"].keys() == as_text.json()["error"].keys() == ERROR
+    assert httpx.get(f"{url}/v1/images/foreign").status_code == 404
+
+
 def test_a_service_takes_no_more_than_it_may(town):
     """Bodies, orders a second and orders under way have a bound; who is one too many is told when to come again."""
     with town.service(town.scheduler(), town.cloud, max_body_bytes=200, max_open=1, orders_per_s=2) as url:
@@ -319,11 +329,16 @@ def known(town, url):
     assert town.ask(url, None, Ask(id="x", request_class="cloud"))[0].status == "served"
 
 
-@settings(max_examples=100)
-@given(method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"]), path=PATHS, body=BODIES)
-def test_garbage_is_refused_in_one_shape(url, known, method, path, body):
+@settings(max_examples=150)
+@given(
+    method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"]),
+    path=PATHS,
+    body=BODIES,
+    says=st.sampled_from(["application/json", "application/json; charset=utf-8", "text/plain"]),
+)
+def test_garbage_is_refused_in_one_shape(url, known, method, path, body, says):
     """Whatever is sent anywhere: an answer, no failure inside, and every refusal with place, value, rule and remedy."""
-    answer = httpx.request(method, f"{url}{path}", content=body, timeout=LONG_S)
+    answer = httpx.request(method, f"{url}{path}", content=body, headers={"content-type": says}, timeout=LONG_S)
     assert answer.status_code < 500
     assert b"Traceback" not in answer.content
     if answer.status_code >= 400:
@@ -340,7 +355,7 @@ def test_nothing_that_a_request_carries_is_logged(town, caplog):
     with town.service(town.scheduler(), town.cloud) as url:
         town.ask(url, town.edge, Ask(id="canary-id", request_class="hybrid", prompt="canary-prompt"))
         town.ask(url, town.edge, Ask(id="canary-two", request_class="canary-class", prompt="canary-prompt"))
-        httpx.post(f"{url}/v1/images", content=b'{"prompt": "canary-prompt", "id": 5}')
+        httpx.post(f"{url}/v1/images", json={"prompt": "canary-prompt", "id": 5})
     said = [record for record in caplog.records if record.name.partition(".")[0] not in {"httpx", "httpcore"}]
     assert not [record.getMessage() for record in said if "canary" in record.getMessage()]
 
