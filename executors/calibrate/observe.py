@@ -1,11 +1,12 @@
 """Observes live runs in parts of some seconds, between which the pace of the workers is taken.
 
-The pace is the median step of workers that have nothing else to do. Machines that others share change theirs within a
-minute. So what requests cost is measured in a rehearsal, its rows are brought to the pace just before each part, and a
-part whose workers have another pace behind it is void: its rows do not stand for it, and it has to be made again. The
-pace after a part is the one before the next, but after a void one it is waited until the pace is steady. All loads of
-a kind are served by the same processes, so that the profile behind a part is that of the very workers. A part is kept
-as soon as it is done, so that a calibration can be cut off at any moment and goes on where it was.
+The pace is the median step of workers that do one task after the other while no requests are about. Machines that
+others share change theirs within a minute. So what requests cost is measured in a rehearsal, its rows are brought to
+the pace just before each part, and a part whose workers have another pace behind it is void: its rows do not stand for
+it, and it has to be made again. The pace after a part is the one before the next, but after a void one it is waited
+until the pace is steady. All loads of a kind are served by the same processes, so that the profile behind a part is
+that of the very workers. A part is kept as soon as it is done, so that a calibration can be cut off at any moment and
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class Protocol:
     """How runs are made: seconds of a part, of a rehearsal and of taking the pace, and the drift that voids a part.
 
     A rehearsal has `fewest_rehearsed` requests or more, and is made anew, up to `rehearsals` times, if the pace drifted
-    around it. For each sound part that is wanted there are `attempts`. `patience` is how often the pace is taken until
-    two in a row agree; then things go on all the same. `trace` gives the arrivals their shape; None means Poisson
-    arrivals from LoadGen.
+    around it. All parts of a run together have `attempts` for each sound one that is wanted. `patience` is how often
+    the pace is taken until two in a row agree; then things go on all the same. `trace` gives the arrivals their shape;
+    None means Poisson arrivals from LoadGen.
     """
 
     part_s: float = 10.0
@@ -168,16 +169,19 @@ class _Bench:
         A void part is tried again as long as there are attempts.
         """
         profile, before = await self._profile(load)
+        folder = self.out / "profiles" / kept.name_of(self.kind.name, load)
+        write_profile(profile.rows, folder, warmup_runs=WARMUP_RUNS)
         more = math.ceil(_missing(wanted, parts) / self._rate(load) / self.protocol.part_s)
         count = math.ceil(_missing(wanted, parts) / more)
-        done = list(parts)
+        done, part = list(parts), None
         for _ in range(self.protocol.attempts * more):
+            if part is not None:
+                before = await self._steady_pace() if part.void else part.step_after_s
             part = await self._observe(load, done, count, profile.at(before))
+            kept.save(part, self.out)
             done.append(part)
-            self._keep(part)
             if not _missing(wanted, done):
                 return
-            before = await self._steady_pace() if part.void else part.step_after_s
         self.say(
             f"{kept.name_of(self.kind.name, load)}: given up for now, {_missing(wanted, done)} requests are missing"
         )
@@ -200,7 +204,7 @@ class _Bench:
     async def _steady_pace(self) -> Mapping[str, float]:
         """The pace, as soon as it is the same twice in a row."""
         last = await self._pace()
-        for _ in range(self.protocol.patience):
+        for _ in range(1, self.protocol.patience):
             before, last = last, await self._pace()
             if drift(before, last) <= self.protocol.drift_limit:
                 return last
@@ -274,13 +278,6 @@ class _Bench:
         if self.protocol.trace is not None:
             return await replay_trace(piece_of(self.protocol.trace, first, len(links), rate_per_s), send)
         return await drive_loadgen(rate_per_s, len(links), send, logs=logs, seed=seed)
-
-    def _keep(self, part: Observed) -> None:
-        kept.save(part, self.out)
-        if not part.void:
-            write_profile(
-                part.rows, self.out / "profiles" / kept.name_of(part.kind, part.load), warmup_runs=WARMUP_RUNS
-            )
 
 
 def _ask(name: str, seed: int, link: Link | None) -> Ask:

@@ -1,4 +1,4 @@
-"""A part of a live run as it is kept: what was served, the profile measured before it, what its requests went through.
+"""A part of a live run as it is kept: what was served, the profile known before it, what its requests went through.
 
 A part is two files: `<name>.json` says what was run and how it was measured, `<name>.parquet` has the times of each
 request, of which its records are made. The JSON is written last, so that a part which has one is whole.
@@ -29,10 +29,11 @@ FORMAT = 3
 class Observed:
     """One part of a live run of one kind at one load, `part` counted from 1; workers and queues are idle between parts.
 
-    `scenario` has the part's own arrivals as a trace of the name `<name>.csv`, wherever that lies. Measured before it:
-    the cost `rows`, and `stack_s`, what the machine adds to the network, or to asking where none is crossed.
-    `step_before_s`, `step_during_s` and `step_after_s` are the median steps of each device, before and after with
-    nothing else to do. `late_s`: how long after it was due each request was sent.
+    `scenario` has the part's own arrivals as a trace of the name `<name>.csv`, wherever that lies. Known before it: the
+    cost `rows` of a rehearsal, brought to the pace just before the part, and `stack_s`, what the machine adds to the
+    network, or to asking where none is crossed. `step_before_s`, `step_during_s` and `step_after_s` are the median
+    steps of each device, before and after while no requests are about. `late_s`: how long after it was due each request
+    was sent.
     """
 
     kind: str

@@ -36,7 +36,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Cost rows of the parts of a request, at a pace of the workers: the median step of each device, all of them busy.
+    """Cost rows of the parts of a request, and the pace of the workers then: the median step of each device.
 
     `stack_s` are the seconds for which a request is in nobody's hands beyond what the model of its link says: what
     clients, servers and sockets add, of requests that are served at the edge alone the asking whether they may be.

@@ -2,7 +2,8 @@
 
 First each worker alone, which is enough to choose a switch step and to price the plan. Then in a rehearsal: other
 requests, at random times of the same rate as in the run, through the same service. That way a task's seconds hold what
-cold caches, client, service and the other workers cost a worker at this load, and still nothing of the run itself.
+cold caches, client, service and the other workers cost a worker at this load, and still nothing of the run itself. The
+pace, last, tells in a few seconds how fast the workers are just now.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Crews:
 async def pace(
     crews: Crews, scenario: Scenario, deployment: Deployment, settings: Settings, for_s: float
 ) -> dict[str, float]:
-    """The median step of each device while all workers do one task after the other: how fast they are just now."""
+    """The median step of each device while all workers do one task after the other and no requests are about."""
     begun, tasks = None, {}
     for stage in plan_of(deployment).stages:
         tasks[device_of(stage)] = (*crews.of(stage), _task(scenario, stage, begun, settings))

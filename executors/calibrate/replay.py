@@ -1,4 +1,4 @@
-"""Simulates a live run again: the same arrivals on the same links, under the plan, from the profile measured before."""
+"""Simulates a live run again: the same arrivals on the same links, under the plan, from the profile known before."""
 
 from __future__ import annotations
 

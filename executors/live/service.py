@@ -30,7 +30,7 @@ from executors.live.work import Settings, Work
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.scheduler import Scheduler
 from hybridsd_sim.server.answers import RefusedError
-from hybridsd_sim.server.guard import FAILED, LOOPBACK, Guard, body_of
+from hybridsd_sim.server.guard import LOOPBACK, Guard, body_of
 
 if TYPE_CHECKING:
     from executors.live.crew import Crew
@@ -215,11 +215,11 @@ def _turned_away(refused: RefusedError) -> Response:
     return response
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    return _turned_away(error if isinstance(error, RefusedError) else FAILED)
+async def _refused(_: Request, error: RefusedError) -> Response:
+    return _turned_away(error)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: HTTPException) -> Response:
     """A path or a method that there is not, in the shape of all errors."""
-    code, said = getattr(error, "status_code", 500), getattr(error, "detail", "")
-    return _turned_away(RefusedError(code, Problem("request", request.method, said), getattr(error, "headers", None)))
+    problem = Problem("request", request.method, error.detail)
+    return _turned_away(RefusedError(error.status_code, problem, error.headers))

@@ -116,7 +116,7 @@ def _details(run: Data) -> tuple[Block, ...]:
     facts = (
         f"Plan: {run['plan']}. Promise in the first sound part: {number(run['slo_s'])} s.",
         f"A part is void whose median step is by more than {percent(run['drift_limit'])} another after it than before.",
-        "Steps before and after a part are those of workers that have nothing else to do; those during it are not.",
+        "Steps before and after a part are those of workers that do one task after the other, no requests about.",
         "What the machine adds to the network, or to asking where none is crossed, was measured in the rehearsal.",
     )
     head = ("Figure", "Live", "Simulated", "Simulated against live", "Asked", "Near enough")
@@ -159,7 +159,7 @@ def _measured(rows: Sequence[Data]) -> Table:
         )
         for row in rows
     )  # fmt: skip
-    return Table("Measured before the first sound part", head, cells, words=frozenset({0, 1, 2}))
+    return Table("Costs known before the first sound part", head, cells, words=frozenset({0, 1, 2}))
 
 
 def _milliseconds(*seconds: float) -> str:

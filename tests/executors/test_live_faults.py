@@ -101,7 +101,7 @@ class DiesOnce(Counting):
 
 
 def test_when_every_process_dies_the_request_waits_for_them(town, undisturbed):
-    """All cloud workers at once, then the edge's device: each comes back, and goes on from where the last one was.
+    """All cloud workers at once, then the device as it is given its part: each comes back, and the image is the same.
 
     The request may have gone to the other cloud worker before anybody noticed that this one is dead, too.
     """
