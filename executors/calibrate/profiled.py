@@ -2,7 +2,8 @@
 
 What a worker does around the parts that it times itself (it takes the task, makes a PNG of the image, answers, turns to
 the next one) is counted to the last part. So is what is left of the mean beyond the medians of the parts before: all
-parts together are the mean time for which a request holds the worker, because that is what a queue is made of.
+parts together are the mean time for which a request holds the worker, because that is what a queue is made of; unless
+so few and uneven tasks were seen that nothing would be left.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class _Site:
         steps_s = [sum(one.done.step_s) for one in tasks]
         rest_s = mean(one.held_s for one in tasks) - median(before_s) - median(steps_s)
         after_s = [one.held_s - before - steps for one, before, steps in zip(tasks, before_s, steps_s, strict=True)]
-        after_s = [second + rest_s - median(after_s) for second in after_s]
+        factor = max(rest_s, min(after_s)) / median(after_s)
+        after_s = [factor * second for second in after_s]
         gang = {"method": stage.method, "degree": stage.degree, "options": "ranks=gloo" if stage.degree > 1 else ""}
         a_step_s = [seconds / stage.num_steps for seconds in steps_s]
         yield self._before(before_s, handed_over)

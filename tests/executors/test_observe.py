@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from calibration_runs import made_up, observed_of, rows, run_of, set_up
 from executors.calibrate import observed as kept
 from executors.calibrate.command import calibrate
 from executors.calibrate.observe import Protocol, _Bench, _missing, observe
-from executors.calibrate.profiled import Profile, drift
+from executors.calibrate.profiled import Held, Profile, drift, profile_of
 from executors.calibrate.setting import KINDS, Kind, plan_of
 from executors.calibrate.testbed import CLOUD, EDGE, build_testbed
+from executors.live.tasks import Done
 from hybridsd_sim import load_profiles
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.profiles import Profiles
@@ -41,6 +43,33 @@ def test_a_profile_follows_the_pace_of_each_device(cloud, edge):
     for row, moved, back in zip(profile.rows, other.rows, again.rows, strict=True):
         assert moved.seconds_median == pytest.approx(row.seconds_median * (cloud if row.device == CLOUD else edge))
         assert back.seconds_median == pytest.approx(row.seconds_median)
+
+
+def done_in(before: float, steps: float, after: float, num_steps: int) -> Done:
+    """A task of so many seconds before, in and after its steps."""
+    return Done(
+        payload=b"", is_image=True, start_s=0.0, stop_s=before + steps + after, text_encode_s=before,
+        vae_decode_s=after, step_s=(steps / num_steps,) * num_steps, parse_s=0.0, serialise_s=0.0,
+    )  # fmt: skip
+
+
+SECONDS = st.tuples(*[st.floats(0.001, 1.0)] * 3)
+
+
+@given(tasks=st.lists(SECONDS, min_size=1, max_size=30))
+def test_the_parts_of_a_task_are_together_as_long_as_tasks_are_on_average(known, tasks):
+    """However uneven the tasks are, every part takes some time; where medians leave none, the whole takes longer."""
+    scenario, deployment = set_up(KINDS["cloud"], known)
+    plan = plan_of(deployment)
+    seen = [
+        Held(done_in(before, step, after, plan.num_inference_steps), before + step + after)
+        for before, step, after in tasks
+    ]
+    before, step, after = (row.seconds_median for row in profile_of(scenario, plan, [seen], "").rows)
+    whole = 2.0 * before + plan.num_inference_steps * step + after
+    mean_s = fmean(map(sum, tasks))
+    assert after > 0.0
+    assert whole == pytest.approx(mean_s) or (whole > mean_s and after == pytest.approx(min(task[2] for task in tasks)))
 
 
 def test_void_parts_are_made_again_and_sound_ones_are_not(known, tmp_path):
