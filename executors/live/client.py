@@ -212,7 +212,9 @@ class Client:
 
     async def _exchange(self, trip: _Trip) -> tuple[Answer | Refusal, bytes]:
         order, sent_s = trip.order()
-        async with self._http.stream("POST", "/v1/images", content=order) as response:
+        # A line of its own: what a damaged length leaves on it must not be read as the next answer.
+        own = {"connection": "close"}
+        async with self._http.stream("POST", "/v1/images", content=order, headers=own) as response:
             heard_s = time.monotonic()
             body = await response.aread()
         said, payload = read_answer(body, response.headers.get(DIGEST))

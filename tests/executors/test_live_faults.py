@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import httpx
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from executors.live.client import Ask, Client
 from hybridsd_sim.workers import Worker
@@ -101,19 +101,21 @@ class DiesOnce(Counting):
 
 
 def test_when_every_process_dies_the_request_waits_for_them(town, undisturbed):
-    """All cloud workers at once, then the device as it is given its part: each comes back, and the image is the same.
+    """All cloud workers, then the device as it is given its part: each comes back, and the image is the same.
 
-    The request may have gone to the other cloud worker before anybody noticed that this one is dead, too.
+    The worker that has the request dies last, or the request might go to one whose death nobody has noticed yet.
     """
     wanted = undisturbed("long")
-    with town.service(town.scheduler(), town.cloud, patience_s=LONG_S) as url:
+    crew = Counting(town.cloud)
+    with town.service(town.scheduler(), crew, patience_s=LONG_S) as url:
         work = asked(town, url, Ask(id="all", request_class="long", prompt=PROMPT), DiesOnce(town.edge))
         wait_for(lambda: httpx.get(f"{url}/v1/images/all").json().get("steps_done", 0) >= 5)
-        for worker in town.cloud.up():
+        pids = {worker: town.cloud.pids(worker) for worker in town.cloud.up()}
+        for worker in sorted(pids, key=lambda worker: worker == crew.workers[0]):
             kill(town.cloud, worker)
+            wait_for(lambda worker=worker: town.cloud.pids(worker) != pids[worker])
         outcome = work.result(LONG_S)
-    assert outcome.status == "served"
-    assert outcome.restarts in {2, 3}
+    assert (outcome.status, outcome.restarts) == ("served", 2)
     assert outcome.image == wanted
 
 
@@ -212,17 +214,15 @@ def hang_up(end):
 
 @settings(max_examples=25)
 @given(at=st.integers(0, 4000), how=st.sampled_from(["cut", "flip"]))
+@example(at=162, how="flip")  # in the length of the answer
 def test_an_answer_spoilt_anywhere_is_asked_for_again(town, url, undisturbed, at, how):
-    """Cut or with one bit flipped, in the head or in the image: the client asks again and has the very image.
-
-    It may ask twice: a wrong length leaves a rest of the answer on the line, which is taken for the next one.
-    """
+    """Cut or with one bit flipped, in the head or in the image: the client asks again and has the very image."""
     wanted = undisturbed("cloud")
     ask = Ask(id="spoilt", request_class="cloud", prompt=PROMPT)
     with Saboteur(url, at, how).line() as line:
-        [outcome] = town.ask(line, None, ask, retries=3, wait_s=2.0)
+        [outcome] = town.ask(line, None, ask, retries=2, wait_s=2.0)
     assert (outcome.status, outcome.image == wanted) == ("served", True)
-    assert outcome.retries <= 2
+    assert outcome.retries <= 1
 
 
 @pytest.mark.parametrize("how", ["cut", "flip"])
