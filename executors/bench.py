@@ -23,9 +23,9 @@ from executors.models import Model, load_model
 from executors.ranks import Carrier, run_ranks
 from executors.sweep import STEPS, Sweep, Target
 from executors.written_rows import KEYS, Key, Table
-from hybridsd_sim import __version__
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.profiles import CostRow, Meta, Profiles
+from hybridsd_sim.version import __version__
 
 RANK_TIMEOUT_S = 1800.0
 """A rank may wait that long for another: the first one times every unit of a large UNet before AsyncDiff begins."""

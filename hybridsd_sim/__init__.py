@@ -10,6 +10,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from hybridsd_sim.version import __version__
+
 if TYPE_CHECKING:
     from hybridsd_sim.capacity import CapacityPlan as CapacityPlan
     from hybridsd_sim.cost import PlanCost as PlanCost
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from hybridsd_sim.scheduler import Scheduler as Scheduler
     from hybridsd_sim.simulate import SimResult as SimResult
     from hybridsd_sim.simulate import simulate as simulate
-
-__version__ = "0.1.0"
 
 _ROOMS = {
     "CapacityPlan": "capacity",

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybridsd_sim import __version__
 from hybridsd_sim.arguments import (
     import_server,
     named_scenarios,
@@ -33,6 +32,7 @@ from hybridsd_sim.arguments import (
 )
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.exits import run_to_exit
+from hybridsd_sim.version import __version__
 
 if TYPE_CHECKING:
     from hybridsd_sim.profiles import Profiles

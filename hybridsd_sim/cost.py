@@ -38,7 +38,7 @@ from hybridsd_sim.transfers import (
     latent_elements,
     transfer_s,
 )
-from hybridsd_sim.unet import Work, work
+from hybridsd_sim.unet import Work, unet_layers, work
 
 __all__ = ["COMPONENTS", "Part", "PlanCost", "batch_seconds", "plan_flops", "price"]
 
@@ -96,7 +96,8 @@ def plan_flops(plan: Plan, request: Request, profiles: Profiles) -> tuple[float,
 
 def _work_of(model: str, height_px: int, width_px: int, profiles: Profiles) -> Work:
     key = (model, height_px, width_px)
-    return profiles.memory.recall("work", key, lambda: work(profiles.model(model).layers(height_px, width_px)))
+    config = profiles.model(model).config
+    return profiles.memory.recall("work", key, lambda: work(unet_layers(config, height_px, width_px)))
 
 
 def _pricer_of(

@@ -16,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hybridsd_sim import __version__
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import RequestClass, Scenario
+from hybridsd_sim.version import __version__
 
 SEEN = {"seed", "horizon_s", "warmup_s", "requests", "edge", "pools"}
 """Keys of a scenario that shape figures; of `search` only `prefer_sources` does."""

@@ -63,7 +63,7 @@ class Inputs:
     def of(cls, scenario: Scenario, profiles: Profiles, *, replications: Sequence[int] | None = None) -> Inputs:
         """Draw the requests of some replications, of all without a word. Raises `InputError` for unknown names."""
         numbers = range(scenario.replications) if replications is None else replications
-        return cls(scenario, profiles, tuple(_requests(scenario, profiles, number) for number in numbers))
+        return cls(scenario, profiles, tuple(draw_requests(scenario, profiles, number) for number in numbers))
 
     def candidate(self, request_class: str, plan: Plan) -> Candidate:
         """A class's plan, priced; checked and priced once."""
@@ -74,7 +74,8 @@ class Inputs:
         return self.priced[key]
 
 
-def _requests(scenario: Scenario, profiles: Profiles, replication: int) -> Requests:
+def draw_requests(scenario: Scenario, profiles: Profiles, replication: int) -> Requests:
+    """The requests of one replication. Raises `InputError` for unknown names."""
     chunk = all_arrivals(scenario, replication)
     half_rtt_s, up_bytes_per_s, down_bytes_per_s = links(scenario, profiles, chunk)
     fleets, names = list(scenario.edge.values()), list(scenario.edge)

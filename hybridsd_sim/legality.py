@@ -11,6 +11,7 @@ from hybridsd_sim.plan import Plan, Request, Site, Stage
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.roofline import ELEMENT_BYTES
 from hybridsd_sim.steps import job_of
+from hybridsd_sim.unet import unet_layers
 
 LIVE_ACTIVATIONS = 4
 """Activations of the widest layer alive at once in a UNet call. Modelled: input, output, skip, workspace."""
@@ -118,5 +119,5 @@ def _activation_bytes(stage: Stage, request: Request, profiles: Profiles, togeth
 
 def _elements(profiles: Profiles, model: str, height_px: int, width_px: int) -> tuple[int, int]:
     """Elements of a model's widest activation, and of all keys and values of its self-attention, for one latent."""
-    layers = profiles.model(model).layers(height_px, width_px)
+    layers = unet_layers(profiles.model(model).config, height_px, width_px)
     return max(layer.out_elements for layer in layers), sum(layer.kv_elements for layer in layers)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from hybridsd_sim.candidates import Candidate
-from hybridsd_sim.capacity import CapacityPlan
 from hybridsd_sim.deployment import load_deployment, misfits, scenario_beside
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.menu import Menu
@@ -22,7 +22,18 @@ from hybridsd_sim.workers import check_number
 
 __all__ = ["AnyPlan", "PlanInUse", "prepared", "resolved"]
 
-AnyPlan = str | Path | CapacityPlan | Deployment
+
+class PlanWithScenario(Protocol):
+    """An answer that brings its deployment and the scenario that it was found for, such as a `CapacityPlan`."""
+
+    @property
+    def deployment(self) -> Deployment: ...
+
+    @property
+    def scenario(self) -> Scenario: ...
+
+
+AnyPlan = str | Path | Deployment | PlanWithScenario
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +56,13 @@ class PlanInUse:
 
 def resolved(plan: AnyPlan, scenario: Scenario | None) -> tuple[Deployment, Scenario]:
     """The plan, and the scenario that it was made for. Raises `InputError` where either cannot be had."""
-    if isinstance(plan, CapacityPlan):
-        return plan.deployment, scenario or plan.scenario
     if isinstance(plan, Deployment):
         if scenario is None:
             rule = "says nothing of request classes, pools and fleets"
             raise InputError(Problem("scenario", "not given", f"a Deployment {rule}", "Pass scenario=."))
         return plan, scenario
+    if not isinstance(plan, str | Path):
+        return plan.deployment, scenario or plan.scenario
     path = Path(plan)
     file = path / "plan.yaml" if path.is_dir() else path
     return load_deployment(file), scenario or scenario_beside(file)

@@ -17,7 +17,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from hybridsd_sim.errors import Problem
 from hybridsd_sim.plan import Kind
-from hybridsd_sim.unet import Layer, unet_layers
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -123,10 +122,6 @@ class Model(Row):
     def network(self) -> str:
         """A text that is the same for models of one network, such as SD 1.4 and 1.5."""
         return json.dumps(self.config, sort_keys=True)
-
-    def layers(self, height_px: int, width_px: int) -> tuple[Layer, ...]:
-        """Every layer at this image size, in execution order, for one latent."""
-        return unet_layers(self.config, height_px, width_px)
 
 
 class Component(Row):

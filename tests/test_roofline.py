@@ -24,7 +24,7 @@ from hybridsd_sim.roofline import (
     layer_table,
     plain_kernels,
 )
-from hybridsd_sim.unet import unet_units, work
+from hybridsd_sim.unet import unet_layers, unet_units, work
 from small_models import SMALL
 
 MODELS = ("sd15", "sd21", "sdxl", "bk-sdm-tiny", "hybrid-sd-224m", "koala-700m", "ssd-1b")
@@ -173,7 +173,7 @@ def test_bytes_added_to_kernels_are_read_at_the_memorys_rate() -> None:
 @given(models, sides_px, st.integers(1, 16))
 def test_flops_are_twice_the_macs(profiles: Profiles, model: str, side_px: int, latents: int) -> None:
     """The kernels of an evaluation hold the FLOPs of its layers, for each latent."""
-    macs = work(profiles.model(model).layers(side_px, side_px)).macs
+    macs = work(unet_layers(profiles.model(model).config, side_px, side_px)).macs
 
     assert table_of(profiles, model, side_px).kernels(latents).flops == pytest.approx(2 * macs * latents)
 
@@ -205,7 +205,7 @@ def test_stripes_share_the_image_and_repeat_text_and_time(
     profiles: Profiles, model: str, side_px: int, count: int
 ) -> None:
     """All stripes together do the whole's FLOPs, and those of the layers without an image once for each stripe."""
-    table, layers = table_of(profiles, model, side_px), profiles.model(model).layers(side_px, side_px)
+    table, layers = table_of(profiles, model, side_px), unet_layers(profiles.model(model).config, side_px, side_px)
     repeated = 2 * work(layer for layer in layers if layer.rows == 0).macs
     stripe = table.kernels(1, stripe=1 / count).flops
 
@@ -217,7 +217,7 @@ def test_a_share_of_the_keys_spares_self_attention_alone(
     profiles: Profiles, model: str, side_px: int, key_share: float
 ) -> None:
     """Fewer keys take score and value products away from self-attention; nothing else changes."""
-    table, layers = table_of(profiles, model, side_px), profiles.model(model).layers(side_px, side_px)
+    table, layers = table_of(profiles, model, side_px), unet_layers(profiles.model(model).config, side_px, side_px)
     products = 2 * sum(layer.macs for layer in layers if layer.op == "self_attention")
     partial = table.kernels(1, key_share=key_share).flops
 
@@ -255,7 +255,7 @@ def test_weights_are_read_once_and_activations_for_each_latent(
 ) -> None:
     """Bytes are weights at their precision, and activations at theirs times the latents."""
     table, entry = table_of(profiles, model, side_px), profiles.model(model)
-    params = work(entry.layers(side_px, side_px)).params
+    params = work(unet_layers(entry.config, side_px, side_px)).params
 
     def moved(count: int, *, weight_bytes: float = weight_bytes) -> float:
         kernels = table.kernels(count, weight_bytes=weight_bytes, element_bytes=element_bytes)

@@ -25,12 +25,12 @@ from executors.calibrate.replay import replay
 from executors.calibrate.setting import KINDS, kind_of, plan_of, shared_out
 from executors.calibrate.testbed import build_testbed, write_catalogue
 from executors.devices import Here, library_versions, processor
-from hybridsd_sim import __version__
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.profiles import Profiles, load_profiles
 from hybridsd_sim.records import Records, column, write_atomically
 from hybridsd_sim.report.agreement import write_agreement
 from hybridsd_sim.traces import import_trace
+from hybridsd_sim.version import __version__
 
 LOADS = (0.3, 0.6, 0.8)
 RUNS, REPLAYS, REPORT, TESTBED = "runs", "replays", "report", "testbed"

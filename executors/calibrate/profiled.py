@@ -21,10 +21,10 @@ from executors.devices import Here, library_versions, processor
 from executors.live.tasks import Done
 from executors.timing import Timing
 from executors.written_rows import Table
-from hybridsd_sim import __version__
 from hybridsd_sim.plan import Plan, Stage
 from hybridsd_sim.profiles import CostRow, Meta
 from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.version import __version__
 
 
 @dataclass(frozen=True, slots=True)

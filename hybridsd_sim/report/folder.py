@@ -22,9 +22,9 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from hybridsd_sim import __version__
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.records import canonical_json, write_atomically
+from hybridsd_sim.version import __version__
 
 if TYPE_CHECKING:
     from hybridsd_sim.capacity import CapacityPlan

@@ -20,7 +20,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from hybridsd_sim import __version__
 from hybridsd_sim.deployment import read_deployment
 from hybridsd_sim.errors import InputError, Problem, unknown_name
 from hybridsd_sim.events import Event, WorkerDown, WorkerUp
@@ -34,6 +33,7 @@ from hybridsd_sim.server.guard import LOOPBACK, Bucket, Guard, body_of
 from hybridsd_sim.server.reload import EVERY_S, PlanFile, follow
 from hybridsd_sim.server.sent import QUESTION, REQUEST, asks_for_plan, read, read_events, read_plain
 from hybridsd_sim.server.whatif import choices, page, what_if
+from hybridsd_sim.version import __version__
 from hybridsd_sim.workers import check_number
 
 __all__ = ["build_app"]

@@ -68,7 +68,7 @@ def test_the_catalogues_components_come_from_here(profiles):
 
 def test_modules_and_planner_count_the_same_at_512(profiles, counts):
     """FLOPs by kind, keys and values, halos and GroupNorms of the modules equal those of `hybridsd_sim.unet`."""
-    layers = {name: by_layers(row.layers(512, 512)) for name, row in profiles.models.items()}
+    layers = {name: by_layers(unet_layers(row.config, 512, 512)) for name, row in profiles.models.items()}
     assert {name: by_modules(count) for name, count in counts.items()} == layers
 
 
@@ -76,7 +76,7 @@ def test_modules_and_planner_count_the_same_at_512(profiles, counts):
 def test_modules_and_planner_count_the_same_at_other_sizes(profiles, name, size):
     """They agree at other sizes too, whether square or not."""
     counted = by_modules(count_model(name, *size, profiles=profiles))
-    assert counted == by_layers(profiles.model(name).layers(*size))
+    assert counted == by_layers(unet_layers(profiles.model(name).config, *size))
 
 
 @pytest.mark.parametrize(
