@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from executors.arguments import read_address, read_loads, read_numbers, read_options, read_sizes, split
+from hybridsd_sim.cli_arguments import run_to_exit
 from hybridsd_sim.errors import InputError, Problem
-from hybridsd_sim.exits import run_to_exit
+
+from .cli import read_address, read_loads, read_numbers, read_options, read_sizes, split
 
 if TYPE_CHECKING:
-    from executors.profile import Outcome
-    from executors.progress import Progress
+    from .profiling import Outcome, Progress
+
 
 app = typer.Typer(
     help="Run, count and profile Stable Diffusion on real hardware, alone or in parallel.",
@@ -59,13 +60,21 @@ class Guidance(StrEnum):
 
 
 TEXT = Format.text
+
 OutputFormat = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+
 Options = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE of the method, e.g. stride=2.")]
+
 ProfilesFolder = Annotated[Path | None, typer.Option("--profiles", help="A profiles folder with models of yours.")]
+
 Weights = Annotated[Path | None, typer.Option(help="A local diffusers folder; default seeded random weights.")]
+
 Device = Annotated[str | None, typer.Option(help="Its name in the catalogue; default the one that is here.")]
+
 Threads = Annotated[int | None, typer.Option(help="CPU threads of each rank.", min=1)]
+
 RanksIn = Annotated[Ranks | None, typer.Option(help="Default process; loopback must be asked for.")]
+
 _GUIDANCE = {Guidance.on: (True,), Guidance.off: (False,), Guidance.both: (True, False)}
 
 
@@ -104,10 +113,10 @@ def profile(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Measure seconds, bytes, memory and energy of components and steps; write cost rows. Goes on where it stopped."""
-    from executors.devices import find_here
-    from executors.profile import profile as measure_all
-    from executors.sweep import STEPS, Sweep
     from hybridsd_sim.profiles import load_profiles
+
+    from .profiling import STEPS, Sweep, find_here
+    from .profiling import profile as measure_all
 
     sweep = Sweep(
         models=split(models), sizes=read_sizes(sizes), methods=split(methods) or ["single"],
@@ -142,7 +151,7 @@ def count(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Count parameters, FLOPs and what parallel methods exchange, for one latent, on torch's meta device."""
-    from executors.count import are_components, component_rows, count_rows, pcpp_bytes_rows
+    from .profiling import are_components, component_rows, count_rows, pcpp_bytes_rows
 
     names, pixels = split(models), read_sizes(sizes)
     if degrees is not None:
@@ -188,7 +197,7 @@ def run(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Make one image and say what it took: text encoder, stages, VAE decoder. Or be the edge of somebody's run."""
-    from executors.commands import Ask, be_edge, make_image
+    from .cli import Ask, be_edge, make_image
 
     ask = Ask(
         model=model, small_model=small_model, switch_step=switch_step, method=method, degree=degree,
@@ -228,8 +237,7 @@ def live(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Serve a plan's hybrid images over HTTP, or be the edge that asks a service for one and finishes it."""
-    from executors.live.commands import Serving, Wish, fetch, serve, weights_of
-    from executors.live.gangs import Here
+    from .live import Here, Serving, Wish, fetch, serve, weights_of
 
     here = Here(threads=threads, device=device, precision=precision, weights=weights_of(weights), profiles=profiles)
     if (plan is None) == (ask is None):
@@ -263,8 +271,8 @@ def calibrate(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Observe live runs, simulate the same requests, and compare: is the simulator right on this machine?"""
-    from executors.calibrate.command import KINDS, LOADS
-    from executors.calibrate.command import calibrate as carry_out
+    from .validation import KINDS, LOADS
+    from .validation import calibrate as carry_out
 
     chosen = read_loads(loads, "--loads") if loads else LOADS
     rows = carry_out(
@@ -279,7 +287,7 @@ def calibrate(
 
 def _print(format_: Format, data: Mapping[str, Any], text: Any) -> None:
     """A result on standard output: JSON alone, or a table."""
-    from executors.written_rows import is_first_process
+    from .profiling import is_first_process
 
     if not is_first_process():
         return
@@ -357,8 +365,7 @@ def _outcome_line(entry: Mapping[str, Any]) -> list[object]:
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """How far a profile has come, on standard error: a bar with the time left for people, plain lines in logs."""
-    from executors.progress import Bar, Lines, Progress
-    from executors.written_rows import is_first_process
+    from .profiling import Bar, Lines, Progress, is_first_process
 
     if not is_first_process():
         yield Progress()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybridsd_sim.arguments import (
+from hybridsd_sim.cli_arguments import (
     import_server,
     named_scenarios,
     options_of,
@@ -27,17 +27,18 @@ from hybridsd_sim.arguments import (
     profiles_of,
     read_scenario,
     refuse,
+    run_to_exit,
     split,
     together,
 )
 from hybridsd_sim.errors import InputError, Problem
-from hybridsd_sim.exits import run_to_exit
 from hybridsd_sim.version import __version__
 
 if TYPE_CHECKING:
+    from hybridsd_sim.planning import Store
     from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
-    from hybridsd_sim.store import Store
+
 
 app = typer.Typer(
     help="Plan, price and simulate Stable Diffusion inference shared between edge devices and cloud GPU pools.",
@@ -46,7 +47,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # help as plain text, for loading rich takes longer than all the rest
 )
+
 trace_app = typer.Typer(help="Read real request traces.", no_args_is_help=True, rich_markup_mode=None)
+
 app.add_typer(trace_app, name="trace")
 
 
@@ -58,12 +61,19 @@ class Format(StrEnum):
 
 
 TEXT = Format.text
+
 REPORTS = Path("reports")
+
 ScenarioPath = Annotated[str, typer.Argument(metavar="SCENARIO", help="A file, or a shipped scenario's name.")]
+
 ScenarioName = Annotated[str | None, typer.Option("--scenario", help="A named scenario inside the file.")]
+
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE on top of everything, dotted keys.")]
+
 OutputFormat = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+
 TracePath = Annotated[Path, typer.Argument(help="A trace: CSV.")]
+
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Folder of the report; default reports/<run id>.")]
 
 
@@ -87,8 +97,8 @@ def check(
     path: ScenarioPath, scenario: ScenarioName = None, set_: Settings = None, format_: OutputFormat = TEXT
 ) -> None:
     """Validate a scenario and print it in brief."""
-    from hybridsd_sim.candidates import check_names
-    from hybridsd_sim.show import scenario_text
+    from hybridsd_sim.pricing import check_names
+    from hybridsd_sim.reporting import scenario_text
 
     resolved = read_scenario(path, scenario, set_)
     profiles = profiles_of(resolved)
@@ -120,9 +130,9 @@ def predict(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Price one request under one plan. Time, bytes, dollars, joules and quality, each with its sources."""
-    from hybridsd_sim.predict import Ask, prediction
+    from hybridsd_sim.pricing import Ask, prediction
     from hybridsd_sim.profiles import load_profiles
-    from hybridsd_sim.show import prediction_text
+    from hybridsd_sim.reporting import prediction_text
 
     ask = Ask(
         model=model, gpu=gpu, interconnect=interconnect, method=method, degree=degree, options=options_of(option),
@@ -147,10 +157,9 @@ def simulate(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Simulate policies side by side on the same requests and links."""
-    from hybridsd_sim.candidates import check_names, find_candidates
-    from hybridsd_sim.deployment import load_deployment, misfits
-    from hybridsd_sim.show import simulation_data, simulation_text
-    from hybridsd_sim.simulate import simulate as run
+    from hybridsd_sim.pricing import check_names, find_candidates, load_deployment, misfits
+    from hybridsd_sim.reporting import simulation_data, simulation_text
+    from hybridsd_sim.simulation import simulate as run
 
     flags = {"--seed": ("seed", seed), "--replications": ("replications", replications)}
     resolved, deployment, _ = together(
@@ -191,9 +200,8 @@ def plan_(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Find the capacity plan. The plan of each request class and the nodes of each pool, confirmed by simulation."""
-    from hybridsd_sim.cluster import workers
-    from hybridsd_sim.optimize import optimize
-    from hybridsd_sim.show import plan_data, plan_text
+    from hybridsd_sim.planning import optimize, workers
+    from hybridsd_sim.reporting import plan_data, plan_text
 
     flags = {"--budget-usd-per-hour": ("budget.usd_per_hour", budget_usd_per_hour)}
     resolved, _ = together(lambda: read_scenario(path, scenario, set_, flags), lambda: _check_folder(out))
@@ -216,7 +224,7 @@ def report(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Draw a saved run again, or two side by side."""
-    from hybridsd_sim.report import compare_reports, draw_report
+    from hybridsd_sim.reporting import compare_reports, draw_report
 
     if compare and len(runs) < 2:
         raise InputError(Problem("--compare", str(runs[0]), "two runs stand side by side", "Name two folders."))
@@ -240,10 +248,10 @@ def verify(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Hold predictions against every published and measured table. Each is also made without its own group."""
-    from hybridsd_sim.fitting import fitted, write_fitted
+    from hybridsd_sim.perf import fitted, write_fitted
+    from hybridsd_sim.pricing import verification
     from hybridsd_sim.profiles import load_profiles
-    from hybridsd_sim.show_verify import verification_text
-    from hybridsd_sim.verify import verification
+    from hybridsd_sim.reporting import verification_text
 
     known = load_profiles(profiles)
     with _progress() as say:
@@ -273,7 +281,7 @@ def serve(
 @trace_app.command()
 def describe(path: TracePath, format_: OutputFormat = TEXT) -> None:
     """Say what is in a trace: rate, burstiness, mix, popularity."""
-    from hybridsd_sim.show import table
+    from hybridsd_sim.reporting import table
     from hybridsd_sim.workload import describe_trace
 
     figures = describe_trace(path).to_dict()
@@ -296,7 +304,7 @@ def _run_folder(scenario: Scenario, profiles: Profiles, ran: Sequence[str], plan
     """The default folder: whatever shapes the result has a part in its name, a plan.yaml too."""
     from hashlib import sha256
 
-    from hybridsd_sim.report import run_id
+    from hybridsd_sim.reporting import run_id
 
     what = ",".join(ran) + (f"+{sha256(plan.read_bytes()).hexdigest()}" if plan else "")
     return REPORTS / run_id(scenario, profiles.digest, scenario.seed, __version__, what)
@@ -306,7 +314,7 @@ def _check_folder(out: Path | None) -> None:
     """Whether a report can be written there, before the work that it takes: try it, and leave no trace."""
     from tempfile import TemporaryDirectory
 
-    from hybridsd_sim.report.folder import DRAWN, SAVED
+    from hybridsd_sim.reporting import DRAWN, SAVED
 
     folder = (out or REPORTS).absolute()
     with _writing(out or REPORTS):
@@ -328,8 +336,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _write(result: Any, folder: Path, profiles: Profiles) -> tuple[dict[str, Any], str]:
     """Save and draw the report; what it saved, and the path of its page."""
-    from hybridsd_sim.report import write_report
-    from hybridsd_sim.report.folder import read_run
+    from hybridsd_sim.reporting import read_run, write_report
 
     with _writing(folder):
         page = write_report(result, folder, profiles=profiles)
@@ -338,7 +345,7 @@ def _write(result: Any, folder: Path, profiles: Profiles) -> tuple[dict[str, Any
 
 def _store() -> Store | None:
     """Where finished simulations are kept; None, and a word on standard error, where nothing can be written."""
-    from hybridsd_sim.store import default_folder, opened
+    from hybridsd_sim.planning import default_folder, opened
 
     try:
         return opened(default_folder())
@@ -389,7 +396,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 def _print(format_: Format, data: Callable[[], Any], text: Callable[[int], str], *pages: str) -> None:
     """A result on standard output: JSON alone, or text as wide as the terminal, 120 characters where there is none."""
-    from hybridsd_sim.show import to_json
+    from hybridsd_sim.reporting import to_json
 
     if format_ is Format.json:
         typer.echo(to_json(data()), nl=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybridsd_sim import Plan, Request, Site, Stage
-from hybridsd_sim.candidates import Candidate
 from hybridsd_sim.plan import Deployment
+from hybridsd_sim.pricing import Candidate
 
 CLOUD = Site(name="cloud", tier="cloud", device="a100-sxm-80gb", runtime="cudagraph", gpus_per_node=8)
 PHONE = Site(name="phone", tier="edge", device="snapdragon-8-elite", runtime="qnn", precision="w8a16")

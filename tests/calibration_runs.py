@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from executors.calibrate import observed as kept
-from executors.calibrate.booking import facts_of, times_of
-from executors.calibrate.drive import Sent
-from executors.calibrate.replay import with_arrivals, write_arrivals
-from executors.calibrate.setting import (
+from executors.live import Outcome
+from executors.validation import recording as kept
+from executors.validation.load import Sent
+from executors.validation.recording import facts_of, times_of, with_arrivals, write_arrivals
+from executors.validation.setting import (
     REQUEST_CLASS,
     Kind,
     balanced_switch_step,
@@ -20,12 +20,10 @@ from executors.calibrate.setting import (
     deployment_of,
     scenario_of,
 )
-from executors.calibrate.testbed import CLOUD, EDGE, LARGE, SIZE_PX, SMALL, TEXT_ENCODER, VAE, write_catalogue
-from executors.live.client import Outcome
+from executors.validation.testbed import CLOUD, EDGE, LARGE, SIZE_PX, SMALL, TEXT_ENCODER, VAE, write_catalogue
 from hybridsd_sim import load_profiles
 from hybridsd_sim.profiles import CostRow, Profiles
-from hybridsd_sim.records import Records, column
-from hybridsd_sim.simulate import simulate
+from hybridsd_sim.simulation import Records, column, simulate
 
 if TYPE_CHECKING:
     from pathlib import Path

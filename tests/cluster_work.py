@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 from hybridsd_sim import load_profiles, load_scenario
-from hybridsd_sim.candidates import find_candidates
-from hybridsd_sim.cluster import workers
 from hybridsd_sim.errors import IllegalPlanError, Problem
-from hybridsd_sim.evaluations import Evaluator, Job
 from hybridsd_sim.plan import Deployment, Share
-from hybridsd_sim.store import Store
+from hybridsd_sim.planning import Store, workers
+from hybridsd_sim.planning.evaluation import Evaluator, Job
+from hybridsd_sim.pricing import find_candidates
 
 SHORT = {"horizon_s": 150.0, "warmup_s": 20.0, "replications": 2, "search.replications_max": 4}
 PROBLEMS = (Problem("plan.stages", "()", "a plan needs a stage", "Add one."), Problem("plan.vae", "x", "unknown"))

@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from executors.calibrate.awake import own_cpus
-from executors.denoiser import job_of, legal_settings
-from executors.handover import Expected
-from executors.live.crew import Crew
-from executors.live.tasks import Gang, Task
+from executors.hybrid import Expected, ImageRun, make_picture
+from executors.live import Crew, Gang, Task
 from executors.models import load_model
-from executors.run import ImageRun, make_picture
+from executors.parallel import job_of, legal_settings
+from executors.validation.rehearse import own_cpus
 from hybridsd_sim.profiles import load_profiles
 from small_models import HEIGHT_PX, WIDTH_PX
 from small_pipelines import small_catalogue, small_pipeline

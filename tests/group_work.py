@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from executors.group import Group
+from executors.parallel import Group
 
 
 def die_at_once(group: Group) -> None:

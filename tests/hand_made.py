@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from hybridsd_sim import Plan, Request, Scenario, Site, Stage, load_scenario
-from hybridsd_sim.candidates import Candidate
-from hybridsd_sim.capacity import CapacityPlan, Confidence, Evaluated, Margin, Relaxation, Saving, Variation
-from hybridsd_sim.cost import Part, PlanCost
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.quality import Quality
-from hybridsd_sim.records import IN_FLIGHT, SERVED, UNSERVED, Book, PlanFacts, Records, check_laws
-from hybridsd_sim.simulate import SimResult
+from hybridsd_sim.planning import CapacityPlan, Confidence, Evaluated, Variation
+from hybridsd_sim.planning.capacity_plan import Margin, Relaxation, Saving
+from hybridsd_sim.pricing import Candidate, Part, PlanCost
+from hybridsd_sim.pricing.quality import Quality
+from hybridsd_sim.simulation import IN_FLIGHT, SERVED, UNSERVED, Book, PlanFacts, Records, SimResult, check_laws
 
 SCENARIO = """
 name: by-hand

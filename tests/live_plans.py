@@ -19,20 +19,27 @@ from typing import Any, TypeVar
 import uvicorn
 from fastapi import FastAPI
 
-from executors.live.client import Ask, Client, Outcome
-from executors.live.crew import Crew
-from executors.live.gangs import Here, cloud_gangs, edge_gang
-from executors.live.service import build_service
-from executors.live.tasks import Done, Gang, Task
-from executors.live.work import Settings
-from hybridsd_sim.candidates import fleet_site, pool_site
+from executors.live import (
+    Ask,
+    Client,
+    Crew,
+    Done,
+    Gang,
+    Here,
+    Outcome,
+    Settings,
+    Task,
+    build_service,
+    cloud_gangs,
+    edge_gang,
+)
+from hybridsd_sim.files import data_folder
 from hybridsd_sim.plan import Deployment, Plan, Stage
-from hybridsd_sim.policies import CloudOnly, Decision
-from hybridsd_sim.policy import CERTAIN_LATE
-from hybridsd_sim.profiles import Profiles, data_folder, load_profiles
+from hybridsd_sim.pricing import fleet_site, pool_site
+from hybridsd_sim.profiles import Profiles, load_profiles
 from hybridsd_sim.scenario import Scenario
-from hybridsd_sim.scheduler import Scheduler
-from hybridsd_sim.workers import Worker
+from hybridsd_sim.scheduling import CERTAIN_LATE, Decision, Scheduler, Worker
+from hybridsd_sim.scheduling.policies import CloudOnly
 from own_catalogue import own_catalogue
 
 T = TypeVar("T")

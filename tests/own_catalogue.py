@@ -7,7 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-from hybridsd_sim.profiles import data_folder
+from hybridsd_sim.files import data_folder
 from small_models import SMALL, SMALLER
 
 WIDTH = 768

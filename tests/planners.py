@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hybridsd_sim import Profiles, Scenario
-from hybridsd_sim.candidates import find_candidates
-from hybridsd_sim.capacity import Evaluated
-from hybridsd_sim.evaluations import evaluate
-from hybridsd_sim.planner import Planner
-from hybridsd_sim.sizing import Sizer
+from hybridsd_sim.planning import Evaluated
+from hybridsd_sim.planning.analytic import Sizer
+from hybridsd_sim.planning.evaluation import evaluate
+from hybridsd_sim.planning.planner import Planner
+from hybridsd_sim.pricing import find_candidates
 
 SHORT = {"horizon_s": 240, "warmup_s": 40, "replications": 2}
 """Enough requests for a p95 latency, few enough for many trials."""

@@ -10,16 +10,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from executors.asyncdiff import AsyncDiff
-from executors.cfg_parallel import CfgParallel
-from executors.components import bounds_by_macs
-from executors.denoiser import Denoiser, denoise, job_of, legal_settings
-from executors.distrifusion import DistriFusion
-from executors.group import Group, Traffic
-from executors.models import build_unet, seeded_conditioning, seeded_latents
-from executors.pcpp import Pcpp
-from executors.samplers import build_sampler
-from executors.single import Single
+from executors.models import build_sampler, build_unet, seeded_conditioning, seeded_latents
+from executors.parallel import AsyncDiff, Denoiser, Group, Single, denoise, job_of, legal_settings
+from executors.parallel.asyncdiff import bounds_by_macs
+from executors.parallel.denoiser import CfgParallel
+from executors.parallel.distrifusion import DistriFusion
+from executors.parallel.group import Traffic
+from executors.parallel.pcpp import Pcpp
 from small_models import HEIGHT_PX, SMALL, WIDTH_PX
 
 

@@ -8,7 +8,7 @@ import signal
 import torch
 from torch import Tensor
 
-from executors.group import Group
+from executors.parallel import Group
 from hybridsd_sim.errors import IllegalPlanError, Problem, RunError
 
 

@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 
-from hybridsd_sim.adapters.ray_serve import PredictedCostRouter
-from hybridsd_sim.candidates import pool_site
-from hybridsd_sim.events import Event
 from hybridsd_sim.plan import Deployment, Plan, Request, Share, Stage
-from hybridsd_sim.policy import Decision
-from hybridsd_sim.scenario import Scenario
-from hybridsd_sim.scheduler import Scheduler
-from hybridsd_sim.written import dump_yaml
+from hybridsd_sim.pricing import pool_site
+from hybridsd_sim.scenario import Scenario, dump_yaml
+from hybridsd_sim.scheduling import Decision, Event, Scheduler
+from hybridsd_sim.serving.ray_serve import PredictedCostRouter
 
 MODEL = "bk-sdm-tiny"
 JOURNALS: list[list[tuple[Any, ...]]] = []

@@ -16,11 +16,11 @@ from typing import Any, Self
 import httpx
 from fastapi import FastAPI
 
-from hybridsd_sim.candidates import find_candidates
 from hybridsd_sim.plan import Deployment
+from hybridsd_sim.pricing import find_candidates
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario, dump_yaml
-from hybridsd_sim.scheduler import Scheduler
+from hybridsd_sim.scheduling import Scheduler
 
 LONG_S = 60.0
 """More than anything here takes on a busy machine: what takes longer hangs."""

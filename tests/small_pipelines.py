@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from executors.models import build_unet, build_vae
-from executors.text import FIRST_TOKEN, LAST_TOKEN
-from executors.weights import fill
+from executors.models import build_unet, build_vae, fill
+from executors.models.encoders import FIRST_TOKEN, LAST_TOKEN
 from own_catalogue import MODELS, own_catalogue
 
 WIDTH = 8

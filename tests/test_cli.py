@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hybridsd_sim
-from hybridsd_sim.arguments import named_scenarios
 from hybridsd_sim.cli import _output_aside, main
+from hybridsd_sim.cli_arguments import named_scenarios
 from hybridsd_sim.errors import RunError
-from hybridsd_sim.profiles import data_folder
-from hybridsd_sim.show import LONGEST_WORD, figure, table, to_json, with_interval
+from hybridsd_sim.files import data_folder
+from hybridsd_sim.reporting import table, to_json
+from hybridsd_sim.reporting.terminal import LONGEST_WORD, figure, with_interval
 
 TINY = ("--set", "horizon_s=60", "--set", "warmup_s=10", "--set", "replications=1")
 COMMANDS = ("check", "predict", "simulate", "plan", "report", "verify", "serve", "trace")
@@ -567,7 +568,7 @@ def test_a_run_that_fails_exits_with_1_and_leaves_nothing_behind(cli, tmp_path, 
     def fail(folder):
         raise failure
 
-    monkeypatch.setattr("hybridsd_sim.report.folder.draw_report", fail)
+    monkeypatch.setattr("hybridsd_sim.reporting.folder.draw_report", fail)
     what = ("simulate", "quickstart", *TINY, "--policy", "edge_only", "--out", tmp_path / "run")
     ran = cli(*what, code=1)
     assert "a law was broken" in ran.err.splitlines()[-1]

@@ -52,13 +52,6 @@ def test_an_unknown_name_is_an_attribute_error():
         hybridsd_sim.simulator  # noqa: B018 -- the access is the test
 
 
-@pytest.mark.parametrize("name", ["simulate", "optimize"])
-def test_a_function_keeps_its_name_when_its_room_is_imported(name):
-    """`hybridsd_sim.simulate` is the function, whoever imported the room `hybridsd_sim.simulate` first."""
-    code = f"import hybridsd_sim.{name}; from hybridsd_sim import {name} as it; print(type(it).__name__)"
-    assert python(code).strip() == "function"
-
-
 def test_importing_the_package_loads_nothing_heavy():
     """`import hybridsd_sim` loads neither torch, pandas, matplotlib, ray nor any other large library."""
     loaded = set(python("import sys, hybridsd_sim; print(*sys.modules)").split())

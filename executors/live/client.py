@@ -21,23 +21,29 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import ValidationError
 
-from executors.live import endings
-from executors.live.crew import Crew
-from executors.live.endings import UnservedError
-from executors.live.messages import DIGEST, Answer, DamagedError, EdgePart, Ended, Order, Refusal, read_answer
-from executors.live.shaping import Link
-from executors.live.tasks import Done, Task, WorkerLost
 from hybridsd_sim.errors import HybridSDError, InputError, Problem
+
+from . import messages as endings
+from .messages import DIGEST, Answer, DamagedError, EdgePart, Ended, Link, Order, Refusal, UnservedError, read_answer
+from .tasks import Done, Task, WorkerLost
+from .worker_pool import Crew
 
 CONNECT_S = 10.0
 """A host that does not take a call within this is not there."""
+
 _SPARE_S = 30.0
 """Longest silence of a service beyond what it was asked to wait."""
+
 _CHECKPOINT_EVERY = 5
+
 _LAST_WORDS_S = 2.0
+
 _LAST_WORDS_PAUSES_S = (0.0, 0.1, 0.4)
+
 _POLL_S = 0.05
+
 NAN = math.nan
+
 MakeCrew = Callable[[EdgePart], Awaitable[Crew]]
 
 

@@ -12,22 +12,19 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from executors.hybrid import listen_at
-from executors.live.client import Ask, Client, Outcome
-from executors.live.crew import Crew
-from executors.live.gangs import Here, cloud_gangs, device_gang
-from executors.live.listening import served
-from executors.live.messages import EdgePart
-from executors.live.service import build_service
-from executors.live.shaping import Link
-from executors.live.tasks import Gang
-from executors.live.work import Settings
-from hybridsd_sim.deployment import load_deployment
 from hybridsd_sim.errors import InputError, Problem, RunError
+from hybridsd_sim.pricing import load_deployment
 from hybridsd_sim.profiles import load_profiles
-from hybridsd_sim.scheduler import Scheduler
-from hybridsd_sim.server.listen import is_loopback, names_of
-from hybridsd_sim.workers import Worker
+from hybridsd_sim.scheduling import Scheduler, Worker
+from hybridsd_sim.serving import is_loopback, names_of
+
+from ..hybrid import listen_at
+from .client import Ask, Client, Outcome
+from .messages import EdgePart, Link
+from .request import Settings
+from .service import build_service, served
+from .tasks import Gang
+from .worker_pool import Crew, Here, cloud_gangs, device_gang
 
 Say = Callable[[str], None]
 

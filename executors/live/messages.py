@@ -1,24 +1,167 @@
-"""What client and service say to each other: an order as JSON, an answer as a line of JSON with the payload after it.
+"""How requests end without an image: a code for programs, and place, value, rule and remedy for people.
+
+What client and service say to each other: an order as JSON, an answer as a line of JSON with the payload after it.
 
 Every answer carries the SHA-256 of its whole body as `Content-Digest` (RFC 9530), so that damage on the way is noticed
 whatever it hits. It is no signature: it does not guard against a forger.
+
+One request's access network where there is none: half a round trip each way, and bytes no faster than the rate.
+
+Shaped is what an application can shape, the moments at which bytes are given to the connection; what the machine's own
+network takes comes on top of that, and disappears in the half round trip where it is shorter.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 from base64 import b64encode
-from typing import Annotated, Literal, Self
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from executors.live.shaping import Link
-from hybridsd_sim.errors import Problem, RunError
+from hybridsd_sim.errors import HybridSDError, Problem, RunError
+from hybridsd_sim.profiles import Network
+
+CANCELLED, DAMAGED, DEADLINE, EDGE_LOST, FAILED = "cancelled", "damaged", "deadline", "edge_lost", "failed"
+
+NO_EDGE, NO_WORKER, REFUSED, STOPPED, TIMEOUT = "no_edge", "no_worker", "refused", "stopped", "timeout"
+
+UNREACHABLE, WORKER_LOST = "unreachable", "worker_lost"
+
+
+class Ending(NamedTuple):
+    """The HTTP status of an ending, the rule behind it, and what the asker can do."""
+
+    code: int
+    rule: str
+    remedy: str
+
+
+_AGAIN = "Ask again later, under another id."
+
+_OPERATOR = "Tell whoever runs the service."
+
+_ENDINGS: Mapping[str, Ending] = {
+    CANCELLED: Ending(409, "the client took it back", "Ask again under another id."),
+    DAMAGED: Ending(
+        502, "every copy of the answer was damaged on the way", "Look at what is between client and cloud."
+    ),
+    DEADLINE: Ending(504, "its deadline has passed, and the policy serves nobody late", _AGAIN),
+    EDGE_LOST: Ending(500, "the edge's own process died with it too often", "Look at the edge's memory."),
+    FAILED: Ending(500, "it could not be carried out", _OPERATOR),
+    NO_EDGE: Ending(500, "the plan leaves steps to the edge, and this client has no device", "Give the client a crew."),
+    NO_WORKER: Ending(503, "no worker that is up can carry out its plan", _AGAIN),
+    REFUSED: Ending(400, "the service did not take it", "See the error that came with it."),
+    STOPPED: Ending(503, "the service is being stopped", _AGAIN),
+    TIMEOUT: Ending(504, "it took longer than any request may", _AGAIN),
+    UNREACHABLE: Ending(503, "the service cannot be reached", "Is it running, and the network up?"),
+    WORKER_LOST: Ending(503, "workers died with it too often", _OPERATOR),
+    "unknown_class": Ending(404, "the plan has no such request class", "Name a class of the plan's scenario."),
+}
+
+_REJECTED = Ending(503, "the scheduler has no room for it", _AGAIN)
+
+
+class UnservedError(HybridSDError):
+    """A request ends without an image, for this reason; `words` say more than the code does."""
+
+    def __init__(self, reason: str, words: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.words = words
+
+
+def ending_of(reason: str) -> Ending:
+    """What a reason code means; codes of policies that are not in the table reject."""
+    return _ENDINGS.get(reason, _REJECTED)
+
+
+def problem_of(reason: str, words: str = "") -> Problem:
+    """A reason code for people."""
+    ending = ending_of(reason)
+    return Problem("request", words or reason, ending.rule, ending.remedy)
+
+
+Clock = Callable[[], float]
+
+Sleep = Callable[[float], Awaitable[object]]
+
+HalfRtt = Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)]
+
+Rate = Annotated[float, Field(ge=128, allow_inf_nan=False)]
+
+PIECE_S = 0.005
+"""About so many seconds of the link go out at a time: shorter than any round trip, longer than a timer's error."""
+
+SMALLEST_PIECE, LARGEST_PIECE = 256, 65536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A network for as long as one request lasts: seconds of half a round trip, and bytes a second each way."""
+
+    half_rtt_s: HalfRtt
+    up_bytes_per_s: Rate
+    down_bytes_per_s: Rate
+
+    @classmethod
+    def drawn(cls, network: Network, *, rate_u: float = 0.5, rtt_u: float = 0.5) -> Link:
+        """The link of a user at these quantiles of a class of networks; by default the median one."""
+        return cls(
+            half_rtt_s=network.rtt_s.at(rtt_u) / 2,
+            up_bytes_per_s=network.up_bytes_per_s.at(rate_u),
+            down_bytes_per_s=network.down_bytes_per_s.at(rate_u),
+        )
+
+    def up_s(self, count: int) -> float:
+        """Seconds until the last of `count` bytes sent at once has reached the cloud."""
+        return self.half_rtt_s + count / self.up_bytes_per_s
+
+    def down_s(self, count: int) -> float:
+        """Seconds until the last of `count` bytes sent at once has reached the edge."""
+        return self.half_rtt_s + count / self.down_bytes_per_s
+
+
+async def until(when_s: float, *, clock: Clock = time.monotonic, sleep: Sleep = asyncio.sleep) -> None:
+    """Wait for a time of the clock; timers that ring too early are set again."""
+    while (left_s := when_s - clock()) > 0.0:
+        await sleep(left_s)
+
+
+async def paced(
+    data: bytes,
+    link: Link,
+    *,
+    start_s: float | None = None,
+    clock: Clock = time.monotonic,
+    sleep: Sleep = asyncio.sleep,
+) -> AsyncIterator[bytes]:
+    """The data in pieces, each at the moment at which its last byte would come out of the link's lower end.
+
+    Sent at `start_s` (None: now), of which at a later time t no more than the rate times t - start_s - half_rtt_s has
+    been given out. Whoever takes a piece late gets the next ones without delay until the link's time is caught up with.
+    """
+    begin_s = (clock() if start_s is None else start_s) + link.half_rtt_s
+    rate = link.down_bytes_per_s
+    size = min(max(int(rate * PIECE_S), SMALLEST_PIECE), LARGEST_PIECE)
+    for first in range(0, len(data), size):
+        piece = data[first : first + size]
+        await until(begin_s + (first + len(piece)) / rate, clock=clock, sleep=sleep)
+        yield piece
+
 
 Status = Literal["open", "handed_over", "served", "unserved"]
+
 DIGEST = "content-digest"
+
 MEDIA_TYPE = "application/octet-stream"
+
 LONGEST_PROMPT = 8192
+
 Seconds = Annotated[float, Field(ge=0, le=86400)]
 
 

@@ -3,39 +3,42 @@
 `POST /v1/images` waits for the answer as long as the order allows and may be sent again at any time: it is the order's
 id that counts. Bodies are small and read within seconds, the number and the rate of orders are limited, and every error
 is JSON: `{"error": {"place", "value", "rule", "remedy"}}`. Nothing that a request carries is logged.
+
+A service on a port, inside the event loop of whoever wants it there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from executors.live import endings
-from executors.live.desk import ROOM_S, BusyError, Desk
-from executors.live.messages import DIGEST, MEDIA_TYPE, Ended, Error, Order, Refusal, digest_of, head_of
-from executors.live.messages import Message as Said
-from executors.live.meters import CONTENT_TYPE, Meters
-from executors.live.roster import Roster
-from executors.live.shaping import paced
-from executors.live.tasks import Gang
-from executors.live.work import Settings, Work
 from hybridsd_sim.errors import InputError, Problem
-from hybridsd_sim.scheduler import Scheduler
-from hybridsd_sim.server.answers import RefusedError
-from hybridsd_sim.server.guard import LOOPBACK, Guard, body_of
+from hybridsd_sim.scheduling import Scheduler
+from hybridsd_sim.serving import LOOPBACK, Guard, RefusedError, body_of
+
+from . import messages as endings
+from .messages import DIGEST, MEDIA_TYPE, Ended, Error, Order, Refusal, digest_of, head_of, paced
+from .messages import Message as Said
+from .request import CONTENT_TYPE, ROOM_S, BusyError, Desk, Meters, Settings, Work
+from .tasks import Gang
+from .worker_pool import Roster
 
 if TYPE_CHECKING:
-    from executors.live.crew import Crew
+    from .worker_pool import Crew
+
 
 _CODES = {"served": 200, "handed_over": 200, "open": 202}
+
 SaidT = TypeVar("SaidT", bound=Said)
 
 
@@ -223,3 +226,31 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     """A path or a method that there is not, in the shape of all errors."""
     problem = Problem("request", request.method, error.detail)
     return _turned_away(RefusedError(error.status_code, problem, error.headers))
+
+
+_STOPPING_S = 5
+
+_LOOK_S = 0.01
+
+
+@asynccontextmanager
+async def served(service: FastAPI, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
+    """Serve on `listener` for as long as the block lasts, which begins once requests are answered; the running task."""
+    config = uvicorn.Config(service, log_level="warning", access_log=False, timeout_graceful_shutdown=_STOPPING_S)
+    server = _Server(config)
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    while not (server.started or running.done()):  # noqa: ASYNC110 -- uvicorn sets a flag and no event
+        await asyncio.sleep(_LOOK_S)
+    try:
+        yield running
+    finally:
+        server.should_exit = True
+        await running
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves the process's signals to who runs it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -14,14 +14,15 @@ import optuna
 import pytest
 
 from hybridsd_sim import Profiles
-from hybridsd_sim.candidates import Candidate
-from hybridsd_sim.capacity import Evaluated, dominates, evaluated, same_figures
-from hybridsd_sim.evaluations import Evaluation, Job, evaluate
-from hybridsd_sim.frontier import frontier
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.planner import Planner
+from hybridsd_sim.planning import Evaluated
+from hybridsd_sim.planning.capacity_plan import dominates, evaluated, same_figures
+from hybridsd_sim.planning.evaluation import Evaluation, Job, evaluate
+from hybridsd_sim.planning.frontier import frontier
+from hybridsd_sim.planning.planner import Planner
+from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.scenario import load_scenario
-from hybridsd_sim.verdict import promises
+from hybridsd_sim.simulation import promises
 from planners import hypervolume, planner_of
 
 SCENARIOS = {

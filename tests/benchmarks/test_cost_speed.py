@@ -11,12 +11,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from big_scenario import big_scenario
 from hybridsd_sim import Plan, Profiles, Request, Site, Stage, price
-from hybridsd_sim.calibration import PARAMETERS, call_kernels, fit_of
-from hybridsd_sim.candidates import Candidate, find_candidates, prune
-from hybridsd_sim.fitting import is_one_gpu_step, refit
-from hybridsd_sim.roofline import Batch
-from hybridsd_sim.steps import StageTimer, stage_rounds
-from hybridsd_sim.transfers import CONSTANTS
+from hybridsd_sim.perf import CONSTANTS, StageTimer, fit_of, refit
+from hybridsd_sim.perf.device_fit import call_kernels
+from hybridsd_sim.perf.population_fit import is_one_gpu_step
+from hybridsd_sim.perf.roofline import PARAMETERS, Batch
+from hybridsd_sim.perf.stage_time import stage_rounds
+from hybridsd_sim.planning.planner import prune
+from hybridsd_sim.pricing import Candidate, find_candidates
 
 MOST_OVERHEAD = 6.0
 """Seconds of a stage with its interval, over those of its rounds' rooflines, one for each derivative."""

@@ -13,10 +13,9 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from hybridsd_sim import Profiles, Scenario, Scheduler, load_scenario
-from hybridsd_sim.candidates import find_candidates
-from hybridsd_sim.events import RequestDone
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.policies import Decision
+from hybridsd_sim.pricing import find_candidates
+from hybridsd_sim.scheduling import Decision, RequestDone
 
 CANDIDATES = 20
 """Plans of a draft on the pool: one GPU, or DistriFusion and AsyncDiff on two, four and eight; and one at the edge."""

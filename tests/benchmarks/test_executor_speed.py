@@ -11,10 +11,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from executors.denoiser import denoise
-from executors.models import build_unet, seeded_conditioning, seeded_latents
-from executors.samplers import build_sampler
-from executors.single import Single
+from executors.models import build_sampler, build_unet, seeded_conditioning, seeded_latents
+from executors.parallel import Single, denoise
 from hybridsd_sim import Profiles
 
 MOST_OVERHEAD = 1.02

@@ -10,11 +10,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from big_scenario import big_scenario
 from hybridsd_sim import Profiles, load_scenario, optimize
-from hybridsd_sim.candidates import find_candidates
-from hybridsd_sim.evaluations import evaluate
-from hybridsd_sim.milp import Answer, Formulation, Goal
-from hybridsd_sim.planner import Planner
-from hybridsd_sim.sizing import Sizer
+from hybridsd_sim.planning.analytic import Sizer
+from hybridsd_sim.planning.evaluation import evaluate
+from hybridsd_sim.planning.milp import Answer, Formulation, Goal
+from hybridsd_sim.planning.planner import Planner
+from hybridsd_sim.pricing import find_candidates
 
 MOST_S = 30.0
 """Seconds for building and solving the program of the big scenario, and for planning the photo app."""

@@ -100,7 +100,7 @@ def handles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, serv
     """The same deployment behind each router."""
     plan = serve_plans.save_plan(tmp_path_factory.mktemp("plan"), serve_plans.studio())
     ours = RequestRouterConfig(
-        request_router_class="hybridsd_sim.adapters.ray_serve.PredictedCostRouter",
+        request_router_class="hybridsd_sim.serving.ray_serve.PredictedCostRouter",
         request_router_kwargs={"plan": str(plan)},
     )
     with local_serve():

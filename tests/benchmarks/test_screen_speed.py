@@ -9,10 +9,10 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from hybridsd_sim import Profiles, Scenario, simulate
-from hybridsd_sim.candidates import find_candidates
 from hybridsd_sim.plan import Deployment
+from hybridsd_sim.pricing import find_candidates
 from hybridsd_sim.scenario import load_scenario
-from hybridsd_sim.screen import Inputs, screen
+from hybridsd_sim.simulation import Inputs, screen
 
 LEAST_GAIN = 50.0
 """Seconds of the simulation over those of the recursion: ten milliseconds on a machine that simulates 100,000 a second

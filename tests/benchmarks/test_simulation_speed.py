@@ -11,7 +11,7 @@ import simpy
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from hybridsd_sim import Profiles, Scenario, SimResult, simulate
-from hybridsd_sim.candidates import CandidateSet, find_candidates
+from hybridsd_sim.pricing import CandidateSet, find_candidates
 from hybridsd_sim.scenario import load_scenario
 
 LEAST_RATIO = 0.5

@@ -11,14 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration_runs import made_up, observed_of, run_of, slower
-from executors.calibrate import observed as kept
-from executors.calibrate.booking import TICK_S
-from executors.calibrate.command import calibrate
-from executors.calibrate.compare import block_length, blocks_again, compare, limits_at
-from executors.calibrate.setting import KINDS
+from executors.validation import KINDS, calibrate
+from executors.validation import recording as kept
+from executors.validation.compare import block_length, blocks_again, compare, limits_at
+from executors.validation.recording import TICK_S
 from hybridsd_sim.errors import InputError, RunError
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.records import column
+from hybridsd_sim.simulation import column
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,13 @@ import torch
 from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
-from executors import components
-from executors.asyncdiff import AsyncDiff
-from executors.components import balanced_bounds, bounds_by_macs, incoming_elements, unit_modules, unit_seconds
-from executors.denoiser import Denoiser, denoise, guide, job_of, legal_settings, predict
-from executors.group import Alone
-from executors.models import build_unet, described, replica, seeded_conditioning, seeded_latents
-from executors.ranks import run_ranks
-from executors.samplers import build_sampler
-from executors.single import Single
+from executors.models import build_sampler, build_unet, described, replica, seeded_conditioning, seeded_latents
+from executors.parallel import Alone, AsyncDiff, Denoiser, Single, denoise, job_of, legal_settings, run_ranks
+from executors.parallel import asyncdiff as components
+from executors.parallel.asyncdiff import balanced_bounds, bounds_by_macs, incoming_elements, unit_modules, unit_seconds
+from executors.parallel.denoiser import guide, predict
 from hybridsd_sim.errors import InputError
-from hybridsd_sim.unet import unet_units
+from hybridsd_sim.perf import unet_units
 from small_models import SMALL, SMALLER
 
 TIMED = {**SMALL, "block_out_channels": [64, 64]}

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from executors.calibrate import awake
-from executors.calibrate.awake import a_cpu_each, kept_awake, own_cpus
+from executors.validation import rehearse as awake
+from executors.validation.rehearse import a_cpu_each, kept_awake, own_cpus
 from waiting import alive, within_a_minute
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this system has no class of idle processes")
@@ -35,7 +35,7 @@ def test_every_processor_has_a_watcher_that_gives_way_to_anybody():
 def test_watchers_end_with_a_process_that_is_killed():
     """Nobody is left behind who would keep a processor busy for ever."""
     script = (
-        "import time\nfrom executors.calibrate.awake import kept_awake\n"
+        "import time\nfrom executors.validation.rehearse import kept_awake\n"
         "with kept_awake() as pids:\n    print(*pids, flush=True)\n    time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:

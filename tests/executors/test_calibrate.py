@@ -13,15 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration_runs import observed_of, outcomes_of, rows, run_of, set_up
-from executors.calibrate import observed as kept
-from executors.calibrate.booking import TICK_S, booked, facts_of, times_of
-from executors.calibrate.compare import compare
-from executors.calibrate.drive import Sent, drive_loadgen, piece_of, replay_trace
-from executors.calibrate.profiled import drift
-from executors.calibrate.rehearse import Seen, held
-from executors.calibrate.replay import drawn_links, replay
-from executors.calibrate.setting import (
-    KINDS,
+from executors.live import Done
+from executors.models import load_model
+from executors.validation import KINDS
+from executors.validation import recording as kept
+from executors.validation.compare import compare
+from executors.validation.cost_rows import drift
+from executors.validation.load import Sent, drive_loadgen, piece_of, replay_trace
+from executors.validation.recording import TICK_S, booked, drawn_links, facts_of, replay, times_of
+from executors.validation.rehearse import Seen, held
+from executors.validation.setting import (
     balanced_switch_step,
     bottleneck_s,
     candidate_of,
@@ -31,19 +32,12 @@ from executors.calibrate.setting import (
     scenario_of,
     shared_out,
 )
-from executors.calibrate.testbed import (
-    CONFIGS,
-    SIZE_PX,
-    build_testbed,
-    write_catalogue,
-)
-from executors.live.tasks import Done
-from executors.models import load_model
+from executors.validation.testbed import CONFIGS, SIZE_PX, build_testbed, write_catalogue
 from hybridsd_sim import load_profiles
 from hybridsd_sim.errors import InputError, RunError
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.records import check_laws, column
-from hybridsd_sim.traces import import_trace
+from hybridsd_sim.simulation import check_laws, column
+from hybridsd_sim.workload import import_trace
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from executors.ranks import run_ranks
-from hybridsd_sim.methods import SYNC_MODES
+from executors.parallel import run_ranks
+from hybridsd_sim.perf.parallel_methods import SYNC_MODES
 from rank_work import Case, run_cases
 
 PATCHES = [

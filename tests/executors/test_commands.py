@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from executors.__main__ import main
-from executors.profile import Outcome
-from executors.sweep import Target
+from executors.profiling import Outcome
+from executors.profiling.grid import Target
 from hybridsd_sim.errors import Problem
 from own_catalogue import own_catalogue
 
@@ -133,7 +133,7 @@ def test_a_target_that_failed_ends_the_profile_with_code_1(command, folder, tmp_
         target = Target(model="small", table="small", components=("step",), flop={})
         return Outcome(here, failed=[target], refused=[Problem("small step", "256 px", "out of memory")])
 
-    monkeypatch.setattr("executors.profile.profile", measure)
+    monkeypatch.setattr("executors.profiling.runner.profile", measure)
     asked = ["profile", "--models", "small", "--device", "cpu-1core", "--threads", "1", "--profiles", folder]
     code, out, err = command(*asked, "--out", tmp_path, "--format", "json")
     assert code == 1

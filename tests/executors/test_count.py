@@ -2,17 +2,12 @@
 
 import pytest
 
-from executors.count import (
-    Count,
-    component_rows,
-    count_component,
-    count_model,
-    count_rows,
-    pcpp_bytes_rows,
-)
+from executors.profiling import component_rows, count_rows, pcpp_bytes_rows
+from executors.profiling.flops import Count, count_component, count_model
 from hybridsd_sim.errors import IllegalPlanError, InputError
+from hybridsd_sim.perf import unet_layers, work
+from hybridsd_sim.perf.unet_layers import Layer
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.unet import Layer, unet_layers, work
 from small_models import HEIGHT_PX, SMALL, WIDTH_PX
 
 SIZES = {"sd15": (1024, 512), "sdxl": (1024, 1024), "hybrid-sd-224m": (1024, 1024)}
@@ -67,7 +62,7 @@ def test_the_catalogues_components_come_from_here(profiles):
 
 
 def test_modules_and_planner_count_the_same_at_512(profiles, counts):
-    """FLOPs by kind, keys and values, halos and GroupNorms of the modules equal those of `hybridsd_sim.unet`."""
+    """FLOPs by kind, keys and values, halos and GroupNorms of the modules equal those of `unet_layers`."""
     layers = {name: by_layers(unet_layers(row.config, 512, 512)) for name, row in profiles.models.items()}
     assert {name: by_modules(count) for name, count in counts.items()} == layers
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from crew_site import ENDLESS, SENDER, STEPS, levels, opened, pair_method, task
-from executors.calibrate.awake import own_cpus
-from executors.handover import parse, serialise
+from executors.hybrid import parse, serialise
 from executors.live.tasks import Cancelled, WorkerLost
-from executors.samplers import SAMPLERS, SamplerState
+from executors.models import SamplerState
+from executors.models.samplers import SAMPLERS
+from executors.validation.rehearse import own_cpus
 from hybridsd_sim.errors import InputError, RunError
 from small_models import HEIGHT_PX, WIDTH_PX
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from crew_site import ENDLESS, LONG_S, SENDER, levels, opened, pair_method, task
-from executors.handover import parse
-from executors.live import crew
-from executors.live.processes import Processes
+from executors.hybrid import parse
+from executors.live import worker_pool as crew
 from executors.live.tasks import WorkerLost
+from executors.live.worker import Processes
 from hybridsd_sim.errors import InputError
 
 

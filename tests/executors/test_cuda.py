@@ -9,14 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from executors.denoiser import denoise
-from executors.group import Alone
-from executors.measurements import prepared
-from executors.models import build_unet, seeded_conditioning, seeded_latents
-from executors.ranks import run_ranks
-from executors.samplers import build_sampler
-from executors.single import Single
-from hybridsd_sim.methods import SYNC_MODES
+from executors.models import build_sampler, build_unet, seeded_conditioning, seeded_latents
+from executors.parallel import Alone, Single, denoise, run_ranks
+from executors.profiling.measure import prepared
+from hybridsd_sim.perf.parallel_methods import SYNC_MODES
 from hybridsd_sim.profiles import load_profiles
 from rank_work import Case, run_case, run_cases
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from executors.devices import Here, ceilings, find_here, gpus_called, is_cpu_called
+from executors.profiling import Here, find_here
+from executors.profiling.devices import ceilings, gpus_called, is_cpu_called
 from hybridsd_sim import load_profiles
 from hybridsd_sim.errors import InputError
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from executors.group import Alone, Group
-from executors.ranks import run_ranks
+from executors.parallel import Alone, Group, run_ranks
 from group_work import collect, die_at_once, fail_on_rank_1, shout
 from hybridsd_sim.errors import InputError, RunError
 

@@ -19,18 +19,34 @@ import torch
 from hypothesis import given, settings
 from safetensors.torch import load, save
 
-from executors.denoiser import Conditioning, Denoiser, denoise, job_of, legal_settings
-from executors.group import Alone
-from executors.handover import Expected, Handover, checksum, parse, serialise, take_over
-from executors.hybrid import check_address, edge_process, expected_by, go_on, hand_over, listen_at, serve_edge
-from executors.models import Model, build_unet, seeded_conditioning, seeded_latents
-from executors.ranks import run_ranks
-from executors.run import ImageRun, denoise_stage
-from executors.samplers import SAMPLERS, SamplerState, build_sampler, history_size
-from executors.single import Single
+from executors.hybrid import (
+    Expected,
+    Handover,
+    ImageRun,
+    check_address,
+    expected_by,
+    listen_at,
+    parse,
+    serialise,
+    take_over,
+)
+from executors.hybrid.edge import edge_process, go_on, hand_over, serve_edge
+from executors.hybrid.image import denoise_stage
+from executors.hybrid.payload import checksum
+from executors.models import (
+    Conditioning,
+    Model,
+    SamplerState,
+    build_sampler,
+    build_unet,
+    seeded_conditioning,
+    seeded_latents,
+)
+from executors.models.samplers import SAMPLERS, history_size
+from executors.parallel import Alone, Denoiser, Single, denoise, job_of, legal_settings, run_ranks
 from hybridsd_sim.errors import InputError, RunError
 from hybridsd_sim.plan import Request
-from hybridsd_sim.transfers import handover_bytes
+from hybridsd_sim.pricing.transfers import handover_bytes
 from rank_work import Case, denoiser_of
 from small_models import HEIGHT_PX, SMALL, SMALLER, WIDTH_PX
 

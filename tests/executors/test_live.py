@@ -15,16 +15,15 @@ import torch
 from hypothesis import given, settings
 from PIL import Image
 
-from executors.live.client import Ask, Client, _shift_s
-from executors.live.gangs import cloud_gangs, edge_gang
+from executors.hybrid import ImageRun, make_picture
+from executors.live import Ask, Client, Link, cloud_gangs, edge_gang
+from executors.live.client import _shift_s
 from executors.live.messages import Answer, Order
-from executors.live.shaping import Link
 from executors.models import load_model
-from executors.run import ImageRun, make_picture
 from hybridsd_sim.errors import InputError
-from hybridsd_sim.events import CloudDone, RequestDone, StepDone
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.policies import CloudOnly
+from hybridsd_sim.scheduling import CloudDone, RequestDone, StepDone
+from hybridsd_sim.scheduling.policies import CloudOnly
 from live_plans import LONG_S, STEPS, Counting, Punctual, Town, frozen, small_plan, thaw, wait_for
 
 PROMPT = "a lighthouse in a bottle"

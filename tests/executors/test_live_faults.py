@@ -14,8 +14,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
-from executors.live.client import Ask, Client
-from hybridsd_sim.workers import Worker
+from executors.live import Ask, Client
+from hybridsd_sim.scheduling import Worker
 from live_plans import LONG_S, STEPS, Counting, Punctual, Town, small_deployment, wait_for
 
 PROMPT = "a paper boat in the rain"

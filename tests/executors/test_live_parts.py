@@ -10,17 +10,13 @@ from fastapi import FastAPI, Response
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executors.live.client import Ask
-from executors.live.desk import Desk
-from executors.live.gangs import placed
-from executors.live.lines import Inbox, Kind, Line, written
+from executors.live import Ask, Gang, Settings, Task
 from executors.live.messages import DIGEST, Answer, EdgePart, Job, Order, Refusal, digest_of, head_of, read_answer
-from executors.live.meters import Meters
-from executors.live.roster import Roster
+from executors.live.request import Desk, Meters
 from executors.live.service import _answered
-from executors.live.tasks import Gang, Task
-from executors.live.work import Settings
-from executors.ranks import meeting_place
+from executors.live.tasks import Inbox, Kind, Line, written
+from executors.live.worker_pool import Roster, placed
+from executors.parallel import meeting_place
 from hybridsd_sim.errors import InputError
 from live_plans import LONG_S, Town, served
 

@@ -14,20 +14,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from executors.denoiser import Conditioning, predict
 from executors.models import (
+    Conditioning,
+    build_text_encoder,
     build_unet,
     build_vae,
     decode,
+    fill,
     load_model,
     replica,
     seeded_conditioning,
     seeded_latents,
+    token_ids,
 )
-from executors.text import FIRST_TOKEN, LAST_TOKEN, build_text_encoder, token_ids
-from executors.weights import fill
+from executors.models.encoders import FIRST_TOKEN, LAST_TOKEN
+from executors.parallel.denoiser import predict
 from hybridsd_sim.errors import InputError
-from hybridsd_sim.unet import unet_layers, unet_params
+from hybridsd_sim.perf import unet_layers, unet_params
 from small_models import HEIGHT_PX, SMALL, SMALLER, WIDTH_PX
 
 PRUNED = {**SMALL, "resnet_inner_channels": [32] * 7 + [64], "self_attention_heads": [1, 2, 2, 3]}

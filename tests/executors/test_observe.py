@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration_runs import made_up, observed_of, rows, run_of, set_up
-from executors.calibrate import observed as kept
-from executors.calibrate.command import calibrate
-from executors.calibrate.observe import Protocol, _Bench, _missing, observe
-from executors.calibrate.profiled import Held, Profile, drift, profile_of
-from executors.calibrate.setting import KINDS, Kind, plan_of
-from executors.calibrate.testbed import CLOUD, EDGE, build_testbed
-from executors.live.tasks import Done
+from executors.live import Done
+from executors.validation import KINDS, calibrate
+from executors.validation import recording as kept
+from executors.validation.cost_rows import Held, Profile, drift, profile_of
+from executors.validation.observe import Protocol, _Bench, _missing, observe
+from executors.validation.setting import Kind, plan_of
+from executors.validation.testbed import CLOUD, EDGE, build_testbed
 from hybridsd_sim import load_profiles
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.traces import import_trace
+from hybridsd_sim.workload import import_trace
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from executors.denoiser import job_of, legal_settings
-from executors.group import Group
 from executors.models import build_unet, replica, seeded_conditioning, seeded_latents
-from executors.pcpp import used_tokens
-from executors.ranks import run_ranks
-from executors.single import Single
+from executors.parallel import Group, Single, job_of, legal_settings, run_ranks
+from executors.parallel.pcpp import used_tokens
 from hybridsd_sim.errors import IllegalPlanError, InputError
-from hybridsd_sim.methods import SYNC_MODES
-from hybridsd_sim.partition import halo_bytes, kv_bytes
+from hybridsd_sim.perf.parallel_methods import SYNC_MODES
+from hybridsd_sim.perf.partition import halo_bytes, kv_bytes
 from rank_work import Case, Trajectory, denoiser_of, run_case
 from small_models import HEIGHT_PX, SMALL, WIDTH_PX
 
@@ -274,7 +271,7 @@ def test_fused_projections_are_refused():
 
 def denoise_fused(group: Group, unet) -> None:
     """Try to put hooks on a UNet with fused projections."""
-    from executors.distrifusion import DistriFusion
+    from executors.parallel.distrifusion import DistriFusion
 
     conditioning = seeded_conditioning(unet, guidance_scale=5.0)
     DistriFusion(replica(unet), conditioning, group, settings=legal_settings("distrifusion", job(), group.size, {}))

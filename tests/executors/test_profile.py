@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from executors import measurements, models
-from executors.bench import commit, usable_cores
-from executors.devices import Here
-from executors.group import Alone
-from executors.measurements import Measured, Recorder, Span, slowest
-from executors.profile import profile
-from executors.progress import Progress
-from executors.sweep import RUNTIMES, Sweep, find_targets
-from executors.timing import Meter, Timing
-from executors.written_rows import is_first_process
+from executors.models import pipeline as models
+from executors.parallel import Alone
+from executors.profiling import Here, Progress, Sweep, Timing, commit, is_first_process, profile
+from executors.profiling import measure as measurements
+from executors.profiling.grid import RUNTIMES, find_targets
+from executors.profiling.measure import Measured, Recorder, Span, slowest
+from executors.profiling.runner import usable_cores
+from executors.profiling.timing import Meter
 from hybridsd_sim import load_profiles
 from hybridsd_sim.errors import InputError, RunError
 from own_catalogue import own_catalogue
@@ -73,7 +71,7 @@ def test_a_share_is_that_of_the_arithmetic_in_the_rows_precision(measure, monkey
         measured_for.append((here, precision))
         return {"matmul_bf16_flop_per_s": 1e15, "matmul_fp32_flop_per_s": 9e99}
 
-    monkeypatch.setattr("executors.profile.measure_ceilings", ceilings)
+    monkeypatch.setattr("executors.profiling.runner.measure_ceilings", ceilings)
     (entry,) = measure(replace(SWEEP, precision="bf16")).summary
     assert measured_for == [(HERE, "bf16")]
     assert entry["share_of_ceiling"] == pytest.approx(entry["flop_per_s"] / 1e15)
@@ -460,7 +458,7 @@ def test_models_with_one_autoencoder_measure_it_once() -> None:
 @pytest.mark.gpu
 def test_a_gpu_profile_has_memory_and_a_share_of_its_ceiling(folder) -> None:
     """On CUDA a compiled bf16 step holds about what an eager one does, and is no faster than the fastest arithmetic."""
-    from executors.devices import find_here
+    from executors.profiling import find_here
 
     profiles = load_profiles(folder)
     sweep, here = replace(SWEEP, runtime="compiled", precision="bf16", warmup_runs=3), find_here(profiles)
@@ -472,7 +470,7 @@ def test_a_gpu_profile_has_memory_and_a_share_of_its_ceiling(folder) -> None:
 @pytest.mark.gpu
 def test_a_gpu_profile_in_another_precision_has_its_own_ceilings(folder) -> None:
     """An fp16 step is compared with fp16 arithmetic; bf16 is measured beside it."""
-    from executors.devices import find_here
+    from executors.profiling import find_here
 
     profiles = load_profiles(folder)
     outcome = profile(replace(SWEEP, precision="fp16"), profiles, find_here(profiles), folder)

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from executors.group import Distributed
-from executors.ranks import run_ranks
+from executors.parallel import Distributed, run_ranks
 from hybridsd_sim.errors import IllegalPlanError, RunError
 from ranks_work import be_killed, give_up, multiply_wrongly, refuse, threads_and_timeouts
 

@@ -12,17 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from executors.calibrate import observed as kept
-from executors.calibrate.booking import TICK_S
-from executors.calibrate.command import LOADS
-from executors.calibrate.compare import compare, limits_at
-from executors.calibrate.profiled import drift
-from executors.calibrate.replay import replay
-from executors.calibrate.setting import KINDS
-from executors.calibrate.testbed import write_catalogue
+from executors.validation import KINDS, LOADS
+from executors.validation import recording as kept
+from executors.validation.compare import compare, limits_at
+from executors.validation.cost_rows import drift
+from executors.validation.recording import TICK_S, replay
+from executors.validation.testbed import write_catalogue
 from hybridsd_sim import load_profiles
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.records import TIMES, column
+from hybridsd_sim.simulation import TIMES, column
 
 DATA = Path(__file__).parents[1] / "data" / "live"
 PARTS = kept.find(DATA / "runs")

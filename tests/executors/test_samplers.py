@@ -3,19 +3,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from executors.samplers import (
-    MAX_STEPS,
-    SAMPLERS,
-    SamplerState,
-    build_sampler,
-    history_size,
-    prediction_of,
-    resume,
-    sampler_name,
-    sampler_state,
-)
+from executors.models import SamplerState, build_sampler, prediction_of, resume, sampler_name, sampler_state
+from executors.models.samplers import MAX_STEPS, SAMPLERS, history_size
 from hybridsd_sim.errors import InputError
-from hybridsd_sim.transfers import SOLVER_HISTORY
+from hybridsd_sim.pricing.transfers import SOLVER_HISTORY
 
 STEPS = 6
 

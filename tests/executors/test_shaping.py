@@ -7,8 +7,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from executors.live.shaping import Link, paced, until
-from hybridsd_sim.transfers import transfer_s
+from executors.live import Link, until
+from executors.live.messages import paced
+from hybridsd_sim.pricing.transfers import transfer_s
 
 LATEST_S = 0.02
 """How much too late a timer rings at most, on the test's clock."""

@@ -8,10 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from executors.group import Group
-from executors.pcpp import KeysOfNeighbours, NeighbourExchange
-from executors.ranks import run_ranks
-from executors.stripes import BUCKET_TENSORS, Convolution, KeysOfAll, Normalisation, StaleExchange, register
+from executors.parallel import Group, run_ranks
+from executors.parallel.distrifusion import (
+    BUCKET_TENSORS,
+    Convolution,
+    KeysOfAll,
+    Normalisation,
+    StaleExchange,
+    register,
+)
+from executors.parallel.pcpp import KeysOfNeighbours, NeighbourExchange
 
 RANKS, ROWS, CHANNELS = 3, 4, 64
 """Three stripes of four rows: the middle one has two neighbours."""

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executors.devices import DeviceMeter
-from executors.timing import Meter, Stopwatch, Timing, measure
+from executors.profiling import Timing
+from executors.profiling.devices import DeviceMeter
+from executors.profiling.timing import Meter, Stopwatch, measure
 from hybridsd_sim.errors import InputError
 
 

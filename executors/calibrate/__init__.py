@@ -1,1 +1,0 @@
-"""Holds the simulator against the live service: observe a run, replay its arrivals, compare the two."""

@@ -1,0 +1,16 @@
+from .edge import Address as Address
+from .edge import OnStep as OnStep
+from .edge import check_address as check_address
+from .edge import expected_by as expected_by
+from .edge import listen_at as listen_at
+from .edge import serve_unet as serve_unet
+from .image import ImageRun as ImageRun
+from .image import check_switch as check_switch
+from .image import make_picture as make_picture
+from .image import on_cpu as on_cpu
+from .payload import PRECISIONS as PRECISIONS
+from .payload import Expected as Expected
+from .payload import Handover as Handover
+from .payload import parse as parse
+from .payload import serialise as serialise
+from .payload import take_over as take_over

@@ -1,0 +1,284 @@
+"""The hand-over: what crosses from one stage to the next when they run on different machines, as safetensors bytes.
+
+The latents cross as they are (Hybrid SD, arXiv 2408.06646), with the solver's history, so that a second-order sampler
+goes on without a restart, and the prompt's embeddings unless the receiver encodes the prompt itself. A SHA-256 over all
+of it guards against damage on the way; it is no signature, so it does not guard against a forger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from hybridsd_sim.errors import InputError, Problem, unknown_name
+
+from ..models import Conditioning, SamplerState, prediction_of, sampler_name, sampler_state
+
+FORMAT = "hybridsd-handover"
+
+VERSION = "1"
+
+PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+
+_PLACE = "hand-over"
+
+_AGREED = ("latent_space", "prediction", "sampler", "num_inference_steps", "step")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Handover:
+    """A run stopped before step `step`, with all that another machine needs to go on.
+
+    `latents`: (images, C, H, W), float32. `latent_space` and `prediction` are the catalogue's words (`sd1`, `epsilon`).
+    `embeds` and `added` are those of a `Conditioning`; `embeds` None lets the receiver encode the prompt itself.
+    """
+
+    latents: Tensor
+    step: int
+    num_inference_steps: int
+    sampler: str
+    prediction: str
+    latent_space: str
+    guidance_scale: float
+    state: SamplerState = field(default_factory=SamplerState)
+    embeds: Tensor | None = None
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def conditioning(self) -> Conditioning | None:
+        """What to condition the next model on; None if it was left to the receiver."""
+        if self.embeds is None:
+            return None
+        return Conditioning(embeds=self.embeds, guidance_scale=self.guidance_scale, added=self.added)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What a receiver can go on with; None accepts anything.
+
+    `embeds_width` is the width of the embeddings that its model wants and None when it encodes the prompt itself;
+    `added` names the added conditions that must then come too.
+    """
+
+    latent_space: str
+    prediction: str
+    sampler: str | None = None
+    num_inference_steps: int | None = None
+    step: int | None = None
+    shape: tuple[int, ...] | None = None
+    channels: int | None = None
+    embeds_width: int | None = None
+    added: tuple[str, ...] = ()
+
+
+def take_over(
+    sampler: Any,
+    latents: Tensor,
+    step: int,
+    *,
+    latent_space: str,
+    conditioning: Conditioning,
+    with_embeds: bool = True,
+) -> Handover:
+    """The hand-over of a run whose sampler has done the steps before `step`.
+
+    `with_embeds` False leaves the embeddings out, for a receiver that encodes the prompt itself.
+    """
+    return Handover(
+        latents=latents,
+        step=step,
+        num_inference_steps=len(sampler.timesteps),
+        sampler=sampler_name(sampler),
+        prediction=prediction_of(sampler),
+        latent_space=latent_space,
+        guidance_scale=conditioning.guidance_scale,
+        state=sampler_state(sampler),
+        embeds=conditioning.embeds if with_embeds else None,
+        added=conditioning.added if with_embeds else {},
+    )
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+
+def serialise(handover: Handover, precision: str = "fp32") -> bytes:
+    """The hand-over as bytes, its tensors in `fp32` or `fp16`. Raises `InputError` for tensors with NaN or infinity."""
+    if precision not in PRECISIONS:
+        raise InputError(unknown_name("precision", precision, tuple(PRECISIONS)))
+    named = _tensors(handover).items()
+    tensors = {name: _detached(tensor, PRECISIONS[precision]) for name, tensor in named}
+    metadata = _metadata(handover, precision)
+    if problems := list(_not_finite(tensors)):
+        raise InputError(problems)
+    return save(tensors, {**metadata, "checksum": checksum(tensors, metadata)})
+
+
+def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy on the CPU in memory of its own, which safetensors asks for."""
+    return tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _tensors(handover: Handover) -> dict[str, Tensor]:
+    history = {f"history.{index}": tensor for index, tensor in enumerate(handover.state.history)}
+    embeds = {} if handover.embeds is None else {"embeds": handover.embeds}
+    added = {f"added.{name}": tensor for name, tensor in handover.added.items()}
+    return {"latents": handover.latents, **history, **embeds, **added}
+
+
+def _metadata(handover: Handover, precision: str) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "precision": precision,
+        "step": str(handover.step),
+        "num_inference_steps": str(handover.num_inference_steps),
+        "sampler": handover.sampler,
+        "order": str(handover.state.order),
+        "prediction": handover.prediction,
+        "latent_space": handover.latent_space,
+        "guidance_scale": repr(float(handover.guidance_scale)),
+        "shape": _shape_text(handover.latents.shape),
+    }
+
+
+def _shape_text(shape: tuple[int, ...] | torch.Size) -> str:
+    return "x".join(map(str, shape))
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 in hexadecimal over metadata and tensors by name, whatever order a file keeps them in."""
+    described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())}
+    digest = hashlib.sha256(json.dumps([metadata, described], sort_keys=True).encode())
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
+    for name, tensor in tensors.items():
+        if count := int((~torch.isfinite(tensor)).sum()):
+            remedy = "Use fp32, or look for the step that overflowed."
+            yield Problem(f"{_PLACE} {name}", f"{count} values are NaN or infinite", "must be finite", remedy)
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def parse(data: bytes, expected: Expected) -> Handover:
+    """The hand-over that `serialise` wrote, its tensors in float32 on the CPU.
+
+    Raises `InputError` for bytes that are damaged, of another format or version, or no continuation of a run that
+    `expected` describes; it names everything that does not agree.
+    """
+    tensors, metadata = _unpack(data)
+    _check_integrity(tensors, metadata)
+    handover = _read(tensors, metadata)
+    own_problems = [*_not_finite(tensors), *_inconsistent(handover, tensors, metadata)]
+    if problems := own_problems or list(_unexpected(handover, expected)):
+        raise InputError(problems)
+    return handover
+
+
+def _unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")  # safetensors: the header's length, the header as JSON, the tensors
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise _damaged(f"{len(data)} bytes ({error})", "must be a whole safetensors file") from error
+    return tensors, metadata
+
+
+def _damaged(value: str, rule: str) -> InputError:
+    return InputError(
+        Problem(_PLACE, value, rule, "It was damaged on the way or another program wrote it: send it anew.")
+    )
+
+
+def _check_integrity(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    written = (metadata.get("format"), metadata.get("version"))
+    if written != (FORMAT, VERSION):
+        rule = f"must be {FORMAT} version {VERSION}"
+        remedy = "Run the same release on both sides."
+        raise InputError(Problem(f"{_PLACE} format", f"{written[0]} version {written[1]}", rule, remedy))
+    rest = {name: value for name, value in metadata.items() if name != "checksum"}
+    if metadata.get("checksum") != (actual := checksum(tensors, rest)):
+        raise _damaged(f"checksum {metadata.get('checksum')}", f"its contents have {actual}")
+
+
+def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Handover:
+    """Tensors are copied to memory of their own: a view into the bytes is aligned otherwise, which can change sums."""
+    own = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    history = tuple(own[name] for name in sorted(own) if name.startswith("history."))
+    try:
+        step = int(metadata["step"])
+        return Handover(
+            latents=own["latents"],
+            step=step,
+            num_inference_steps=int(metadata["num_inference_steps"]),
+            sampler=metadata["sampler"],
+            prediction=metadata["prediction"],
+            latent_space=metadata["latent_space"],
+            guidance_scale=float(metadata["guidance_scale"]),
+            state=SamplerState(history=history, order=int(metadata["order"]), step=step),
+            embeds=own.get("embeds"),
+            added={name.removeprefix("added."): own[name] for name in own if name.startswith("added.")},
+        )
+    except (KeyError, ValueError) as error:
+        raise _damaged(f"no valid entry {error}", "must have every entry of its format") from error
+
+
+def _inconsistent(handover: Handover, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Problem]:
+    """Entries that contradict one another, from a writer that did not use `serialise`."""
+    wanted = PRECISIONS.get(metadata.get("precision", ""))
+    for name, tensor in tensors.items():
+        if tensor.dtype != wanted:
+            rule = f"must have the precision announced, {metadata.get('precision')}"
+            yield Problem(f"{_PLACE} {name}", str(tensor.dtype), rule)
+    if not math.isfinite(handover.guidance_scale):
+        yield Problem(f"{_PLACE} guidance_scale", str(handover.guidance_scale), "must be finite")
+    shape = _shape_text(handover.latents.shape)
+    if metadata.get("shape") != shape or handover.latents.ndim != 4:
+        yield Problem(f"{_PLACE} latents", shape, f"must be images x C x H x W as announced: {metadata.get('shape')}")
+    for tensor in handover.state.history:
+        if tensor.shape != handover.latents.shape:
+            yield Problem(f"{_PLACE} history", _shape_text(tensor.shape), f"must have the latents' shape, {shape}")
+    if not 0 <= handover.step <= handover.num_inference_steps:
+        yield Problem(f"{_PLACE} step", str(handover.step), f"must lie in 0 to {handover.num_inference_steps}")
+
+
+def _unexpected(handover: Handover, expected: Expected) -> Iterator[Problem]:
+    remedy = "Both sides must run the same job with models of one latent space."
+    pairs = [(name, getattr(handover, name), getattr(expected, name)) for name in _AGREED]
+    shape = tuple(handover.latents.shape)
+    pairs += [("shape", shape, expected.shape), ("channels", shape[1], expected.channels)]
+    for name, given, wanted in pairs:
+        if wanted not in (None, given):
+            yield Problem(f"{_PLACE} {name}", str(given), f"this side runs {wanted}", remedy)
+    if expected.embeds_width is not None:
+        yield from _unfit_conditioning(handover, expected)
+
+
+def _unfit_conditioning(handover: Handover, expected: Expected) -> Iterator[Problem]:
+    given = handover.conditioning
+    if given is None:
+        remedy = "Send them along."
+        yield Problem(f"{_PLACE} embeds", "none", "this side has no text encoder, so it needs the embeddings", remedy)
+        return
+    wanted = (given.branches * len(handover.latents), expected.embeds_width)
+    if (shape := given.embeds.shape)[::2] != wanted:
+        rule = f"must be {wanted[0]} (branches x images) times tokens times a width of {wanted[1]}"
+        yield Problem(f"{_PLACE} embeds", _shape_text(shape), rule, "Both models must share a text encoder.")
+    for name in expected.added:
+        if name not in given.added or len(given.added[name]) != wanted[0]:
+            rule = f"this side's model needs added condition {name}, {wanted[0]} rows of it"
+            yield Problem(f"{_PLACE} added", ", ".join(given.added) or "none", rule)

@@ -1,0 +1,456 @@
+"""What the service counts of itself, for Prometheus: base units, and no label that names a request or a user.
+
+What becomes of one request in the cloud: decided, denoised, begun again elsewhere if need be, ended exactly once.
+
+The scheduler decides when the request comes in. A worker that dies leaves its last checkpoint: what is left is decided
+anew, and another worker, or the edge, goes on from there. However it ends, the request has a status and a reason, and
+the scheduler's ledger is closed.
+
+The works of a service by the names that clients gave them: a repeated order finds its work instead of a second one.
+
+Finished works are kept for a while, so that a client whose connection was cut can ask again; how many of them, and the
+bytes of their payloads, are bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from hybridsd_sim.errors import HybridSDError, InputError, Problem
+from hybridsd_sim.plan import Plan, Request, Stage
+from hybridsd_sim.pricing import request_of
+from hybridsd_sim.scheduling import CERTAIN_LATE, NO_CANDIDATE, CloudDone, Decision, Outcome, RequestDone, StepDone
+
+from . import messages as endings
+from .messages import Answer, EdgePart, Ended, Error, Held, Job, Order, Status, UnservedError, until
+from .tasks import Done, Task, WorkerLost
+from .worker_pool import Roster, plan_problems
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+
+
+class Meters:
+    """The counters of one service, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.ended = Counter("hybridsd_live_requests", "Requests ended", ["status", "reason"], registry=registry)
+        self.restarts = Counter("hybridsd_live_restarts", "Requests whose worker died with them", registry=registry)
+        self.sent_bytes = Counter("hybridsd_live_payload_sent_bytes", "Images and hand-overs sent", registry=registry)
+        self.wait = Histogram("hybridsd_live_wait_seconds", "Waiting for a worker", buckets=_SECONDS, registry=registry)
+        self.held = Histogram(
+            "hybridsd_live_cloud_seconds", "A worker held by one request", buckets=_SECONDS, registry=registry
+        )
+
+    def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
+        """A gauge that is read when somebody looks."""
+        Gauge(name, what, registry=self.registry).set_function(value)
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+log = logging.getLogger(__name__)
+
+_MAY_PASS = {NO_CANDIDATE, endings.NO_WORKER}
+"""Reasons that a worker who comes back may do away with; the others hold whoever is up."""
+
+_NO_TIME_S = 1e-3
+"""What is left of a promise that cannot be kept: the scheduler takes no promise of nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a service treats its requests, and how much it takes on.
+
+    `payload` is the precision of hand-overs and checkpoints, fp16 as the planner prices them; `checkpoint_every` so
+    many steps a worker sends its state, 0 never. After `restarts` lost workers a request ends; it waits for lost
+    workers to come back for `patience_s` and is over after `timeout_s` in the cloud. Its answer is kept for `keep_s`,
+    and up to `keep_bytes` of all answers; an edge that says nothing for so long is lost.
+    """
+
+    payload: str = "fp16"
+    checkpoint_every: int = 5
+    restarts: int = 3
+    patience_s: float = 60.0
+    timeout_s: float = 3600.0
+    keep_s: float = 900.0
+    keep_bytes: int = 256 * 2**20
+    max_open: int = 1024
+    max_body_bytes: int = 65536
+    orders_per_s: float = 100.0
+
+
+class Work:
+    """A request from its order to its end. `payload` is the image or the hand-over once the task is done."""
+
+    def __init__(self, order: Order, request: Request, roster: Roster, settings: Settings, meters: Meters) -> None:
+        self.order, self.request = order, request
+        self._roster, self._settings, self._meters = roster, settings, meters
+        self.arrival_s = time.monotonic() - order.age_s
+        self.deadline_s = math.inf if request.slo_s is None else self.arrival_s + request.slo_s
+        self.status: Status = "open"
+        self.reason, self.words, self.payload = "", "", b""
+        self.cloud: Held | None = None
+        self.edge: EdgePart | None = None
+        self.restarts = self.steps_done = 0
+        self._plan: Plan | None = None
+        self._decision: Decision | None = None
+        self._worker: str | None = None
+        self._stop, self._ready_s, self._why = 0, math.nan, ""
+        self._settled = self.dropped = False
+        self.task = asyncio.create_task(self._live())
+        self.task.add_done_callback(self._on_done)
+
+    # ---- What others see and may do ---------------------------------------------------------------------------------
+
+    def answer(self, received_s: float) -> Answer:
+        """What can be said of it now, to an order received at `received_s`."""
+        return Answer(
+            status=self.status,
+            reason=self.reason,
+            plan=self._plan.label if self._plan else "",
+            plan_version=self._decision.plan_version if self._decision else 0,
+            cloud=self.cloud,
+            edge=self.edge if self.status == "handed_over" else None,
+            restarts=self.restarts,
+            steps_done=self.steps_done,
+            received_s=received_s,
+            answered_s=time.monotonic(),
+            error=Error.of(endings.problem_of(self.reason, self.words)) if self.status == "unserved" else None,
+        )
+
+    def end(self, reason: str) -> None:
+        """Give the request up where it is: in the queue, at the next step, or at the edge."""
+        if self.task.done():
+            self.close(Ended(outcome="cancelled"))
+        elif not self._why:
+            self._why = reason
+            self.task.cancel()
+
+    def close(self, ended: Ended) -> None:
+        """The edge has said how its part ended; only the first word counts."""
+        if self._settled or self.status != "handed_over" or self._decision is None or self._plan is None:
+            return
+        for seconds in ended.step_s[: self._plan.num_inference_steps]:
+            self._observe(StepDone(self._decision.number, seconds, len(self._plan.stages) - 1))
+        reason = {"served": "", "failed": endings.FAILED, "cancelled": endings.CANCELLED}[ended.outcome]
+        self._settle(ended.outcome, "served" if ended.outcome == "served" else "unserved", reason)
+
+    def drop_payload(self) -> int:
+        """Keep the payload no longer: who asks again has it made again. Returns the bytes set free."""
+        freed, self.payload = len(self.payload), b""
+        self.dropped = self.dropped or freed > 0
+        return freed
+
+    # ---- Its life ---------------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        left_s = max(0.0, self.deadline_s - time.monotonic())
+        watch = None if left_s == math.inf else asyncio.get_running_loop().call_later(left_s, self._on_deadline)
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                await self._serve()
+        except UnservedError as ending:
+            self._fail(ending.reason, ending.words)
+        except asyncio.CancelledError:
+            self._fail(self._why or endings.STOPPED)
+        except TimeoutError:
+            self._fail(endings.TIMEOUT)
+        except HybridSDError as error:
+            self._fail(endings.FAILED, str(error))
+        except Exception as error:  # noqa: BLE001 -- the client gets an answer whatever happens
+            log.error("a request failed with %s", type(error).__name__)  # noqa: TRY400 -- a traceback may quote the prompt
+            self._fail(endings.FAILED)
+        finally:
+            if watch is not None:
+                watch.cancel()
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        if self.status == "open":  # cancelled before it began
+            self._fail(self._why or endings.STOPPED)
+
+    async def _serve(self) -> None:
+        stage = await self._decide(0)
+        begun, step = None, 0
+        if stage is not None:
+            await self._arrive()
+        while stage is not None and (step < self._stop or self.edge is None):
+            try:
+                self._finish(await self._attempt(stage, begun))
+            except WorkerLost as lost:
+                if lost.checkpoint is not None:
+                    begun, step = lost.checkpoint, lost.step
+                stage = await self._decide_again(step)
+            else:
+                return
+        self._hand_over(begun, step)
+
+    async def _arrive(self) -> None:
+        """Wait until the prompt has crossed the network, and stand in the worker's queue from then on."""
+        link, decision = self.order.link, self._decision
+        if link is not None and decision is not None and decision.candidate is not None:
+            await until(self.arrival_s + link.up_s(decision.candidate.cost.bytes_up))
+        self._ready_s = time.monotonic()
+
+    async def _attempt(self, stage: Stage, begun: bytes | None) -> Done:
+        request, worker = self.request, self._worker or ""
+        task = Task(
+            key=f"{self.order.id}/{self.restarts}",
+            model=stage.model,
+            prompt=self.order.prompt,
+            seed=self.order.seed,
+            height_px=request.height_px,
+            width_px=request.width_px,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            sampler=request.sampler,
+            stop=self._stop,
+            begun=begun,
+            decode=self.edge is None,
+            payload=self._settings.payload,
+            checkpoint_every=self._settings.checkpoint_every,
+        )
+        return await self._roster.crew.run(worker, task, on_step=self._on_step)
+
+    def _on_step(self, step: int, seconds: float) -> None:
+        self.steps_done = step + 1
+        if self._decision is not None:
+            self._observe(StepDone(self._decision.number, seconds))
+
+    # ---- Deciding ---------------------------------------------------------------------------------------------------
+
+    async def _decide(self, step: int) -> Stage | None:
+        """Who does the steps from `step` on; None if it is the edge alone.
+
+        Waits where only workers that are down may be missing. Raises `UnservedError` with the scheduler's reason.
+        """
+        until_s = time.monotonic() + self._settings.patience_s
+        while True:
+            now = time.monotonic()
+            decision = self._roster.decide(self._rest(step, now), now)
+            reason = decision.reason
+            if decision.plan is not None:
+                self._decision = decision
+                stage = self._follow(decision.plan, step)
+                self._worker = None if stage is None else self._roster.worker_for(stage, decision.worker)
+                if stage is None or self._worker is not None:
+                    return stage
+                self._observe(RequestDone(decision.number, now, "failed"))
+                reason = endings.NO_WORKER
+            if reason not in _MAY_PASS or self._roster.complete or not await self._roster.change(until_s):
+                raise UnservedError(reason)
+
+    async def _decide_again(self, step: int) -> Stage | None:
+        self.restarts += 1
+        self._meters.restarts.inc()
+        if self._decision is not None:
+            self._observe(RequestDone(self._decision.number, time.monotonic(), "failed"))
+        if self.restarts > self._settings.restarts:
+            raise UnservedError(endings.WORKER_LOST)
+        return await self._decide(step)
+
+    def _rest(self, step: int, now: float) -> Request:
+        """What is left to do from `step` on, and of the time in which it was promised."""
+        slo_s = None if self.deadline_s == math.inf else max(self.deadline_s - now, _NO_TIME_S)
+        return replace(self.request, num_inference_steps=self.request.num_inference_steps - step, slo_s=slo_s)
+
+    def _follow(self, plan: Plan, step: int) -> Stage | None:
+        """Take a plan for the steps from `step` on; one of the make begun with keeps its switch step.
+
+        Returns the cloud's stage, None without.
+        """
+        if problems := plan_problems(plan):
+            raise UnservedError(endings.FAILED, str(problems[0]))
+        if self._plan is None or step == 0 or plan.make != self._plan.make:
+            self._plan, self._stop = plan, step + plan.switch_step
+        stages = plan.edge_stages or (plan.stages if plan.sites[plan.vae_site].tier == "edge" else ())
+        self.edge = EdgePart(model=stages[0].model, vae=plan.vae, start=self._stop, job=self._job()) if stages else None
+        return next(iter(plan.cloud_stages), None)
+
+    def _job(self) -> Job:
+        request = self.request
+        return Job(
+            height_px=request.height_px,
+            width_px=request.width_px,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            sampler=request.sampler,
+        )
+
+    def _on_deadline(self) -> None:
+        """End what the policy calls hopeless."""
+        now = time.monotonic()
+        if self._roster.weigh(self._rest(0, now), now).reason == CERTAIN_LATE:
+            self.end(endings.DEADLINE)
+
+    # ---- Ending -----------------------------------------------------------------------------------------------------
+
+    def _finish(self, done: Done) -> None:
+        """The cloud has done its part: the image is there, or the edge goes on."""
+        self.cloud = Held(
+            worker=self._worker or "",
+            ready_s=self._ready_s,
+            start_s=done.start_s,
+            stop_s=done.stop_s,
+            step_s=done.step_s,
+        )
+        self._meters.wait.observe(done.start_s - self._ready_s)
+        self._meters.held.observe(done.stop_s - done.start_s)
+        if done.is_image:
+            self.payload = done.payload
+            self._settle("served", "served")
+        else:
+            self._hand_over(done.payload, self._stop)
+
+    def _hand_over(self, begun: bytes | None, step: int) -> None:
+        """The edge does what is left from `step` on; it is waited for, and not for ever."""
+        now = time.monotonic()
+        if self.edge is None or self._decision is None:
+            raise UnservedError(endings.FAILED, "nothing is left for the edge")
+        self.payload, self.edge = begun or b"", self.edge.model_copy(update={"start": step})
+        if self.cloud is None and self.restarts:  # the last worker that held it is gone
+            self.cloud = Held(worker="", ready_s=self._ready_s, start_s=now, stop_s=now)
+        self._observe(CloudDone(self._decision.number, now if self.cloud is None else self.cloud.stop_s))
+        self.status = "handed_over"
+
+    def _fail(self, reason: str, words: str = "") -> None:
+        self.words = words
+        self._settle("cancelled" if reason == endings.CANCELLED else "failed", "unserved", reason)
+
+    def _settle(self, outcome: Outcome, status: Status, reason: str = "") -> None:
+        """Write down the end, once, and close the ledger."""
+        self.reason, self._settled = reason, True
+        if not (status == "served" and self.status == "handed_over"):  # who asks again still gets the hand-over
+            self.status = status
+        if self._decision is not None:
+            self._observe(RequestDone(self._decision.number, time.monotonic(), outcome))
+        self._meters.ended.labels(status, reason).inc()
+
+    def _observe(self, event: CloudDone | RequestDone | StepDone) -> None:
+        self._roster.scheduler.observe(event)
+
+
+MOST_KEPT = 10_000
+"""Finished works remembered at a time."""
+
+ROOM_S = 0.25
+"""There may be room again after so long: sooner than any image is made, later than a tight loop would ask."""
+
+_STOPPING_S = 5.0
+
+
+class BusyError(HybridSDError):
+    """An order that is not taken now; after `retry_after_s` it may be."""
+
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+class Bucket:
+    """Lets `rate` events a second pass, and up to twice as many at once after a pause."""
+
+    def __init__(self, rate_per_s: float) -> None:
+        self._rate_per_s, self._most = rate_per_s, max(1.0, 2.0 * rate_per_s)
+        self._left, self._at_s = self._most, time.monotonic()
+
+    def take(self) -> float:
+        """0 if an event may pass, else the seconds until one may."""
+        now = time.monotonic()
+        self._left = min(self._most, self._left + (now - self._at_s) * self._rate_per_s)
+        self._at_s = now
+        if self._left < 1.0:
+            return (1.0 - self._left) / self._rate_per_s
+        self._left -= 1.0
+        return 0.0
+
+
+class Desk:
+    """Takes orders, finds works again, and forgets them in time."""
+
+    def __init__(self, roster: Roster, settings: Settings, meters: Meters) -> None:
+        self._roster, self._settings, self._meters = roster, settings, meters
+        self._bucket = Bucket(settings.orders_per_s)
+        self._works: dict[str, Work] = {}
+        self._kept: OrderedDict[Work, None] = OrderedDict()
+        self._kept_bytes = 0
+        meters.watch("hybridsd_live_open_requests", "Requests in the cloud's hands", lambda: self.num_open)
+        meters.watch("hybridsd_live_kept_bytes", "Payloads kept for who asks again", lambda: self._kept_bytes)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that the cloud has not done its part of."""
+        return len(self._works) - len(self._kept)
+
+    def find(self, name: str) -> Work | None:
+        return self._works.get(name)
+
+    def take(self, order: Order) -> Work:
+        """The work of an order: a new one, or that of the same order before.
+
+        Raises `BusyError` where there are too many, and `InputError` for another order of the same name.
+        """
+        if wait_s := self._bucket.take():
+            raise BusyError("more orders a second than the service takes", wait_s)
+        known = self._works.get(order.id)
+        if known is not None and not known.order.same_image(order):
+            rule, remedy = "is the name of another request", "Give every request an id of its own."
+            raise InputError(Problem("id", order.id, rule, remedy))
+        if known is not None and not known.dropped:
+            return known
+        if self.num_open >= self._settings.max_open:
+            raise BusyError("as many requests as the service takes are under way", ROOM_S)
+        if known is not None:
+            self._forget(known)
+        work = self._works[order.id] = Work(order, self._request(order), self._roster, self._settings, self._meters)
+        work.task.add_done_callback(partial(self._keep, work))
+        return work
+
+    def _request(self, order: Order) -> Request:
+        """What the order's class asks for; the scheduler refuses a class that it does not know."""
+        spec = self._roster.scheduler.scenario.requests.get(order.request_class)
+        if spec is None:
+            return Request(model="", request_class=order.request_class)
+        request = request_of(order.request_class, spec)
+        return request if order.slo_s is None else replace(request, slo_s=order.slo_s)
+
+    def _keep(self, work: Work, task: asyncio.Task[None]) -> None:
+        self._kept[work] = None
+        self._kept_bytes += len(work.payload)
+        task.get_loop().call_later(self._settings.keep_s, self._forget, work)
+        for other in list(self._kept)[:-1]:  # the newest is being answered, whatever its size
+            if self._kept_bytes <= self._settings.keep_bytes:
+                break
+            self._kept_bytes -= other.drop_payload()
+        if len(self._kept) > MOST_KEPT:
+            self._forget(next(iter(self._kept)))
+
+    def _forget(self, work: Work) -> None:
+        """Nobody asks for it any more; if the edge has said nothing until now, it is lost."""
+        if work in self._kept:
+            del self._kept[work], self._works[work.order.id]
+            self._kept_bytes -= work.drop_payload()  # its timer may hold the work for longer
+            work.close(Ended(outcome="failed"))
+
+    async def close(self) -> None:
+        """End everything that is under way."""
+        works = list(self._works.values())
+        for work in works:
+            if not work.task.done():
+                work.end(endings.STOPPED)
+        if works:
+            await asyncio.wait({work.task for work in works}, timeout=_STOPPING_S)

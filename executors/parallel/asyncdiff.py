@@ -1,0 +1,356 @@
+"""The UNet as AsyncDiff cuts it: its units as modules, what they cost, components and the tensors between them.
+
+A *unit* is the smallest part that can be placed on a device (`hybridsd_sim.perf.unet_layers`); a *component* is a run of units in
+execution order. Components are written as bounds: component n holds the units `bounds[n]` to `bounds[n + 1] - 1`.
+
+AsyncDiff: the UNet cut into components that run side by side (arXiv 2406.06911; code czg1225/AsyncDiff).
+
+Every rank holds the whole UNet and, after the synchronous steps, computes one component of it on inputs that the other
+components made one round ago. The UNet's own forward runs through on every rank: a hook on each unit computes it where
+it is the rank's own, hands out the output of the last round where the rank's own units read it, and otherwise a blank
+of the right shape that nobody reads.
+
+Stride 1 (degree = components): every step is a round, and the last rank has its noise. Stride 2 (degree = components +
+1): a round serves two steps. The ranks compute their components for the second step's timestep already, from the
+latent of the first; one more rank runs the last component for the first step's timestep, whose noise it has. The
+tensors between components travel once a round, behind the noise and the sampler's step.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.perf import PIXELS_PER_LATENT, Unit, balanced_cut, unet_units
+
+from ..models import Conditioning, described, replica
+from .denoiser import Denoiser, guide, laid_out_like, predict
+from .group import Group, Pending, synchronised_clock
+
+TIME_EMBEDDING = "time_embedding"
+"""The one unit that every rank computes: it reads no image, and its output goes to every resnet."""
+
+EVALUATIONS = 5
+"""Whole evaluations behind a measured cost; its median is not moved by one slow one."""
+
+
+def units_of(unet: UNet2DConditionModel) -> tuple[Unit, ...]:
+    """The units of a UNet, with the work of the smallest image: names and connections depend on no size."""
+    config = described(unet.config)
+    smallest_px = PIXELS_PER_LATENT << (len(config["block_out_channels"]) - 1)
+    return unet_units(config, smallest_px, smallest_px)
+
+
+def unit_modules(unet: UNet2DConditionModel, name: str) -> tuple[nn.Module, ...]:
+    """The modules of the unit of this name in execution order; the last one's output is the unit's."""
+    if name == TIME_EMBEDDING:
+        added = getattr(unet, "add_embedding", None)
+        return (unet.time_embedding, added) if added is not None else (unet.time_embedding,)
+    if name == "conv_in":
+        return (unet.conv_in,)
+    if name == "conv_out":
+        return (unet.conv_norm_out, unet.conv_act, unet.conv_out)
+    block, part = (_kind_and_number(text) for text in name.split("."))
+    owner = unet.mid_block if block[0] == "mid" else getattr(unet, f"{block[0]}_blocks")[block[1]]
+    return (getattr(owner, f"{part[0]}s")[part[1]],)
+
+
+def _kind_and_number(text: str) -> tuple[str, int]:
+    """`resnet2` is (resnet, 2); a sampler, the only one of its block, has no number."""
+    kind, number = re.fullmatch(r"([a-z]+)(\d*)", text).groups()  # type: ignore[union-attr]
+    return kind, int(number or 0)
+
+
+def bounds_by_macs(units: Sequence[Unit], components: int) -> list[int]:
+    """The cut whose heaviest component has the fewest multiply-accumulates, as the planner cuts."""
+    return balanced_cut([unit.macs for unit in units], components)
+
+
+def balanced_bounds(
+    unet: UNet2DConditionModel, conditioning: Conditioning, group: Group, latents: Tensor, components: int
+) -> list[int]:
+    """The cut whose slowest component is fastest, by the time of every unit on rank 0's device; the same on every rank.
+
+    `latents` (images, C, H, W) give the size; their values do not matter.
+    """
+    count = len(units_of(unet))
+    nanoseconds = torch.zeros(count, dtype=torch.int64, device=group.device)
+    if group.rank == 0:
+        measured = [round(seconds * 1e9) for seconds in unit_seconds(unet, conditioning, latents)]
+        nanoseconds = torch.tensor(measured, dtype=torch.int64, device=group.device)
+    return balanced_cut(group.broadcast(nanoseconds, 0).tolist(), components)
+
+
+@torch.inference_mode()
+def unit_seconds(unet: UNet2DConditionModel, conditioning: Conditioning, latents: Tensor) -> list[float]:
+    """Seconds of every unit in a whole evaluation, the median of several; 0 for the time embedding.
+
+    The device is synchronised around every unit, so that launches do not hide behind the work of the unit before. The
+    UNet must carry no hooks yet and gets none.
+    """
+    names = [unit.name for unit in units_of(unet)]
+    own = replica(unet)
+    watches = {name: _Stopwatch(latents.device) for name in names if name != TIME_EMBEDDING}
+    for name, watch in watches.items():
+        for module in unit_modules(own, name):
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(watch, "hybridsd-stopwatch")
+    runs = []
+    for _ in range(1 + EVALUATIONS):
+        predict(own, latents, torch.tensor(1), conditioning)
+        runs.append([watches[name].read() if name in watches else 0.0 for name in names])
+    return [median(seconds) for seconds in zip(*runs[1:], strict=True)]  # the first evaluation prepares kernels
+
+
+class _Stopwatch(ModelHook):
+    """Sums the seconds of a unit's modules."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device, self._total_s, self._started_s = device, 0.0, 0.0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._started_s = synchronised_clock(self._device)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self._total_s += synchronised_clock(self._device) - self._started_s
+        return output
+
+    def read(self) -> float:
+        """The sum so far, which starts anew."""
+        total_s, self._total_s = self._total_s, 0.0
+        return total_s
+
+
+def check_bounds(bounds: Sequence[int], units: Sequence[Unit], components: int) -> None:
+    """Raises `InputError` where the bounds do not cut these units into as many non-empty components."""
+    rising = all(start < stop for start, stop in pairwise(bounds))
+    if len(bounds) != components + 1 or bounds[0] != 0 or bounds[-1] != len(units) or not rising:
+        rule = f"must rise from 0 to {len(units)}, the number of units, in {components} steps: one a component"
+        raise InputError(Problem("bounds", str([*bounds]), rule))
+
+
+def arrivals(units: Sequence[Unit], bounds: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """For each component the units of earlier ones whose outputs it reads, as input or over a skip connection."""
+    readers = _readers(units)
+    return tuple(
+        tuple(unit for unit in range(start) if any(start <= reader < stop for reader in readers[unit]))
+        for start, stop in pairwise(bounds)
+    )
+
+
+def _readers(units: Sequence[Unit]) -> list[list[int]]:
+    """For each unit the units that take its output: the next one and the resnet at the end of its skip connection."""
+    position = {unit.name: index for index, unit in enumerate(units)}
+    return [
+        [] if unit.name == TIME_EMBEDDING else [index + 1, *([position[unit.skip_to]] if unit.skip_to else [])]
+        for index, unit in enumerate(units)
+    ]
+
+
+def incoming_elements(units: Sequence[Unit], bounds: Sequence[int]) -> tuple[int, ...]:
+    """For each component the elements per latent that arrive from other components in every round."""
+    return tuple(sum(units[unit].out_elements for unit in arriving) for arriving in arrivals(units, bounds))
+
+
+HOOK = "hybridsd-component"
+
+
+class UnitOutputs:
+    """Which units a rank computes now, and the outputs of units that it holds: what the hooks of a rank share.
+
+    `held` are the outputs, by unit, of units that the rank `needs`: to compute its own component, or to send them.
+    """
+
+    def __init__(self, needs: Collection[int]) -> None:
+        self.computing = range(0)
+        self.held: dict[int, Tensor] = {}
+        self._needs = needs
+        self._blanks: dict[int, Tensor] = {}
+
+    def put(self, unit: int, output: Tensor) -> None:
+        """A unit was computed: keep its output if it is needed, otherwise only its shape."""
+        if unit in self._needs:
+            self.held[unit] = output
+        elif unit not in self._blanks:
+            self._blanks[unit] = output.new_zeros(1).expand(output.shape)
+
+    def get(self, unit: int) -> Tensor:
+        """What stands for a unit that is not computed: its output of the last round, or a blank."""
+        return self.held[unit] if unit in self.held else self._blanks[unit]
+
+    def clear(self) -> None:
+        """Forget all outputs and shapes, as before a run."""
+        self.held.clear()
+        self._blanks.clear()
+
+
+class UnitHook(ModelHook):
+    """Computes its unit or passes on what stands for it."""
+
+    def __init__(self, unit: int, outputs: UnitOutputs) -> None:
+        super().__init__()
+        self._unit, self._outputs, self._in_tuple = unit, outputs, False
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._unit not in self._outputs.computing:
+            output = self._outputs.get(self._unit)
+            return (output,) if self._in_tuple else output
+        result = self.fn_ref.original_forward(*args, **kwargs)
+        self._in_tuple = isinstance(result, tuple)  # an attention block's is
+        self._outputs.put(self._unit, result[0] if self._in_tuple else result)
+        return result
+
+
+class InnerHook(ModelHook):
+    """Computes an inner module of a unit with its unit, otherwise lets the input through."""
+
+    def __init__(self, unit: int, outputs: UnitOutputs) -> None:
+        super().__init__()
+        self._unit, self._outputs = unit, outputs
+
+    def new_forward(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        return self.fn_ref.original_forward(hidden) if self._unit in self._outputs.computing else hidden
+
+
+class Boundaries:
+    """The tensors between components: in every round one message from a rank to each that reads its units' outputs."""
+
+    def __init__(self, group: Group, units: Sequence[Unit], bounds: Sequence[int]) -> None:
+        last = len(bounds) - 2
+        reads = arrivals(units, bounds)
+        by_rank = [reads[min(rank, last)] for rank in range(group.size)]  # an extra rank reads what the last one reads
+
+        def message(sender: int, receiver: int) -> list[int]:
+            return [unit for unit in by_rank[receiver] if bisect_right(bounds, unit) - 1 == sender]
+
+        ranks = range(group.size)
+        self.group = group
+        self.incoming = {rank: part for rank in ranks if (part := message(rank, group.rank))}
+        self.outgoing = {rank: part for rank in ranks if (part := message(group.rank, rank))}
+        self._pending: Pending[dict[int, Tensor]] | None = None
+
+    @property
+    def units(self) -> set[int]:
+        """The units whose outputs this rank sends or receives."""
+        return {*chain(*self.incoming.values(), *self.outgoing.values())}
+
+    def send(self, held: Mapping[int, Tensor]) -> None:
+        """Set the round's messages on their way; `held` has the outputs to send and the shapes of those to come."""
+        outgoing = {rank: torch.cat([held[unit].flatten() for unit in part]) for rank, part in self.outgoing.items()}
+        incoming = {
+            rank: held[part[0]].new_empty(sum(held[unit].numel() for unit in part))
+            for rank, part in self.incoming.items()
+        }
+        self._pending = self.group.start_exchange(outgoing, incoming)
+
+    def receive(self, held: dict[int, Tensor]) -> None:
+        """Await the messages under way, if any, and put what they bring in the place of older outputs."""
+        if self._pending is None:
+            return
+        arrived, self._pending = self._pending.wait(), None
+        for rank, message in arrived.items():
+            shapes = {unit: held[unit].shape for unit in self.incoming[rank]}
+            pieces = message.split([shape.numel() for shape in shapes.values()])
+            for (unit, shape), piece in zip(shapes.items(), pieces, strict=True):
+                held[unit] = laid_out_like(piece.view(shape), held[unit])
+
+
+class AsyncDiff(Denoiser):
+    """One rank of AsyncDiff, on a UNet whose modules are its own.
+
+    `settings` are the method's with their defaults: `stride` and `warmup_steps`, the synchronous steps at the start of
+    a run. `bounds` cut the UNet's units into degree - stride + 1 components; a rank alone has all units, whatever the
+    stride. Raises `InputError` for any other bounds.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        conditioning: Conditioning,
+        group: Group,
+        *,
+        settings: Mapping[str, Any],
+        bounds: Sequence[int],
+    ) -> None:
+        self.unet, self.conditioning, self.group = unet, conditioning, group
+        self.stride: int = settings["stride"] if group.size > 1 else 1
+        self.warmup_steps: int = settings["warmup_steps"]
+        units = units_of(unet)
+        components = group.size - self.stride + 1
+        check_bounds(bounds, units, components)
+        self.bounds = tuple(bounds)
+        own = min(group.rank, components - 1)
+        self.is_extra = group.rank == components
+        self.every_unit, self.own_units = range(len(units)), range(bounds[own], bounds[own + 1])
+        self.boundaries = Boundaries(group, units, bounds)
+        self.outputs = UnitOutputs(self.boundaries.units)
+        self.timesteps, self.steps_done = torch.empty(0), 0
+        self._hook_units([unit.name for unit in units])
+
+    def begin(self, timesteps: Tensor) -> None:
+        self.boundaries.receive(self.outputs.held)  # what an abandoned run left under way
+        self.outputs.clear()
+        self.timesteps, self.steps_done = timesteps, 0
+
+    def noise(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
+        """The guided noise of a step; a step that shares the round of the step before does not look at its latents."""
+        place = (self.steps_done - self.warmup_steps) % self.stride
+        synchronous = self.steps_done < self.warmup_steps
+        self.steps_done += 1
+        if synchronous:
+            noise = self._evaluate(latents, timestep, self.every_unit)
+        else:
+            if place == 0:
+                self._round_noise = self._round(latents, step)
+            noise = self._share(self._round_noise, source=self.group.size - 1 - place)
+        return guide(noise, self.conditioning.guidance_scale, latents.dtype)
+
+    def _hook_units(self, names: Sequence[str]) -> None:
+        for index, name in enumerate(names):
+            if name == TIME_EMBEDDING:
+                continue
+            *inner, last = unit_modules(self.unet, name)
+            for module in inner:
+                _register(module, InnerHook(index, self.outputs))
+            _register(last, UnitHook(index, self.outputs))
+
+    def _round(self, latents: Tensor, step: int) -> Tensor:
+        """Compute the own component on what the last round made; the noise where that is the last component.
+
+        The extra rank works for `step`, the others for the last step of the round. A round that the run's end cuts
+        short leaves them nothing to do.
+        """
+        self.boundaries.receive(self.outputs.held)
+        own_step = step if self.is_extra else step + self.stride - 1
+        if own_step < len(self.timesteps):
+            noise = self._evaluate(latents, self.timesteps[own_step], self.own_units)
+        else:
+            noise = self.outputs.get(self.every_unit[-1])
+        if step + self.stride < len(self.timesteps):
+            self.boundaries.send(self.outputs.held)
+        return noise
+
+    def _evaluate(self, latents: Tensor, timestep: Tensor, units: range) -> Tensor:
+        """The noise of every branch in the UNet's precision, of which only these units are computed."""
+        self.outputs.computing = units
+        return predict(self.unet, latents, timestep, self.conditioning)
+
+    def _share(self, noise: Tensor, source: int) -> Tensor:
+        """The noise of rank `source`, on every rank; the own one stays as it is for the round's other step."""
+        own = noise if self.group.rank == source else torch.empty(noise.shape, dtype=noise.dtype, device=noise.device)
+        return self.group.broadcast(own, source)
+
+
+def _register(module: nn.Module, hook: ModelHook) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)

@@ -1,0 +1,168 @@
+"""The denoising loop and what it asks of every method: the guided noise of a step.
+
+A `Denoiser` holds one rank's model and conditioning. It is told the timesteps once and then asked for the noise of one
+step after the other; where several ranks work together, each rank runs the same loop and receives the same noise.
+
+The reference: one device evaluates the whole UNet, both branches of the guidance in one batch.
+
+Guidance parallelism: one rank evaluates the empty prompt and the other the prompt; the noises are exchanged.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from hybridsd_sim.errors import IllegalPlanError, Problem
+from hybridsd_sim.perf import PIXELS_PER_LATENT, Denoising, Method, find_method, layer_table, unet_units
+
+from ..models import Conditioning
+from .group import Group
+
+Option = bool | int | float | str
+
+EXECUTED: Mapping[str, Option] = MappingProxyType({"public_cut": False})
+"""Options of which the executors know one value only."""
+
+
+class Denoiser(ABC):
+    """Predicts the guided noise of a step, alone or as one rank of a group."""
+
+    timesteps: Tensor
+
+    def begin(self, timesteps: Tensor) -> None:
+        """Prepare for a run over these timesteps, one a step, and forget any earlier run."""
+        self.timesteps = timesteps
+
+    @abstractmethod
+    def noise(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
+        """The guided noise of step `step` for latents (images, C, H, W), the same shape.
+
+        The latents are scaled as the sampler wants its model inputs.
+        """
+
+
+def predict(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    """The UNet's noise for every branch: (branches x images, C, H, W), in the UNet's precision."""
+    batch = torch.cat([latents] * conditioning.branches).to(unet.dtype)
+    added = dict(conditioning.added) or None
+    noise: Tensor = unet(batch, timestep, conditioning.embeds, added_cond_kwargs=added, return_dict=False)[0]
+    return noise
+
+
+def guide(noise: Tensor, guidance_scale: float, precision: torch.dtype) -> Tensor:
+    """The noise of each image, in this precision, from that of every branch.
+
+    Above 1 the scale is that of classifier-free guidance over two branches, the empty prompts first.
+    """
+    noise = noise.to(precision)
+    if guidance_scale <= 1.0:
+        return noise
+    empty, prompted = noise.chunk(2)
+    return empty + guidance_scale * (prompted - empty)
+
+
+def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor in the other's memory layout: what arrived from a rank is flat, and layers want channels last."""
+    channels_last = other.dim() == 4 and not other.is_contiguous() and tensor.dim() == 4
+    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+
+
+@torch.inference_mode()
+def denoise(
+    denoiser: Denoiser,
+    sampler: Any,
+    latents: Tensor,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Denoise latents (images, C, H, W) over the sampler's steps `[start, stop)` and return the latents after them.
+
+    `on_step` is called after every step with its index and the latents.
+    """
+    timesteps = sampler.timesteps
+    end = len(timesteps) if stop is None else stop
+    denoiser.begin(timesteps[:end])
+    for step in range(start, end):
+        timestep = timesteps[step]
+        noise = denoiser.noise(sampler.scale_model_input(latents, timestep), step, timestep)
+        latents = sampler.step(noise, timestep, latents, return_dict=False)[0]
+        if on_step:
+            on_step(step, latents)
+    return latents
+
+
+def job_of(
+    unet: UNet2DConditionModel, conditioning: Conditioning, *, images: int, height_px: int, width_px: int, steps: int
+) -> Denoising:
+    """The same UNet evaluations as the planner sees them. Raises `InputError` for a UNet that it cannot count."""
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    latent = config["in_channels"] * (height_px // PIXELS_PER_LATENT) * (width_px // PIXELS_PER_LATENT)
+    return Denoising(
+        table=layer_table(config, height_px, width_px),
+        units=unet_units(config, height_px, width_px),
+        num_steps=steps,
+        latents=images * conditioning.branches,
+        guided=conditioning.guided,
+        latent_elements=latent,
+        family="sdxl" if config.get("addition_embed_type") == "text_time" else "",
+        element_bytes=unet.dtype.itemsize,
+        weight_bytes=unet.dtype.itemsize,
+    )
+
+
+def legal_settings(method: str, job: Denoising, degree: int, options: Mapping[str, Option]) -> dict[str, Any]:
+    """The method's options with its defaults filled in. Raises `IllegalPlanError` with every rule that is broken."""
+    rules = find_method(method)
+    problems = [*executed_problems(options), *rules.problems(job, degree, options)]
+    if problems:
+        raise IllegalPlanError(problems)
+    return rules.settings(job, executed(rules, options))
+
+
+def executed(rules: Method, options: Mapping[str, Option]) -> dict[str, Option]:
+    """The options with those filled in of which the executors know one value only (`EXECUTED`)."""
+    return {**options, **{key: value for key, value in EXECUTED.items() if key in rules.defaults}}
+
+
+def executed_problems(options: Mapping[str, Option]) -> list[Problem]:
+    """Options that ask for what the executors do not do."""
+    return [
+        Problem(f"option {key}", str(options[key]).lower(), why, f"Leave it out, or say {str(value).lower()}.")
+        for key, value in EXECUTED.items()
+        if options.get(key, value) != value
+        for why in ["the executors cut AsyncDiff's components by their cost, for any network"]
+    ]
+
+
+class Single(Denoiser):
+    """One device does everything; every other method is held against it."""
+
+    def __init__(self, unet: UNet2DConditionModel, conditioning: Conditioning) -> None:
+        self.unet = unet
+        self.conditioning = conditioning
+
+    def noise(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
+        noise = predict(self.unet, latents, timestep, self.conditioning)
+        return guide(noise, self.conditioning.guidance_scale, latents.dtype)
+
+
+class CfgParallel(Denoiser):
+    """One rank of two: rank 0 holds the empty prompt, rank 1 the prompt. Alone, a rank does both."""
+
+    def __init__(self, unet: UNet2DConditionModel, conditioning: Conditioning, group: Group) -> None:
+        self.unet, self.group = unet, group
+        self.guidance_scale = conditioning.guidance_scale
+        self.conditioning = conditioning.branch(group.rank) if group.size > 1 else conditioning
+
+    def noise(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
+        own = predict(self.unet, latents, timestep, self.conditioning)
+        return guide(torch.cat(self.group.all_gather(own)), self.guidance_scale, latents.dtype)

@@ -1,0 +1,66 @@
+"""How far a profile has come: a bar with the time left for people, plain lines for logs, both on standard error."""
+
+from __future__ import annotations
+
+import sys
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from .grid import Target
+
+
+class Progress:
+    """Is told how far a profile has come. This one keeps silent."""
+
+    def begin(self, total: float) -> None:
+        """Work ahead: the sum of the targets' weights."""
+
+    def doing(self, target: Target) -> None:
+        """What is measured now."""
+
+    def done(self, target: Target) -> None:
+        """What was measured: its rows are written, unless it failed."""
+
+
+class Lines(Progress):
+    """A line for each target."""
+
+    def __init__(self) -> None:
+        self._total, self._done = 0.0, 0.0
+
+    def begin(self, total: float) -> None:
+        self._total = total
+
+    def doing(self, target: Target) -> None:
+        sys.stderr.write(f"{self._done / self._total:4.0%} {target}\n")
+
+    def done(self, target: Target) -> None:
+        self._done += target.weight
+
+
+class Bar(Progress):
+    """A bar that guesses the time left from the work that the targets take."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._bar = RichProgress(*columns, console=Console(stderr=True), speed_estimate_period=3600)
+        self._task = self._bar.add_task("starting", total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def begin(self, total: float) -> None:
+        self._bar.update(self._task, total=total)
+
+    def doing(self, target: Target) -> None:
+        self._bar.update(self._task, description=str(target))
+
+    def done(self, target: Target) -> None:
+        self._bar.advance(self._task, target.weight)

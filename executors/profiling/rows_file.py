@@ -1,0 +1,170 @@
+"""The measured files of a profiles folder: cost rows as CSV, how they were made as YAML beside it.
+
+A file is rewritten whole under another name and then put in its place, so that a run cut off at any moment leaves whole
+rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from pydantic import ValidationError
+
+from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.profiles import CostRow, Meta, Row
+
+KEYS = (
+    "device", "runtime", "precision", "model", "component", "rank", "height_px", "width_px", "batch_size", "guidance",
+    "method", "degree", "options",
+)  # fmt: skip
+"""The columns that say what a row measured: no two rows of a file agree in all of them."""
+
+COLUMNS = (*(name for name in CostRow.model_fields if name not in Row.model_fields), *Row.model_fields)
+
+Key = tuple[Any, ...]
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all: under torchrun every rank has the same results, and the first writes."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
+
+
+def key_of(row: CostRow) -> Key:
+    """What a row measured."""
+    return tuple(getattr(row, name) for name in KEYS)
+
+
+class Table:
+    """One measured file: the rows that it has, by what they measured, how they were made, and those put in now.
+
+    Raises `InputError` for a file that is there and is not what the executors write.
+    """
+
+    def __init__(self, folder: Path, device: str, name: str) -> None:
+        self.path = folder / "measured" / device / f"{name}.csv"
+        self.rows: dict[Key, CostRow] = {key_of(row): row for row in _read(self.path)}
+        self.meta = _read_meta(self._meta_path) if self.rows else None
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.rows
+
+    def put(self, rows: Iterable[CostRow], meta: Meta) -> None:
+        """Add rows, or renew those that measured the same, and write the file. `meta` must suit the rows there."""
+        self.rows |= {key_of(row): row for row in rows}
+        self.meta = joined(self.meta, meta) if self.meta else meta
+        if not is_first_process():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # the meta file first: rows without it would be refused
+        _replace(self._meta_path, _meta_text(self.meta))
+        _replace(self.path, _csv_text(self.rows.values()))
+
+    def problems(self, meta: Meta) -> list[Problem]:
+        """Why rows made as `meta` says cannot be added: the folder cannot be written, or other rows speak otherwise."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            rule = f"cannot be written ({error.strerror or error})"
+            return [Problem("--out", str(self.path.parent), rule, "Name a folder that can be.")]
+        there, now = (_circumstances(of) if of else {} for of in (self.meta, meta))
+        return [
+            Problem(
+                f"{self._meta_path}: {name}",
+                str(now.get(name, "none")),
+                f"the rows that are there were measured with {there.get(name, 'none')}",
+                "Name another --out folder, or remove the file and its meta.",
+            )
+            for name in sorted({*there, *now})
+            if there and there.get(name) != now.get(name)
+        ]
+
+    @property
+    def _meta_path(self) -> Path:
+        return self.path.with_suffix(".meta.yaml")
+
+
+def _circumstances(meta: Meta) -> dict[str, object]:
+    """What all rows of a file must share, by name."""
+    machine = {"processor": meta.processor, "driver": meta.driver}
+    return {**machine, **meta.libraries, **meta.protocol.model_dump()}
+
+
+def joined(old: Meta, new: Meta) -> Meta:
+    """The meta of rows of several runs: all commits, of each ceiling the largest that was seen, the newest date."""
+    commits = dict.fromkeys([*old.commit.split(", "), new.commit])
+    ceilings = {**old.ceilings, **new.ceilings}
+    return new.model_copy(
+        update={
+            "commit": ", ".join(filter(None, commits)),
+            "ceilings": {name: max(value, old.ceilings.get(name, value)) for name, value in ceilings.items()},
+            "fit_errors": old.fit_errors,
+        }
+    )
+
+
+def _read(path: Path) -> list[CostRow]:
+    if not path.exists():
+        return []
+    try:
+        lines = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines(), strict=True))
+        return [CostRow.model_validate({k: v for k, v in line.items() if v}, strict=False) for line in lines]
+    except (OSError, ValueError, csv.Error, ValidationError) as error:
+        raise _not_ours(path, "rows", error) from error
+
+
+def _read_meta(path: Path) -> Meta:
+    """A meta file as `_meta_text` writes it: a name and JSON on each line."""
+    try:
+        lines = [line.partition(":") for line in path.read_text(encoding="utf-8").splitlines()]
+        return Meta.model_validate({name: json.loads(value) for name, _, value in lines}, strict=False)
+    except (OSError, ValueError, ValidationError) as error:
+        raise _not_ours(path, "meta", error) from error
+
+
+def _not_ours(path: Path, what: str, error: Exception) -> InputError:
+    rule = f"holds no {what} that can be added to ({str(error).splitlines()[0]})"
+    return InputError(Problem("--out", str(path), rule, "Move it away, or name another folder."))
+
+
+def _csv_text(rows: Iterable[CostRow]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([_cell(getattr(row, name)) for name in COLUMNS] for row in sorted(rows, key=_order))
+    return text.getvalue()
+
+
+def _order(row: CostRow) -> Key:
+    return tuple(
+        ("", -1 if value is None else value) if not isinstance(value, str) else (value, 0) for value in key_of(row)
+    )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
+
+
+def _meta_text(meta: Meta) -> str:
+    """YAML, a line for each field, whose values are written as JSON, which YAML reads as it is."""
+    said: Mapping[str, Any] = meta.model_dump(exclude_defaults=True)
+    return "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in said.items())
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write the file under another name and put it in the place of the old one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(path)

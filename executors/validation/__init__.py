@@ -1,0 +1,5 @@
+"""The model against live runs: observe real requests, replay them in the simulation, compare."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,287 @@
+"""Times what requests ask of their workers before a run, on the very workers that will serve it.
+
+First each worker alone, which is enough to choose a switch step and to price the plan. Then in a rehearsal: other
+requests, at random times of the same rate as in the run, through the same service. That way a task's seconds hold what
+cold caches, client, service and the other workers cost a worker at this load, and still nothing of the run itself. The
+pace, last, tells in a few seconds how fast the workers are just now.
+
+Cloud and edge of a calibration in one place: their workers, and the live service between them on a port of its own.
+
+Service, client and driver share one process and its event loop; every worker has processes of its own. The orders still
+cross a TCP connection.
+
+Keeps processors awake while requests are timed on them, and each process of a worker on a processor of its own.
+
+A processor that has nothing to do goes to sleep; the next task finds another clock, cold caches or, on a virtual
+machine, a host that has lent the processor to somebody else. Steps then take a few per cent more or less from one half
+minute to the next. A process of the lowest scheduling class (SCHED_IDLE) that does nothing on every processor prevents
+that, and gives way at once to whoever has something to do; but it counts against a container's CPU quota, under which
+nobody should calibrate. Both are Linux's; elsewhere nothing is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
+
+from hybridsd_sim.errors import RunError
+from hybridsd_sim.plan import Deployment, Stage
+from hybridsd_sim.pricing import PlanCost
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.scheduling import Scheduler, Worker
+
+from ..hybrid import listen_at
+from ..live import (
+    Ask,
+    Client,
+    Crew,
+    Done,
+    Gang,
+    Here,
+    Link,
+    OnStep,
+    Outcome,
+    Settings,
+    Task,
+    build_service,
+    cloud_gangs,
+    edge_gang,
+    served,
+)
+from ..profiling import LEAST_RUNS
+from .cost_rows import Held, Profile, device_of, profile_of
+from .load import replay_trace
+from .setting import REQUEST_CLASS, plan_of
+from .testbed import Testbed
+
+PROMPT = "a lighthouse at dusk"
+
+WARMUP_RUNS = 4
+
+_CLOUD, _EDGE = "cloud/0", "edge/0"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A task that a worker did, and when it was given to it."""
+
+    given_s: float
+    done: Done
+
+
+class WatchedCrew(Crew):
+    """A crew that remembers what its workers did, as long as `seen` is a list."""
+
+    seen: list[Seen] | None = None
+
+    async def run(self, worker: str, task: Task, *, on_step: OnStep | None = None) -> Done:
+        given_s = time.monotonic()
+        done = await super().run(worker, task, on_step=on_step)
+        if self.seen is not None:
+            self.seen.append(Seen(given_s, done))
+        return done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """The requests of a rehearsal: seconds of their arrivals, their links (None crosses no network), their price."""
+
+    arrivals_s: Sequence[float]
+    links: Sequence[Link | None]
+    cost: PlanCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crews:
+    """The workers of a calibration, of which the cloud's are `gangs`: one there, one at the edge, or one of them."""
+
+    cloud: WatchedCrew
+    edge: WatchedCrew
+    gangs: tuple[Gang, ...]
+
+    def of(self, stage: Stage) -> tuple[WatchedCrew, str]:
+        """The crew and the worker that do a stage."""
+        return (self.cloud, _CLOUD) if stage.site.tier == "cloud" else (self.edge, _EDGE)
+
+
+async def pace(
+    crews: Crews, scenario: Scenario, deployment: Deployment, settings: Settings, for_s: float
+) -> dict[str, float]:
+    """The median step of each device while all workers do one task after the other and no requests are about."""
+    begun, tasks = None, {}
+    for stage in plan_of(deployment).stages:
+        tasks[device_of(stage)] = (*crews.of(stage), _task(scenario, stage, begun, settings))
+        begun = (await _next(*tasks[device_of(stage)])).payload
+    until_s = time.monotonic() + for_s
+    step_s = await asyncio.gather(*[_steps(*task, until_s) for task in tasks.values()])
+    return {device: median(seconds) for device, seconds in zip(tasks, step_s, strict=True)}
+
+
+async def _steps(crew: Crew, worker: str, task: Task, until_s: float) -> list[float]:
+    """Seconds of the steps of a task that is done again and again."""
+    found: list[float] = []
+    while not found or time.monotonic() < until_s:
+        found += (await _next(crew, worker, task)).step_s
+    return found
+
+
+async def _next(crew: Crew, worker: str, task: Task) -> Done:
+    return await crew.run(worker, replace(task, key=f"pace/{time.monotonic_ns()}"))
+
+
+async def alone(crews: Crews, scenario: Scenario, deployment: Deployment, settings: Settings) -> Profile:
+    """A few tasks of each worker, one worker after the other, with nothing else to do."""
+    plan, begun, held = plan_of(deployment), None, []
+    for stage in plan.stages:
+        crew, worker = crews.of(stage)
+        task = _task(scenario, stage, begun, settings)
+        tasks = (replace(task, key=f"alone/{number}", seed=number) for number in range(WARMUP_RUNS + LEAST_RUNS))
+        done = [await crew.run(worker, one) for one in tasks][WARMUP_RUNS:]
+        held.append([Held(one, one.stop_s - one.start_s) for one in done])
+        begun = done[0].payload
+    return profile_of(scenario, plan, held, "worker alone")
+
+
+def _task(scenario: Scenario, stage: Stage, begun: bytes | None, settings: Settings) -> Task:
+    spec = scenario.requests[REQUEST_CLASS]
+    return Task(
+        key="", model=stage.model, prompt=PROMPT, height_px=spec.height_px, width_px=spec.width_px,
+        num_inference_steps=spec.num_inference_steps, guidance_scale=spec.guidance_scale, sampler=spec.sampler,
+        stop=stage.stop, begun=begun, decode=stage.stop == spec.num_inference_steps, payload=settings.payload,
+        checkpoint_every=settings.checkpoint_every,
+    )  # fmt: skip
+
+
+async def rehearse(
+    client: Client, crews: Crews, scenario: Scenario, deployment: Deployment, rehearsal: Rehearsal
+) -> Profile:
+    """Serve other requests at the load of the run, and see what workers do and what the machine adds to the network."""
+    plan = plan_of(deployment)
+    for number in range(WARMUP_RUNS):
+        await _ask(client, number)
+    watched = [crews.of(stage)[0] for stage in plan.stages]
+    for crew in watched:
+        crew.seen = []
+    try:
+        sent = await replay_trace(rehearsal.arrivals_s, lambda number, _: _ask(client, number, rehearsal.links[number]))
+        seen = [list(crew.seen or ()) for crew in watched]
+    finally:
+        for crew in watched:
+            crew.seen = None
+    found = profile_of(scenario, plan, [list(held(tasks)) for tasks in seen], "served at the load of the run")
+    return replace(found, stack_s=_added_by_the_machine([one.answer for one in sent], rehearsal))
+
+
+def _added_by_the_machine(outcomes: Sequence[Outcome], rehearsal: Rehearsal) -> float:
+    """Median seconds for which requests are in nobody's hands beyond what the model of their links says."""
+    cost = rehearsal.cost
+    modelled_s = [
+        0.0 if link is None else link.up_s(cost.bytes_up) + link.down_s(cost.bytes_down) for link in rehearsal.links
+    ]
+    return max(0.0, median(outcome.transfer_s - s for outcome, s in zip(outcomes, modelled_s, strict=True)))
+
+
+async def _ask(client: Client, seed: int, link: Link | None = None) -> Outcome:
+    name = f"p{time.monotonic_ns()}"
+    outcome = await client.ask(Ask(id=name, request_class=REQUEST_CLASS, prompt=PROMPT, seed=seed, link=link))
+    if outcome.status != "served":
+        raise RunError(f"a request of the profile was not served: {outcome.reason} {outcome.words}".rstrip())
+    return outcome
+
+
+def held(tasks: Iterable[Seen]) -> Iterator[Held]:
+    """For how long each task held its worker: where the next one waited for it already, until that one began.
+
+    Where none waited, to its own end, and then as long as a worker usually takes from one task to the next.
+    """
+    ordered = sorted(tasks, key=lambda seen: seen.done.start_s)
+    pauses = {a.done.start_s: b.done.start_s - a.done.stop_s for a, b in pairwise(ordered) if b.given_s < a.done.stop_s}
+    usual_s = median(pauses.values()) if pauses else 0.0
+    for seen in ordered:
+        done = seen.done
+        yield Held(done, done.stop_s - done.start_s + pauses.get(done.start_s, usual_s))
+
+
+_WATCH = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+parent = int(sys.argv[2])
+os.sched_setaffinity(0, {int(sys.argv[1])})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+while os.getppid() == parent:
+    for _ in range(10**6):
+        pass
+"""
+
+
+def own_cpus() -> tuple[int, ...]:
+    """The CPUs that this process may use, by number; none where the system does not say."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+
+
+def a_cpu_each(processes: Sequence[int]) -> list[tuple[int, ...]]:
+    """CPUs for workers of so many processes, one a process; none for anybody where there are too few."""
+    free = iter(own_cpus())
+    if sum(processes) > len(own_cpus()):
+        return [()] * len(processes)
+    return [tuple(next(free) for _ in range(count)) for count in processes]
+
+
+@contextmanager
+def kept_awake() -> Iterator[tuple[int, ...]]:
+    """No CPU of this process sleeps inside the block; the ids of the processes that watch, which end with it."""
+    watchers: list[subprocess.Popen[bytes]] = []
+    try:
+        for cpu in own_cpus() if hasattr(os, "SCHED_IDLE") else ():
+            command = [sys.executable, "-c", _WATCH, str(cpu), str(os.getpid())]
+            watchers.append(subprocess.Popen(command))  # noqa: S603 -- this very program
+        yield tuple(watcher.pid for watcher in watchers)
+    finally:
+        for watcher in watchers:
+            watcher.kill()
+        for watcher in watchers:
+            watcher.wait()
+
+
+POLICY = "planned"
+
+
+@asynccontextmanager
+async def working(deployment: Deployment, testbed: Testbed) -> AsyncIterator[Crews]:
+    """The workers that a deployment asks for, all up: a CPU thread each process, on processors that are kept awake."""
+    here = Here(threads=1, weights=testbed.weights, profiles=testbed.profiles)
+    device = edge_gang([plan_of(deployment)], here)
+    gangs, devices = _on_cpus(cloud_gangs(deployment, here), (device,) if device else ())
+    with kept_awake():
+        async with WatchedCrew(gangs) as cloud, WatchedCrew(devices) as edge:
+            yield Crews(cloud=cloud, edge=edge, gangs=gangs)
+
+
+def _on_cpus(*sides: tuple[Gang, ...]) -> Iterator[tuple[Gang, ...]]:
+    """The gangs of each side with a CPU for every process, where there are enough."""
+    cpus = iter(a_cpu_each([gang.degree for side in sides for gang in side]))
+    for side in sides:
+        yield tuple(replace(gang, cpus=next(cpus)) for gang in side)
+
+
+@asynccontextmanager
+async def serving(
+    crews: Crews, scenario: Scenario, deployment: Deployment, profiles: Profiles, settings: Settings
+) -> AsyncIterator[Client]:
+    """A client of the live service that follows the deployment."""
+    workers = [Worker(gang.name, gang.pool, gang.degree) for gang in crews.gangs]
+    scheduler = Scheduler.from_plan(deployment, policy=POLICY, scenario=scenario, profiles=profiles, workers=workers)
+    service = build_service(scheduler, crews.cloud, gangs=crews.gangs, settings=settings)
+    with listen_at(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        async with served(service, listener), Client(f"http://{host}:{port}", crews.edge) as client:
+            yield client

@@ -1,0 +1,319 @@
+"""Seconds of a stage's denoising, phase by phase, with their intervals.
+
+A phase takes as many times a round (`rounds`) as it has rounds. A step that was timed is used as it stands. Where only
+the device's own time of the whole step is known, the law only says which share of it a rank needs. What does not depend
+on the number of steps is worked out once for every stage that differs in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import exp, hypot, log, sqrt
+
+from hybridsd_sim.errors import IllegalPlanError
+from hybridsd_sim.perf.collectives import Round, actual_link
+from hybridsd_sim.perf.device_fit import ROWS_OF_DOUBT, SOURCE_SPREAD, Z90, Fit, call_kernels, calls, fit_of
+from hybridsd_sim.perf.parallel_methods import Count, Option, find_method, heaviest, option_types
+from hybridsd_sim.perf.partition import Denoising, RankWork, elements_of
+from hybridsd_sim.perf.roofline import ELEMENT_BYTES, layer_table
+from hybridsd_sim.perf.unet_layers import unet_units
+from hybridsd_sim.plan import Kind, Request, Stage
+from hybridsd_sim.profiles import CostRow, Interconnect, Profiles, alike
+
+SIMULTANEOUS = ("gloo", "nccl")
+"""What carries ranks that run at the same time; those of loopback take turns on one device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTime:
+    """How long one phase of a stage takes, warm-up or steady, all its rounds together.
+
+    `low_s` and `high_s` bound the seconds at 90%. `comm_bytes` are what one GPU receives, `comm_exposed_s` the seconds
+    of exchange that compute does not hide. `within` is false outside what was timed on the device.
+    """
+
+    name: str
+    seconds: float
+    low_s: float
+    high_s: float
+    kind: Kind
+    sources: tuple[str, ...]
+    note: str = ""
+    comm_bytes: float = 0.0
+    comm_exposed_s: float = 0.0
+    within: bool = True
+
+
+def denoising(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
+    """What `methods` needs to know about a stage of a request; its latents are those of one UNet call."""
+    return replace(job_of(stage, request, profiles), num_steps=stage.num_steps)
+
+
+def job_of(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
+    """The same whatever the number of steps, of which it has one."""
+    key = _job_key(stage, request, profiles)
+    return profiles.memory.recall("jobs", key, lambda: _job(key, profiles), most=1024)
+
+
+JobKey = tuple[str, int, int, int, bool, str]
+"""What a job depends on besides its steps: model, height and width in px, latents a call, guidance, precision."""
+
+
+def _job_key(stage: Stage, request: Request, profiles: Profiles) -> JobKey:
+    latents = -(-request.unet_batch // calls(profiles, stage.site.runtime, request.unet_batch))
+    return stage.model, request.height_px, request.width_px, latents, request.guided, stage.site.precision
+
+
+def _job(key: JobKey, profiles: Profiles) -> Denoising:
+    name, height_px, width_px, latents, guided, precision = key
+    model = profiles.model(name)
+    return Denoising(
+        table=layer_table(model.config, height_px, width_px, model.ops),
+        units=unet_units(model.config, height_px, width_px),
+        num_steps=1,
+        latents=latents,
+        guided=guided,
+        latent_elements=elements_of(height_px, width_px),
+        family=model.latent_space,
+        element_bytes=4.0 if precision == "fp32" else 2.0,
+        weight_bytes=ELEMENT_BYTES.get(precision, 2.0),
+        public_cuts=profiles.public_cuts(name),
+    )
+
+
+def stage_times(stage: Stage, request: Request, profiles: Profiles, *, prefer: Sequence[str] = ()) -> list[PhaseTime]:
+    """The phases of a stage in order. Raises `IllegalPlanError` for a stage that its method cannot run."""
+    return timer_of(stage, request, profiles, prefer=prefer).times(stage.num_steps)
+
+
+def timer_of(stage: Stage, request: Request, profiles: Profiles, *, prefer: Sequence[str] = ()) -> StageTimer:
+    """Times the stage and every other that differs from it in its steps, or in what its site is called and costs.
+
+    Raises `IllegalPlanError` for a stage that its method cannot run.
+    """
+    site, prefer = stage.site, tuple(prefer)
+    where = (site.device, site.runtime, site.precision, site.interconnect)
+    how = (stage.model, stage.method, stage.degree, stage.options, option_types(stage.options))
+    what = (request.height_px, request.width_px, request.unet_batch, request.guided)
+
+    def made() -> StageTimer:
+        timer = StageTimer(stage, request, profiles, prefer)
+        if problems := timer.method.problems(timer.job, stage.degree, dict(stage.options)):
+            raise IllegalPlanError(problems)
+        return timer
+
+    return profiles.memory.recall("timers", (*where, *how, *what, prefer), made)
+
+
+def stage_rounds(stage: Stage, request: Request, profiles: Profiles) -> list[tuple[int, Round]]:
+    """The rounds of a stage on several GPUs, phase by phase, with how many there are of each."""
+    timer = StageTimer(stage, request, profiles, ())
+    return [(rounds * timer.calls, timer.round(name)) for name, _, rounds in timer.counts(stage.num_steps)]
+
+
+def law_s(row: CostRow, profiles: Profiles) -> tuple[float, float, float]:
+    """Seconds that the device's law gives the step of a one-GPU row, and the ends of their 90% interval."""
+    fit, kernels = fit_of(profiles, row.device, row.runtime, row.precision), call_kernels(profiles, row)
+    middle = fit.seconds(kernels) * calls(profiles, row.runtime, row.latents)
+    width = exp(Z90 * fit.log_spread(kernels))
+    return middle, middle / width, middle * width
+
+
+class StageTimer:
+    """Times the phases of a stage. All that does not depend on its number of steps is worked out once."""
+
+    def __init__(self, stage: Stage, request: Request, profiles: Profiles, prefer: Sequence[str]) -> None:
+        self.stage, self.profiles, self.latents = stage, profiles, request.unet_batch
+        self.size = (request.height_px, request.width_px)
+        site = stage.site
+        self.calls = calls(profiles, site.runtime, request.unet_batch)
+        self.method, self.job = find_method(stage.method), job_of(stage, request, profiles)
+        self.settings = self.method.settings(self.job, dict(stage.options))
+        self._ranks_key = (stage.method, stage.degree, stage.options, *_job_key(stage, request, profiles))
+        self._by_phase: dict[str, Callable[[int, int], PhaseTime]] = {}
+        where = (site.device, site.runtime, stage.model)
+        rows = profiles.step_rows(*where, site.precision, prefer=prefer)
+        self.row = profiles.step_row(
+            *where, self.size, latents=request.unet_batch, precision=site.precision, prefer=prefer
+        )
+        self.anchor = self.row or min(rows, key=self._distance, default=None)
+        self.level_spread = self._level_spread(rows)
+
+    def counts(self, num_steps: int) -> list[Count]:
+        """The phases of so many steps."""
+        return self.method.counts(num_steps, self.stage.degree, self.settings)
+
+    def times(self, num_steps: int) -> list[PhaseTime]:
+        """How long the phases of so many steps take."""
+        return [self._time_of(name)(steps, rounds) for name, steps, rounds in self.counts(num_steps)]
+
+    def _time_of(self, phase: str) -> Callable[[int, int], PhaseTime]:
+        """Times a phase from its steps and rounds."""
+        if phase not in self._by_phase:
+            self._by_phase[phase] = self._time(phase)
+        return self._by_phase[phase]
+
+    def _distance(self, row: CostRow) -> float:
+        """How far a row's call lies from the wanted one, in logarithms of image area times latents."""
+        held = row.latents / calls(self.profiles, row.runtime, row.latents)
+        wanted = self.size[0] * self.size[1] * self.latents / self.calls
+        return abs(log(row.height_px * row.width_px * held / wanted))
+
+    def _level_spread(self, rows: Sequence[CostRow]) -> float:
+        """Standard deviation of the anchor's logarithm: its repetition and, unless measured, what sources differ by."""
+        anchor = self.anchor
+        if anchor is None:
+            return 0.0
+        low, high = anchor.range_s
+        repetition = log(high / low) / (2 * Z90)
+        if anchor.kind == "measured":
+            return repetition
+        gaps = [log(row.seconds_median / anchor.seconds_median) for row in rows if self._timed_the_same(row, anchor)]
+        doubt = ROWS_OF_DOUBT * SOURCE_SPREAD**2 + sum(gap**2 for gap in gaps)
+        return hypot(repetition, sqrt(doubt / (ROWS_OF_DOUBT + len(gaps) - 1)))
+
+    @staticmethod
+    def _timed_the_same(row: CostRow, anchor: CostRow) -> bool:
+        return (row.height_px, row.width_px, row.latents) == (anchor.height_px, anchor.width_px, anchor.latents)
+
+    def _time(self, phase: str) -> Callable[[int, int], PhaseTime]:
+        calls, row = self.calls, self.row
+        if self.stage.degree == 1 and row is not None:
+            width = exp(Z90 * self.level_spread)
+            seconds = row.seconds_median
+            bounds = row.range_s if row.kind == "measured" else (seconds / width, seconds * width)
+            return lambda _, rounds: _timed(phase, row, rounds * calls, bounds=bounds)
+        if self.stage.degree > 1 and (gang := self._gang_row(phase)) is not None:
+            note, range_s = "measured as a whole, its exchange inside", gang.range_s
+            return lambda steps, _: _timed(phase, gang, steps, bounds=range_s, note=note)
+        once, width = self._modelled(phase)
+        return lambda _, rounds: _repeated(once, width, rounds * calls)
+
+    def _gang_row(self, phase: str) -> CostRow | None:
+        """The measured step of this very gang, if there is one, over the device's own interconnect."""
+        stage, component = self.stage, "step_warmup" if phase == "warmup" else "step"
+        if stage.site.interconnect is not None:
+            return None
+        key = (stage.site.device, stage.site.runtime, component, stage.method, stage.degree, *self.size)
+        gangs = self.profiles.memory.recall("gangs", None, lambda: _gangs(self.profiles.costs))
+        return next((row for row in gangs.get(key, ()) if self._is_of(row)), None)
+
+    def _is_of(self, row: CostRow) -> bool:
+        """Whether a row timed this stage's network, latents, precision and options, each rank on its own device."""
+        said = row.said
+        carried = row.rank is None and said.pop("ranks", "") in SIMULTANEOUS
+        mine, usual = (_texts(options) for options in (self.settings, find_method(row.method).defaults))
+        models = {self.profiles.model(name).network for name in (row.model, self.stage.model)}
+        same_precision = alike(row.precision) == alike(self.stage.site.precision)
+        same_work = len(models) == 1 and row.latents == self.latents and same_precision
+        return carried and same_work and mine == _texts({**usual, **said})
+
+    def _modelled(self, phase: str) -> tuple[PhaseTime, float]:
+        """One round of a phase, and by which factor its seconds may be off at 90%."""
+        fit, round_ = self._fit, self.round(phase)
+        seconds, exposed = round_.seconds(round_.middle)
+        width, work = exp(Z90 * round_.log_spread()), heaviest(round_.ranks)
+        within = self.row is not None or fit.holds(work.kernels.flops)
+        once = PhaseTime(
+            name=phase,
+            seconds=seconds,
+            low_s=seconds / width,
+            high_s=seconds * width,
+            kind="modelled",
+            sources=self._sources(fit, round_.link),
+            note=self._note(fit, work, within=within),
+            comm_bytes=work.received_bytes,
+            comm_exposed_s=exposed,
+            within=within,
+        )
+        return once, width
+
+    @property
+    def _fit(self) -> Fit:
+        site = self.stage.site
+        return fit_of(self.profiles, site.device, site.runtime, site.precision)
+
+    def _note(self, fit: Fit, work: RankWork, *, within: bool) -> str:
+        if self.anchor is not None:
+            row = self.anchor
+            return (
+                f"{fit.note}; anchored on its step of {row.seconds_median:.4g} s at {row.height_px}x{row.width_px} px"
+            )
+        if within or not fit.flops:
+            return fit.note
+        call, least, most = (flop / 1e12 for flop in (work.kernels.flops, min(fit.flops), max(fit.flops)))
+        return f"{fit.note}; a call of {call:.3g} TFLOPs, where {least:.3g} to {most:.3g} were timed"
+
+    def round(self, phase: str) -> Round:
+        """One round of a phase."""
+        anchor = None if self.anchor is None else (self.anchor, self.level_spread)
+        ranks = self._ranks(phase)
+        return Round(ranks, self._fit, anchor, self._link(ranks), self.stage.degree, self.profiles)
+
+    def _ranks(self, phase: str) -> tuple[RankWork, ...]:
+        """The loads of a round, which no device changes."""
+        return self.profiles.memory.recall(
+            "ranks",
+            (phase, *self._ranks_key),
+            lambda: self.method.ranks(self.job, self.stage.degree, self.settings, phase),
+            most=256,
+        )
+
+    def _link(self, ranks: Sequence[RankWork]) -> Interconnect | None:
+        if not heaviest(ranks).messages:
+            return None
+        site = self.stage.site
+        name = site.interconnect or self.profiles.default_interconnect(site.device)
+        return actual_link(self.profiles, name, self.stage.degree)
+
+    def _sources(self, fit: Fit, link: Interconnect | None) -> tuple[str, ...]:
+        own = (self.anchor.source,) if self.anchor else fit.sources
+        return tuple(dict.fromkeys((*own, *([link.source] if link else []))))
+
+
+def _gangs(costs: Sequence[CostRow]) -> dict[tuple[object, ...], list[CostRow]]:
+    """The measured steps of several ranks as a whole, by what they timed."""
+    found: dict[tuple[object, ...], list[CostRow]] = {}
+    for row in costs:
+        if row.kind == "measured" and row.degree > 1 and row.rank is None:
+            key = (row.device, row.runtime, row.component, row.method, row.degree, row.height_px, row.width_px)
+            found.setdefault(key, []).append(row)
+    return found
+
+
+def _texts(options: Mapping[str, Option]) -> dict[str, str]:
+    """Options as a row writes them; the cost of a step does not depend on how many steps are synchronous."""
+    return {name: str(value).lower() for name, value in options.items() if name != "warmup_steps"}
+
+
+def _timed(name: str, row: CostRow, count: int, *, bounds: tuple[float, float], note: str = "") -> PhaseTime:
+    """As many of a timed row as the phase has; `bounds` are those of one."""
+    low, high = bounds
+    return PhaseTime(
+        name=name,
+        seconds=row.seconds_median * count,
+        low_s=low * count,
+        high_s=high * count,
+        kind=row.kind,
+        sources=(row.source,),
+        note=note,
+        comm_bytes=float(row.comm_bytes or 0) * count,
+    )
+
+
+def _repeated(once: PhaseTime, width: float, count: int) -> PhaseTime:
+    """As many of a modelled round as the phase has."""
+    seconds = once.seconds * count
+    return PhaseTime(
+        name=once.name,
+        seconds=seconds,
+        low_s=seconds / width,
+        high_s=seconds * width,
+        kind=once.kind,
+        sources=once.sources,
+        note=once.note,
+        comm_bytes=once.comm_bytes * count,
+        comm_exposed_s=once.comm_exposed_s * count,
+        within=once.within,
+    )

@@ -1,0 +1,256 @@
+"""Near-optimal plans that differ in kind: what else could be done for little more money.
+
+Calliope's "spores": the cheapest plan is one of many that cost about the same, and people have reasons of their own to
+take another one. Each kind (one pool only, one parallel method only, without a hand-over, with one in every request,
+without the pool most used, on demand only, spot only) gives its cheapest plan by formula, the calmest of those that
+cost about the same, which is tried on the scenario's own requests. At first the formula is asked for as much less
+traffic as makes it agree with the chosen plan; where nothing comes of that, for all of it, and then for some more.
+
+Shadow prices: what a little more money, time, quality or traffic buys or costs.
+
+Nodes are whole, so a price at the margin is that of a finite step: a dollar an hour, a second of every SLO, 0.005 of
+CLIP, a tenth of the traffic. Before and after are both answers of the formulation, with what simulations taught the
+formula, so that their difference is the change and not the formula's own error. "Nothing" is a true answer: where a
+dollar buys no node it buys nothing. Costs are rent and metered egress at the planning rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from hybridsd_sim.plan import Deployment
+from hybridsd_sim.planning.capacity_plan import Evaluated, Margin, analytic, evaluated
+from hybridsd_sim.planning.evaluation import Job
+from hybridsd_sim.planning.milp import GAP, Answer, Condition, Formulation, Goal
+from hybridsd_sim.planning.planner import (
+    BIG,
+    Keep,
+    Planner,
+    agreeing_headroom,
+    first_that,
+    goal_of,
+    is_hybrid,
+    latency_limits_s,
+    quickest,
+    solve,
+    varied,
+    whole_condition,
+)
+from hybridsd_sim.planning.search import CALM, deployment_of
+from hybridsd_sim.pricing import Candidate
+
+NEAR_OPTIMAL = 1.3
+"""Alternatives rent for at most this many times as much as the chosen plan."""
+
+MOST = 6
+"""Alternatives told at most."""
+
+ROOMS = (1.0, 1.15)
+"""Factors on the traffic for which a kind is asked in the end, until its plan holds."""
+
+SAME = 0.01
+"""Plans that differ by less than this, in shares of the nodes and of the requests, are one."""
+
+
+def alternatives(planner: Planner, chosen: Evaluated) -> tuple[Evaluated, ...]:
+    """The cheapest plan of each kind that holds, differs from `chosen` and rents for little more; most different first.
+
+    Figures are those of the compiled recursion, or by formula where it does not apply. Their names are the kinds. None
+    where the price of the chosen plan is unknown.
+    """
+    if chosen.deployment is None or chosen.usd_per_hour is None:
+        return ()
+    waiting = dict(_kinds(planner, chosen.deployment))
+    found: list[Evaluated] = []
+    condition = whole_condition(planner)
+    first = 1.0 if condition is None else agreeing_headroom(planner, condition, chosen.usd_per_hour)
+    for room in dict.fromkeys((first, *ROOMS)):
+        answers = {name: _cheapest(planner, keep, chosen.usd_per_hour, room) for name, keep in waiting.items()}
+        tried = _tried(planner, {name: answer for name, answer in answers.items() if answer})
+        found += [plan for plan in tried if plan.feasible]
+        held = {plan.name for plan in found}
+        waiting = {name: keep for name, keep in waiting.items() if name not in held}
+    return tuple(_most_different(planner, chosen, found))
+
+
+def _kinds(planner: Planner, chosen: Deployment) -> Iterator[tuple[str, Keep]]:
+    """Kinds of plan by name; those which the chosen plan is of already are left out."""
+    scenario, pools = planner.scenario, list(planner.scenario.pools)
+    used = {(name, part.plan) for name, mix in chosen.plans.items() for part in mix}
+    options = [o for mine in planner.found.by_class.values() for o in mine if (o.request_class, o.plan) in used]
+    for name, keep in _all_kinds(planner, chosen, pools):
+        if not all(keep(option) for option in options):
+            yield name, keep
+    for purchase, name in (("on_demand", "on demand only"), ("spot", "spot only")):
+        bought = {index for index, spec in enumerate(scenario.pools.values()) if spec.purchase == purchase}
+        if 0 < len(bought) < len(pools):
+            yield name, lambda option, mine=bought: option.pool_index in {-1, *mine}  # type: ignore[misc]
+
+
+def _all_kinds(planner: Planner, chosen: Deployment, pools: Sequence[str]) -> Iterator[tuple[str, Keep]]:
+    if len(pools) > 1:
+        for index, name in enumerate(pools):
+            yield f"only pool {name}", lambda option, i=index: option.pool_index in {-1, i}  # type: ignore[misc]
+        rents = [chosen.replicas.get(name, 0) * planner.sizer.unit_rent[name] for name in pools]
+        used = max(range(len(pools)), key=lambda index: rents[index])
+        yield f"without pool {pools[used]}", lambda option: option.pool_index != used
+    for method in planner.scenario.search.methods:
+        yield f"only {method}", lambda option, m=method: _only(option, m)  # type: ignore[misc]
+    yield "no hand-over", lambda option: not is_hybrid(option)
+    yield "always a hand-over", is_hybrid
+
+
+def _only(option: Candidate, method: str) -> bool:
+    return all(stage.method == method for stage in option.plan.cloud_stages)
+
+
+def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, room: float) -> Answer | None:
+    """The calmest of the cheapest plans of a kind, within reach of the chosen rent; None where there is none."""
+    condition = planner.condition(keep)
+    if condition.forgiven:
+        return None
+    formulation = Formulation([condition])
+    near = max(NEAR_OPTIMAL * rent_usd_per_hour, 0.0)
+    goal = goal_of(planner, minimise="usd_per_hour", usd_per_hour=near, headroom=room)
+    best = formulation.solve(goal)
+    if best is None:
+        return None
+    calm = replace(goal, minimise="load", total_usd_per_hour=best.objective * (1.0 + CALM))
+    return formulation.solve(calm) or best
+
+
+def _tried(planner: Planner, answers: Mapping[str, Answer]) -> list[Evaluated]:
+    """Each plan's figures by the quickest level, under the name of its kind."""
+    scenario, found, jobs = planner.scenario, [], {}
+    for name, answer in answers.items():
+        deployment = deployment_of(answer.mixes, answer.replicas)
+        if quickest(scenario, deployment) == "screen":
+            jobs[name] = Job(scenario, planner.profiles, deployment, "screen")
+        else:
+            found.append(analytic(name, planner.sizer.assess(answer.mixes, answer.replicas), planner.sizer))
+    for name, evaluation in zip(jobs, planner.evaluate(list(jobs.values())), strict=True):
+        found.append(evaluated(name, evaluation, answers[name].mixes))
+    return found
+
+
+def _most_different(planner: Planner, chosen: Evaluated, found: Sequence[Evaluated]) -> Iterator[Evaluated]:
+    """One after the other the plan that is furthest from the chosen one and from those told before."""
+    told, left = [chosen], list(found)
+    while left and len(told) <= MOST:
+        distances = [min(distance(planner, plan, other) for other in told) for plan in left]
+        furthest = max(range(len(left)), key=lambda index: distances[index])
+        if distances[furthest] < SAME:
+            return
+        told.append(left.pop(furthest))
+        yield told[-1]
+
+
+def distance(planner: Planner, one: Evaluated, other: Evaluated) -> float:
+    """How far apart two plans are: in rent of nodes that differ and in shares of requests that are served otherwise.
+
+    Each is between 0, the same, and 1, nothing in common; their sum is told.
+    """
+    here, there = one.deployment, other.deployment
+    if here is None or there is None:
+        return math.inf
+    rent = {name: min(usd, 1e6) for name, usd in planner.sizer.unit_rent.items()}
+    nodes = {name: (here.replicas.get(name, 0) * usd, there.replicas.get(name, 0) * usd) for name, usd in rent.items()}
+    both = sum(max(pair) for pair in nodes.values())
+    moved = sum(abs(a - b) for a, b in nodes.values()) / both if both else 0.0
+    rates = planner.sizer.rates
+    total = sum(rate for rate, _ in rates.values())
+    return moved + sum(rates[name][0] / total * (1.0 - _common(name, here, there)) for name in here.plans)
+
+
+def _common(name: str, here: Deployment, there: Deployment) -> float:
+    """The share of a class that two deployments serve alike."""
+    mine, theirs = ({part.plan: part.share for part in each.plans.get(name, ())} for each in (here, there))
+    return sum(min(share, theirs.get(plan, 0.0)) for plan, share in mine.items())
+
+
+DOLLARS, SECONDS, CLIP, TRAFFIC = 1.0, 1.0, 0.005, 0.1
+"""The steps: USD an hour, seconds of SLO, CLIP score of every floor, and share of the traffic."""
+
+LATENCIES, LATENCIES_BIG = 48, 8
+"""Latencies that the fastest plan is looked for among, a few per cent apart; fewer for big formulations."""
+
+
+def margins(planner: Planner, chosen: Evaluated) -> tuple[Margin, ...]:
+    """What one more dollar, one more second, and a little more or less quality and traffic buy or cost.
+
+    Where `chosen` holds on a cheaper fleet than the formula believes, the formula is asked for as much less traffic as
+    makes it agree. Costs None mean that no plan holds there. A step that the scenario has no use for (a second of SLO
+    where nobody is promised one) is left out; where as few as possible are to be turned away, nothing is told.
+    """
+    if planner.scenario.search.minimise == "turned_away_per_s":
+        return ()
+    condition = whole_condition(planner)
+    headroom = 1.0 if condition is None else agreeing_headroom(planner, condition, chosen.usd_per_hour)
+    base = solve(planner, headroom=headroom)
+    before = None if base is None else base.objective
+    found = list(_of_money(planner, condition, _dollars(planner, chosen), headroom)) if base and condition else []
+    for change, other in _changed(planner):
+        answer = solve(other, headroom=headroom)
+        after = None if answer is None else answer.objective
+        if before is not None and after is not None and abs(after - before) <= 2.0 * GAP * max(before, after):
+            after = before  # the solver knows no difference smaller than its gap
+        found.append(Margin(change, "usd_per_hour", before, after))
+    return tuple(found)
+
+
+def _changed(planner: Planner) -> Iterator[tuple[str, Planner]]:
+    """The planner under each change whose cost is asked."""
+    requests = planner.scenario.requests
+    later = {f"requests.{name}.slo_s": s.slo_s + SECONDS for name, s in requests.items() if s.slo_s is not None}
+    if later:
+        yield "one more second of every SLO", varied(planner, later)
+    for sign, what in ((1.0, "more"), (-1.0, "less")):
+        floors = {name: s.quality_floor for name, s in requests.items() if s.quality_floor is not None}
+        moved = {f"requests.{name}.quality_floor": _share(floor + sign * CLIP) for name, floor in floors.items()}
+        if moved:
+            yield f"{CLIP:g} of CLIP {what} on every quality floor", varied(planner, moved)
+    for sign, what in ((1.0, "more"), (-1.0, "less")):
+        yield f"ten per cent {what} traffic", varied(planner, {}, traffic=1.0 + sign * TRAFFIC)
+
+
+def _share(value: float) -> float:
+    return min(1.0, max(0.0, value))
+
+
+def _dollars(planner: Planner, chosen: Evaluated) -> float:
+    """The rent to which one more dollar is added: the plan's, or the budget where something else is minimised."""
+    rent = math.inf if chosen.usd_per_hour is None else chosen.usd_per_hour
+    limit = planner.sizer.rent_limit_usd_per_hour
+    return rent if limit is None or planner.scenario.search.minimise == "usd_per_hour" else limit
+
+
+def _of_money(planner: Planner, condition: Condition, rent: float, headroom: float) -> Iterator[Margin]:
+    """What latency can fall to and quality rise to for one dollar of rent an hour more.
+
+    The latency is what 95% of the requests of every plan keep.
+    """
+    if not math.isfinite(rent):
+        return
+    whole = Formulation([condition])
+    limits_s = latency_limits_s(condition, LATENCIES if whole.size < BIG else LATENCIES_BIG)
+
+    def fits(level: int, dollars: float) -> bool:
+        formulation = Formulation([replace(condition, within_s=limits_s[level])])
+        return formulation.solve(Goal(minimise="nothing", usd_per_hour=dollars, headroom=headroom)) is not None
+
+    first = first_that(lambda level: fits(level, rent), len(limits_s))
+    if first < len(limits_s):
+        sooner = first > 0 and fits(first - 1, rent + DOLLARS)
+        then = first_that(lambda level: fits(level, rent + DOLLARS), first - 1) if sooner else first
+        yield Margin("one more dollar an hour", "latency_p95_s", limits_s[first], limits_s[then])
+    goals = [Goal(minimise="quality_loss", usd_per_hour=rent + more, headroom=headroom) for more in (0.0, DOLLARS)]
+    before, after = (_quality(planner, whole.solve(goal)) for goal in goals)
+    if before is not None and after is not None:
+        yield Margin("one more dollar an hour", "quality", before, max(before, after))
+
+
+def _quality(planner: Planner, answer: Answer | None) -> float | None:
+    """The mean quality of an answer; None where there is none or its quality is not known."""
+    return None if answer is None else planner.sizer.assess(answer.mixes, answer.replicas).quality

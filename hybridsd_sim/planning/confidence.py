@@ -1,0 +1,428 @@
+"""How sure a plan is, given the intervals of the step costs, and the cheapest plan that is sure enough.
+
+The factors of `uncertainty` are drawn many times; a plan is as sure as the share of draws in which it keeps every
+promise. Draws are tried by the compiled recursion; where that does not apply, by the formula, brought into line with
+one simulation.
+
+For a plan that holds with a probability that is asked, plans are searched for at prices of a higher quantile of every
+factor, on a ladder of quantiles: the lowest rung whose plan turns out sure enough. That the plan of a higher rung is
+surer is a heuristic, which is why the probability of each is found by itself.
+
+What is unknown about the seconds of plans: factors by site, how they are drawn, and how a plan fares under a draw.
+
+Nobody has timed every plan on every device: a cost part has seconds and the ends of a 90% interval. What is unknown is
+taken to be one factor for each site (pool or edge fleet) on every second spent there, independent of the other sites'.
+Its median is 1, the price itself; to either side it is log-normal, as wide as the interval of the seconds that the mix
+of plans spends there, all parts of a site being long together. Transfers are drawn per request anyway and stay.
+
+Factors are drawn by Latin hypercube, each site from a random stream of its own, so that two plans meet the same luck.
+A draw is tried on the scenario's own requests by the compiled recursion, or by the formula after it was brought into
+line with what is known of the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+from hybridsd_sim.plan import Deployment
+from hybridsd_sim.planning.analytic import Mixes, Sizer
+from hybridsd_sim.planning.capacity_plan import Confidence, Evaluated
+from hybridsd_sim.planning.evaluation import Evaluation, Job
+from hybridsd_sim.planning.planner import Planner, quickest
+from hybridsd_sim.planning.search import BETTER, Found, Search, deployment_of
+from hybridsd_sim.pricing import Candidate, CandidateSet, Part, slowed
+from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.simulation import Inputs, screen, why_not
+from hybridsd_sim.workload import mean_rate_per_s, stream
+
+NORMAL = NormalDist()
+
+Z_90 = NORMAL.inv_cdf(0.95)
+"""Standard deviations from the median to either end of a 90% interval."""
+
+LEAST_FACTOR = 0.01
+"""What the lower end of an interval is taken to be at least, as a share of the seconds."""
+
+FIT = 0.001
+"""How far the formula may stay under an attainment that it is brought into line with."""
+
+STRAINS = (0.25, 4.0)
+"""Factors on a pool's traffic between which the formula is brought into line."""
+
+SLACK = 1e-9
+"""What rounding may cost a promise, as a share of its bound."""
+
+
+Attained = Callable[[Mapping[str, float]], Mapping[str, float]]
+"""The share of each class's requests in time, under factors on the seconds by site."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The unknown factor on the seconds of a site: median 1, log-normal below and above it with these deviations."""
+
+    below: float = 0.0
+    above: float = 0.0
+
+    def at(self, probability: float) -> float:
+        """A quantile of the factor."""
+        z = NORMAL.inv_cdf(probability)
+        return math.exp(z * (self.above if z > 0.0 else self.below))
+
+
+KNOWN = Spread()
+"""The spread of seconds that are known for sure."""
+
+
+def spreads(mixes: Mixes, sizer: Sizer) -> dict[str, Spread]:
+    """By site the spread of the seconds that mixes spend there, weighted by rate and share."""
+    sums: dict[str, list[float]] = {}
+    for name, mix in mixes.items():
+        for share, option in mix:
+            for part in (part for part in option.cost.parts if part.tier != "network"):
+                _add(sums.setdefault(part.where, [0.0, 0.0, 0.0]), part, sizer.rates[name][0] * share)
+    return {site: _spread(*ends) for site, ends in sums.items()}
+
+
+def _add(sums: list[float], part: Part, weight: float) -> None:
+    for index, seconds in enumerate((part.low_s, part.seconds, part.high_s)):
+        sums[index] += weight * seconds
+
+
+def _spread(low_s: float, seconds: float, high_s: float) -> Spread:
+    if seconds <= 0.0:
+        return KNOWN
+    low, high = min(max(low_s / seconds, LEAST_FACTOR), 1.0), max(high_s / seconds, 1.0)
+    return Spread(-math.log(low) / Z_90, math.log(high) / Z_90)
+
+
+def factors(scenario: Scenario, spread: Mapping[str, Spread], draws: int) -> list[dict[str, float]]:
+    """Draws of every site's factor: each site meets each of `draws` equal shares of its distribution once."""
+    columns = {}
+    for site, one in spread.items():
+        rng = stream(scenario.seed, 0, f"confidence/{site}")
+        shares = (rng.permutation(draws) + rng.uniform(SLACK, 1.0 - SLACK, draws)) / draws
+        columns[site] = [one.at(share) for share in shares.tolist()]
+    return [{site: column[index] for site, column in columns.items()} for index in range(draws)]
+
+
+def slowed_mixes(mixes: Mixes, slowdowns: Mapping[str, float]) -> Mixes:
+    """The same mixes with every second at a site times its factor."""
+    return {name: tuple((share, slowed(o, slowdowns)) for share, o in mix) for name, mix in mixes.items()}
+
+
+def by_recursion(inputs: Inputs, deployment: Deployment) -> Attained:
+    """Draws tried on the scenario's own requests, where the recursion applies."""
+    scenario, profiles = inputs.scenario, inputs.profiles
+    return lambda drawn: screen(scenario, profiles, deployment, slowdowns=drawn, inputs=inputs).attainment
+
+
+def by_formula(
+    sizer: Sizer, mixes: Mixes, replicas: Mapping[str, int], known: Evaluation, slowdowns: Mapping[str, float]
+) -> Attained:
+    """Draws tried by a copy of the formula, brought into line with how the plan fared under `slowdowns`."""
+    mine = copied(sizer)
+    nodes = {name: replicas.get(name, 0) for name in sizer.scenario.pools}
+    for index, pool in enumerate(sizer.scenario.pools):
+        _bring_into_line(mine, slowed_mixes(mixes, slowdowns), nodes, known, (index, pool))
+    return lambda drawn: _attained(mine, slowed_mixes(mixes, drawn), nodes)
+
+
+def copied(sizer: Sizer) -> Sizer:
+    """A formula of its own, with what was learnt so far."""
+    return Sizer(
+        sizer.scenario,
+        sizer.profiles,
+        rates=dict(sizer.rates),
+        load_factors=dict(sizer.load_factors),
+        strain=dict(sizer.strain),
+    )
+
+
+def _bring_into_line(
+    sizer: Sizer, mixes: Mixes, nodes: Mapping[str, int], known: Evaluation, pool: tuple[int, str]
+) -> None:
+    """Set a pool's strain to the highest under which the formula gives none of its classes less than they got.
+
+    Where the two agree within `FIT` it stays: an attainment near 1 says little about the load.
+    """
+    index, name = pool
+    own = [cls for cls, mix in mixes.items() if any(option.pool_index == index for _, option in mix)]
+    got = {cls: value for cls in own if not math.isnan(value := known.classes[cls]["slo_attainment"].value)}
+    low, high = STRAINS
+    middle = sizer.strain.get(name, 1.0)
+    for first in (True, *(False for _ in range(20))):
+        sizer.strain[name] = middle
+        attained = sizer.assess(mixes, nodes).attainment
+        gap = min((attained[cls] - value for cls, value in got.items()), default=0.0)
+        if first and abs(gap) <= FIT:
+            return
+        low, high = (middle, high) if gap >= -FIT else (low, middle)
+        middle = (low + high) / 2.0
+    sizer.strain[name] = low
+
+
+def _attained(sizer: Sizer, mixes: Mixes, nodes: Mapping[str, int]) -> Mapping[str, float]:
+    """What the formula gives; nothing to anybody where edge devices are asked for more than they can do."""
+    sizing = sizer.assess(mixes, nodes)
+    late = sum(max(0.0, sizer.wanted(name) - got) for name, got in sizing.attainment.items())
+    overloaded = sizing.missed > late + SLACK
+    return dict.fromkeys(mixes, 0.0) if overloaded else sizing.attainment
+
+
+def limits_kept(scenario: Scenario, name: str, mix: Sequence[tuple[float, Candidate]]) -> bool:
+    """Whether a class's quality floor and its limits on an image's joules and dollars hold in the mean of a mix.
+
+    An unknown figure keeps no limit.
+    """
+    floor = scenario.requests[name].quality_floor
+    good = floor is None or _mean([(share, o.quality) for share, o in mix], -math.inf) >= floor * (1.0 - SLACK)
+    return good and all(
+        _mean(figures, math.inf) <= most * (1.0 + SLACK) for most, figures in _limits(scenario, name, mix)
+    )
+
+
+def _limits(
+    scenario: Scenario, name: str, mix: Sequence[tuple[float, Candidate]]
+) -> Iterator[tuple[float, list[tuple[float, float | None]]]]:
+    """Every limit on a class's images, in joules or dollars of a request, and the figures of its plans."""
+    spec = scenario.requests[name]
+    for most in (spec.edge_energy_j, scenario.budget.edge_energy_j_per_image):
+        if most is not None:
+            yield most * spec.num_images, [(share, o.cost.edge_energy_j) for share, o in mix]
+    if spec.usd_per_image is not None:
+        yield spec.usd_per_image * spec.num_images, [(share, o.cost.usd) for share, o in mix]
+
+
+def _mean(figures: Sequence[tuple[float, float | None]], unknown: float) -> float:
+    """The mean by shares; `unknown` where a figure is."""
+    total = sum(share for share, _ in figures)
+    if not total or any(figure is None for _, figure in figures):
+        return unknown
+    return sum(share * (figure or 0.0) for share, figure in figures) / total
+
+
+DRAWS = 200
+"""Draws of the factors."""
+
+REQUESTS_MOST = 40_000_000
+"""Requests that all draws together may carry: a few seconds' work."""
+
+RUNGS = tuple(NORMAL.cdf(0.2 * step) for step in range(16))
+"""Quantiles of the factors at which plans are searched for: from 0.5 to 0.9987, evenly in standard deviations."""
+
+SEARCHES = 8
+"""Searches at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confident:
+    """The plan of a search at a confidence: as it fares at the medians, how sure it is, and every plan tried.
+
+    None for both where no plan holds at the medians. `confidence.probability` is below `confidence.asked` where no plan
+    is sure enough: then this is the surest one found.
+    """
+
+    found: Found | None
+    confidence: Confidence | None
+    tried: tuple[Evaluated, ...] = ()
+
+    @property
+    def sure(self) -> bool:
+        return self.confidence is not None and self.confidence.probability >= (self.confidence.asked or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A rung's plan at its true prices, how sure it is, and the figure that is minimised."""
+
+    mixes: Mixes
+    found: Found
+    confidence: Confidence
+    objective: float
+
+
+def confidence(
+    planner: Planner,
+    mixes: Mixes,
+    replicas: Mapping[str, int],
+    asked: float | None,
+    *,
+    draws: int = DRAWS,
+    known: Evaluation | None = None,
+) -> Confidence:
+    """The probability that mixes on so many nodes keep every promise, and by class that they keep its own.
+
+    `known` is the simulated evaluation of the same plan, where there is one; it saves a simulation where the recursion
+    does not apply.
+    """
+    tester = _Tester.of(planner, draws)
+    return tester.confidence(mixes, replicas, asked, known=None if known is None else (known, {}))
+
+
+def confident_search(planner: Planner, asked: float, *, draws: int = DRAWS) -> Confident:
+    """The best plan that holds with probability `asked`, or more: searched at slower prices, confirmed at the medians.
+
+    Slower prices are those of one quantile of every site's factor, with the spread over all plans worth trying. Where
+    no rung has a plan that is sure enough, the surest plan comes back, and its confidence says how sure.
+    """
+    tester, tried = _Tester.of(planner, draws), list[Evaluated]()
+    options = planner.condition().plans
+    spread = spreads({name: tuple((1.0, o) for o in kept if o) for name, kept in options.items()}, planner.sizer)
+    attempts: dict[int, _Attempt | None] = {}
+    low, high = -1, len(RUNGS)  # rungs whose plan is not sure enough; that are sure, or too slow for any plan
+    rung = next(index for index in range(len(RUNGS)) if RUNGS[index] >= min(asked, RUNGS[-1]))
+    while high - low > 1 and len(attempts) < SEARCHES and not _alike(attempts.get(low), attempts.get(high)):
+        attempts[rung] = one = _attempt(planner, tester, spread, RUNGS[rung], asked, tried)
+        low, high = (rung, high) if one is not None and one.confidence.probability < asked else (low, rung)
+        rung = 0 if low < 0 and 0 not in attempts else (low + high) // 2
+    return _chosen(planner, attempts, asked, tried)
+
+
+def _alike(one: _Attempt | None, other: _Attempt | None) -> bool:
+    """Whether nothing worth having lies between two plans."""
+    if one is None or other is None:
+        return False
+    return abs(one.objective - other.objective) <= BETTER * abs(other.objective)
+
+
+def _attempt(
+    planner: Planner,
+    tester: _Tester,
+    spread: Mapping[str, Spread],
+    quantile: float,
+    asked: float,
+    tried: list[Evaluated],
+) -> _Attempt | None:
+    """The plan at the prices of one quantile of every factor; None where none holds."""
+    slowdowns = {site: one.at(quantile) for site, one in spread.items()}
+    slow, original = _slowed(planner, slowdowns)
+    condition = replace(slow.condition(), slowdowns=slowdowns)
+    if condition.forgiven:
+        return None
+    name = f"plan at the {quantile:.1%} quantile of the costs"
+    search = Search([condition], planner.evaluate, quickest, name, planner.progress)
+    found = search.run()
+    tried += search.tried
+    if found is None or not found.feasible:
+        return None
+    mixes = {cls: tuple((share, original[id(option)]) for share, option in mix) for cls, mix in found.mixes.items()}
+    sure = tester.confidence(mixes, found.replicas, asked, known=(found.evaluations[0], slowdowns))
+    late = planner.scenario.search.minimise == "latency_p95_s"
+    objective = slow.sizer.quantile(found.sizing, 0.95) if late else search.objective(found.sizing)
+    return _Attempt(mixes, found, sure, objective)
+
+
+def _slowed(planner: Planner, slowdowns: Mapping[str, float]) -> tuple[Planner, dict[int, Candidate]]:
+    """The same means at slower prices, with a formula of their own; and by `id` of the slow plans the true ones."""
+    found = planner.found
+    dearer = {name: tuple(slowed(o, slowdowns) for o in options) for name, options in found.by_class.items()}
+    original = {
+        id(dear): option
+        for name, options in found.by_class.items()
+        for dear, option in zip(dearer[name], options, strict=True)
+    }
+    return replace(planner, found=CandidateSet(dearer, found.refusals), sizer=copied(planner.sizer)), original
+
+
+def _chosen(
+    planner: Planner, attempts: Mapping[int, _Attempt | None], asked: float, tried: Sequence[Evaluated]
+) -> Confident:
+    """The best plan that is sure enough and holds at the medians; without one, the surest."""
+    made = [one for _, one in sorted(attempts.items()) if one is not None]
+    sure = sorted((one for one in made if one.confidence.probability >= asked), key=lambda one: one.objective)
+    others = sorted((one for one in made if one.confidence.probability < asked), key=_unsure)
+    plain = attempts.get(0)
+    answer = Confident(None, None, tuple(tried))
+    for one in (*sure, *others):
+        found = replace(_at_medians(planner, one), bound=plain.found.bound if plain else None)
+        if found.feasible:
+            return Confident(found, one.confidence, tuple(tried))
+    return answer
+
+
+def _unsure(one: _Attempt) -> float:
+    return -one.confidence.probability
+
+
+def _at_medians(planner: Planner, one: _Attempt) -> Found:
+    """The plan as it fares when every second lasts what its price says."""
+    replicas = {name: one.found.replicas.get(name, 0) for name in planner.scenario.pools}
+    job = Job(planner.scenario, planner.profiles, deployment_of(one.mixes, replicas))
+    sizing = planner.sizer.assess(one.mixes, replicas)
+    return Found(one.mixes, replicas, sizing, tuple(planner.evaluate([job])), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tester:
+    """Tries plans under draws of the factors. `inputs` are the requests that they meet; None if they are too many."""
+
+    planner: Planner
+    draws: int
+    inputs: Inputs | None
+
+    @classmethod
+    def of(cls, planner: Planner, draws: int) -> _Tester:
+        """Draw as many replications as all draws together may carry; none at all where one is too many."""
+        scenario = planner.scenario
+        rate = sum(mean_rate_per_s(spec.arrivals) for spec in scenario.requests.values())
+        count = min(scenario.replications, int(REQUESTS_MOST / (draws * rate * scenario.horizon_s)))
+        inputs = Inputs.of(scenario, planner.profiles, replications=range(count)) if count else None
+        return cls(planner, draws, inputs)
+
+    def confidence(
+        self,
+        mixes: Mixes,
+        replicas: Mapping[str, int],
+        asked: float | None,
+        *,
+        known: tuple[Evaluation, Mapping[str, float]] | None = None,
+    ) -> Confidence:
+        """How sure a plan is; `known` is how it fared under factors by site, where that is known."""
+        sizer = self.planner.sizer
+        spread = spreads(mixes, sizer)
+        attained, level = self._means(mixes, replicas, known)
+        certain = all(one == KNOWN for one in spread.values())
+        drawn = factors(self.planner.scenario, spread, 1 if certain else self.draws)
+        held = [self._held(slowed_mixes(mixes, one), attained(one)) for one in drawn]
+        rent = sum(count * sizer.unit_rent[name] for name, count in replicas.items() if count)
+        limit = sizer.rent_limit_usd_per_hour
+        affordable = limit is None or rent <= limit * (1.0 + SLACK)
+        return Confidence(
+            probability=sum(affordable and all(one.values()) for one in held) / len(held),
+            asked=asked,
+            draws=self.draws,
+            by_class={name: sum(one[name] for one in held) / len(held) for name in mixes},
+            level=level,
+        )
+
+    def _held(self, mixes: Mixes, attained: Mapping[str, float]) -> dict[str, bool]:
+        """Which classes' promises hold in a draw, at its prices."""
+        scenario, wanted = self.planner.scenario, self.planner.sizer.wanted
+        return {
+            name: attained[name] >= wanted(name) * self._let_in(mix) * (1.0 - SLACK)
+            and limits_kept(scenario, name, mix)
+            for name, mix in mixes.items()
+        }
+
+    def _let_in(self, mix: Sequence[tuple[float, Candidate]]) -> float:
+        """The share of a class to which its SLO is promised: those let in, where as few as possible are turned away."""
+        as_few = self.planner.scenario.search.minimise == "turned_away_per_s"
+        return sum(share for share, _ in mix) if as_few else 1.0
+
+    def _means(
+        self, mixes: Mixes, replicas: Mapping[str, int], known: tuple[Evaluation, Mapping[str, float]] | None
+    ) -> tuple[Attained, str]:
+        """How draws are tried, and what that is called."""
+        planner, inputs = self.planner, self.inputs
+        deployment = deployment_of(mixes, replicas)
+        if inputs is None or why_not(planner.scenario, deployment, inputs):
+            if known is None:
+                known = planner.evaluate([Job(planner.scenario, planner.profiles, deployment)])[0], {}
+            return by_formula(planner.sizer, mixes, replicas, *known), "formula, in line with one simulation"
+        count, most = len(inputs.replications), planner.scenario.replications
+        level = "screened" if count == most else f"compiled recursion on {count} of {most} replications"
+        return by_recursion(inputs, deployment), level

@@ -1,0 +1,361 @@
+"""One evaluation of a deployment: a job, its key, and the figures that come out, kept on disk by that key.
+
+A job says everything: scenario, profiles, deployment, level of fidelity, slowdowns; its figures follow from it alone,
+wherever it runs. What shapes them makes its key: the program and its libraries, the profiles, the deployment, and the
+part of the scenario that a simulation of this deployment sees. A limit (budget, quality floor, energy) or a pool that
+nobody rents shapes none, so that a scenario in which only those changed finds its figures again; whether its promises
+hold is judged anew every time.
+
+Replications are added while a promise is undecided, and the limits have a say in that. Figures are therefore kept by
+the number of replications that they are over, and a job goes through n, 2n, ... in turn, kept or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hybridsd_sim.plan import Deployment
+from hybridsd_sim.planning.evaluation_cache import Store, content_digest
+from hybridsd_sim.pricing import Candidate, Pricing, planned_options
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.simulation import (
+    SERVED,
+    UNITS,
+    Estimate,
+    Finding,
+    Records,
+    SimResult,
+    Verdict,
+    area,
+    column,
+    feasibility,
+    figures_of,
+    joined,
+    promises,
+    simulate,
+)
+from hybridsd_sim.workload import mean_rate_per_s
+
+if TYPE_CHECKING:
+    from hybridsd_sim.simulation import Inputs
+
+
+Level = Literal["screen", "simulate"]
+
+MOST_REPLICATIONS = 4
+"""Times `replications` that an undecided plan gets at most, where `search.replications_max` says nothing."""
+
+Parts = Mapping[str, Sequence[tuple[float, Candidate]]]
+"""Per request class the shares of its requests and the priced plans that serve them."""
+
+
+_drawn: deque[Inputs] = deque()
+"""Requests of the scenarios screened last: drawing them takes longer than screening a deployment."""
+
+KEPT_REQUESTS = 500_000
+"""Requests that are kept drawn, some 100 bytes each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A deployment to be tried on a scenario's own requests.
+
+    `slowdowns` are, by site (pool or edge fleet), factors on every second spent there: 1.1 is 10% slower.
+    """
+
+    scenario: Scenario
+    profiles: Profiles
+    deployment: Deployment
+    level: Level = "simulate"
+    slowdowns: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of what shapes the figures, and the numbers of replications that they may be over."""
+        return f"{self.digest}-{self.scenario.replications}-{_most(self)}"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what shapes the figures over a given number of replications."""
+        return content_digest(self.scenario, self.profiles, self.deployment, level=self.level, slowdowns=self.slowdowns)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Figures of one deployment on one scenario.
+
+    `classes` holds, by request class and for "all", the figures of `metrics.UNITS` with their 95% intervals.
+    `rent_usd_per_hour` is None where a price is unknown. `egress_usd_per_hour` is metered traffic at the mean rate of
+    the arrivals (`workload.mean_rate_per_s`), all of it served. `load_ratio` is, by pool, GPU-seconds held over those
+    that the plans predict, 1 where nothing was served; `utilisation` the share of the rented GPU time that was busy,
+    NaN for a pool that is not rented. `verdict` is by the promises and budgets of the job's own scenario.
+    """
+
+    level: Level
+    deployment: Deployment
+    classes: Mapping[str, Mapping[str, Estimate]]
+    rent_usd_per_hour: float | None
+    egress_usd_per_hour: float
+    load_ratio: Mapping[str, float]
+    utilisation: Mapping[str, float]
+    replications: int
+    verdict: Verdict
+
+    @property
+    def feasible(self) -> bool:
+        return self.verdict.feasible.ok
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Rent and egress; None where the rent is unknown."""
+        return None if self.rent_usd_per_hour is None else self.rent_usd_per_hour + self.egress_usd_per_hour
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """`evaluate` with a store, as one callable that travels to other processes."""
+
+    store: Store | None = None
+
+    def __call__(self, job: Job) -> Evaluation:
+        return evaluate(job, self.store)
+
+
+def evaluate(job: Job, store: Store | None = None) -> Evaluation:
+    """The figures of a job, read from the store where it has them, else computed and kept there.
+
+    The scenario's `replications` are run, and doubled while a promise is undecided, up to `search.replications_max`;
+    replication r is the same however many there are. Raises `InputError` for a deployment that does not fit the
+    scenario, and what `screen` raises where the recursion does not apply.
+    """
+    count, result = job.scenario.replications, None
+    while True:
+        figures = store.get(_name(job, count)) if store else None
+        if figures is None:
+            result = _run(job, count, result)
+            figures = _figures(job, result, store)
+        evaluation = _judged(job, figures)
+        if not (count := _more(job, evaluation)):
+            return evaluation
+
+
+def simulated(job: Job, store: Store | None = None) -> tuple[SimResult, Evaluation]:
+    """The run behind an evaluation, with the records of every request, and the evaluation.
+
+    Records are not kept, so this always runs; the figures go to the store.
+    """
+    count, result = job.scenario.replications, None
+    while True:
+        result = _run(job, count, result)
+        evaluation = _judged(job, _figures(job, result, store))
+        if not (count := _more(job, evaluation)):
+            return result, evaluation
+
+
+def kept(job: Job, store: Store) -> Evaluation | None:
+    """The evaluation of a job where the store has all of it: nothing is run."""
+    count = job.scenario.replications
+    while (figures := store.get(_name(job, count))) is not None:
+        evaluation = _judged(job, figures)
+        if not (count := _more(job, evaluation)):
+            return evaluation
+    return None
+
+
+def undecided(evaluation: Evaluation, scenario: Scenario) -> bool:
+    """Whether more replications may change what is thought of the deployment.
+
+    So it is while the 95% interval of a promise reaches across its bound, unless another one is broken for sure: then
+    the deployment is out, whatever becomes of the rest. A figure that nobody knows stays unknown.
+    """
+    asked = promises(scenario, evaluation.classes)
+    lost = any(not promise.kept and not (promise.undecided and _known(promise.got)) for promise in asked)
+    return not lost and any(promise.undecided for promise in asked)
+
+
+def _known(figure: Estimate) -> bool:
+    return not math.isnan(figure.value)
+
+
+def _most(job: Job) -> int:
+    """Replications at which a job stops, decided or not."""
+    count = job.scenario.replications
+    most = job.scenario.search.replications_max
+    return max(count, MOST_REPLICATIONS * count if most is None else most)
+
+
+def _more(job: Job, evaluation: Evaluation) -> int:
+    """Replications to go on to after an evaluation; 0 where it stands."""
+    most = _most(job)
+    going_on = evaluation.replications < most and undecided(evaluation, job.scenario)
+    return min(2 * evaluation.replications, most) if going_on else 0
+
+
+def _name(job: Job, count: int) -> str:
+    """The name in the store of a job's figures over so many replications."""
+    return f"{job.digest}-{count}"
+
+
+def _run(job: Job, count: int, before: SimResult | None) -> SimResult:
+    """The job's first `count` replications; those that ran `before` are not run again."""
+    numbers = range(len(before.replications) if before else 0, count)
+    more = _screened(job, numbers) if job.level == "screen" else _simulated(job, numbers)
+    return joined(before, more) if before else more
+
+
+def _simulated(job: Job, numbers: range) -> SimResult:
+    return simulate(
+        job.scenario,
+        job.profiles,
+        policy="planned",
+        plan=job.deployment,
+        slowdowns=job.slowdowns,
+        replications=numbers,
+    )
+
+
+def _screened(job: Job, numbers: range) -> SimResult:
+    """What the compiled recursion says of the same requests, in the form of a simulation."""
+    from hybridsd_sim.simulation import screen
+
+    inputs = _inputs(job.scenario, job.profiles, numbers)
+    return screen(job.scenario, job.profiles, job.deployment, slowdowns=job.slowdowns, inputs=inputs).result
+
+
+def _inputs(scenario: Scenario, profiles: Profiles, numbers: range) -> Inputs:
+    """The requests of some replications, drawn anew only where they were not drawn of late."""
+    from hybridsd_sim.simulation import Inputs
+
+    for known in _drawn:
+        same = known.profiles is profiles and [each.replication for each in known.replications] == list(numbers)
+        if same and known.scenario == scenario:
+            return known
+    drawn = Inputs.of(scenario, profiles, replications=numbers)
+    _drawn.append(drawn)
+    while len(_drawn) > 1 and sum(len(each) for inputs in _drawn for each in inputs.replications) > KEPT_REQUESTS:
+        _drawn.popleft()
+    return drawn
+
+
+def _figures(job: Job, result: SimResult, store: Store | None) -> dict[str, Any]:
+    """Everything that an evaluation says, as plain data, put into the store; by pool only those that are rented."""
+    parts = _parts(job)
+    classes = {
+        name: {figure: list(row[figure]) for figure in UNITS} for name, row in figures_of(result.summary).items()
+    }
+    rented = [name for name, nodes in result.replicas.items() if nodes]
+    verdict = result.verdict
+    figures = {
+        "classes": classes,
+        "rent_usd_per_hour": result.usd_per_hour,
+        "egress_usd_per_hour": _egress_usd_per_hour(job.scenario, parts),
+        "load_ratio": {name: load_ratio(result.replications, parts, name) for name in rented},
+        "utilisation": {name: _utilisation(result, name) for name in rented},
+        "replications": len(result.replications),
+        "findings": [[f.name, f.ok, f.reason] for f in (verdict.stable, verdict.converged, verdict.in_domain)],
+    }
+    if store:
+        store.put(_name(job, len(result.replications)), figures)
+    return figures
+
+
+def _judged(job: Job, figures: Mapping[str, Any]) -> Evaluation:
+    """An evaluation from kept figures, judged by the job's present promises."""
+    classes = {
+        name: {figure: Estimate(*row[figure]) for figure in UNITS}
+        for name, row in figures["classes"].items()
+    }  # fmt: skip
+    findings = [Finding(name, ok=ok, reason=reason) for name, ok, reason in figures["findings"]]
+    pools = job.scenario.pools
+    return Evaluation(
+        level=job.level,
+        deployment=job.deployment,
+        classes=classes,
+        rent_usd_per_hour=figures["rent_usd_per_hour"],
+        egress_usd_per_hour=figures["egress_usd_per_hour"],
+        load_ratio={name: figures["load_ratio"].get(name, 1.0) for name in pools},
+        utilisation={name: figures["utilisation"].get(name, math.nan) for name in pools},
+        replications=figures["replications"],
+        verdict=Verdict(feasibility(job.scenario, classes), *findings),
+    )
+
+
+def _parts(job: Job) -> Parts:
+    """The deployment's mixes, priced; what leads to a pool without nodes is turned away and left out."""
+    rented = {index for index, name in enumerate(job.scenario.pools) if job.deployment.replicas.get(name, 0)} | {-1}
+    options = planned_options(Pricing(job.scenario, job.profiles, job.slowdowns), job.deployment).by_class
+    return {
+        name: [(p.share, o) for p, o in zip(mix, options[name], strict=True) if o.pool_index in rented]
+        for name, mix in job.deployment.plans.items()
+    }
+
+
+def _utilisation(result: SimResult, pool: str) -> float:
+    """Share of a pool's rented GPU time after the warm-up in which a GPU was held, as in `pool_table`."""
+    scenario, index = result.scenario, list(result.scenario.pools).index(pool)
+    edges_s = np.array([scenario.warmup_s, scenario.horizon_s])
+    held_gpu_s = 0.0
+    for records in result.replications:
+        mine = column(records.rows(), "pool_index") == index
+        start_s, stop_s, degree, size, lost_gpu_s = (
+            column(records.rows(), name)[mine]
+            for name in ("cloud_start_s", "cloud_stop_s", "degree", "batch_size", "lost_gpu_s")
+        )
+        held_gpu_s += float(area(start_s, stop_s, degree / size, edges_s).sum())
+        again = np.isnan(start_s) | (start_s >= scenario.warmup_s)  # what a lost node held counts where work began anew
+        held_gpu_s += float(lost_gpu_s[again].sum())
+    gpus_rented = result.replicas[pool] * scenario.pools[pool].gpus_per_node
+    return min(1.0, held_gpu_s / (gpus_rented * float(np.diff(edges_s).sum()) * len(result.replications)))
+
+
+def _egress_usd_per_hour(scenario: Scenario, parts: Parts) -> float:
+    """Dollars an hour of metered traffic, with every class at the mean rate of its arrivals."""
+    total = 0.0
+    for name, mix in parts.items():
+        usd = sum(share * sum(p.usd or 0.0 for p in o.cost.parts if p.tier == "network") for share, o in mix)
+        total += mean_rate_per_s(scenario.requests[name].arrivals) * 3600 * usd
+    return total
+
+
+def load_ratio(replications: Sequence[Records], parts: Parts, pool: str) -> float:
+    """GPU-seconds that a pool's served requests held over those that their plans predict; 1 where none was served.
+
+    Above 1 by model loads, by nodes that were taken away, and by requests that are larger than their class. A batch is
+    predicted at the size that it had.
+    """
+    held = predicted = 0.0
+    for records in replications:
+        rows, index = records.rows(), records.pools.index(pool)
+        mine = (column(rows, "pool_index") == index) & (column(rows, "status") == SERVED)
+        held += float(column(rows, "gpu_seconds")[mine].sum() + column(rows, "lost_gpu_s")[mine].sum())
+        predicted += _predicted_gpu_s(records, mine, parts, index)
+    return held / predicted if predicted else 1.0
+
+
+def _predicted_gpu_s(records: Records, mine: np.ndarray, parts: Parts, pool_index: int) -> float:
+    """GPU-seconds that the plans of some requests predict, each part of a batch bearing its share."""
+    names = ("class_index", "plan_index", "batch_size")
+    columns = [column(records.rows(), name)[mine].astype(np.int64) for name in names]
+    sizes = [int(each.max(initial=0)) + 1 for each in columns]
+    counts = np.bincount(np.ravel_multi_index(columns, sizes), minlength=1)
+    total = 0.0
+    for kind in np.flatnonzero(counts).tolist():
+        class_index, plan_index, size = (int(index) for index in np.unravel_index(kind, sizes))
+        mix = [part for part in parts.get(records.classes[class_index], ()) if part[1].pool_index == pool_index]
+        own = [part for part in mix if part[1].plan.label == records.plans[plan_index]]
+        # A request of another size has a plan of its own; its class's mix predicts what one of the usual size takes.
+        total += int(counts[kind]) * _mean_gpu_s(own or mix, size)
+    return total
+
+
+def _mean_gpu_s(mix: Sequence[tuple[float, Candidate]], size: int) -> float:
+    """GPU-seconds of one request in a batch of this size, over the shares of a mix."""
+    each = [(share, o.degree * o.batch_s[min(size, len(o.batch_s)) - 1] / size) for share, o in mix]
+    return sum(share * gpu_s for share, gpu_s in each) / sum(share for share, _ in each)

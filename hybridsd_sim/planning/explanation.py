@@ -1,0 +1,285 @@
+"""Why the answer is what it is: sentences for a person, made from the plan's own figures.
+
+Each function answers one question: what was chosen and what it saves, why this switch step, why not at the edge alone,
+why this degree and not on the other pool, and, where nothing holds, which constraint binds and what would lift it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hybridsd_sim.planning.analytic import Sizer
+from hybridsd_sim.planning.capacity_plan import CapacityPlan
+from hybridsd_sim.planning.sentences import Mix, conflict_in_words, relaxation_in_words, savings_in_words, turned_away
+from hybridsd_sim.pricing import Candidate, CandidateSet
+from hybridsd_sim.workload import arrival_source
+
+
+def explain(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
+    """Every sentence of a capacity plan, the most important first."""
+    if not plan.feasible:
+        yield from _why_not(plan, found, sizer)
+    yield from _rent(plan)
+    yield from _prices(plan, sizer)
+    yield from savings_in_words(plan)
+    for name, mix in plan.mixes.items():
+        yield from _shares(name, mix)
+        yield from _why_edge(plan, name, found.by_class[name])
+        for _, option in mix:
+            yield from _why_switch(option, found.by_class[name])
+            yield from _why_degree(option, found.by_class[name], plan)
+    yield from _unused_pools(plan, found, sizer)
+    yield from _arrivals(plan)
+
+
+def _why_not(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
+    """Which promise breaks, or how sure the surest plan is; and what conflicts, or what would lift it."""
+    broken, sure = plan.chosen_result.verdict.feasible, plan.confidence
+    if broken.ok and sure is not None and sure.asked is not None:
+        yield (
+            f"No plan that was found holds with probability {sure.asked:g}: the surest one, shown here, holds with "
+            f"{sure.probability:.2f}, given the intervals of the modelled step costs."
+        )
+        return
+    yield f"No plan holds every promise: {broken.reason}"
+    if plan.conflict:
+        yield from _conflict(plan)
+        return
+    yield "By formula there is no conflict: every plan within its reach was late when it was tried."
+    yield from _lifts(plan, found, sizer)
+
+
+def _conflict(plan: CapacityPlan) -> Iterator[str]:
+    """The smallest set of constraints that no plan meets, and what each of them would have to be."""
+    yield conflict_in_words(plan.conflict)
+    yield from (relaxation_in_words(each) for each in plan.conflict)
+
+
+def _shares(name: str, mix: Mix) -> Iterator[str]:
+    """Who gets what where a class has several plans, and what is turned away; nothing for one plan that serves all."""
+    if len(mix) > 1:
+        parts = "; ".join(f"{share:.1%} by {option.plan.label}" for share, option in mix)
+        yield f"{name}: its requests are shared out: {parts}."
+    if away := turned_away(mix):
+        yield f"{name}: {away:.1%} of its requests are turned away: there is no room for them."
+
+
+def _arrivals(plan: CapacityPlan) -> Iterator[str]:
+    """Whether a trace was played or its stand-in: a reader must not take one for the other."""
+    for name, spec in plan.scenario.requests.items():
+        if spec.arrivals.process in ("trace", "gentd26"):
+            yield f"{name}: its arrivals come from {arrival_source(spec.arrivals)}."
+
+
+def _rent(plan: CapacityPlan) -> Iterator[str]:
+    rented = [f"{count} x {name}" for name, count in plan.replicas_opt.items() if count]
+    dollars = "an unknown price" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD an hour"
+    yield f"Rent {', '.join(rented)} for {dollars}." if rented else "Rent nothing: the edge does everything."
+
+
+def _prices(plan: CapacityPlan, sizer: Sizer) -> Iterator[str]:
+    """Where the price of each rented GPU comes from."""
+    for name, spec in plan.scenario.pools.items():
+        if not plan.replicas_opt.get(name, 0):
+            continue
+        if spec.usd_per_gpu_hour is not None:
+            yield f"A GPU-hour of {name} costs {spec.usd_per_gpu_hour:g} USD: the scenario's own price."
+            continue
+        row = sizer.profiles.gpu_price(spec.gpu, spec.purchase, spec.provider)
+        if row is not None:
+            how = spec.purchase.replace("_", " ")
+            yield f"A GPU-hour of {name} costs {row.usd:g} USD {how} at {row.provider} ({row.kind}: {row.source})."
+
+
+def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str]:
+    """Why not one step earlier: what the next earlier hand-over of the same kind would break."""
+    if not (option.cloud_steps and option.edge_steps):
+        return
+    small = option.plan.edge_stages[0].model
+    earlier = [
+        other
+        for other in options
+        if other.pool_index == option.pool_index
+        and other.degree == option.degree
+        and other.edge_steps
+        and 0 < other.cloud_steps < option.cloud_steps
+        and other.plan.edge_stages[0].model == small
+    ]
+    if not earlier:
+        return
+    other = max(earlier, key=lambda one: one.cloud_steps)
+    name = option.request_class
+    if not other.meets_floor and other.quality is not None and option.quality is not None:
+        floor = option.cost.request.quality_floor
+        yield (
+            f"{name}: handing over at step {other.cloud_steps} instead of {option.cloud_steps} would need fewer "
+            f"GPU-seconds, but its CLIP score of {other.quality:.4f} is under the floor of {floor}."
+        )
+    elif not other.meets_slo:
+        yield (
+            f"{name}: handing over at step {other.cloud_steps} takes {other.latency_s:.1f} s even on an idle fleet, "
+            f"over the SLO of {option.cost.request.slo_s:g} s."
+        )
+
+
+def _why_edge(plan: CapacityPlan, name: str, options: Sequence[Candidate]) -> Iterator[str]:
+    """Why a class is served at the edge alone, or why it is not."""
+    at_edge = [option for _, option in plan.mixes[name] if option.cloud_steps == 0]
+    if not at_edge:
+        yield _why_not_edge(name, options, plan)
+    elif not (at_edge[0].meets_floor and at_edge[0].meets_slo):
+        yield f"{name}: the edge alone ({at_edge[0].plan.stages[0].model}) {_edge_fault(at_edge[0], plan)}."
+    elif len(plan.mixes[name]) == 1:
+        yield f"{name}: the device alone holds every promise, so nothing is rented for it."
+
+
+def _why_not_edge(name: str, options: Sequence[Candidate], plan: CapacityPlan) -> str:
+    edge = [one for one in options if one.cloud_steps == 0]
+    if not edge:
+        reasons = [reason for (cls, reason) in plan.refusals if cls == name and "memory" in reason]
+        return f"{name}: the edge alone cannot: {reasons[0] if reasons else 'no model runs there'}."
+    best = max(edge, key=lambda one: (one.meets_floor, one.meets_slo, one.quality or 0.0, -one.latency_s))
+    return f"{name}: the edge alone ({best.plan.stages[0].model}) {_edge_fault(best, plan)}."
+
+
+def _edge_fault(best: Candidate, plan: CapacityPlan) -> str:
+    request = best.cost.request
+    faults = []
+    if request.quality_floor is not None and (best.quality is None or best.quality < request.quality_floor):
+        score = "an unknown CLIP score" if best.quality is None else f"a CLIP score of {best.quality:.4f}"
+        faults.append(f"gives {score}, under the floor of {request.quality_floor}")
+    if not best.meets_slo:
+        faults.append(f"takes {best.latency_s:.1f} s, over the SLO of {request.slo_s:g} s")
+    limit = _energy_limit(best.request_class, plan)
+    energy = None if best.cost.edge_energy_j is None else best.cost.edge_energy_j / request.num_images
+    if limit is not None and (energy is None or energy > limit):
+        used = "an unknown energy" if energy is None else f"{energy:.0f} J"
+        faults.append(f"uses {used} of {limit:g} J a picture")
+    return " and ".join(faults) if faults else "would hold, but is dearer at this load"
+
+
+def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityPlan) -> Iterator[str]:
+    """Why several GPUs: what one GPU would take; and why the other pools do not get the same gang."""
+    if option.degree <= 1:
+        return
+    name, pools = option.request_class, list(plan.scenario.pools)
+    slo, method = option.cost.request.slo_s, option.plan.stages[0].method
+    alone = [
+        one
+        for one in options
+        if one.degree == 1 and one.pool_index == option.pool_index and one.cloud_steps == option.cloud_steps
+    ]
+    if alone:
+        yield (
+            f"{name}: one GPU takes {alone[0].latency_s:.1f} s, {method} on {option.degree} takes "
+            f"{option.latency_s:.1f} s; the SLO is {slo} s."
+        )
+    for index in {one.pool_index for one in options if one.pool_index not in (-1, option.pool_index)}:
+        rivals = [
+            one
+            for one in options
+            if one.pool_index == index and one.degree > 1 and one.cloud_steps == option.cloud_steps
+        ]
+        if rivals:
+            best = min(rivals, key=lambda one: one.latency_s)
+            alike = (one for one in rivals if one.plan.stages[0].method == method and one.degree == option.degree)
+            same = next(alike, best)
+            there, here = same.cost.comm_exposed_s, option.cost.comm_exposed_s
+            yield (
+                f"{name}: on {pools[index]} the same gang takes {same.latency_s:.1f} s, of which {there:.1f} s are "
+                f"exchange that nothing hides (here {here:.1f} s); the fastest there takes {best.latency_s:.1f} s."
+                f"{_caution(same)}"
+            )
+
+
+def _caution(option: Candidate) -> str:
+    """A warning where a plan that was turned down was not priced from steps timed there."""
+    low, high = option.cost.latency_interval_s
+    return f" Its steps were not timed there: between {low:.1f} and {high:.1f} s at 90%." if option.cost.outside else ""
+
+
+def _unused_pools(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
+    """Why a pool is not rented: which classes it cannot serve, and what it would cost for the others."""
+    for index, pool in enumerate(plan.scenario.pools):
+        if plan.replicas_opt.get(pool, 0):
+            continue
+        served: dict[str, Candidate] = {}
+        for option in (option for mix in plan.mixes.values() for _, option in mix if option.pool_index >= 0):
+            served.setdefault(option.request_class, option)
+        if not served:
+            yield f"Pool {pool} is not rented: no class needs it."
+        for name, chosen in served.items():
+            options = [one for one in found.by_class[name] if one.pool_index == index]
+            yield f"Pool {pool} is not rented for {name}: {_fault_of_pool(options, chosen, sizer)}."
+
+
+def _fault_of_pool(options: Sequence[Candidate], chosen: Candidate, sizer: Sizer) -> str:
+    holding = [
+        one for one in options if one.meets_floor and sizer.idle_attainment(one) >= sizer.wanted(one.request_class)
+    ]
+    keeping = [one for one in options if one.meets_floor]
+    if not holding:
+        if not keeping:
+            return "no plan on it keeps the class's floor and limits"
+        fastest = min(one.latency_s for one in keeping)
+        return f"its fastest plan that keeps the floor takes {fastest:.1f} s even on an idle pool"
+    dollars, ours = min(one.usd_or_inf for one in holding), chosen.usd_or_inf
+    costs = f"{1000 * dollars:.2f} USD per 1,000 requests in GPU time and egress against {1000 * ours:.2f}"
+    if dollars < ours:
+        return f"it would cost {costs}, but the nodes rented for the other classes have room"
+    return f"its cheapest plan costs {costs}"
+
+
+def _lifts(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
+    """What would make an infeasible class feasible: the least change of each of its promises by itself."""
+    for name, spec in plan.scenario.requests.items():
+        options = found.by_class[name]
+        if not options:
+            reasons = [reason for (cls, reason) in plan.refusals if cls == name]
+            first = reasons[0] if reasons else "the search space is empty"
+            yield f"{name}: every plan was refused; the first reason: {first}"
+            continue
+        if any(one.meets_floor and sizer.idle_attainment(one) >= sizer.wanted(name) for one in options):
+            continue
+        keeping = [one for one in options if one.meets_floor]
+        if keeping and spec.slo_s is not None:
+            fastest = min(keeping, key=lambda one: one.latency_s)
+            changed = f"with an SLO of {fastest.latency_s:.1f} s instead of {spec.slo_s:g} s"
+            yield f"{name}: {changed} the {fastest.plan.label} would do on an idle fleet."
+        yield from _floor_lifts(name, [one for one in options if one.meets_slo], plan)
+    yield from _budget_lift(plan)
+
+
+def _floor_lifts(name: str, in_time: Sequence[Candidate], plan: CapacityPlan) -> Iterator[str]:
+    """A lower quality floor or a higher energy limit under which something in time would do."""
+    floor, limit = plan.scenario.requests[name].quality_floor, _energy_limit(name, plan)
+    scored = [one for one in in_time if one.quality is not None]
+    thrifty = [one for one in scored if limit is None or (one.cost.edge_energy_j or 0.0) <= limit]
+    if floor is not None and thrifty:
+        best = max(thrifty, key=lambda one: one.quality or 0.0)
+        if (best.quality or 0.0) < floor:
+            changed = f"with a quality floor of {best.quality:.4f} instead of {floor}"
+            yield f"{name}: {changed} the {best.plan.label} would do."
+    good = [one for one in scored if floor is None or (one.quality or 0.0) >= floor]
+    if limit is not None and good:
+        best = min(good, key=lambda one: one.cost.edge_energy_j or 0.0)
+        if (used := best.cost.edge_energy_j or 0.0) > limit:
+            yield f"{name}: with {used:.0f} J a picture instead of {limit:g} J the {best.plan.label} would do."
+    if floor is not None and in_time and not scored:
+        yield f"{name}: nobody published a score for these pictures ({in_time[0].cost.quality.note}); drop the floor."
+
+
+def _energy_limit(name: str, plan: CapacityPlan) -> float | None:
+    """The joules a picture that bind a class: its own limit or the budget's, the tighter one."""
+    limits = (plan.scenario.requests[name].edge_energy_j, plan.scenario.budget.edge_energy_j_per_image)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _budget_lift(plan: CapacityPlan) -> Iterator[str]:
+    budget = plan.scenario.budget.usd_per_hour
+    if budget is not None and plan.usd_per_hour is not None and plan.usd_per_hour > budget:
+        yield f"A budget of {plan.usd_per_hour:.2f} USD an hour instead of {budget:g} would pay for the plan shown."
+    full = [name for name, spec in plan.scenario.pools.items() if plan.replicas_opt.get(name, 0) >= spec.replicas_max]
+    for name in full:
+        most = plan.scenario.pools[name].replicas_max
+        yield f"Pool {name} is at its replicas_max of {most}; more nodes may lift the limit."

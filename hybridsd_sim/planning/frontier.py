@@ -1,0 +1,323 @@
+"""Cost, latency and quality together: the capacity plans of which none is better in one without being worse in another.
+
+Epsilon-constraint over the formulation. Dollars and quality come from it directly; the latency axis is a limit L that
+95% of the requests of every plan of a mix must keep (`Condition.within_s`). Fleets come first: the cheapest, that of
+the best quality, the fastest, and for rents in between those of the best quality within no L and within a tight one.
+On every fleet the best quality is then looked for within some L between the least that it can keep and none, and on the
+largest ones nodes are added while that still shortens waits.
+
+Every plan found is tried on the scenario's own requests by the compiled recursion, or told by formula alone where that
+does not apply. The formula is careful about SLOs: on each fleet it is asked for the boldest of `HEADROOMS` at which
+the plan that comes out still holds. The promises of the scenario hold for every point; what another one beats is left
+out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from hybridsd_sim.planning.analytic import Sizing
+from hybridsd_sim.planning.capacity_plan import Evaluated, analytic, dominates, evaluated, same_figures
+from hybridsd_sim.planning.evaluation import Job
+from hybridsd_sim.planning.milp import Answer, Condition, Formulation
+from hybridsd_sim.planning.planner import BIG, Planner, first_that, goal_of, latency_limits_s, quickest, whole_condition
+from hybridsd_sim.planning.search import deployment_of
+
+NAME = "frontier"
+
+Fleet = tuple[int, ...]
+"""Nodes of each pool, in the scenario's order."""
+
+SOLVES, SOLVES_BIG = 200, 24
+"""Programs that one frontier solves at most; of big formulations, far fewer."""
+
+FLEETS = 9
+"""Rents between the cheapest and the dearest fleet at which the best quality is looked for."""
+
+FLEETS_TRIED = 14
+"""Fleets on which plans are tried at most."""
+
+LATENCIES = 32
+"""Limits L from the fastest plan to the slowest one, geometrically spaced."""
+
+LEVELS = 6
+"""Limits L tried on one fleet."""
+
+HEADROOMS = (0.72, 0.82, 0.91, 1.0)
+"""Factors on the traffic that the formula is asked for, the boldest first."""
+
+SAME_QUALITY = 2e-5
+"""CLIP scores closer than this are one."""
+
+NEARLY = 0.1
+"""Share by which the formula may be wrong when it compares the latencies of two plans."""
+
+FALLS = 0.01
+"""Share by which one more node must shorten the p95 latency to be worth a point."""
+
+SPARE = 6
+"""Most nodes added to a fleet of one pool only to shorten waits."""
+
+TIME_LIMIT_S = 10.0
+"""Seconds after which the solver's best answer so far is taken."""
+
+
+def frontier(planner: Planner, chosen: Evaluated) -> tuple[Evaluated, ...]:
+    """The plans that no other beats in rent, p95 latency of all requests and mean quality, the cheapest first.
+
+    `chosen` is among them, or beaten by one of them, if it holds. Where no plan keeps every promise by formula, there
+    is only `chosen`, or nothing if that does not hold either.
+    """
+    points = [_on_the_same_ground(planner, chosen)] if chosen.feasible else []
+    condition = whole_condition(planner)
+    if condition is not None:
+        curve = _Curve(planner, condition)
+        points += curve.points([curve.fleet(point.deployment.replicas) for point in points if point.deployment])
+    best: list[Evaluated] = []
+    for point in points:
+        if not any(dominates(other, point) or same_figures(other, point) for other in best):
+            best = [other for other in best if not dominates(point, other)] + [point]
+    return tuple(sorted(best, key=lambda point: (_dollars(point), point.latency_p95_s[0])))
+
+
+def _on_the_same_ground(planner: Planner, chosen: Evaluated) -> Evaluated:
+    """The chosen plan; by formula where the recursion does not apply, for then all other points are by formula too."""
+    if chosen.deployment is None or quickest(planner.scenario, chosen.deployment) == "screen":
+        return chosen
+    mixes = planner.priced(chosen.deployment)
+    return analytic(chosen.name, planner.sizer.assess(mixes, chosen.deployment.replicas), planner.sizer)
+
+
+def _dollars(point: Evaluated) -> float:
+    return math.inf if point.usd_per_hour is None else point.usd_per_hour
+
+
+@dataclass(slots=True)
+class _Curve:
+    """The formulation within each limit L, what it answered, and the plans that were tried."""
+
+    planner: Planner
+    condition: Condition
+    limits_s: list[float | None] = field(default_factory=list)
+    _formulations: dict[int, Formulation] = field(default_factory=dict)
+    _answers: dict[tuple[int, Fleet, float], Answer | None] = field(default_factory=dict)
+    _tried: dict[object, Evaluated] = field(default_factory=dict)
+    _solved: int = 0
+    _best: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.limits_s = [*latency_limits_s(self.condition, LATENCIES), None]
+
+    def points(self, known: Sequence[Fleet]) -> list[Evaluated]:
+        """Every plan that was tried and holds: on the fleets found, those `known`, and some with more nodes."""
+        fleets = _spread([*known, *sorted(self._fleets() - {*known}, key=lambda fleet: (self._rent(fleet), fleet))])
+        boldest = self._boldest(fleets)
+        found = {fleet: self._on(fleet, boldest[fleet]) for fleet in fleets}
+        rivals = [sizing for sizings in found.values() for sizing in sizings]
+        calm = [self._calmest(mine[0]) for mine in found.values() if mine]
+        self._try([*rivals, *(self._swapped(rivals) if rivals else ()), *calm])
+        self._try(self._unbeaten([more for mine in found.values() for more in self._spared(mine, fleets)], rivals))
+        return [point for point in self._tried.values() if point.feasible]
+
+    def fleet(self, replicas: Mapping[str, int]) -> Fleet:
+        """Nodes in the scenario's order of pools."""
+        return tuple(replicas.get(name, 0) for name in self.planner.scenario.pools)
+
+    def _replicas(self, fleet: Fleet) -> dict[str, int]:
+        return dict(zip(self.planner.scenario.pools, fleet, strict=True))
+
+    def _rent(self, fleet: Fleet) -> float:
+        rents = self.planner.sizer.unit_rent
+        return sum(count * rents[name] for name, count in self._replicas(fleet).items() if count)
+
+    def _solve(self, level: int, **asked: Any) -> Answer | None:
+        """An answer within the limit of a level; None also when enough programs were solved."""
+        if level not in self._formulations:
+            self._formulations[level] = Formulation([replace(self.condition, within_s=self.limits_s[level])])
+        formulation = self._formulations[level]
+        if self._solved >= (SOLVES if formulation.size < BIG else SOLVES_BIG):
+            return None
+        self._solved += 1
+        return formulation.solve(goal_of(self.planner, time_limit_s=TIME_LIMIT_S, **asked))
+
+    def _fleets(self) -> set[Fleet]:
+        """The cheapest fleet, that of the best quality, the fastest, and between their rents those of best quality."""
+        none = len(self.limits_s) - 1
+        cheapest = self._solve(none, minimise="usd_per_hour")
+        finest = self._solve(none, minimise="quality_loss")
+        if cheapest is None or finest is None:
+            return set()
+        least = self._sizing(finest).quality
+        self._best = _score(self._sizing(finest))
+        limit = {} if least is None else {"quality": least - SAME_QUALITY}
+        tight = first_that(lambda level: self._solve(level, minimise="nothing") is not None, none)
+        fastest = self._solve(tight, minimise="usd_per_hour") or cheapest
+        ends = [cheapest, self._solve(none, minimise="usd_per_hour", **limit) or finest, fastest]
+        fleets = {self.fleet(end.replicas) for end in ends}
+        for rent in self._rents([self._rent(fleet) for fleet in fleets]):
+            for level in (none, (tight + none) // 2):
+                answer = self._solve(level, minimise="quality_loss", usd_per_hour=rent)
+                fleets |= {self.fleet(answer.replicas)} if answer else set()
+        return fleets
+
+    def _rents(self, ends: Sequence[float]) -> list[float]:
+        """Rents between the ends, a node of the cheapest pool apart or more."""
+        span = max(ends) - min(ends)
+        steps = [rent for rent in self.planner.sizer.unit_rent.values() if 0.0 < rent < math.inf]
+        if not steps or not math.isfinite(span):
+            return []
+        step = max(min(steps), span / FLEETS)
+        return [min(ends) + step * count * (1.0 + 1e-9) for count in range(math.ceil(span / step))]
+
+    def _finest(self, level: int, fleet: Fleet, headroom: float) -> Answer | None:
+        """The best quality on a fleet within the limit of a level."""
+        key = (level, fleet, headroom)
+        if key not in self._answers:
+            asked = {"replicas": self._replicas(fleet), "headroom": headroom}
+            self._answers[key] = self._solve(level, minimise="quality_loss", **asked)
+        return self._answers[key]
+
+    def _boldest(self, fleets: Sequence[Fleet]) -> dict[Fleet, float]:
+        """For each fleet the least headroom at which the plan of the best quality holds, by halving; 1 if none does."""
+        none, last = len(self.limits_s) - 1, len(HEADROOMS) - 1
+        high, held = dict.fromkeys(fleets, last), dict.fromkeys(fleets, last)
+        low = {fleet: last if self._saturated(fleet) else -1 for fleet in fleets}
+        while unsure := [fleet for fleet in fleets if high[fleet] - low[fleet] > 1]:
+            middle = {fleet: (low[fleet] + high[fleet]) // 2 for fleet in unsure}
+            answers = {fleet: self._finest(none, fleet, HEADROOMS[at]) for fleet, at in middle.items()}
+            sizings = {fleet: self._sizing(answer) for fleet, answer in answers.items() if answer}
+            points = dict(zip(sizings, self._try(list(sizings.values())), strict=True))
+            for fleet, at in middle.items():
+                if fleet in points and not points[fleet].feasible:
+                    low[fleet] = at
+                else:  # it holds, or only a bolder formula has a plan at all
+                    high[fleet] = at
+                    held[fleet] = at if fleet in points else held[fleet]
+        return {fleet: HEADROOMS[at] for fleet, at in held.items()}
+
+    def _saturated(self, fleet: Fleet) -> bool:
+        """Whether the formula has the best quality there is on this fleet: nothing is gained by boldness."""
+        answer = self._finest(len(self.limits_s) - 1, fleet, 1.0)
+        return answer is not None and _score(self._sizing(answer)) >= self._best - SAME_QUALITY
+
+    def _on(self, fleet: Fleet, boldest: float) -> list[Sizing]:
+        """The best quality within some limits on one fleet, the tightest limit first; of equal quality the fastest.
+
+        Without a limit at the headroom that was found to hold; so within limits too where the formula has no plan else.
+        """
+        none = len(self.limits_s) - 1
+        usual = boldest if self._finest(none, fleet, 1.0) is None else 1.0
+        tight = first_that(lambda level: self._finest(level, fleet, usual) is not None, none)
+        found: list[Sizing] = []
+        for level in sorted({round(level) for level in np.linspace(tight, none, LEVELS)}):
+            answer = self._finest(level, fleet, boldest if level == none else usual)
+            sizing = None if answer is None else self._sizing(answer)
+            if sizing and not any(_score(sizing) <= _score(other) + SAME_QUALITY for other in found):
+                found.append(sizing)
+        return found
+
+    def _swapped(self, sizings: Sequence[Sizing]) -> list[Sizing]:
+        """For each plan the best picture that is about as fast, with one class served wholly by a single plan.
+
+        The latency that 95% of all requests keep is not the limit that every plan keeps: a slower plan may do, or one
+        plan alone wait less than two. By formula, with plans that are in use somewhere.
+        """
+        sizer, found = self.planner.sizer, []
+        used = {name: list(dict.fromkeys(o for s in sizings for _, o in s.mixes[name])) for name in sizings[0].mixes}
+        for sizing in sizings:
+            slowest_s = (1.0 + NEARLY) * sizer.quantile(sizing, 0.95)
+            mixes = [{**sizing.mixes, name: ((1.0, o),)} for name, options in used.items() for o in options]
+            others = [sizer.assess(each, sizing.replicas) for each in mixes]
+            finer = [o for o in others if o.missed <= 0.0 and _score(o) > _score(sizing) - SAME_QUALITY]
+            found += self._finest_within(slowest_s, sorted(finer, key=_score, reverse=True))
+        return found
+
+    def _calmest(self, sizing: Sizing) -> Sizing:
+        """The same fleet with each class on the plan that loads it least, of those no slower than its own slowest.
+
+        A limit that every plan keeps is met as soon as the slowest class is within it. That others could be quicker, or
+        leave more room to the slowest, it does not ask.
+        """
+        nodes, mixes = self.fleet(sizing.replicas), dict(sizing.mixes)
+        for name, mix in sizing.mixes.items():
+            slowest_s = max(option.full_batch_latency_s for _, option in mix)
+            able = [
+                option
+                for option in self.condition.plans[name]
+                if option is not None
+                and option.full_batch_latency_s <= slowest_s
+                and (option.pool_index < 0 or nodes[option.pool_index])
+            ]
+            mixes[name] = ((1.0, min(able, key=lambda o: (o.gpu_seconds, o.full_batch_latency_s))),)
+        return self.planner.sizer.assess(mixes, sizing.replicas)
+
+    def _finest_within(self, seconds: float, finest_first: Sequence[Sizing]) -> list[Sizing]:
+        """The best picture whose p95 latency is at most so long, and the fastest of those as good; none, or one."""
+        best: list[tuple[float, Sizing]] = []
+        for sizing in finest_first:
+            if best and _score(sizing) < _score(best[0][1]) - SAME_QUALITY:
+                break
+            p95_s = self.planner.sizer.quantile(sizing, 0.95)
+            best += [(p95_s, sizing)] if p95_s <= seconds else []
+        return [min(best, key=lambda pair: pair[0])[1]] if best else []
+
+    def _spared(self, sizings: Sequence[Sizing], fleets: Sequence[Fleet]) -> Iterator[Sizing]:
+        """The fastest and the finest mix with more nodes of one pool, as long as these shorten the p95 latency.
+
+        By formula, and only fleets that no better mix was looked for on.
+        """
+        sizer = self.planner.sizer
+        for sizing in {id(end): end for end in (*sizings[:1], *sizings[-1:])}.values():
+            for pool, spec in self.planner.scenario.pools.items():
+                nodes, p95_s = sizing.replicas[pool], sizer.quantile(sizing, 0.95)
+                for more in range(nodes + 1, min(nodes + SPARE, spec.replicas_max) + 1 if nodes else 0):
+                    spared = sizer.assess(sizing.mixes, {**sizing.replicas, pool: more})
+                    shorter_s = sizer.quantile(spared, 0.95)
+                    dear = spared.rent_usd_per_hour > (sizer.rent_limit_usd_per_hour or math.inf)
+                    if dear or shorter_s > (1.0 - FALLS) * p95_s or self.fleet(spared.replicas) in fleets:
+                        break
+                    p95_s = shorter_s
+                    yield spared
+
+    def _sizing(self, answer: Answer) -> Sizing:
+        return self.planner.sizer.assess(answer.mixes, answer.replicas)
+
+    def _unbeaten(self, sizings: Sequence[Sizing], rivals: Sequence[Sizing]) -> list[Sizing]:
+        """Those that neither each other nor the rivals beat by formula."""
+        sizer = self.planner.sizer
+        points = [analytic("", sizing, sizer) for sizing in (*sizings, *rivals)]
+        return [s for s, point in zip(sizings, points, strict=False) if not any(dominates(o, point) for o in points)]
+
+    def _try(self, sizings: Sequence[Sizing]) -> list[Evaluated]:
+        """The plans' figures on the scenario's own requests, or by formula where the recursion does not apply."""
+        planner = self.planner
+        fresh = {self._key(sizing): sizing for sizing in sizings if self._key(sizing) not in self._tried}
+        jobs: dict[object, Job] = {}
+        for key, sizing in fresh.items():
+            deployment = deployment_of(sizing.mixes, sizing.replicas)
+            if quickest(planner.scenario, deployment) == "screen":
+                jobs[key] = Job(planner.scenario, planner.profiles, deployment, "screen")
+            else:
+                self._tried[key] = analytic(NAME, sizing, planner.sizer)
+        for key, evaluation in zip(jobs, planner.evaluate(list(jobs.values())), strict=True):
+            self._tried[key] = evaluated(NAME, evaluation, fresh[key].mixes)
+        return [self._tried[self._key(sizing)] for sizing in sizings]
+
+    def _key(self, sizing: Sizing) -> object:
+        parts = [(id(o), round(share, 5)) for mix in sizing.mixes.values() for share, o in mix]
+        return self.fleet(sizing.replicas), tuple(parts)
+
+
+def _spread(fleets: Sequence[Fleet]) -> list[Fleet]:
+    """At most `FLEETS_TRIED` of them, evenly spread, the first and the last included."""
+    return [fleets[at] for at in sorted({round(at) for at in np.linspace(0, len(fleets) - 1, FLEETS_TRIED)})]
+
+
+def _score(sizing: Sizing) -> float:
+    """Mean CLIP score; an unknown one counts worst."""
+    return -1.0 if sizing.quality is None else sizing.quality

@@ -1,0 +1,462 @@
+"""The formulation: which mix of plans serves each class, on how many nodes of each pool, as a mixed-integer program.
+
+Symbols: classes i with `rate_i` requests a second; plans j of a class, `w_ij` node-seconds of their pool a request,
+`h_ij` seconds of its gang, `r_ij` residual work, `egress_ij` dollars a request, `q_ij` CLIP score, `e_ij` seconds of
+an edge device; pools p of `rent_p` dollars an hour a node; states s of a pool with `n_s` nodes and `load_s`
+node-seconds a second, caps of an edge fleet on the time that its devices are busy (`surface`); conditions b, one
+unless the plan must hold under several scenarios.
+
+    x_ij in [0, 1]      share of class i served by plan j                        the same under every condition
+    u_ib in [0, 1]      share of class i turned away                             0 unless that is what is minimised
+    n_p  integer        nodes rented                                             the same under every condition
+    z_bps in {0, 1}     pool p is run in state s
+
+    minimise   sum_p rent_p n_p + 3600 sum_ij rate_i egress_ij x_ij              [USD per hour], or another figure
+    subject to sum_j x_ij + u_i = 1                                              everybody is served
+               sum_s z_bps <= 1,   sum_s n_s z_bps <= n_p                        one state, on rented nodes
+               sum_j x_ij <= sum of z_bps over the states s in which plan k is in time,  the SLO at its percentile
+                             j over the plans of class i that are so in no other state
+               strain_p headroom sum_ij rate_i w_ij x_ij <= sum_s load_s z_bps   the load of pool p [nodes]
+               sum_ij mean rate_i w_ij x_ij <= sum_s n_s z_bps                   and its time, come what may
+               sum_ij rate_i h_ij (r_ij - H) x_ij <= M (1 - z of states with residual H)     the kind of its jobs
+               headroom sum_ij rate_i e_ij x_ij <= devices times a cap under which plan j is in time   edge fleets
+               sum_p rent_p n_p <= budget,  mean q >= floor,  ...                what is asked (`Goal`)
+
+Every part of a mix keeps its class's promises by itself: nobody is late so that the average holds. `refuted` fleets are
+cut off: some pool must have more nodes than each of them. Solved by HiGHS through scipy.
+
+What is asked of the formulation, under which conditions, and what it answers.
+
+The rows of a linear program, gathered one by one and handed to scipy as one sparse matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from hybridsd_sim.planning.analytic import NO_WAIT, Mixes, Sizer
+from hybridsd_sim.planning.capacity_states import BOTH, EdgeStates, States, Work, edge_states, pool_states, work_of
+from hybridsd_sim.pricing import Candidate
+from hybridsd_sim.workload import mean_rate_per_s
+
+Minimise = Literal["usd_per_hour", "quality_loss", "turned_away_per_s", "load", "nothing"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What is asked of the formulation. Dollars are an hour; None asks nothing.
+
+    `minimise` "load" is the rent of the nodes while they are busy: the calmest of the plans that meet the rest;
+    "nothing" asks only whether there is one. `usd_per_hour` bounds the rent, `total_usd_per_hour` rent and egress
+    together. `quality` is the least mean CLIP score. `turned_away_per_s` bounds what is turned away. `headroom`
+    multiplies the traffic: below 1 the formula is taken to be too careful by so much. `replicas` fixes nodes. `refuted`
+    fleets, and smaller ones, are not to be used, nor plans `without` which it has to do.
+    """
+
+    minimise: Minimise = "usd_per_hour"
+    usd_per_hour: float | None = None
+    total_usd_per_hour: float | None = None
+    quality: float | None = None
+    turned_away_per_s: float | None = 0.0
+    headroom: float = 1.0
+    replicas: Mapping[str, int] | None = None
+    refuted: tuple[Mapping[str, int], ...] = ()
+    without: frozenset[Candidate] = frozenset()
+    time_limit_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A solution: mixes, nodes, what they cost by the formulation, and a bound below which nothing is left."""
+
+    mixes: Mixes
+    replicas: Mapping[str, int]
+    objective: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One scenario's side of the formulation: its formula, and its price of every plan, aligned over conditions.
+
+    `plans[class][j]` is plan j of the class as this scenario prices it; None where it cannot run there. `within_s`
+    replaces every class's SLO at its percentile where it is tighter: 95% of the requests of every plan inside it.
+    `forgiven` classes may be late: they only have to be served. `slowdowns` are the factors on seconds, by site, that
+    the prices hold already. `name` is the scenario's, where there are several.
+    """
+
+    sizer: Sizer
+    plans: Mapping[str, Sequence[Candidate | None]]
+    within_s: float | None = None
+    forgiven: frozenset[str] = frozenset()
+    slowdowns: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""
+
+
+Floats = npt.NDArray[np.float64]
+
+Ints = npt.NDArray[np.int64]
+
+Part = tuple[int, Ints, Floats]
+"""Some entries of a row: its number, their columns and their weights."""
+
+
+class Rows:
+    """Rows of `A x <= b`, gathered in parts. Load rows keep their work apart, so that headroom can scale it."""
+
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+        self._most: list[float] = []
+        self._scaled: list[Part] = []
+
+    def at_most(self, columns: Sequence[int] | Ints, weights: Sequence[float] | Floats, most: float) -> None:
+        self._parts.append(self._part(columns, weights))
+        self._most.append(most)
+
+    def load(self, columns: Sequence[int] | Ints, asked: Floats, given: Floats) -> None:
+        """`headroom * asked x + given z <= 0`."""
+        self._scaled.append(self._part(columns[: len(asked)], asked))
+        self._parts.append(self._part(columns[len(asked) :], given))
+        self._most.append(0.0)
+
+    def _part(self, columns: Sequence[int] | Ints, weights: Sequence[float] | Floats) -> Part:
+        return len(self._most), np.asarray(columns, dtype=np.int64), np.asarray(weights, dtype=np.float64)
+
+    def with_headroom(self, headroom: float) -> Rows:
+        """A copy whose loads are multiplied, to which more rows may be added."""
+        rows = Rows()
+        rows._parts = [*self._parts, *((row, columns, weights * headroom) for row, columns, weights in self._scaled)]
+        rows._most = list(self._most)
+        return rows
+
+    def constraint(self, size: int) -> LinearConstraint:
+        rows = np.repeat([row for row, _, _ in self._parts], [len(columns) for _, columns, _ in self._parts])
+        columns = np.concatenate([columns for _, columns, _ in self._parts])
+        weights = np.concatenate([weights for _, _, weights in self._parts])
+        matrix = coo_array((weights, (rows, columns)), shape=(len(self._most), size)).tocsr()
+        return LinearConstraint(matrix, ub=np.array(self._most))
+
+
+UNKNOWN_RENT = 1e6
+"""Dollars an hour of a node whose price nobody knows: it is rented when nothing else will do, and keeps no budget."""
+
+GAP, LARGE_GAP, LARGE = 1e-4, 1e-3, 2000
+"""Relative gap at which the solver stops; the second for programs of so many columns."""
+
+OUT_OF_TIME = 1
+"""Status of scipy's `milp` where a limit ended the search."""
+
+SMALLEST_SHARE = 0.005
+"""Parts of a mix below this are given to the others."""
+
+TIE = 1e-6
+"""Weight of the dollars where something else is minimised: the cheapest of equals."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Side:
+    """A condition: `works[p]` are (column of x, work) of pool p, `edges` (columns of x, states) of edge fleets.
+
+    `first` are the first columns of the states of each pool, then of each of these fleets, and the end.
+    """
+
+    condition: Condition
+    works: list[list[tuple[int, Work]]]
+    states: list[States]
+    first: list[int]
+    edges: list[tuple[list[int], EdgeStates]]
+
+
+class Formulation:
+    """The program of one or several conditions: built once, asked many times with different goals.
+
+    `gave_up` says whether the solver ever ran out of time without an answer: then None was no proof.
+    """
+
+    def __init__(self, conditions: Sequence[Condition]) -> None:
+        first = conditions[0]
+        self.gave_up = False
+        self.sizer = first.sizer
+        self.pools = list(self.sizer.scenario.pools)
+        self.classes = list(first.plans)
+        self._columns = [(name, j) for name in self.classes for j in range(len(first.plans[name]))]
+        self._options: list[Candidate | None] = [first.plans[name][j] for name, j in self._columns]
+        self._rates = np.array([self.sizer.rates[name][0] for name, _ in self._columns])
+        self._turned = len(self._columns)
+        self._nodes = self._turned + len(self.classes)
+        at = self._nodes + len(self.pools)
+        self._sides: list[_Side] = []
+        for condition in conditions:
+            side = self._side(condition, at)
+            self._sides.append(side)
+            at = side.first[-1]
+        self.size = at
+        self._rows = Rows()
+        for side in self._sides:
+            self._add_side(side)
+        for side in self._sides[1:]:  # the first one's budget is the goal's
+            self._add_budget(side.condition.sizer)
+
+    def _side(self, condition: Condition, at: int) -> _Side:
+        scenario, edges = condition.sizer.scenario, self._edges(condition)
+        queued = {column for columns, _ in edges for column in columns}
+        works: list[list[tuple[int, Work]]] = [[] for _ in self.pools]
+        for column, (name, j) in enumerate(self._columns):
+            option = condition.plans[name][j]
+            if option is not None and option.pool_index >= 0:
+                pool, alone = option.plan.cloud_stages[0].site.name, BOTH if column in queued else 1.0
+                work = work_of(option, scenario.pools[pool], condition.sizer, *_promise(option, condition), alone)
+                works[self.pools.index(pool)].append((column, work))
+        states = [
+            pool_states(scenario.pools.get(pool), [work for _, work in mine], self._demand(mine, condition))
+            for pool, mine in zip(self.pools, works, strict=True)
+        ]
+        first = [at + int(n) for n in np.cumsum([0, *(len(s) for s in states)])]
+        last = np.cumsum([first[-1], *(len(states.caps) for _, states in edges)]).tolist()
+        return _Side(condition, works, states, [*first, *last[1:]], edges)
+
+    def _edges(self, condition: Condition) -> list[tuple[list[int], EdgeStates]]:
+        """For each edge fleet that could be too busy: the columns of the plans that use it, and its states."""
+        found = []
+        for index, site in enumerate(condition.sizer.scenario.edge):
+            mine = [
+                (column, option)
+                for column, (name, j) in enumerate(self._columns)
+                if (option := condition.plans[name][j]) is not None and option.fleet_index == index and option.edge_s
+            ]
+            promised = [_promise(option, condition) for _, option in mine]
+            states = edge_states(site, [option for _, option in mine], condition.sizer, promised)
+            found += [] if states is None else [([column for column, _ in mine], states)]
+        return found
+
+    def _demand(self, works: Sequence[tuple[int, Work]], condition: Condition) -> float:
+        """The most node-seconds a second that a pool can be asked for."""
+        rates = condition.sizer.rates
+        return self._together([(c, rates[self._columns[c][0]][0] * work.node_s) for c, work in works])
+
+    def _together(self, each: Iterable[tuple[int, float]]) -> float:
+        """The most that values of columns come to, each class wholly on one of its plans; at least 0."""
+        most: dict[str, float] = {}
+        for column, value in each:
+            name = self._columns[column][0]
+            most[name] = max(most.get(name, 0.0), float(value))
+        return sum(most.values())
+
+    def _add_side(self, side: _Side) -> None:
+        rates = {name: rate for name, (rate, _) in side.condition.sizer.rates.items()}
+        for index in range(len(self.pools)):
+            if side.works[index]:
+                self._add_pool(side, index, rates)
+        for index, (columns, states) in enumerate(side.edges, len(self.pools)):
+            self._add_edge(columns, states, np.arange(side.first[index], side.first[index + 1]))
+
+    def _add_budget(self, sizer: Sizer) -> None:
+        """Another scenario's own limit on the rent, at its own prices."""
+        limit = sizer.rent_limit_usd_per_hour
+        if limit is not None:
+            rent = [min(sizer.unit_rent.get(name, 0.0), UNKNOWN_RENT) for name in self.pools]
+            self._rows.at_most(range(self._nodes, self._nodes + len(self.pools)), rent, limit)
+
+    def _add_pool(self, side: _Side, index: int, rates: Mapping[str, float]) -> None:
+        states, rows = side.states[index], self._rows
+        z = np.arange(side.first[index], side.first[index + 1])
+        rows.at_most(z, np.ones(len(z)), 1.0)
+        rows.at_most([*z, self._nodes + index], [*states.nodes, -1.0], 0.0)
+        columns = [column for column, _ in side.works[index]]
+        self._add_service(columns, states.serves, z)
+        asked = np.array([rates[self._columns[c][0]] * work.node_s for c, work in side.works[index]])
+        strain = side.condition.sizer.strain.get(self.pools[index], 1.0)
+        rows.load([*columns, *z], asked * strain, -states.load)
+        self._add_stability(side, index, z)
+        for residual in np.unique(states.residual_s)[:-1]:  # the longest residual bounds nothing
+            self._add_kind(side, index, float(residual), columns, rates)
+
+    def _add_service(self, columns: Sequence[int], serves: np.ndarray, z: np.ndarray) -> None:
+        """A plan needs a state in which it is in time, and so do those of its class together that need no other."""
+        classes = np.array([self._columns[column][0] for column in columns])
+        for name in dict.fromkeys(classes):
+            mine = np.flatnonzero(classes == name)
+            for pattern in np.unique(serves[mine], axis=0):
+                within = [columns[k] for k in mine[~(serves[mine] & ~pattern).any(axis=1)]]
+                self._rows.at_most([*within, *z[pattern]], [1.0] * len(within) + [-1.0] * pattern.sum(), 0.0)
+
+    def _add_stability(self, side: _Side, index: int, z: np.ndarray) -> None:
+        """No fleet does more than its time, whatever headroom is asked: the load at the mean rates is at most 1."""
+        sizer, states = side.condition.sizer, side.states[index]
+        mean = {name: mean_rate_per_s(spec.arrivals) for name, spec in sizer.scenario.requests.items()}
+        columns = [column for column, _ in side.works[index]]
+        busy = [mean[self._columns[column][0]] * work.node_s for column, work in side.works[index]]
+        there = states.nodes * sizer.scenario.pools[self.pools[index]].availability
+        self._rows.at_most([*columns, *z], [*busy, *(-there)], 0.0)
+
+    def _add_kind(
+        self, side: _Side, index: int, residual_s: float, columns: Sequence[int], rates: Mapping[str, float]
+    ) -> None:
+        """The mean residual work of the pool's jobs is at most `residual_s` where a state says so."""
+        mine = [work for _, work in side.works[index]]
+        rate = np.array([rates[self._columns[c][0]] / len(w.candidate.batch_s) for c, w in side.works[index]])
+        excess = rate * [2.0 * work.hold_s * (work.residual_s - residual_s) for work in mine]
+        z = np.arange(side.first[index], side.first[index + 1])[side.states[index].residual_s == residual_s]
+        most = self._together(zip(columns, excess, strict=True))
+        self._rows.at_most([*columns, *z], [*excess, *(most for _ in z)], most)
+
+    def _add_edge(self, columns: Sequence[int], states: EdgeStates, z: np.ndarray) -> None:
+        self._rows.at_most(z, np.ones(len(z)), 1.0)
+        self._add_service(columns, states.caps <= states.most[:, None], z)
+        self._rows.load([*columns, *z], states.busy, -states.caps)
+
+    def solve(self, goal: Goal) -> Answer | None:
+        """The best mix and fleet for a goal; None where no plan meets it, or none was found in time (`gave_up`)."""
+        rows = self._rows.with_headroom(goal.headroom)
+        low, high, whole = self._bounds(goal)
+        for columns, weights, least in self._asked(goal):
+            rows.at_most(columns, [-w for w in weights], -least)
+        found = milp(
+            self._objective(goal.minimise),
+            integrality=whole,
+            bounds=Bounds(low, high),
+            constraints=rows.constraint(self.size),
+            options={"mip_rel_gap": GAP if self.size < LARGE else LARGE_GAP, "time_limit": goal.time_limit_s},
+        )
+        if found.x is None:
+            self.gave_up |= found.status == OUT_OF_TIME
+            return None
+        return self._answer(found)
+
+    def _bounds(self, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        low, high = np.zeros(self.size), np.ones(self.size)
+        for column, (name, j) in enumerate(self._columns):
+            unwanted = self._options[column] in goal.without
+            if unwanted or any(not self._possible(side, name, j) for side in self._sides):
+                high[column] = 0.0
+        if goal.turned_away_per_s == 0.0:
+            high[self._turned : self._nodes] = 0.0
+        for index, (name, spec) in enumerate(self.sizer.scenario.pools.items()):
+            column = self._nodes + index
+            low[column], high[column] = spec.replicas_min, spec.replicas_max
+            if goal.replicas is not None:
+                low[column] = high[column] = goal.replicas[name]
+        whole = np.ones(self.size)
+        whole[: self._nodes] = 0.0
+        return low, high, whole
+
+    @staticmethod
+    def _possible(side: _Side, name: str, j: int) -> bool:
+        """Whether a plan exists under a condition and, at the edge, is in time there."""
+        option = side.condition.plans[name][j]
+        if option is None or option.pool_index >= 0:
+            return option is not None
+        within_s, allowed = _promise(option, side.condition)
+        return side.condition.sizer.share_in_time(option, NO_WAIT, within_s) >= 1.0 - allowed
+
+    def _rent(self) -> np.ndarray:
+        return np.array([min(self.sizer.unit_rent[name], UNKNOWN_RENT) for name in self.pools])
+
+    def _dollars(self) -> np.ndarray:
+        cost = np.zeros(self.size)
+        cost[: self._turned] = [0.0 if o is None else self.sizer.egress_usd_per_hour(o) for o in self._options]
+        cost[self._nodes : self._nodes + len(self.pools)] = self._rent()
+        return cost
+
+    def _objective(self, minimise: Minimise) -> np.ndarray:
+        dollars = self._dollars()
+        if minimise in {"usd_per_hour", "nothing"}:
+            return dollars if minimise == "usd_per_hour" else 0.0 * dollars
+        cost = TIE * dollars
+        if minimise == "quality_loss":
+            cost[: self._turned] += self._rates * [1.0 - _score(option) for option in self._options]
+        elif minimise == "turned_away_per_s":
+            cost[self._turned : self._nodes] += [self.sizer.rates[name][0] for name in self.classes]
+        else:
+            for side in self._sides:
+                self._add_load(cost, side)
+        return cost
+
+    def _add_load(self, cost: np.ndarray, side: _Side) -> None:
+        """The rent of the nodes while they are busy under a condition."""
+        rates = side.condition.sizer.rates
+        for rent, works in zip(self._rent(), side.works, strict=True):
+            for column, work in works:
+                cost[column] += rent * rates[self._columns[column][0]][0] * work.node_s
+
+    def _asked(self, goal: Goal) -> Iterator[tuple[Sequence[int], Sequence[float], float]]:
+        """The goal's own constraints, as (columns, weights, least weighted sum)."""
+        nodes = range(self._nodes, self._nodes + len(self.pools))
+        shares = range(self._turned)
+        if goal.usd_per_hour is not None:
+            yield nodes, list(-self._rent()), -goal.usd_per_hour
+        if goal.total_usd_per_hour is not None:
+            dollars = self._dollars()
+            used = [*shares, *nodes]
+            yield used, list(-dollars[used]), -goal.total_usd_per_hour
+        if goal.quality is not None:
+            gain = self._rates * (np.array([_score(option) for option in self._options]) - goal.quality)
+            yield shares, list(gain), 0.0
+        if goal.turned_away_per_s:
+            rates = [self.sizer.rates[name][0] for name in self.classes]
+            yield range(self._turned, self._nodes), [-rate for rate in rates], -goal.turned_away_per_s
+        for name in self.classes:  # sum of shares is 1: at most by `at_least` here, at least by the twin
+            mine = [c for c, (of, _) in enumerate(self._columns) if of == name]
+            columns = [*mine, self._turned + self.classes.index(name)]
+            yield columns, [1.0] * len(columns), 1.0
+            yield columns, [-1.0] * len(columns), -1.0
+        for fleet in goal.refuted:
+            yield from self._unlike(fleet)
+
+    def _unlike(self, fleet: Mapping[str, int]) -> Iterator[tuple[Sequence[int], Sequence[float], float]]:
+        """Some pool has more nodes in its state than `fleet`, under some condition: only then it has them at all."""
+        columns = [
+            side.first[index] + k
+            for side in self._sides
+            for index, name in enumerate(self.pools)
+            for k in np.flatnonzero(side.states[index].nodes > fleet[name])
+        ]
+        yield [int(c) for c in columns], [1.0] * len(columns), 1.0
+
+    def _answer(self, found: object) -> Answer:
+        x: np.ndarray = found.x  # type: ignore[attr-defined]
+        mixes = {name: self._mix(name, x) for name in self.classes}
+        nodes = x[self._nodes : self._nodes + len(self.pools)]
+        replicas = {name: round(float(count)) for name, count in zip(self.pools, nodes, strict=True)}
+        bound = found.mip_dual_bound  # type: ignore[attr-defined]
+        objective = float(found.fun)  # type: ignore[attr-defined]
+        return Answer(mixes, replicas, objective, objective if bound is None else float(bound))
+
+    def _mix(self, name: str, x: np.ndarray) -> tuple[tuple[float, Candidate], ...]:
+        """The parts of a class, the largest first; crumbs are given to the others."""
+        parts = [
+            (float(x[column]), option)
+            for column, ((of, _), option) in enumerate(zip(self._columns, self._options, strict=True))
+            if of == name and option is not None and x[column] >= SMALLEST_SHARE
+        ]
+        total = sum(share for share, _ in parts)
+        served = 1.0 - float(x[self._turned + self.classes.index(name)])
+        if served > 1.0 - SMALLEST_SHARE:
+            served = 1.0
+        scaled = [(share * served / total, option) for share, option in parts]
+        return tuple(sorted(scaled, key=lambda part: -part[0]))
+
+
+def _promise(option: Candidate, condition: Condition) -> tuple[float | None, float]:
+    """Seconds within which requests of the plan must be served (None: the SLO), and the share that may be late."""
+    sizer, within_s = condition.sizer, condition.within_s
+    if option.request_class in condition.forgiven:
+        return math.inf, 1.0
+    allowed = 1.0 - sizer.wanted(option.request_class)
+    slo = sizer.scenario.requests[option.request_class].slo_s
+    if within_s is not None and (slo is None or within_s < slo):
+        return within_s, min(allowed, 0.05)
+    return None, allowed
+
+
+def _score(option: Candidate | None) -> float:
+    """The CLIP score that counts: an unknown one is none."""
+    return 0.0 if option is None or option.quality is None else option.quality

@@ -1,0 +1,274 @@
+"""The capacity plan: what to rent and how to serve each class, confirmed by simulation, with what a planner asks next.
+
+The search (`search`) finds the plan: the MILP (`milp`) proposes, the compiled recursion and the simulation dispose. The
+same search over plans of one kind gives the baselines. Around the answer stand the frontier and near-optimal plans that
+differ in kind, what a small change of each limit buys or costs, how the plan fares under other conditions and under the
+uncertainty of its step costs, and, where nothing holds, which constraints conflict.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.planning.alternatives import alternatives, margins
+from hybridsd_sim.planning.analytic import Sizer
+from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, Evaluated, evaluated, saving
+from hybridsd_sim.planning.confidence import confidence, confident_search
+from hybridsd_sim.planning.evaluation import Evaluation, Evaluator, Job, evaluate, kept, simulated
+from hybridsd_sim.planning.evaluation_cache import Store
+from hybridsd_sim.planning.explanation import explain
+from hybridsd_sim.planning.frontier import frontier
+from hybridsd_sim.planning.infeasibility import conflict
+from hybridsd_sim.planning.milp import Answer, Condition, Formulation
+from hybridsd_sim.planning.planner import Keep, Planner, quickest
+from hybridsd_sim.planning.robustness import robust_conditions, robust_variations, sensitivity
+from hybridsd_sim.planning.search import Found, Search
+from hybridsd_sim.pricing import Candidate, CandidateSet, find_candidates
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.simulation import SimResult
+
+CLOUD_ONLY, EDGE_ONLY, STATIC_SWITCH = "cloud only", "edge only", "static switch"
+
+SHARE_TOLERANCE = 0.02
+"""How far from the static share a switch step may lie and still count as it."""
+
+
+class Mapper(Protocol):
+    """`map`, or anything that fans out like it and keeps the order."""
+
+    def __call__(self, function: Callable[[Any], Any], items: Iterable[Any], /) -> Iterable[Any]: ...
+
+
+def optimize(
+    scenario: Scenario,
+    profiles: Profiles,
+    *,
+    map: Mapper | None = None,  # noqa: A002 - the contract's name
+    store: Store | None = None,
+    robust: Mapping[str, Scenario] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> CapacityPlan:
+    """The capacity plan that is best by `search.minimise` among those that keep every promise, with its evidence.
+
+    `map` fans out independent simulations and never changes the answer; `store` keeps finished ones, so that a search
+    that was interrupted goes on; `robust` are scenarios under which the plan must hold too; `progress` hears bound,
+    incumbent and gap. An infeasible scenario returns the plan that misses least, with `feasible` False and the smallest
+    set of constraints that conflict. Raises `InputError` for names that the profiles do not hold.
+    """
+    if robust and any(one.budget.confidence is not None for one in (scenario, *robust.values())):
+        rule = "does not go with several scenarios"
+        remedy = "Plan for one scenario at that confidence, or for all of them without it."
+        raise InputError(Problem("budget.confidence", str(scenario.budget.confidence), rule, remedy))
+    progress("pricing candidate plans")
+    found = find_candidates(scenario, profiles)
+    trials = _Trials(map or builtins.map, store)
+    planner = Planner(scenario, profiles, found, Sizer(scenario, profiles), trials, progress)
+    chosen = _chosen(planner, robust or {})
+    progress("planning and simulating the baselines")
+    less = ", for the base scenario" if robust else "" if scenario.budget.confidence is None else ", at median costs"
+    baselines = _baselines(planner, map or builtins.map, store, less)
+    plan = _assembled(planner, trials, chosen, baselines)
+    progress("looking around the plan")
+    plan = _with_surroundings(plan, planner, chosen, robust or {})
+    return replace(plan, explanation=tuple(explain(plan, found, planner.sizer)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """A search's answer, every plan that it tried, and how sure the answer is where that was searched for."""
+
+    found: Found
+    tried: tuple[Evaluated, ...]
+    confidence: Confidence | None = None
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the answer holds, and as surely as was asked."""
+        sure = self.confidence
+        return self.found.feasible and (sure is None or sure.asked is None or sure.probability >= sure.asked)
+
+
+@dataclass(slots=True)
+class _Trials:
+    """Tries jobs, several at a time where `fan_out` can; keeps the records of the last one it simulated itself."""
+
+    fan_out: Mapper
+    store: Store | None
+    last: tuple[str, SimResult] | None = field(default=None, repr=False)
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Evaluation]:
+        if len(jobs) == 1:
+            return [self._here(jobs[0])]
+        return list(self.fan_out(Evaluator(self.store), jobs))
+
+    def _here(self, job: Job) -> Evaluation:
+        if job.level == "screen" or (self.store and kept(job, self.store)):
+            return evaluate(job, self.store)
+        result, evaluation = simulated(job, self.store)
+        self.last = (job.key, result)
+        return evaluation
+
+    def records(self, job: Job) -> SimResult:
+        """The run behind a simulated job, simulated again unless it was the last one."""
+        if self.last is not None and self.last[0] == job.key:
+            return self.last[1]
+        return simulated(job)[0]
+
+
+def _chosen(planner: Planner, robust: Mapping[str, Scenario]) -> _Outcome:
+    """The plan for the scenario, for all scenarios, or at the confidence that is asked."""
+    if robust:
+        conditions = robust_conditions(planner, robust)
+        return _best(Search(conditions, planner.evaluate, quickest, "robust plan", planner.progress))
+    asked = planner.scenario.budget.confidence
+    if asked is None:
+        return _best(planner.search("plan"))
+    confident = confident_search(planner, asked)
+    if confident.found is None:
+        return replace(_best(planner.search("plan")), tried=confident.tried)
+    return _Outcome(confident.found, confident.tried, confident.confidence)
+
+
+def _best(search: Search) -> _Outcome:
+    """What the search finds; where no plan is in reach of every promise, the one that misses least."""
+    condition = search.conditions[0]
+    hopeless = condition.forgiven or any(not options for options in condition.plans.values())
+    found = None if hopeless else search.run()
+    return _Outcome(found or _least_bad(search, condition), tuple(search.tried))
+
+
+def _least_bad(search: Search, condition: Condition) -> Found:
+    """The plan that turns fewest away when nobody's SLO counts, within the budget if that can be."""
+    forgiving = replace(condition, forgiven=frozenset(condition.plans))
+    formulation = Formulation([forgiving])
+    goal = search.goal(minimise="turned_away_per_s", turned_away_per_s=None)
+    answer = formulation.solve(goal) or formulation.solve(replace(goal, usd_per_hour=None))
+    return search.simulated(answer or Answer({}, dict.fromkeys(search.scenario.pools, 0), 0.0, 0.0))
+
+
+def _baselines(
+    planner: Planner, fan_out: Mapper, store: Store | None, less: str
+) -> dict[str, tuple[_Outcome, SimResult]]:
+    """Cloud only, edge only and the paper's static switch, each with its own best pools and the scenario's promises.
+
+    `less` is said of each where the chosen plan was asked for more.
+    """
+    share = planner.scenario.search.static_switch
+    names = {CLOUD_ONLY: CLOUD_ONLY, EDGE_ONLY: EDGE_ONLY, STATIC_SWITCH: f"{STATIC_SWITCH} {share:.0%}"}
+    names = {kind: f"{name}{less}" for kind, name in names.items()}
+    jobs = [(planner.scenario, planner.profiles, planner.found, store, kind, name) for kind, name in names.items()]
+    done = zip(names.values(), fan_out(_baseline, jobs), strict=True)
+    return {name: outcome for name, outcome in done if outcome is not None}
+
+
+def _baseline(
+    job: tuple[Scenario, Profiles, CandidateSet, Store | None, str, str],
+) -> tuple[_Outcome, SimResult] | None:
+    """One baseline, by a planner of its own, so that they can run side by side and none learns from another."""
+    scenario, profiles, found, store, kind, name = job
+    trials = _Trials(builtins.map, store)
+    planner = Planner(scenario, profiles, found, Sizer(scenario, profiles), trials)
+    search = planner.search(name, _of_kind(kind, scenario.search.static_switch))
+    if any(not options for options in search.conditions[0].plans.values()):
+        return None
+    outcome = _best(search)
+    return outcome, trials.records(_job(planner, outcome.found))
+
+
+def _of_kind(kind: str, share: float) -> Keep:
+    if kind == CLOUD_ONLY:
+        return lambda option: option.edge_steps == 0
+    if kind == EDGE_ONLY:
+        return lambda option: option.cloud_steps == 0
+    return lambda option: bool(option.edge_steps) and abs(option.switch_share - share) < SHARE_TOLERANCE
+
+
+def _job(planner: Planner, found: Found) -> Job:
+    return Job(planner.scenario, planner.profiles, found.evaluations[0].deployment)
+
+
+def _assembled(
+    planner: Planner,
+    trials: _Trials,
+    chosen: _Outcome,
+    baselines: Mapping[str, tuple[_Outcome, SimResult]],
+) -> CapacityPlan:
+    """The plan, its baselines and the evidence."""
+    found, dollars = chosen.found, planner.scenario.search.minimise == "usd_per_hour"
+    shown = {name: _evaluated(name, outcome.found) for name, (outcome, _) in baselines.items()}
+    tried = [*chosen.tried, *(one for outcome, _ in baselines.values() for one in outcome.tried)]
+    return CapacityPlan(
+        scenario=planner.scenario,
+        feasible=chosen.feasible,
+        explanation=(),
+        deployment=found.evaluations[0].deployment,
+        mixes=found.mixes,
+        chosen_result=trials.records(_job(planner, found)),
+        frontier=(),
+        baselines=tuple(shown.values()),
+        baseline_results={name: result for name, (_, result) in baselines.items()},
+        alternatives=(),
+        evidence=tuple(tried),
+        switch_curve={
+            name: tuple(_curve(planner.found.by_class[name], mix[0][1])) for name, mix in found.mixes.items() if mix
+        },
+        refusals=planner.found.refusal_counts(),
+        profiles_digest=planner.profiles.digest,
+        bound_usd_per_hour=found.bound if dollars and chosen.confidence is None else None,
+        cost_usd_per_hour=found.sizing.usd_per_hour if math.isfinite(found.sizing.usd_per_hour) else None,
+        savings=tuple(saving(_evaluated("plan", found), other) for other in shown.values()),
+    )
+
+
+def _evaluated(name: str, found: Found) -> Evaluated:
+    return evaluated(name, found.evaluations[0], found.mixes)
+
+
+def _with_surroundings(
+    plan: CapacityPlan, planner: Planner, chosen: _Outcome, robust: Mapping[str, Scenario]
+) -> CapacityPlan:
+    """The plan with what a planner asks next; where nothing holds, with the constraints that conflict."""
+    if not chosen.found.feasible:
+        return replace(plan, conflict=conflict(planner))
+    shown = _evaluated("plan", chosen.found)
+    if not robust and chosen.confidence is None:  # else the plan keeps more than these would be asked to
+        plan = replace(
+            plan,
+            frontier=frontier(planner, shown),
+            alternatives=alternatives(planner, shown),
+            margins=margins(planner, shown),
+        )
+    return replace(
+        plan,
+        sensitivity=sensitivity(planner, plan.deployment),
+        confidence=chosen.confidence or _sure(planner, chosen.found),
+        robust=robust_variations(chosen.found, robust),
+    )
+
+
+def _sure(planner: Planner, found: Found) -> Confidence:
+    return confidence(planner, found.mixes, found.replicas, None, known=found.evaluations[0])
+
+
+def _curve(options: Sequence[Candidate], chosen: Candidate) -> Iterator[Candidate]:
+    by_step: dict[int, list[Candidate]] = {}
+    for option in options:
+        by_step.setdefault(option.cloud_steps, []).append(option)
+    for step in sorted(by_step):
+        alike = [option for option in by_step[step] if _alike(option, chosen)]
+        yield min(alike or by_step[step], key=lambda option: (option.usd_or_inf, option.latency_s))
+
+
+def _alike(option: Candidate, chosen: Candidate) -> bool:
+    mine, theirs = option.plan.cloud_stages, chosen.plan.cloud_stages
+    same_cloud = not mine or not theirs or (mine[0].site, mine[0].method, mine[0].degree) == (
+        theirs[0].site, theirs[0].method, theirs[0].degree
+    )  # fmt: skip
+    small, wanted = option.plan.edge_stages, chosen.plan.edge_stages
+    return same_cloud and (not small or not wanted or small[0].model == wanted[0].model)

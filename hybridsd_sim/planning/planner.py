@@ -1,0 +1,277 @@
+"""What a planning run works with: candidates worth trying, the formula, and the means to try a plan.
+
+`Planner` hands out conditions for the formulation and searches over some kind of plans; the rooms that answer one
+question each (frontier, margins, conflicts, robustness, confidence, sensitivity) start from it.
+
+A scenario whose promises, limits, fleets or traffic differ: the same plans judged anew, none priced again.
+
+What a plan costs and how long it takes does not depend on what is promised or on how many ask. So a changed SLO, floor,
+limit, budget, number of nodes or rate needs no new candidates, and a formulation of the changed scenario is there in
+milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hybridsd_sim.perf import Floats
+from hybridsd_sim.plan import Deployment
+from hybridsd_sim.planning.analytic import Mixes, Sizer
+from hybridsd_sim.planning.evaluation import Level
+from hybridsd_sim.planning.milp import Answer, Condition, Formulation, Goal
+from hybridsd_sim.planning.search import Evaluate, Search
+from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, limits_of, planned_options
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.scenario import Scenario
+
+
+def prune(options: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that no other beats: none on the same pool or at the edge alone is as good in every merit.
+
+    Merits are GPU-seconds, dollars, latency, degree, quality and edge energy; GPU-seconds and latency are those of a
+    full batch, so that a batch cap stays only where it lowers the load. Of equals the first is kept.
+    """
+    if not options:
+        return []
+    pools = np.array([option.pool_index for option in options])
+    merits = np.array([_merits(option) for option in options])
+    order = np.lexsort(merits.T[::-1])
+    kept: list[int] = []
+    for pool in dict.fromkeys(pools.tolist()):
+        rivals = order[(pools[order] == pool) | (pools[order] == -1)]
+        best = _unbeaten(merits[rivals])
+        kept += [int(index) for index in rivals[best] if pools[index] == pool]
+    return [options[index] for index in sorted(kept)]
+
+
+def _unbeaten(merits: Floats) -> list[int]:
+    """The rows that no row before them is as good as in everything; rows stand in rising order."""
+    found: list[int] = []
+    best = np.empty_like(merits)
+    for index, mine in enumerate(merits):
+        if not (best[: len(found)] <= mine).all(axis=1).any():
+            best[len(found)] = mine
+            found.append(index)
+    return found
+
+
+def thinned(options: Sequence[Candidate], most: int) -> list[Candidate]:
+    """At most so many on each pool and at the edge, from the least load to the least latency, and the best picture."""
+    kept: set[int] = set()
+    for pool in {option.pool_index for option in options}:
+        mine = [index for index, option in enumerate(options) if option.pool_index == pool]
+        front: list[int] = []
+        for index in sorted(mine, key=lambda i: (options[i].gpu_seconds, options[i].full_batch_latency_s)):
+            if not front or options[index].full_batch_latency_s < options[front[-1]].full_batch_latency_s:
+                front.append(index)
+        kept |= {front[round(at)] for at in np.linspace(0, len(front) - 1, most).tolist()}
+        kept.add(max(mine, key=lambda i: options[i].quality or 0.0))
+    return [options[index] for index in sorted(kept)]
+
+
+def _merits(option: Candidate) -> tuple[float, ...]:
+    energy = option.cost.edge_energy_j
+    return (
+        option.gpu_seconds,
+        option.usd_or_inf,
+        option.full_batch_latency_s,
+        option.degree,
+        -(option.quality if option.quality is not None else -1.0),
+        energy if energy is not None else float("inf"),
+    )
+
+
+Keep = Callable[[Candidate], bool]
+"""Whether a plan is of the kind that is looked for."""
+
+MANY, FEW = 1000, 4
+"""Plans in all beyond which each class keeps so many on each pool, and the best picture: the rest hardly differ."""
+
+LEAST_BAD = 3
+"""Plans kept of a class for which none is in time."""
+
+
+def everything(_: Candidate) -> bool:
+    """Every plan."""
+    return True
+
+
+@dataclass(slots=True)
+class Planner:
+    """Candidates, formula and trials of one scenario. `sizer` carries what simulations taught the formula."""
+
+    scenario: Scenario
+    profiles: Profiles
+    found: CandidateSet
+    sizer: Sizer
+    evaluate: Evaluate
+    progress: Callable[[str], None] = lambda _: None
+
+    def condition(self, keep: Keep = everything, *, within_s: float | None = None) -> Condition:
+        """The scenario's side of the formulation: per class the plans worth trying, the cheapest first.
+
+        Those within the class's promises on an idle fleet that no other beats; for a class that has none, the least bad
+        ones, and the class is forgiven.
+        """
+        plans: dict[str, list[Candidate]] = {}
+        forgiven = set()
+        for name, options in self.found.by_class.items():
+            kept = [option for option in options if keep(option)]
+            within = self.within_promises(kept)
+            plans[name] = prune(within) if within else least_bad(kept)
+            if not within:
+                forgiven.add(name)
+        if sum(map(len, plans.values())) > MANY:
+            plans = {name: thinned(options, FEW) for name, options in plans.items()}
+        return Condition(self.sizer, plans, within_s, frozenset(forgiven))
+
+    def within_promises(self, options: Sequence[Candidate]) -> list[Candidate]:
+        """The options that keep floors and limits and, with nobody else there, their SLO."""
+        wanted = {name: self.sizer.wanted(name) for name in self.scenario.requests}
+        return [
+            option
+            for option in options
+            if option.meets_floor and self.sizer.idle_attainment(option) >= wanted[option.request_class]
+        ]
+
+    def priced(self, deployment: Deployment, scenario: Scenario | None = None) -> Mixes:
+        """A deployment's mixes with the price of every plan, under the planner's scenario or another."""
+        options = planned_options(Pricing(scenario or self.scenario, self.profiles), deployment).by_class
+        return {
+            name: tuple((part.share, option) for part, option in zip(mix, options[name], strict=True))
+            for name, mix in deployment.plans.items()
+        }
+
+    def search(self, name: str, keep: Keep = everything) -> Search:
+        """A search over one kind of plans."""
+        return Search([self.condition(keep)], self.evaluate, quickest, name, self.progress)
+
+    def under(self, scenario: Scenario, found: CandidateSet | None = None) -> Planner:
+        """The same means for another scenario, with what was learnt so far."""
+        learnt = self.sizer
+        sizer = Sizer(scenario, self.profiles, load_factors=dict(learnt.load_factors), strain=dict(learnt.strain))
+        return replace(self, scenario=scenario, found=found or self.found, sizer=sizer)
+
+
+def quickest(scenario: Scenario, deployment: Deployment) -> Level:
+    """The quickest level of fidelity that tells how a deployment fares."""
+    from hybridsd_sim.simulation import why_not
+
+    return "simulate" if why_not(scenario, deployment) else "screen"
+
+
+def least_bad(options: Sequence[Candidate]) -> list[Candidate]:
+    """Where nothing holds: the fastest of those that keep floors and limits, else the best pictures, in time first."""
+    floor = sorted((option for option in options if option.meets_floor), key=lambda o: o.latency_s)
+    return floor[:LEAST_BAD] or sorted(options, key=lambda o: (-(o.quality or 0.0), not o.meets_slo))[:1]
+
+
+def is_hybrid(option: Candidate) -> bool:
+    """Whether both sides denoise."""
+    return bool(option.cloud_steps and option.edge_steps)
+
+
+BIG = 2000
+"""Columns from which a formulation takes seconds and not milliseconds, so that it is asked less."""
+
+HEADROOMS = (0.7, 0.76, 0.82, 0.88, 0.94, 0.97, 1.0)
+"""Factors on the traffic at which the formula is held against a plan that holds, the boldest first."""
+
+
+def varied(planner: Planner, changes: Mapping[str, Any], *, traffic: float = 1.0) -> Planner:
+    """The planner of a scenario with other values at dotted keys, and `traffic` times the requests of every class.
+
+    `changes` may touch SLOs, floors, limits, budgets and numbers of nodes and devices; what the formula learnt stays.
+    Raises `InputError` for a value that no scenario may have.
+    """
+    known = planner.sizer
+    scenario = planner.scenario.with_overrides(changes) if changes else planner.scenario
+    sizer = Sizer(
+        scenario,
+        planner.profiles,
+        rates={name: (rate * traffic, cv) for name, (rate, cv) in known.rates.items()},
+        load_factors=dict(known.load_factors),
+        strain=dict(known.strain),
+    )
+    return replace(planner, scenario=scenario, found=_judged(planner.found, scenario), sizer=sizer)
+
+
+def _judged(found: CandidateSet, scenario: Scenario) -> CandidateSet:
+    """The same candidates, each told anew whether it keeps the floor and the limits of its class."""
+    return replace(
+        found,
+        by_class={name: tuple(_judge(options, scenario, name)) for name, options in found.by_class.items()},
+    )
+
+
+def _judge(options: Sequence[Candidate], scenario: Scenario, name: str) -> list[Candidate]:
+    floor, limits = scenario.requests[name].quality_floor, limits_of(scenario, name)
+    judged = []
+    for option in options:
+        kept = (floor is None or (option.quality is not None and option.quality >= floor)) and limits.hold(option.cost)
+        judged.append(option if kept == option.meets_floor else replace(option, meets_floor=kept))
+    return judged
+
+
+def whole_condition(planner: Planner) -> Condition | None:
+    """The scenario's side of the formulation with every promise kept; None where a class has no plan that could."""
+    condition = planner.condition()
+    return None if condition.forgiven else condition
+
+
+def solve(planner: Planner, **asked: Any) -> Answer | None:
+    """The best answer to a goal under the scenario's budgets; None where no plan keeps every promise."""
+    condition = whole_condition(planner)
+    return None if condition is None else Formulation([condition]).solve(goal_of(planner, **asked))
+
+
+def goal_of(planner: Planner, **asked: Any) -> Goal:
+    """A goal under the scenario's budgets that serves everybody; a limit in `asked` holds besides the budgets."""
+    limits = [planner.sizer.rent_limit_usd_per_hour, asked.pop("usd_per_hour", None)]
+    least = min((limit for limit in limits if limit is not None), default=None)
+    return Goal(usd_per_hour=least, turned_away_per_s=0.0, **asked)
+
+
+def agreeing_headroom(planner: Planner, condition: Condition, rent_usd_per_hour: float | None) -> float:
+    """The factor on the traffic at which the formula's cheapest fleet rents for no more than a plan that holds.
+
+    1 where the formula is not too careful, or not by this alone; the simulation has then the last word.
+    """
+    if rent_usd_per_hour is None:
+        return 1.0
+    formulation, most = Formulation([condition]), rent_usd_per_hour * (1.0 + 1e-6)
+
+    def too_careful(at: int) -> bool:
+        goal = goal_of(planner, minimise="nothing", usd_per_hour=most, headroom=HEADROOMS[at])
+        return formulation.solve(goal) is None
+
+    first = first_that(too_careful, len(HEADROOMS))
+    return HEADROOMS[first - 1] if first else 1.0
+
+
+def latency_limits_s(condition: Condition, count: int) -> list[float]:
+    """Limits on the p95 latency, seconds: from the fastest that every class can have to the longest that matters.
+
+    That is the longest SLO, or for a class without one twice its slowest plan; geometrically spaced.
+    """
+    sizer = condition.sizer
+    slow = {
+        name: [float(np.quantile(sizer.latencies(option), 0.95)) for option in options if option is not None]
+        for name, options in condition.plans.items()
+    }
+    fastest = max(min(mine) for mine in slow.values())
+    longest = max(sizer.scenario.requests[name].slo_s or 2.0 * max(mine) for name, mine in slow.items())
+    return [float(limit) for limit in np.geomspace(fastest, max(longest, 1.01 * fastest), count)]
+
+
+def first_that(holds: Callable[[int], bool], count: int) -> int:
+    """The first of 0, 1, ..., count - 1 that holds, where all after it hold too; `count` where none does."""
+    low, high = -1, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high

@@ -1,0 +1,448 @@
+"""What a trial teaches the formula: strain on the pools and edge fleets whose requests were late.
+
+The search for one plan: the MILP proposes, simulation disposes, until nothing better is left to try.
+
+A proposal is tried on the scenario's own requests, by the compiled recursion where it applies and by simulation where
+not. It goes up first: the calmest of the cheapest plans by formula is tried; if it is late, the formula is corrected
+(`strain`: the traffic on a pool under which the formula would have been late too) and asked again, until a plan holds
+(the *incumbent*). Then it goes down: corrections that were learnt from one plan are no proof against another, so the
+formula is taken as it was and believed only where it says no at `TRUST` of the traffic. Of the plans that it leaves and
+that are better than the incumbent, the most robust is tried, the one that is in time at the highest traffic; while much
+may be saved, the most robust of those that would save half of it. A fleet on which its most robust plan is late, and
+where trying costs little another choice of plans too, is refuted, and smaller ones with it; plans far less robust than
+one that was late (`MISJUDGED`) are not tried. When nothing better is left, the incumbent is the answer and what was
+left out is the bound: the search's, no proof. Where going up finds nothing, the most robust plan of all is where going
+down begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from hybridsd_sim.plan import Deployment, Share
+from hybridsd_sim.planning.analytic import Mixes, Sizer, Sizing
+from hybridsd_sim.planning.capacity_plan import Evaluated, evaluated
+from hybridsd_sim.planning.evaluation import Evaluation, Job, Level
+from hybridsd_sim.planning.milp import Answer, Condition, Formulation, Goal
+from hybridsd_sim.pricing import Candidate
+from hybridsd_sim.scenario import Scenario
+
+STRAIN_STEP, STRAIN_MOST = 1.02, 4.0
+"""Least growth of the strain of a pool that was late, and its limit."""
+
+EDGE_STEP = 1.2
+"""Growth of the strain of an edge fleet whose devices had queues when its requests were late."""
+
+
+def as_it_was(sizer: Sizer) -> Sizer:
+    """The formula without the strain that was learnt."""
+    return replace(sizer, rates=dict(sizer.rates), load_factors=dict(sizer.load_factors), strain={})
+
+
+def correct(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> bool:
+    """Raise the strain of pools and edge fleets whose classes were late, so that the formula is too; whether any was.
+
+    GPU-seconds held beyond those predicted (model loads, larger requests) go into the load factors first.
+    """
+    deployment, grew = evaluation.deployment, False
+    for index, pool in enumerate(sizer.scenario.pools):
+        late = [
+            name
+            for name in late_classes(sizer, mixes, evaluation)
+            if any(o.pool_index == index for _, o in mixes[name])
+        ]
+        if not late:
+            continue
+        ratio = evaluation.load_ratio.get(pool, 1.0)
+        if ratio > 1.05:
+            sizer.load_factors[pool] = max(sizer.load_factors.get(pool, 1.0), ratio)
+        got = {name: evaluation.classes[name]["slo_attainment"].value for name in late}
+        known = sizer.strain.get(pool, 1.0)
+        sizer.strain[pool] = _strain(sizer, pool, mixes, deployment.replicas, got, known)
+        grew = grew or sizer.strain[pool] > known
+    for index, site in enumerate(sizer.scenario.edge):
+        late = [
+            name
+            for name in late_classes(sizer, mixes, evaluation)
+            if any(o.fleet_index == index for _, o in mixes[name])
+        ]
+        if late and sizer.edge_wait(site, mixes).probability:
+            sizer.strain[site] = EDGE_STEP * sizer.strain.get(site, 1.0)
+            grew = True
+    return grew
+
+
+def late_classes(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> list[str]:
+    """Classes that missed their SLO among those let in: the only promise that more nodes can mend."""
+    got = {name: evaluation.classes[name]["slo_attainment"].value for name in mixes}
+    asked = {name: sizer.wanted(name) * sum(share for share, _ in mix) for name, mix in mixes.items()}
+    return [name for name, value in got.items() if not value >= asked[name] * (1.0 - 1e-9)]
+
+
+def _strain(
+    sizer: Sizer, pool: str, mixes: Mixes, replicas: Mapping[str, int], got: Mapping[str, float], known: float
+) -> float:
+    """The factor on a pool's traffic under which the formula gives the attainment that was met, or less."""
+    low, high = known * STRAIN_STEP, STRAIN_MOST
+    if low >= high:
+        return high
+    for _ in range(20):
+        middle = (low + high) / 2.0
+        sizer.strain[pool] = middle
+        attained = sizer.assess(mixes, {name: replicas.get(name, 0) for name in sizer.scenario.pools}).attainment
+        enough = any(attained[name] <= max(value, 0.0) + 1e-6 for name, value in got.items())
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+ROUNDS = 24
+"""Plans that one search tries at most."""
+
+CLIMB = 8
+"""Of these, at most, before one holds; the most robust plan of all is tried next."""
+
+TRUST = 0.72
+"""Share of the traffic at which the formula is believed when it says no."""
+
+HEADROOMS = tuple(np.geomspace(TRUST, 2.0, 31).tolist())
+"""Traffic at which plans are asked to be in time, to find the most robust."""
+
+MUCH = 0.1
+"""Share of the incumbent's dollars that is worth a leap: half of what may still be saved is tried for."""
+
+MISJUDGED = 0.85
+"""Share of the traffic that a plan was late at, up to which the formula may have misjudged another one against it."""
+
+BETTER = 0.005
+"""What a plan must save, as a share of the dollars, to be worth trying."""
+
+CALM = 0.004
+"""What the calmest of nearly equal plans may cost more, as a share of the dollars."""
+
+FINER = {"quality_loss": 0.1, "turned_away_per_s": 2.0}
+"""Factors on both where something else is minimised: a loss of 0.7 of CLIP is wanted to four digits."""
+
+UNITS = {
+    "usd_per_hour": "USD/h", "latency_p95_s": "s p95 latency by formula", "quality_loss": "requests/s times 1 - CLIP",
+    "turned_away_per_s": "requests/s turned away",
+}  # fmt: skip
+"""What the incumbent's figure is called."""
+
+LATENCIES = 60
+"""Latencies tried where the latency is minimised: 7% apart or so."""
+
+
+Evaluate = Callable[[Sequence[Job]], list[Evaluation]]
+"""Tries jobs, side by side where it can, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found: mixes and fleet, how they fared under each condition, and what was ruled out.
+
+    `bound` is what every plan that is better by the scenario's objective was shown to miss; None where the search
+    stopped before that was known.
+    """
+
+    mixes: Mixes
+    replicas: Mapping[str, int]
+    sizing: Sizing
+    evaluations: tuple[Evaluation, ...]
+    bound: float | None
+
+    @property
+    def feasible(self) -> bool:
+        return all(one.feasible for one in self.evaluations)
+
+    @property
+    def simulated(self) -> bool:
+        return all(one.level == "simulate" for one in self.evaluations)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the most robust plan was asked: to stay under an objective; and the traffic at which it is in time."""
+
+    objective: float
+    headroom: float
+
+    def beyond(self, other: _Asked) -> _Asked:
+        return _Asked(max(self.objective, other.objective), max(self.headroom, other.headroom))
+
+
+@dataclass(slots=True)
+class Search:
+    """One search over the plans of `conditions`; the first condition's scenario says what is minimised and its prices.
+
+    `tried` are the plans in order, with what they were tried for. Formulas are corrected in place: `sizer.strain`.
+    """
+
+    conditions: Sequence[Condition]
+    evaluate: Evaluate
+    levels: Callable[[Scenario, Deployment], Level]
+    name: str
+    progress: Callable[[str], None] = lambda _: None
+    tried: list[Evaluated] = field(default_factory=list)
+    _refuted: list[Mapping[str, int]] = field(default_factory=list)
+    _seen: set[object] = field(default_factory=set)
+    _plain: Formulation | None = None
+    _reach: float | None = None
+    _second: tuple[dict[str, int], frozenset[Candidate]] | None = None
+    _asked: _Asked | None = None
+    _late: _Asked | None = None
+
+    @property
+    def scenario(self) -> Scenario:
+        return self.conditions[0].sizer.scenario
+
+    @property
+    def sizer(self) -> Sizer:
+        return self.conditions[0].sizer
+
+    @property
+    def _finer(self) -> float:
+        return FINER.get(self.scenario.search.minimise, 1.0)
+
+    @property
+    def _better(self) -> float:
+        return BETTER * self._finer
+
+    def run(self) -> Found | None:
+        """The best plan that holds; the last one tried where none does; None where the formula has none to try."""
+        incumbent: Found | None = None
+        last: Found | None = None
+        proved = False
+        while not proved and len(self.tried) < ROUNDS:
+            proposal = self._proposal(incumbent)
+            if proposal is not None:
+                last = self._try(proposal)
+            elif incumbent is not None and not incumbent.simulated:
+                last = incumbent = self._confirmed(incumbent)
+            else:
+                proved = incumbent is not None
+                break
+            if last.feasible:
+                incumbent, proved = last, proposal is None
+            else:
+                self._refute(last, incumbent)
+                incumbent = incumbent if incumbent and incumbent.feasible else None
+            self._say(incumbent)
+        if incumbent is not None and not incumbent.simulated:
+            incumbent = self._confirmed(incumbent)
+        return self._with_bound(incumbent) if incumbent is not None and proved else incumbent or last
+
+    def _refute(self, last: Found, incumbent: Found | None) -> None:
+        """Going up, correct the formula; going down, or where there is nothing to correct, rule the fleet out."""
+        if not self._learn(last) or incumbent is not None or self._plain is not None:
+            self._give_up(last)
+        if self._asked is not None:
+            self._late = self._asked if self._late is None else self._late.beyond(self._asked)
+
+    def _give_up(self, last: Found) -> None:
+        """Rule a fleet out; where trying costs little, once its late classes had a second choice of plans on it."""
+        if self._second is not None or last.simulated:
+            self._refuted.append(dict(last.replicas))
+            self._second = None
+            return
+        late = late_classes(self.sizer, last.mixes, last.evaluations[0])
+        used = frozenset(option for name in late for _, option in last.mixes[name] if option.pool_index >= 0)
+        self._second = dict(last.replicas), used
+
+    def _second_choice(self, incumbent: Found | None) -> Answer | None:
+        """The calmest plan on the fleet that was late, without the plans that were; None rules the fleet out."""
+        fleet, used = self._second or ({}, frozenset())
+        asked: dict[str, Any] = {"minimise": "load", "replicas": fleet, "without": used, "headroom": TRUST}
+        if incumbent is not None:
+            asked |= self._limits(self.objective(incumbent.sizing), 1.0 - self._better)
+        answer = self._plain.solve(self.goal(**asked)) if self._plain and used else None
+        if answer is None or _key(answer) in self._seen:
+            self._refuted.append(fleet)
+            self._second = None
+            return None
+        return answer
+
+    def _with_bound(self, incumbent: Found) -> Found:
+        if self.scenario.search.minimise == "latency_p95_s" or (self._plain and self._plain.gave_up):
+            return incumbent
+        return replace(incumbent, bound=self.objective(incumbent.sizing) * (1.0 - self._better))
+
+    def _proposal(self, incumbent: Found | None) -> Answer | None:
+        """The calmest of the best plans by formula; with an incumbent, the most robust of those better than it."""
+        if self.scenario.search.minimise == "latency_p95_s":
+            return None if incumbent else self._fastest()
+        if incumbent is None and self._plain is None and len(self.tried) < CLIMB:
+            formulation = Formulation(self.conditions)
+            best = formulation.solve(self.goal(refuted=tuple(self._refuted)))
+            if best is not None:
+                asked = {"refuted": tuple(self._refuted), **self._limits(best.objective, 1.0 + CALM * self._finer)}
+                best = formulation.solve(self.goal(**{**asked, "minimise": "load"})) or best
+            if best is not None and _key(best) not in self._seen:
+                return best
+        if self._second is not None and (other := self._second_choice(incumbent)) is not None:
+            return other
+        while (robust := self._most_robust(incumbent)) is not None and _key(robust) in self._seen:
+            self._refuted.append(dict(robust.replicas))  # going up it was late
+        return robust
+
+    def _most_robust(self, incumbent: Found | None) -> Answer | None:
+        """The plan that the formula as it was has in time at the highest traffic, of those better than the incumbent.
+
+        None where none is left at `TRUST` of the traffic.
+        """
+        if self._plain is None:
+            self._plain = Formulation([replace(each, sizer=as_it_was(each.sizer)) for each in self.conditions])
+        best = None if incumbent is None else self.objective(incumbent.sizing)
+        if best is not None and best <= 0.0:
+            return None
+        asked: dict[str, Any] = {"refuted": tuple(self._refuted)}
+        goal = 0.0
+        if best is not None:
+            asked |= self._limits(best, 1.0 - self._better)
+            reach = self._plain.solve(self.goal(**asked, headroom=TRUST))
+            self._reach = best if reach is None else min(best, reach.bound)
+            if reach is None:
+                return None
+            low = max(reach.objective, 0.0 if self._late is None else self._late.objective)
+            goal = (best + low) / 2.0 if low < (1.0 - MUCH) * best else best * (1.0 - self._better)
+            asked |= self._limits(goal, 1.0)
+        return self._at_most_traffic(self._plain, asked, goal)
+
+    def _at_most_traffic(self, formulation: Formulation, asked: Mapping[str, Any], goal: float) -> Answer | None:
+        """The plan that is in time at the highest traffic; None where that is far under what another was late at."""
+        low, high, found = -1, len(HEADROOMS), None
+        while high - low > 1:
+            middle = (low + high) // 2
+            answer = formulation.solve(self.goal(**{**asked, "minimise": "load", "headroom": HEADROOMS[middle]}))
+            low, high, found = (low, middle, found) if answer is None else (middle, high, answer)
+        if found is None or (self._late and HEADROOMS[low] < MISJUDGED * self._late.headroom):
+            return None
+        self._asked = _Asked(goal, HEADROOMS[low])
+        return found
+
+    def _fastest(self) -> Answer | None:
+        """The calmest plan of the shortest latency that 95% of every class's requests can have, by formula."""
+        first = self.conditions[0]
+        idle = [float(first.sizer.latencies(o).max()) for options in first.plans.values() for o in options if o]
+        limits_s = np.geomspace(min(idle) / 2.0, 3.0 * max(idle), LATENCIES) if idle else np.empty(0)
+        low, high, best = -1, len(limits_s), None
+        while high - low > 1:
+            middle = (low + high) // 2
+            formulation = Formulation([replace(c, within_s=float(limits_s[middle])) for c in self.conditions])
+            answer = formulation.solve(self.goal(minimise="load"))
+            low, high, best = (middle, high, best) if answer is None else (low, middle, answer)
+        return best
+
+    def goal(self, **asked: Any) -> Goal:
+        """What the scenario minimises, under its budgets and with `asked` on top."""
+        minimise, least = self.scenario.search.minimise, self.sizer.rent_limit_usd_per_hour
+        away = None if minimise == "turned_away_per_s" else 0.0
+        minimise = "usd_per_hour" if minimise == "latency_p95_s" else minimise
+        known = {"minimise": minimise, "usd_per_hour": least, "turned_away_per_s": away}
+        return Goal(**{**known, **asked})
+
+    def _limits(self, objective: float, factor: float) -> dict[str, float]:
+        """What keeps a goal on one side of a value of the objective."""
+        minimise = self.scenario.search.minimise
+        if minimise == "usd_per_hour":
+            return {"total_usd_per_hour": objective * factor}
+        if minimise == "turned_away_per_s":
+            return {"turned_away_per_s": max(objective * factor, 1e-9)}
+        rate = sum(rate for rate, _ in self.sizer.rates.values())
+        return {"quality": 1.0 - objective / rate * factor}
+
+    def objective(self, sizing: Sizing) -> float:
+        """The figure that the scenario minimises, of a plan by formula."""
+        minimise = self.scenario.search.minimise
+        if minimise == "usd_per_hour":
+            return sizing.usd_per_hour
+        if minimise == "latency_p95_s":
+            return self.sizer.quantile(sizing, 0.95)
+        rates = {name: rate for name, (rate, _) in self.sizer.rates.items()}
+        if minimise == "turned_away_per_s":
+            return sum(rates[name] * (1.0 - sum(share for share, _ in mix)) for name, mix in sizing.mixes.items())
+        return sum(
+            rates[name] * share * (1.0 - (o.quality or 0.0)) for name, mix in sizing.mixes.items() for share, o in mix
+        )
+
+    def _try(self, answer: Answer) -> Found:
+        """Try a plan under every condition, by the quickest means that tells."""
+        self._seen.add(_key(answer))
+        return self._tried(answer.mixes, answer.replicas, None)
+
+    def simulated(self, answer: Answer) -> Found:
+        """A plan, simulated whatever the formula thinks of it."""
+        return self._tried(answer.mixes, answer.replicas, "simulate")
+
+    def _confirmed(self, found: Found) -> Found:
+        """The same plan, simulated."""
+        return self._tried(found.mixes, found.replicas, "simulate")
+
+    def _tried(self, mixes: Mixes, replicas: Mapping[str, int], level: Level | None) -> Found:
+        jobs = [self._job(condition, mixes, replicas, level) for condition in self.conditions]
+        evaluations = tuple(self.evaluate(jobs))
+        sizing = self.sizer.assess(mixes, replicas)
+        at = next((k for k, one in enumerate(evaluations) if not one.feasible), 0)
+        where = "" if len(evaluations) == 1 or evaluations[at].feasible else f" under {self.conditions[at].name}"
+        self.tried.append(evaluated(f"{self.name}{where}: {fleet_text(replicas)}", evaluations[at], mixes))
+        return Found(mixes, replicas, sizing, evaluations, None)
+
+    def _job(self, condition: Condition, mixes: Mixes, replicas: Mapping[str, int], level: Level | None) -> Job:
+        scenario = condition.sizer.scenario
+        there = {name: replicas.get(name, 0) for name in scenario.pools}
+        deployment = deployment_of(self.priced(condition, mixes), there)
+        quickest = level or self.levels(scenario, deployment)
+        return Job(scenario, condition.sizer.profiles, deployment, quickest, condition.slowdowns)
+
+    def priced(self, condition: Condition, mixes: Mixes) -> Mixes:
+        """The same mixes as another condition prices them."""
+        if condition is self.conditions[0]:
+            return mixes
+        at = {
+            id(option): (name, j) for name, options in self.conditions[0].plans.items()
+            for j, option in enumerate(options) if option is not None
+        }  # fmt: skip
+        found: dict[str, tuple[tuple[float, Candidate], ...]] = {}
+        for name, mix in mixes.items():
+            there = [(share, condition.plans[name][at[id(option)][1]]) for share, option in mix]
+            found[name] = tuple((share, option) for share, option in there if option is not None)
+        return found
+
+    def _learn(self, last: Found) -> bool:
+        """Correct the formula of every condition under which the plan was late; whether any could be."""
+        grew = False
+        for condition, evaluation in zip(self.conditions, last.evaluations, strict=True):
+            if not evaluation.feasible:
+                grew = correct(condition.sizer, self.priced(condition, last.mixes), evaluation) or grew
+        return grew
+
+    def _say(self, incumbent: Found | None) -> None:
+        if incumbent is None:
+            self.progress(f"{self.name}: {len(self.tried)} tried, none holds yet")
+            return
+        best = self.objective(incumbent.sizing)
+        bound = best if self._reach is None else self._reach
+        gap = 0.0 if best <= 0.0 else 1.0 - bound / best
+        unit = UNITS[self.scenario.search.minimise]
+        self.progress(f"{self.name}: bound {bound:.2f}, incumbent {best:.2f} {unit}, gap {gap:.1%}")
+
+
+def _key(answer: Answer) -> object:
+    """What tells two proposals apart."""
+    parts = [(id(option), round(share, 6)) for mix in answer.mixes.values() for share, option in mix]
+    return tuple(answer.replicas.items()), tuple(parts)
+
+
+def deployment_of(mixes: Mixes, replicas: Mapping[str, int]) -> Deployment:
+    """Mixes and nodes as they are deployed."""
+    plans = {name: tuple(Share(share, option.plan) for share, option in mix) for name, mix in mixes.items() if mix}
+    return Deployment(dict(replicas), plans)
+
+
+def fleet_text(replicas: Mapping[str, int]) -> str:
+    """`3 x a100 and 1 x l40s`, or `no nodes`."""
+    rented = [f"{count} x {name}" for name, count in replicas.items() if count]
+    return " and ".join(rented) if rented else "no nodes"

@@ -1,0 +1,217 @@
+"""What savings, bound, margins, conflict, confidence and evidence of a capacity plan say, in plain sentences.
+
+Terminal, pages and explanation say the same, because all of them take it from here. Every sentence names its unit and
+by what the number is known: simulation, compiled recursion or formula.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, Evaluated, Margin, Relaxation, Saving
+from hybridsd_sim.pricing import Candidate
+from hybridsd_sim.scenario import ALL
+
+KNOWN_BY: Mapping[str, str] = {
+    "planned": "simulation", "simulate": "simulation", "screened": "compiled recursion", "screen": "compiled recursion",
+    "analytic": "formula",
+}  # fmt: skip
+"""By what a figure is known, for the policy of an `Evaluated` and for the level of an evaluation."""
+
+BETTER: Mapping[str, tuple[str, int, str, str]] = {
+    "usd_per_hour": ("USD/h", 2, "save {}", "cost {} more"),
+    "latency_p95_s": ("s", 2, "lower the p95 latency by {}", "raise the p95 latency by {}"),
+    "quality": ("CLIP", 4, "lower the CLIP score by {}", "raise the CLIP score by {}"),
+}
+"""Unit and decimals of what a margin moves, and what its falling and its rising are called."""
+
+Mix = Sequence[tuple[float, Candidate]]
+"""How a class's requests are shared out over plans."""
+
+ROUNDING = 1e-6
+"""Shares whose sum is this close to 1 leave nobody out."""
+
+LEAST_SHARE = 0.001
+"""Shares of requests below this are not worth a word."""
+
+NORMAL_95 = 1.959964
+"""Two-sided 95% point of the normal distribution."""
+
+
+def first_upper(text: str) -> str:
+    """A sentence's beginning."""
+    return text[:1].upper() + text[1:]
+
+
+def quantity(value: float, unit: str = "", digits: int = 4) -> str:
+    """A number to some significant digits, without an exponent, and its unit."""
+    rounded = float(f"{value:.{digits - 1}e}")
+    return f"{rounded:,.12g} {unit}".rstrip()
+
+
+def turned_away(mix: Mix) -> float:
+    """The share of a class's requests that no plan serves; 0 within rounding."""
+    missing = 1.0 - sum(share for share, _ in mix)
+    return missing if mix and missing > ROUNDING else 0.0
+
+
+# ---- Savings --------------------------------------------------------------------------------------------------------
+
+
+def _score(plan: CapacityPlan) -> float | None:
+    """Mean CLIP score of the chosen plan as it was simulated; None if nobody knows it."""
+    score = float(plan.chosen_result.summary.xs(ALL, level="request_class").iloc[0]["quality_mean"])
+    return None if math.isnan(score) else score
+
+
+def savings_in_words(plan: CapacityPlan) -> Iterator[str]:
+    """A sentence for each plan of another kind: dollars and quality, or why it does not hold."""
+    yield from (_saving_in_words(saving, plan) for saving in plan.savings)
+
+
+def _saving_in_words(saving: Saving, plan: CapacityPlan) -> str:
+    if not saving.holds:
+        return f"{first_upper(saving.other)} does not hold: {saving.reason.rstrip('.')}."
+    own = plan.usd_per_hour
+    if saving.usd_per_hour is None or own is None:
+        return f"What the plan saves against {saving.other} is not known: a price is missing."
+    known = next((other.policy for other in plan.baselines if other.name == saving.other), "planned")
+    dollars = f"{own:.2f} USD/h of rent against {own + saving.usd_per_hour:.2f}"
+    rest = f"{_loss(saving, plan)}{_unserved(saving)}"
+    return f"It costs {_compared(saving)}: {dollars}, both by {KNOWN_BY.get(known, known)}{rest}."
+
+
+def _compared(saving: Saving) -> str:
+    """`40% less than ...`, or `as much as ...` within half a percent."""
+    dollars, share, other = saving.usd_per_hour or 0.0, saving.share, saving.other
+    if abs(dollars) < 0.005 or (share is not None and abs(share) < 0.005):
+        return f"as much as {other}"
+    amount = f"{abs(dollars):.2f} USD/h" if share is None else f"{abs(share):.0%}"
+    return f"{amount} {'less' if dollars > 0 else 'more'} than {other}"
+
+
+def _unserved(saving: Saving) -> str:
+    """What is turned away, where either plan turns anybody away."""
+    mine, theirs = saving.unserved
+    if max(mine, theirs) < LEAST_SHARE:
+        return ""
+    return f", leaving {mine:.1%} of the requests unserved against {theirs:.1%}"
+
+
+def _loss(saving: Saving, plan: CapacityPlan) -> str:
+    score = _score(plan)
+    if saving.quality is None:
+        return "; the change in CLIP score is not known"
+    if abs(saving.quality) < 5e-5:
+        return ", with the same CLIP score" + ("" if score is None else f" of {score:.4f}")
+    if score is None:
+        return f", with a CLIP score {'lower' if saving.quality < 0 else 'higher'} by {abs(saving.quality):.4f}"
+    return f", with a CLIP score of {score:.4f} against {score - saving.quality:.4f} ({saving.quality:+.4f})"
+
+
+# ---- The bound ------------------------------------------------------------------------------------------------------
+
+
+def bound_of(plan: CapacityPlan) -> tuple[float, float, float] | None:
+    """The bound, what the chosen plan costs (rent and metered egress), in USD an hour, and the gap as a share of it.
+
+    None where the plan does not hold, where no bound is known or where a price is missing.
+    """
+    bound, cost = plan.bound_usd_per_hour, plan.cost_usd_per_hour
+    if bound is None or cost is None or not plan.feasible:
+        return None
+    return bound, cost, max(0.0, 1.0 - bound / cost) if cost else 0.0
+
+
+def bound_in_words(plan: CapacityPlan) -> str:
+    """How far the chosen plan can be from the cheapest that holds; empty where no bound is known."""
+    found = bound_of(plan)
+    if found is None:
+        return ""
+    bound, cost, gap = found
+    return (
+        f"The search found no plan under {bound:.2f} USD/h: what the formula puts within reach was tried, each part of "
+        f"a mix in time by itself. The plan costs {cost:.2f} USD/h with what is sent to the edge: gap {gap:.1%}."
+    )
+
+
+# ---- Margins, conflict, confidence, evidence ------------------------------------------------------------------------
+
+
+def margin_in_words(margin: Margin) -> str:
+    """What one more second, dollar or point buys, or what it costs."""
+    change, (before, after) = first_upper(margin.change), (margin.before, margin.after)
+    unit, decimals, falls, rises = BETTER.get(
+        margin.figure, ("", 4, f"lower {margin.figure} by {{}}", f"raise {margin.figure} by {{}}")
+    )
+
+    def amount(value: float) -> str:
+        return f"{value:.{decimals}f} {unit}".rstrip()
+
+    if after is None:
+        return f"{change}: no plan would hold (by formula)." if before is not None else f"{change} does not help."
+    if before is None:
+        return f"{change} would make a plan possible, at {amount(after)} (by formula)."
+    moved = after - before
+    if abs(moved) < 0.5 * 10**-decimals:
+        return f"{change} buys nothing and costs nothing: {amount(after)} with and without (by formula)."
+    what = (falls if moved < 0 else rises).format(amount(abs(moved)))
+    return f"{change} would {what}: {after:.{decimals}f} instead of {amount(before)} (by formula)."
+
+
+def conflict_in_words(conflict: Sequence[Relaxation]) -> str:
+    """How many constraints cannot be met together."""
+    return (
+        "This constraint cannot hold by itself."
+        if len(conflict) == 1
+        else f"These {len(conflict)} constraints cannot hold together; any {len(conflict) - 1} of them could."
+    )
+
+
+def relaxation_in_words(relaxation: Relaxation) -> str:
+    """A constraint of the conflict, and the least change of it alone that makes a plan possible."""
+    name, asked, needed, unit = relaxation.constraint, relaxation.asked, relaxation.needed, relaxation.unit
+    if needed is None:
+        stands = "" if asked is None else f", {quantity(asked, unit)} asked"
+        return f"{first_upper(name)}{stands}: no change of it alone helps."
+    if asked is None:
+        return f"{first_upper(name)}: {quantity(needed, unit)} would do, all else as it is (by formula)."
+    digits = next(n for n in (4, 6, 9, 17) if n == 17 or quantity(asked, "", n) != quantity(needed, "", n))
+    changed = f"{quantity(needed, unit, digits)} instead of {quantity(asked, unit, digits)}"
+    return f"{first_upper(name)}: {changed} would do, all else as it is (by formula)."
+
+
+def probability_interval(share: float, draws: int) -> tuple[float, float]:
+    """The 95% interval of a share of independent draws (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
+    if draws <= 0:
+        return 0.0, 1.0
+    square = NORMAL_95**2 / draws
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def confidence_in_words(confidence: Confidence) -> str:
+    """How sure the plan is, given the intervals of the modelled step costs, and whether that is what was asked."""
+    low, high = probability_interval(confidence.probability, confidence.draws)
+    grounds = f"{confidence.draws:,} draws by {KNOWN_BY.get(confidence.level, confidence.level)}"
+    text = (
+        f"With the intervals of the modelled step costs the plan holds with probability {confidence.probability:.3g} "
+        f"({grounds}, 95% interval {low:.2f} to {high:.2f})"
+    )
+    if confidence.asked is None:
+        return f"{text}."
+    reached = "" if confidence.probability >= confidence.asked else ", which it does not reach"
+    return f"{text}; asked {confidence.asked:g}{reached}."
+
+
+def evidence_in_words(evidence: Sequence[Evaluated]) -> str:
+    """How many capacity plans were tried, and how; empty for none."""
+    if not evidence:
+        return ""
+    ways = Counter(KNOWN_BY.get(point.policy, point.policy) for point in evidence)
+    counted = ", ".join(f"{count} by {way}" for way, count in ways.most_common())
+    plans = "1 capacity plan was" if len(evidence) == 1 else f"{len(evidence)} capacity plans were"
+    return f"{plans} tried in the search, on the same requests: {counted}."

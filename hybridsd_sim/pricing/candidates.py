@@ -1,0 +1,324 @@
+"""Which plans are legal for a request class on a fleet, and why the others are not.
+
+Takes every plan of the scenario's search space (`search_space`); refuses with a reason what breaks a rule (method,
+memory, node size, latent space, text encoder); prices the rest. `prune` keeps the plans that no other beats in
+everything, `slowed` says what becomes of a plan where a site is slower.
+
+What a policy may choose from: the candidates of each class on rented pools, priced anew for other request sizes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import isclose
+from typing import Any
+
+from hybridsd_sim.errors import IllegalPlanError, InputError, MissingDataError, Problem
+from hybridsd_sim.perf import find_method
+from hybridsd_sim.plan import Deployment, Plan, Request
+from hybridsd_sim.pricing.plan_cost import PlanCost
+from hybridsd_sim.pricing.pricer import batch_seconds, price
+from hybridsd_sim.pricing.search_space import enumerate_plans, plan_problems, request_of
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.scenario import Scenario
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Most joules of the edge device and most dollars that one image may take; None is no limit."""
+
+    edge_energy_j: float | None = None
+    usd: float | None = None
+
+    def hold(self, cost: PlanCost) -> bool:
+        """Whether a price keeps them. An unknown figure meets no limit."""
+        return (self.edge_energy_j is None or _within(cost.edge_energy_j, self.edge_energy_j, cost)) and (
+            self.usd is None or _within(cost.usd, self.usd, cost)
+        )
+
+
+def _within(figure: float | None, limit: float, cost: PlanCost) -> bool:
+    return figure is not None and figure / cost.request.num_images <= limit
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A legal, priced plan for one request class, with the few numbers that policies compare.
+
+    `pool_index` and `fleet_index` are positions in the scenario's pools and edge fleets, -1 without. Seconds are at the
+    network's median rates and an idle fleet. `batch_s` are the cloud's seconds for 1, 2, ... `plan.batch_cap` requests
+    denoised together; the first is `cloud_s`. `limits` are those that `meets_floor` holds the price against, besides
+    the quality floor.
+    """
+
+    request_class: str
+    plan: Plan
+    cost: PlanCost
+    pool_index: int
+    fleet_index: int
+    degree: int
+    cloud_s: float
+    edge_s: float
+    latency_s: float
+    usd_or_inf: float
+    quality: float | None
+    cloud_steps: int
+    edge_steps: int
+    meets_slo: bool
+    meets_floor: bool
+    batch_s: tuple[float, ...]
+    limits: Limits = Limits()
+
+    @property
+    def gpu_seconds(self) -> float:
+        """GPU-seconds of one request where the gang always has as many of them together as it may."""
+        alone, together = self.cost.gpu_seconds, self.batch_s[-1] * self.degree / len(self.batch_s)
+        return alone if isclose(alone, together, rel_tol=1e-9) else together
+
+    @property
+    def full_batch_latency_s(self) -> float:
+        """Seconds from arrival to image of a request that is denoised in a full batch, without waiting."""
+        return self.latency_s + (self.batch_s[-1] - self.cloud_s)
+
+    @property
+    def switch_share(self) -> float:
+        return self.cloud_steps / (self.cloud_steps + self.edge_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A plan that cannot run, and the first reason why."""
+
+    request_class: str
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateSet:
+    """Candidates per request class, cheapest first, and what was refused."""
+
+    by_class: Mapping[str, tuple[Candidate, ...]]
+    refusals: tuple[Refusal, ...]
+
+    def refusal_counts(self) -> dict[tuple[str, str], int]:
+        """How often each (class, reason) refused a plan."""
+        counts: dict[tuple[str, str], int] = {}
+        for refusal in self.refusals:
+            key = (refusal.request_class, refusal.reason)
+            counts[key] = counts.get(key, 0) + 1
+        return counts
+
+
+def check_names(scenario: Scenario, profiles: Profiles) -> None:
+    """Raise one `InputError` naming every device, GPU, model, network or method that the profiles do not hold."""
+    problems: list[Problem] = []
+    for place, look_up, name in _named(scenario, profiles):
+        try:
+            look_up(name)
+        except InputError as error:
+            problems += [Problem(place, p.value, p.rule, p.remedy) for p in error.problems]
+    if problems:
+        raise InputError(problems)
+
+
+def _named(scenario: Scenario, profiles: Profiles) -> Iterator[tuple[str, Any, str]]:
+    for name, spec in scenario.requests.items():
+        yield f"requests.{name}.model", profiles.model, spec.model
+        for small in spec.small_models:
+            yield f"requests.{name}.small_models", profiles.model, small
+    for name, fleet in scenario.edge.items():
+        yield f"edge.{name}.device", profiles.edge_device, fleet.device
+        yield f"edge.{name}.network", profiles.network, fleet.network
+    for name, pool in scenario.pools.items():
+        yield f"pools.{name}.gpu", profiles.device, pool.gpu
+        yield f"pools.{name}.runtime", profiles.runtime, pool.runtime
+        if pool.interconnect is not None:
+            yield f"pools.{name}.interconnect", profiles.interconnect, pool.interconnect
+    for method in scenario.search.methods:
+        yield "search.methods", find_method, method
+
+
+def find_candidates(scenario: Scenario, profiles: Profiles) -> CandidateSet:
+    """Every legal plan of every request class, priced, cheapest first, and every refusal with its reason."""
+    check_names(scenario, profiles)
+    refusals: list[Refusal] = []
+    by_class: dict[str, tuple[Candidate, ...]] = {}
+    with _collection_paused():
+        for name, spec in scenario.requests.items():
+            request = request_of(name, spec)
+            found = []
+            for plan in enumerate_plans(scenario, profiles, name):
+                try:
+                    found.append(make_candidate(scenario, profiles, request, plan))
+                except (IllegalPlanError, MissingDataError) as error:
+                    refusals.append(Refusal(name, plan.label, str(error.problems[0])))
+            by_class[name] = tuple(
+                sorted(found, key=lambda option: (option.usd_or_inf, option.latency_s, option.plan.label))
+            )
+    return CandidateSet(by_class, tuple(refusals))
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: candidates are kept, so that looking through them again and again is in vain."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, plan: Plan) -> Candidate:
+    """Check and price one plan. Raises `IllegalPlanError` or `MissingDataError` with the reason."""
+    problems = plan_problems(plan, request, profiles)
+    if problems:
+        raise IllegalPlanError(problems)
+    prefer = scenario.search.prefer_sources
+    cost = price(plan, request, profiles, prefer=prefer)
+    cloud, edge = plan.cloud_stages, plan.edge_stages
+    pools, fleets = list(scenario.pools), list(scenario.edge)
+    spec, cloud_s = scenario.requests[request.request_class], cost.cloud_s
+    edge_held = [part.seconds for part in cost.parts if part.tier == "edge" and part.critical]
+    limits, latency_s, usd = limits_of(scenario, request.request_class), cost.latency_s, cost.usd
+    batched = plan.batch_cap > 1
+    return Candidate(
+        request_class=request.request_class,
+        plan=plan,
+        cost=cost,
+        pool_index=pools.index(cloud[0].site.name) if cloud else -1,
+        fleet_index=fleets.index(spec.origin) if edge_held else -1,
+        degree=max((stage.degree for stage in cloud), default=0),
+        cloud_s=cloud_s,
+        edge_s=sum(edge_held),
+        latency_s=latency_s,
+        usd_or_inf=float("inf") if usd is None else usd,
+        quality=cost.quality.clip,
+        cloud_steps=sum(stage.num_steps for stage in cloud),
+        edge_steps=sum(stage.num_steps for stage in edge),
+        meets_slo=request.slo_s is None or latency_s <= request.slo_s,
+        meets_floor=_meets_floor(cost, limits),
+        batch_s=batch_seconds(plan, request, profiles, prefer=prefer) if batched else (cloud_s,),
+        limits=limits,
+    )
+
+
+def limits_of(scenario: Scenario, class_name: str) -> Limits:
+    """The per-image limits of a class and of the budget, the tighter of two."""
+    spec = scenario.requests[class_name]
+    energies = (spec.edge_energy_j, scenario.budget.edge_energy_j_per_image)
+    return Limits(min((limit for limit in energies if limit is not None), default=None), spec.usd_per_image)
+
+
+def _meets_floor(cost: PlanCost, limits: Limits) -> bool:
+    """Whether a price meets the quality floor, which unknown quality never does, and every limit of an image."""
+    floor, quality = cost.request.quality_floor, cost.quality.clip
+    return (floor is None or (quality is not None and quality >= floor)) and limits.hold(cost)
+
+
+def slowed(candidate: Candidate, factors: Mapping[str, float]) -> Candidate:
+    """The candidate where every second at a named pool or edge fleet takes its factor times as long.
+
+    Seconds with their intervals, dollars of devices and joules grow with it; transfers do not. Whether SLO, floor and
+    limits hold is asked again. Where no site of the plan has a factor other than 1, the candidate itself comes back.
+    """
+    parts = tuple(part.slowed(factors) for part in candidate.cost.parts)
+    if all(ours is theirs for ours, theirs in zip(parts, candidate.cost.parts, strict=True)):
+        return candidate
+    cost = replace(candidate.cost, parts=parts)
+    slo_s, latency_s, usd, cloud_s = cost.request.slo_s, cost.latency_s, cost.usd, cost.cloud_s
+    ratio = cloud_s / candidate.cloud_s if candidate.cloud_s else 1.0
+    return replace(
+        candidate,
+        cost=cost,
+        cloud_s=cloud_s,
+        batch_s=(cloud_s, *(ratio * seconds for seconds in candidate.batch_s[1:])),
+        edge_s=sum(part.seconds for part in parts if part.tier == "edge" and part.critical),
+        latency_s=latency_s,
+        usd_or_inf=float("inf") if usd is None else usd,
+        meets_slo=slo_s is None or latency_s <= slo_s,
+        meets_floor=_meets_floor(cost, candidate.limits),
+    )
+
+
+def pool_usd_per_gpu_hour(scenario: Scenario, profiles: Profiles, name: str) -> float | None:
+    """The scenario's own price of a pool's GPU, else the catalogue's; None when nobody knows."""
+    pool = scenario.pools[name]
+    if pool.usd_per_gpu_hour is not None:
+        return pool.usd_per_gpu_hour
+    row = profiles.gpu_price(pool.gpu, pool.purchase, pool.provider)
+    return None if row is None else row.usd
+
+
+def rental_usd_per_hour(scenario: Scenario, profiles: Profiles, replicas: Mapping[str, int]) -> float | None:
+    """Dollars an hour of the nodes rented, used or not; None when the price of a rented pool is unknown."""
+    rented = [name for name in scenario.pools if replicas.get(name, 0)]
+    rates = {name: pool_usd_per_gpu_hour(scenario, profiles, name) for name in rented}
+    if any(rate is None for rate in rates.values()):
+        return None
+    return sum(replicas[name] * scenario.pools[name].gpus_per_node * (rates[name] or 0.0) for name in rented)
+
+
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """Prices plans for requests of a scenario. `slowdowns` multiply every second spent at the sites they name."""
+
+    scenario: Scenario
+    profiles: Profiles
+    slowdowns: Mapping[str, float] = field(default_factory=dict)
+
+    def priced(self, request: Request, plan: Plan) -> Candidate:
+        """The candidate that a plan makes for a request."""
+        return self.slowed(make_candidate(self.scenario, self.profiles, request, plan))
+
+    def slowed(self, candidate: Candidate) -> Candidate:
+        """The candidate at the sites' own pace: itself where nothing is slower."""
+        return slowed(candidate, self.slowdowns) if self.slowdowns else candidate
+
+
+def found_options(pricing: Pricing, known: CandidateSet | None) -> CandidateSet:
+    """The candidates of every class, found anew unless they are `known`."""
+    found = known or find_candidates(pricing.scenario, pricing.profiles)
+    if not pricing.slowdowns:
+        return found
+    by_class = {name: tuple(pricing.slowed(option) for option in options) for name, options in found.by_class.items()}
+    return CandidateSet(by_class, found.refusals)
+
+
+def planned_options(pricing: Pricing, plan: Deployment | None) -> CandidateSet:
+    """The plan's own candidates, one for each part of each class's mix. Raises `InputError` without a plan."""
+    if plan is None:
+        raise InputError(Problem("policy", "planned", "follows a plan, and none was given", "Pass a plan.yaml."))
+    by_class = {
+        name: tuple(pricing.priced(request_of(name, spec), part.plan) for part in plan.plans.get(name, ()))
+        for name, spec in pricing.scenario.requests.items()
+    }
+    return CandidateSet(by_class, ())
+
+
+class Offers:
+    """The candidates a policy may choose from: each class's `own` on rented pools, priced anew for other sizes."""
+
+    def __init__(self, pricing: Pricing, options: CandidateSet, replicas: Mapping[str, int]) -> None:
+        self._pricing = pricing
+        self._specs = list(pricing.scenario.requests.items())
+        rented = {index for index, nodes in enumerate(replicas.values()) if nodes} | {-1}
+        self.own = [tuple(o for o in options.by_class[name] if o.pool_index in rented) for name, _ in self._specs]
+        self._variants: dict[tuple[int, tuple[int, int]], tuple[Candidate, ...]] = {}
+
+    def variant(self, class_index: int, shape: tuple[int, int]) -> tuple[Candidate, ...]:
+        """A class's candidates for requests of another `shape`: (steps, images)."""
+        key = (class_index, shape)
+        if key not in self._variants:
+            self._variants[key] = self._priced(class_index, *shape)
+        return self._variants[key]
+
+    def _priced(self, class_index: int, steps: int, images: int) -> tuple[Candidate, ...]:
+        name, spec = self._specs[class_index]
+        request = replace(request_of(name, spec), num_inference_steps=steps, num_images=images)
+        return tuple(self._pricing.priced(request, option.plan.rescaled(steps)) for option in self.own[class_index])

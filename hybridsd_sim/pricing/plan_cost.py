@@ -1,0 +1,165 @@
+"""What a price is made of: parts with seconds, dollars, joules and bytes, and the totals that they sum to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from hybridsd_sim.plan import KIND_ORDER, Kind, Plan, Request
+from hybridsd_sim.pricing.quality import Quality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One component of a price: what, where, how long, and what it costs.
+
+    `devices` are GPUs (or the one edge device) held; 0 for a transfer. `low_s` and `high_s` bound the seconds at 90%.
+    `critical` parts add to the latency; the edge's own text encoding runs beside the cloud and does not. `usd` or
+    `energy_j` None means unknown, with the reason in `unknown`. `within` is false where the figure lies outside what
+    was measured or quoted for that device.
+    """
+
+    name: str
+    where: str
+    tier: str
+    seconds: float
+    low_s: float
+    high_s: float
+    devices: int = 0
+    usd: float | None = 0.0
+    energy_j: float | None = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    comm_bytes: float = 0.0
+    comm_exposed_s: float = 0.0
+    kind: Kind = "modelled"
+    sources: tuple[str, ...] = ()
+    note: str = ""
+    unknown: str = ""
+    within: bool = True
+    critical: bool = True
+
+    def slowed(self, factors: Mapping[str, float]) -> Part:
+        """The part at a site whose every second takes `factors[name of the site]` times as long; transfers stay."""
+        factor = 1.0 if self.tier == "network" else factors.get(self.where, 1.0)
+        if factor == 1.0:
+            return self
+        return replace(
+            self,
+            seconds=factor * self.seconds,
+            low_s=factor * self.low_s,
+            high_s=factor * self.high_s,
+            usd=None if self.usd is None else factor * self.usd,
+            energy_j=None if self.energy_j is None else factor * self.energy_j,
+            comm_exposed_s=factor * self.comm_exposed_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanCost:
+    """What one request under one plan costs without contention. Every total is the sum of its parts."""
+
+    plan: Plan
+    request: Request
+    parts: tuple[Part, ...]
+    quality: Quality
+    flops: float
+    flops_without_attention_products: float
+
+    @property
+    def latency_s(self) -> float:
+        """Arrival to image."""
+        return sum(part.seconds for part in self.parts if part.critical)
+
+    @property
+    def denoise_parts(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.name.startswith("denoise"))
+
+    @property
+    def denoise_s(self) -> float:
+        """The UNet loop alone, which is what the papers time."""
+        return sum(part.seconds for part in self.denoise_parts)
+
+    @property
+    def interval_s(self) -> tuple[float, float]:
+        """90% interval of `denoise_s`."""
+        return sum(part.low_s for part in self.denoise_parts), sum(part.high_s for part in self.denoise_parts)
+
+    @property
+    def latency_interval_s(self) -> tuple[float, float]:
+        """90% interval of `latency_s`, as wide as if every part were at the same end of its own."""
+        critical = [part for part in self.parts if part.critical]
+        return sum(part.low_s for part in critical), sum(part.high_s for part in critical)
+
+    @property
+    def comm_exposed_s(self) -> float:
+        return sum(part.comm_exposed_s for part in self.denoise_parts)
+
+    @property
+    def compute_s(self) -> float:
+        return self.denoise_s - self.comm_exposed_s
+
+    @property
+    def comm_bytes(self) -> float:
+        """Bytes that one GPU receives from the others over the whole request."""
+        return sum(part.comm_bytes for part in self.parts)
+
+    @property
+    def cloud_s(self) -> float:
+        """Seconds for which a gang is held."""
+        return sum(part.seconds for part in self.parts if part.tier == "cloud")
+
+    @property
+    def gpu_seconds(self) -> float:
+        return sum(part.seconds * part.devices for part in self.parts if part.tier == "cloud")
+
+    @property
+    def usd(self) -> float | None:
+        return _total(part.usd for part in self.parts)
+
+    @property
+    def edge_energy_j(self) -> float | None:
+        return _total(part.energy_j for part in self.parts)
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(part.bytes_down for part in self.parts)
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(part.bytes_up for part in self.parts)
+
+    @property
+    def kind(self) -> Kind:
+        """The weakest kind among the parts that take time."""
+        return _weakest([part for part in self.parts if part.seconds > 0])
+
+    @property
+    def steps_kind(self) -> Kind:
+        """The weakest kind among the denoising steps, transfers and all else apart."""
+        return _weakest(self.denoise_parts)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        found = (source for part in self.parts for source in part.sources)
+        return tuple(dict.fromkeys((*found, *self.quality.sources)))
+
+    @property
+    def unknowns(self) -> tuple[str, ...]:
+        """Why figures are None, for the reader."""
+        notes = [part.unknown for part in self.parts if part.unknown]
+        return tuple(dict.fromkeys([*notes, *([self.quality.note] if self.quality.clip is None else [])]))
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Parts whose figure lies outside what was timed, each with its reason."""
+        return tuple(f"{part.name} on {part.where}: {part.note}" for part in self.parts if not part.within)
+
+
+def _weakest(parts: Sequence[Part]) -> Kind:
+    return max((part.kind for part in parts), key=KIND_ORDER.__getitem__, default="modelled")
+
+
+def _total(values: Iterator[float | None]) -> float | None:
+    known = list(values)
+    return None if any(value is None for value in known) else sum(value or 0.0 for value in known)

@@ -1,0 +1,440 @@
+"""One request, one plan, nobody else there: from plain names and numbers to a price with its sources.
+
+What `hybridsd-sim predict` asks. With `--measured-step-s` the user's own one-GPU step joins the profiles as a measured
+row that goes before all others, and everything else is predicted from it.
+
+When several GPUs pay: a plan against the same on one GPU, over its own interconnect and over slower and faster ones.
+
+Exchange takes the longer the slower the interconnect, so that below some bandwidth a gang is slower than one of its
+GPUs (DistriFusion on PCIe may be). That bandwidth is found by bisection over `price`. What every message costs besides
+its bytes stays, so that a gang may also lose at any bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, inf, log
+from typing import Any
+
+from hybridsd_sim.errors import IllegalPlanError, InputError, Problem
+from hybridsd_sim.perf import METHODS, actual_link, find_method
+from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
+from hybridsd_sim.pricing.plan_cost import Part, PlanCost
+from hybridsd_sim.pricing.pricer import price
+from hybridsd_sim.pricing.quality import score_interval
+from hybridsd_sim.pricing.search_space import plan_problems
+from hybridsd_sim.profiles import CostRow, Gpu, Interconnect, Profiles
+
+RUNG = 1.01
+"""Bandwidths are tried this factor apart, so that the break-even one is known to 1%."""
+
+SLOWEST, FASTEST = 1e-3, 1e6
+"""Shares of the interconnect's own bandwidth between which they are tried; the fastest stands for infinity."""
+
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class BreakEven:
+    """A plan against the same on one GPU.
+
+    `speedup` is one GPU's `denoise_s` over the plan's. From `bandwidth_bytes_per_s` up the plan is no slower: 0 where
+    it is the faster even at `SLOWEST` of its interconnect's bandwidth, infinite where it is the slower at any. The 90%
+    intervals are those of the plan's own time; one GPU's is taken as it stands, since both share the device's errors.
+    """
+
+    speedup: float
+    speedup_interval: Pair
+    bandwidth_bytes_per_s: float
+    bandwidth_interval: Pair
+    sentence: str
+
+
+def against_one_gpu(cost: PlanCost, profiles: Profiles, *, prefer: Sequence[str] = ()) -> BreakEven | None:
+    """What the gang of a priced plan is worth; None for a plan of one GPU.
+
+    `profiles` and `prefer` are those that the plan was priced with.
+    """
+    gang = max(cost.plan.stages, key=lambda stage: stage.degree)
+    if gang.degree == 1:
+        return None
+    one_s = price(_on_one_gpu(cost.plan), cost.request, profiles, prefer=prefer).denoise_s
+    name = gang.site.interconnect or profiles.default_interconnect(gang.site.device)
+    link = actual_link(profiles, name, gang.degree)
+    ladder = _Ladder(cost, profiles, prefer, link)
+    even = ladder.first(lambda tried: tried.denoise_s, one_s)
+    interval = (
+        ladder.first(lambda tried: tried.interval_s[0], one_s),
+        ladder.first(lambda tried: tried.interval_s[1], one_s),
+    )
+    low_s, high_s = cost.interval_s
+    return BreakEven(
+        speedup=one_s / cost.denoise_s,
+        speedup_interval=(one_s / high_s, one_s / low_s),
+        bandwidth_bytes_per_s=even,
+        bandwidth_interval=interval,
+        sentence=_sentence(gang, link, one_s / cost.denoise_s, even),
+    )
+
+
+def _sentence(gang: Stage, link: Interconnect, speedup: float, even: float) -> str:
+    how = "slower than one GPU" if speedup < 1 else f"{speedup:.3g} times as fast as one GPU"
+    if even == 0:
+        why = f"it would be the faster even at 1/{1 / SLOWEST:g} of the bandwidth"
+    elif even == inf:
+        why = "no bandwidth would make it the faster"
+    else:
+        why = f"it pays from {even / 1e9:.3g} GB/s up, and {link.name} has {link.bandwidth_bytes_per_s / 1e9:.3g}"
+    return f"On {link.name} {gang.method} x{gang.degree} is {how}; {why}."
+
+
+def _on_one_gpu(plan: Plan) -> Plan:
+    stages = (replace(stage, method="single", degree=1, options=()) for stage in plan.stages)
+    return replace(plan, stages=tuple(stages))
+
+
+class _Ladder:
+    """An interconnect at other bandwidths, slowest first, alike in all else; one set of profiles holds every rung."""
+
+    def __init__(self, cost: PlanCost, profiles: Profiles, prefer: Sequence[str], link: Interconnect) -> None:
+        count = ceil(log(FASTEST / SLOWEST, RUNG)) + 1
+        self._cost, self._prefer = cost, prefer
+        self._rungs = [_at(link, SLOWEST * RUNG**index) for index in range(count)]
+        known = {**profiles.interconnects, **{rung.name: rung for rung in self._rungs}}
+        self._profiles = replace(profiles, interconnects=known)
+        self._tried: dict[str, PlanCost] = {}
+
+    def first(self, seconds: Callable[[PlanCost], float], at_most: float) -> float:
+        """The bandwidth from which a figure that falls with it is at most that: 0 below all rungs, inf above them.
+
+        Where an interval has a kink, because an exchange begins to hide, it is one of the crossings.
+        """
+        index = bisect_left(self._rungs, -at_most, key=lambda rung: -seconds(self._priced(rung)))
+        if index == 0:
+            return 0.0
+        return inf if index == len(self._rungs) else self._rungs[index].bandwidth_bytes_per_s
+
+    def _priced(self, rung: Interconnect) -> PlanCost:
+        if rung.name not in self._tried:
+            stages = (
+                replace(stage, site=replace(stage.site, interconnect=rung.name)) for stage in self._cost.plan.stages
+            )
+            plan = replace(self._cost.plan, stages=tuple(stages))
+            self._tried[rung.name] = price(plan, self._cost.request, self._profiles, prefer=self._prefer)
+        return self._tried[rung.name]
+
+
+def _at(link: Interconnect, share: float) -> Interconnect:
+    keys = ("bandwidth_bytes_per_s", "bandwidth_low", "bandwidth_high")
+    rates = {key: getattr(link, key) * share for key in keys}
+    return link.model_copy(update={"name": f"{link.name} x {share!r}", "beyond_pairs": None, **rates})
+
+
+CLOUD, EDGE = "cloud", "edge"
+
+OWN_STEP = "--measured-step-s"
+
+MOST_GPUS, MOST_PX, MOST_STEPS, MOST_GUIDANCE, MOST_IMAGES = 64, 16384, 1000, 100, 64
+"""The largest values that a scenario takes too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """The question: a model on a GPU, perhaps handed over to a small model on an edge device.
+
+    Without an edge device the small model runs on the cloud's GPU, as in the papers; without a network no transfer is
+    counted. One side of the image alone means a square; none means the model's native size. `num_images` are denoised
+    together.
+    """
+
+    model: str
+    gpu: str
+    interconnect: str | None = None
+    method: str = "single"
+    degree: int = 1
+    options: Options = ()
+    small_model: str | None = None
+    switch_step: int | None = None
+    edge_device: str | None = None
+    network: str | None = None
+    height_px: int | None = None
+    width_px: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    num_images: int = 1
+    measured_step_s: float | None = None
+    runtime: str = "eager"
+
+
+def prediction(ask: Ask, profiles: Profiles) -> dict[str, Any]:
+    """What `predict` prints: the figures of `to_json`, then the plan against the same on one GPU.
+
+    `against_one_gpu` says in words what `speedup` and `break_even_bandwidth_bytes_per_s` are, and why there is no such
+    bandwidth where that is None; all of them are None on one GPU. Raises `InputError` as `predict_cost` does.
+    """
+    known, cost = _answer(ask, profiles)
+    return to_json(cost) | _compared(against_one_gpu(cost, known, prefer=(OWN_STEP,)))
+
+
+def _compared(found: BreakEven | None) -> dict[str, Any]:
+    """A bandwidth of nothing or of infinity is one that no interconnect has."""
+    keys = ("speedup", "speedup_interval", "break_even_bandwidth_bytes_per_s", "break_even_interval_bytes_per_s")
+    if found is None:
+        return dict.fromkeys((*keys, "against_one_gpu"))
+    bandwidths = (found.bandwidth_bytes_per_s, *found.bandwidth_interval)
+    even, *interval = (value if 0 < value < math.inf else None for value in bandwidths)
+    figures = (found.speedup, list(found.speedup_interval), even, interval)
+    return dict(zip(keys, figures, strict=True)) | {"against_one_gpu": found.sentence}
+
+
+def predict_cost(ask: Ask, profiles: Profiles) -> PlanCost:
+    """The price of the asked plan. Raises `InputError` with everything that is wrong with the question."""
+    return _answer(ask, profiles)[1]
+
+
+def _answer(ask: Ask, profiles: Profiles) -> tuple[Profiles, PlanCost]:
+    """The profiles with the user's own measurement, and the price by them."""
+    profiles = _with_own_gpu(ask, profiles)
+    _check(ask, profiles)
+    native = profiles.model(ask.model).native_px
+    request = Request(
+        model=ask.model,
+        height_px=ask.height_px or ask.width_px or native,
+        width_px=ask.width_px or ask.height_px or native,
+        num_inference_steps=ask.num_inference_steps,
+        guidance_scale=ask.guidance_scale,
+        num_images=ask.num_images,
+    )
+    if ask.measured_step_s is not None:
+        profiles = profiles.with_costs((_own_row(ask, request, ask.measured_step_s),))
+    try:
+        return profiles, _priced(asked_plan(ask, profiles), request, profiles)
+    except InputError as error:
+        raise type(error)(_of_flag(problem, ask) for problem in error.problems) from None
+
+
+def _with_own_gpu(ask: Ask, profiles: Profiles) -> Profiles:
+    """The profiles and, where a step was measured on a GPU that they lack, that GPU: its memory and price unknown."""
+    if ask.measured_step_s is None or ask.gpu in profiles.gpus:
+        return profiles
+    if ask.interconnect is None and ask.degree > 1:
+        rule = f"the catalogue does not have {ask.gpu} and what joins several of it"
+        raise InputError(Problem("--interconnect", "not given", rule, f"One of {', '.join(profiles.interconnects)}."))
+    own = Gpu(
+        name=ask.gpu, label=ask.gpu, default_interconnect=ask.interconnect or next(iter(profiles.interconnects)),
+        usable_memory_fraction=1.0, kind="modelled", source=OWN_STEP, source_date="now",
+    )  # fmt: skip
+    return replace(profiles, gpus={**profiles.gpus, ask.gpu: own})
+
+
+def _priced(plan: Plan, request: Request, profiles: Profiles) -> PlanCost:
+    if problems := plan_problems(plan, request, profiles):
+        raise IllegalPlanError(problems)
+    return price(plan, request, profiles, prefer=(OWN_STEP,))
+
+
+def _of_flag(problem: Problem, ask: Ask) -> Problem:
+    """The problem at the option of the command line that the rule's place stands for."""
+    place = problem.place
+    flags = {ask.small_model: "--small-model", f"memory of {CLOUD}": "--gpu", f"memory of {EDGE}": "--edge-device"}
+    if place in {"degree", "guidance_scale", "height_px", "width_px"}:
+        place = f"--{place.replace('_', '-')}"
+    elif place in find_method(ask.method).defaults:
+        place = f"--option {place}"
+    elif place == "device":
+        place = "--edge-device" if problem.value == ask.edge_device else "--gpu"
+    place = flags.get(place, place)
+    return replace(problem, place=place, remedy=problem.remedy or f"Choose another {place}.")
+
+
+def asked_plan(ask: Ask, profiles: Profiles) -> Plan:
+    """The plan in question: cloud-only, hybrid, or edge-only at switch step 0."""
+    steps = ask.num_inference_steps
+    switch = steps if ask.switch_step is None else ask.switch_step
+    cloud = _cloud_site(ask)
+    stages = []
+    if switch > 0:
+        spread = Stage(start=0, stop=switch, model=ask.model, site=cloud, method=ask.method, degree=ask.degree)
+        stages.append(replace(spread, options=ask.options))
+    if switch < steps:
+        site = cloud if ask.edge_device is None else _edge_site(ask.edge_device, profiles)
+        stages.append(Stage(start=switch, stop=steps, model=ask.small_model or ask.model, site=site))
+    last = stages[-1].site.name
+    return Plan(stages=tuple(stages), text_encode_site=last, vae_site=last, network=ask.network)
+
+
+def _cloud_site(ask: Ask) -> Site:
+    return Site(
+        name=CLOUD,
+        tier="cloud",
+        device=ask.gpu,
+        runtime=ask.runtime,
+        gpus_per_node=ask.degree,
+        interconnect=ask.interconnect,
+    )
+
+
+def _edge_site(name: str, profiles: Profiles) -> Site:
+    """The edge device under its own runtime."""
+    device = profiles.edge_device(name)
+    return Site(
+        name=EDGE, tier="edge", device=device.name, runtime=device.default_runtime, precision=device.default_precision
+    )
+
+
+def _own_row(ask: Ask, request: Request, seconds: float) -> CostRow:
+    """The user's measurement: one guided step of one image, whatever the request's own guidance and images."""
+    return CostRow(
+        device=ask.gpu,
+        runtime=ask.runtime,
+        precision="fp16",
+        model=ask.model,
+        component="step",
+        height_px=request.height_px,
+        width_px=request.width_px,
+        batch_size=1,
+        guidance=True,
+        method="single",
+        degree=1,
+        seconds_median=seconds,
+        kind="measured",
+        source=OWN_STEP,
+        source_date="now",
+    )
+
+
+def _check(ask: Ask, profiles: Profiles) -> None:
+    """Raise one `InputError` with every unknown name, every number out of range and every option that does not fit."""
+    problems: list[Problem] = []
+    looked_up = [
+        ("--model", profiles.model, ask.model),
+        ("--gpu", profiles.gpu, ask.gpu),
+        ("--interconnect", profiles.interconnect, ask.interconnect),
+        ("--method", find_method, ask.method),
+        ("--small-model", profiles.model, ask.small_model),
+        ("--edge-device", profiles.edge_device, ask.edge_device),
+        ("--network", profiles.network, ask.network),
+        ("--runtime", profiles.runtime, ask.runtime),
+    ]
+    for flag, look_up, name in looked_up:
+        if name is not None:
+            try:
+                look_up(name)
+            except InputError as error:
+                problems += [replace(problem, place=flag) for problem in error.problems]
+    problems += [*_number_problems(ask), *_option_problems(ask)]
+    if problems:
+        raise InputError(problems)
+
+
+def _number_problems(ask: Ask) -> Iterator[Problem]:
+    steps, switch, small, own = ask.num_inference_steps, ask.switch_step, ask.small_model, ask.measured_step_s
+    default = "Leave it out for the default."
+    for flag, value, low, high in (
+        ("--degree", ask.degree, 1, MOST_GPUS),
+        ("--height-px", ask.height_px, 64, MOST_PX),
+        ("--width-px", ask.width_px, 64, MOST_PX),
+        ("--num-inference-steps", steps, 1, MOST_STEPS),
+        ("--guidance-scale", ask.guidance_scale, 0, MOST_GUIDANCE),
+        ("--num-images", ask.num_images, 1, MOST_IMAGES),
+        ("--switch-step", switch, 0, max(1, steps)),
+    ):
+        if value is not None and not low <= value <= high:
+            yield Problem(flag, str(value), f"must lie between {low} and {high}", default)
+    if own is not None and not 0 < own < math.inf:
+        yield Problem(OWN_STEP, str(own), "must be a finite number of seconds above 0", default)
+    if small is not None and switch is None:
+        yield Problem("--small-model", small, "needs a --switch-step", "Give the first step that it does.")
+    if small is None and switch is not None and switch != steps:
+        yield Problem("--switch-step", str(switch), "needs a --small-model", "Name the model that goes on.")
+
+
+def _option_problems(ask: Ask) -> Iterator[Problem]:
+    """Options that the method does not have, and values of another type than its default's."""
+    if ask.method in METHODS:
+        for problem in METHODS[ask.method].option_problems(dict(ask.options)):
+            key = problem.place.removeprefix(f"{ask.method} option")
+            yield replace(problem, place=f"--option{key}")
+
+
+def to_json(cost: PlanCost) -> dict[str, Any]:
+    """The contract's figures; what nobody knows is None, with the reason by figure under `unknown`.
+
+    `quality` is the CLIP score, `quality_fid` the FID (lower is better); `quality_note` says where the former was not
+    published as it stands. Where both are unknown for one reason, `unknown` gives it once, under `quality`. `outside`
+    lists the parts that lie outside what was timed; `parts` has every component with kind and sources.
+    """
+    rounds = sum(stage.num_steps for stage in cost.plan.stages)
+    return {
+        "latency_s": cost.latency_s,
+        "latency_interval_s": list(cost.latency_interval_s),
+        "images": cost.request.num_images,
+        "seconds_per_image": cost.latency_s / cost.request.num_images,
+        "denoise_s": cost.denoise_s,
+        "step_s": cost.denoise_s / rounds,
+        "compute_s": cost.compute_s,
+        "comm_exposed_s": cost.comm_exposed_s,
+        "comm_bytes": cost.comm_bytes,
+        "bytes_up": cost.bytes_up,
+        "bytes_down": cost.bytes_down,
+        "flops": cost.flops,
+        "flops_without_attention_products": cost.flops_without_attention_products,
+        "gpu_seconds": cost.gpu_seconds,
+        "usd": cost.usd,
+        "edge_energy_j": cost.edge_energy_j,
+        "quality": cost.quality.clip,
+        "quality_kind": None if cost.quality.clip is None else cost.quality.kind,
+        "quality_interval": score_interval("clip", cost.quality.clip, cost.quality.kind),
+        "quality_note": None if cost.quality.clip is None else cost.quality.note,
+        "quality_fid": cost.quality.fid,
+        "quality_fid_interval": score_interval("fid", cost.quality.fid, cost.quality.fid_score.kind),
+        "quality_fid_kind": None if cost.quality.fid is None else cost.quality.fid_score.kind,
+        "interval_s": list(cost.interval_s),
+        "kind": cost.kind,
+        "plan": cost.plan.label,
+        "sources": list(dict.fromkeys((*cost.sources, *cost.quality.fid_score.sources))),
+        "unknown": _unknown(cost),
+        "outside": list(cost.outside),
+        "parts": [_part(part) for part in cost.parts],
+    }
+
+
+def _unknown(cost: PlanCost) -> dict[str, str]:
+    """Why figures are None. A part says so in the last clause of its note."""
+    reasons = {
+        "usd": [part.unknown for part in cost.parts if part.usd is None],
+        "edge_energy_j": [part.unknown for part in cost.parts if part.energy_j is None],
+        "quality": [cost.quality.note] if cost.quality.clip is None else [],
+        "quality_fid": _fid_reason(cost),
+    }
+    return {name: "; ".join(dict.fromkeys(why)) for name, why in reasons.items() if why}
+
+
+def _fid_reason(cost: PlanCost) -> list[str]:
+    """Why the FID is unknown, unless the reader knows it from the CLIP score."""
+    quality, fid = cost.quality, cost.quality.fid_score
+    told = quality.clip is None and quality.note == fid.note
+    return [fid.note] if fid.value is None and not told else []
+
+
+def _part(part: Part) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "where": part.where,
+        "seconds": part.seconds,
+        "low_s": part.low_s,
+        "high_s": part.high_s,
+        "devices": part.devices,
+        "usd": part.usd,
+        "edge_energy_j": part.energy_j,
+        "bytes_up": part.bytes_up,
+        "bytes_down": part.bytes_down,
+        "comm_bytes": part.comm_bytes,
+        "kind": part.kind,
+        "critical": part.critical,
+        "note": part.note,
+        "sources": list(part.sources),
+    }

@@ -1,0 +1,362 @@
+"""The price of a plan when nobody else is there: seconds, dollars, joules, bytes and quality, by component.
+
+`price` walks the plan's components in order (text encoder, denoising stages, VAE decoder, delivery), puts a transfer
+wherever the next component runs on the other side of the access network, and returns parts that sum to the total. A
+gang holds all its GPUs from its first component to its last, so every cloud part is charged for the whole gang.
+
+What crosses the network: the prompt on the way up; at a switch step the latent, for multistep samplers the solver's
+history, and the text embedding unless the edge encodes the prompt itself (then both sides encode, and the edge does so
+while the cloud works); the latent alone before a VAE on the other side; the finished image on the way down. Tensors are
+serialised at the sender and parsed at the receiver, each with its checksum.
+
+What a phone takes end to end is more than the sum of its components. Where published pairs of both show such a gap, it
+is a part of its own, `device_overhead`, a share of what the components took there. Reloading models for lack of memory,
+which more than doubles a phone's time (Apple, SDXL: 77 s against 31 s at the same speed), is not modelled.
+
+Only denoising, and what follows from it, depends on how many steps a stage has. Everything else is priced once for all
+plans that differ in their switch steps alone, and their prices share these parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from hybridsd_sim.perf import StageTimer, Work, component_law_s, option_types, timer_of, unet_layers, work
+from hybridsd_sim.plan import KIND_ORDER, Kind, Plan, Request, Site, Stage
+from hybridsd_sim.pricing.plan_cost import Part, PlanCost
+from hybridsd_sim.pricing.quality import quality_of
+from hybridsd_sim.pricing.transfers import (
+    PROMPT_BYTES,
+    End,
+    handling,
+    handover_bytes,
+    image_bytes,
+    latent_elements,
+    transfer_s,
+)
+from hybridsd_sim.profiles import Component, Network, Profiles, Runtime
+
+COMPONENTS = ("text_encode", "denoise", "denoise_warmup", "vae_decode")
+"""The parts whose sum an edge device exceeds end to end."""
+
+
+def price(
+    plan: Plan, request: Request, profiles: Profiles, *, cold: bool = False, prefer: Sequence[str] = ()
+) -> PlanCost:
+    """The price of `request` under `plan` with nobody else there; `cold` adds the model load on every cloud site.
+
+    Where sources disagree, measured goes before quoted before modelled, then the newer one; `prefer` names sources (any
+    part of their text) that go before all others. Transfers run at the network's median rates; the simulator prices
+    sampled rates with `transfer_s`. Raises `IllegalPlanError` for a plan its method cannot run, `MissingDataError` for
+    devices that nobody timed.
+    """
+    pricer = _pricer_of(plan, request, profiles, cold=cold, prefer=prefer)
+    size = (request.height_px, request.width_px)
+    flop, bare = plan_flops(plan, request, profiles)
+    return PlanCost(
+        plan=plan,
+        request=request,
+        parts=pricer.parts(plan),
+        quality=quality_of(
+            plan, profiles, wanted=request.model, guided=request.guided, size=size, sampler=request.sampler
+        ),
+        flops=flop,
+        flops_without_attention_products=bare,
+    )
+
+
+def batch_seconds(plan: Plan, request: Request, profiles: Profiles, *, prefer: Sequence[str] = ()) -> tuple[float, ...]:
+    """For how long a gang is held by 1, 2, ... `plan.batch_cap` requests of the plan that it denoises together.
+
+    The denoising and the VAE of n requests take what those of one request for n times as many images take, from the
+    same rows and laws; every prompt is encoded and every hand-over packed for itself. Where the rows of a larger batch
+    say less than those of a smaller one, the smaller one's seconds count: more requests never take less time.
+    """
+    counts = range(1, plan.batch_cap + 1)
+    pricers = (_pricer_of(plan, request, profiles, cold=False, prefer=prefer, together=count) for count in counts)
+    return tuple(accumulate((pricer.cloud_s(plan) for pricer in pricers), max))
+
+
+def plan_flops(plan: Plan, request: Request, profiles: Profiles) -> tuple[float, float]:
+    """FLOPs (2 x MACs) of all UNet evaluations, guidance included: with and without attention products."""
+    flop = bare = 0.0
+    for stage in plan.stages:
+        total = _work_of(stage.model, request.height_px, request.width_px, profiles)
+        evaluations = stage.num_steps * request.unet_batch
+        flop += 2.0 * total.macs * evaluations
+        bare += 2.0 * total.macs_without_attention * evaluations
+    return flop, bare
+
+
+def _work_of(model: str, height_px: int, width_px: int, profiles: Profiles) -> Work:
+    key = (model, height_px, width_px)
+    config = profiles.model(model).config
+    return profiles.memory.recall("work", key, lambda: work(unet_layers(config, height_px, width_px)))
+
+
+def _pricer_of(
+    plan: Plan, request: Request, profiles: Profiles, *, cold: bool, prefer: Sequence[str], together: int = 1
+) -> _Pricer:
+    """The one pricer of all plans and requests that differ in steps and promises alone."""
+    options = tuple(option_types(stage.options) for stage in plan.stages)
+    what = (request.height_px, request.width_px, request.num_images, request.guided, request.sampler)
+    key = (plan.make, plan.extra_sites, options, what, cold, tuple(prefer), together)
+    return profiles.memory.recall(
+        "pricers", key, lambda: _Pricer(plan, request, profiles, cold=cold, prefer=prefer, together=together)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """The devices of a site that a part holds, and what they are charged: a gang by the hour, an edge device in watts.
+
+    `rate` (USD a device-hour) or `power_w` is None where it is unknown, for the reason in `unknown`.
+    """
+
+    site: Site
+    devices: int
+    rate: float | None
+    power_w: float | None
+    unknown: str
+
+    def part(
+        self, name: str, seconds: float, bounds: tuple[float, float], kind: Kind, sources: tuple[str, ...],
+        note: str = "", *, comm_bytes: float = 0.0, comm_exposed_s: float = 0.0, within: bool = True,
+        critical: bool = True,
+    ) -> Part:  # fmt: skip
+        """A part that holds these devices for `seconds`, with its dollars or joules."""
+        usd: float | None = 0.0
+        energy: float | None = 0.0
+        if self.site.tier == "edge":
+            energy = None if self.power_w is None else self.power_w * seconds
+        else:
+            usd = None if self.rate is None else self.rate * self.devices * seconds / 3600
+        return Part(
+            name=name, where=self.site.name, tier=self.site.tier, seconds=seconds, low_s=bounds[0], high_s=bounds[1],
+            devices=self.devices, usd=usd, energy_j=energy, comm_bytes=comm_bytes, comm_exposed_s=comm_exposed_s,
+            kind=kind, sources=sources, note=note, unknown=self.unknown, within=within, critical=critical,
+        )  # fmt: skip
+
+
+class _Pricer:
+    """Walks the components of plans of one make in order and yields their parts; they differ in steps alone.
+
+    `together` requests share the gang: the cloud's parts last as long as for all of them.
+    """
+
+    def __init__(
+        self, plan: Plan, request: Request, profiles: Profiles, *, cold: bool, prefer: Sequence[str], together: int
+    ) -> None:
+        self.plan, self.request, self.profiles, self.cold = plan, request, profiles, cold
+        self.prefer, self.together = tuple(prefer), together
+        self.gang = {site.name: 1 for site in plan.sites.values()}
+        for stage in plan.stages:
+            self.gang[stage.site.name] = max(self.gang[stage.site.name], stage.degree)
+        self._holders: dict[str, _Holder] = {}
+        self._timers: dict[int, StageTimer] = {}
+        self._outline = tuple(self._walk())
+        self._slow_edges = tuple(self._overhead_laws())
+
+    def parts(self, plan: Plan) -> tuple[Part, ...]:
+        """Every component of a plan of this make in order, then what the edge adds to its own."""
+        walked: list[Part] = []
+        for item in self._outline:
+            if isinstance(item, Part):
+                walked.append(item)
+            else:
+                walked += self._stage(plan.stages[item], self._timers[item])
+        return (*walked, *self._overheads(walked))
+
+    def cloud_s(self, plan: Plan) -> float:
+        """Seconds for which a plan of this make holds its gang: what its cloud parts sum to."""
+        return sum(self._cloud_seconds(plan))
+
+    def _cloud_seconds(self, plan: Plan) -> Iterator[float]:
+        for item in self._outline:
+            if isinstance(item, Part):
+                if item.tier == "cloud":
+                    yield item.seconds
+            elif (stage := plan.stages[item]).site.tier == "cloud":
+                yield from (phase.seconds for phase in self._timers[item].times(stage.num_steps))
+
+    def _walk(self) -> Iterator[Part | int]:
+        """The components in order, with the index of a stage in place of its parts."""
+        plan, encode, vae = self.plan, self.plan.sites[self.plan.text_encode_site], self.plan.sites[self.plan.vae_site]
+        first = plan.stages[0].site
+        at = "edge" if plan.network else first.tier
+        own_copy = encode.tier == "edge" and first.tier == "cloud"
+        if own_copy:
+            yield replace(self._text_encode(encode), name="text_encode_edge", critical=False)
+            encode = first
+        if at != encode.tier:
+            yield self._transfer("prompt_transfer", "cloud", PROMPT_BYTES)
+        yield from self._loads()
+        yield self._text_encode(encode)
+        here = encode
+        for index, stage in enumerate(plan.stages):
+            if stage.site.tier != here.tier:
+                yield from self._handover(index, here, stage, with_embedding=not own_copy)
+            self._timers[index] = timer_of(stage, self._shared(stage.site), self.profiles, prefer=self.prefer)
+            yield index
+            here = stage.site
+        if vae.tier != here.tier:
+            latent = latent_elements(self.request) * self.request.num_images * 2
+            yield from self._crossing("latent_transfer", here, vae, latent)
+        yield self._vae_decode(vae)
+        if vae.tier == "cloud" and plan.network:
+            yield self._transfer("image_transfer", "edge", image_bytes(self.request))
+
+    def _shared(self, site: Site) -> Request:
+        """What a device of the site denoises at a time, as a request of its own."""
+        count = self._together(site)
+        return self.request if count == 1 else replace(self.request, num_images=self.request.num_images * count)
+
+    def _together(self, site: Site) -> int:
+        return self.together if site.tier == "cloud" else 1
+
+    def _loads(self) -> Iterator[Part]:
+        if not self.cold:
+            return
+        for name, site in self.plan.sites.items():
+            models = [stage.model for stage in self.plan.cloud_stages if stage.site.name == name]
+            for model in dict.fromkeys(models or ["*"] * (site.tier == "cloud")):
+                row = self.profiles.model_load(site.device, model)
+                yield self._held(site).part("model_load", row.seconds_median, row.range_s, row.kind, (row.source,))
+
+    def _handover(self, index: int, sender: Site, stage: Stage, *, with_embedding: bool) -> Iterator[Part]:
+        model = self.profiles.model(stage.model)
+        if index == 0:
+            payload, name = model.text_embedding_bytes_fp16 * (2 if self.request.guided else 1), "embedding_transfer"
+        else:
+            payload = handover_bytes(self.request, model, with_embedding=with_embedding)
+            name = "handover"
+        yield from self._crossing(name, sender, stage.site, payload)
+
+    def _crossing(self, name: str, sender: Site, receiver: Site, payload: int) -> Iterator[Part]:
+        """Tensors on their way to the other side: serialised, sent, parsed."""
+        yield self._handled(name, "serialise", sender, payload)
+        yield self._transfer(name, receiver.tier, payload)
+        yield self._handled(name, "parse", receiver, payload)
+
+    def _handled(self, name: str, end: End, site: Site, payload: int) -> Part:
+        """One end of a hand-over; in the cloud of all the requests that share the gang."""
+        found = handling(self.profiles, site.device, end, payload * self._together(site), prefer=self.prefer)
+        figures = (found.seconds, found.bounds_s, found.kind, found.sources, found.note)
+        return self._held(site).part(f"{name}_{end}", *figures)
+
+    def _overheads(self, walked: Sequence[Part]) -> Iterator[Part]:
+        """What edge devices take beyond the sum of their components; what runs beside the cloud delays nobody."""
+        for site, law, note in self._slow_edges:
+            mine = [part for part in walked if part.tier == "edge" and part.where == site.name and part.critical]
+            timed = [part.seconds for part in mine if part.name in COMPONENTS]
+            if timed:
+                seconds = sum(timed)
+                figures = (seconds * law.overhead_share, (seconds * law.overhead_low, seconds * law.overhead_high))
+                yield self._held(site).part("device_overhead", *figures, "modelled", (law.overhead_source,), note)
+
+    def _overhead_laws(self) -> Iterator[tuple[Site, Runtime, str]]:
+        """The edge devices that take more than the sum of their components, and what to say about it."""
+        for site in self.plan.sites.values():
+            law = self.profiles.runtime(site.runtime)
+            if site.tier == "edge" and law.overhead_share:
+                yield (
+                    site,
+                    law,
+                    f"{law.overhead_share:.1%} of the components' sum; holds no reloading for lack of memory",
+                )
+
+    def _transfer(self, name: str, to_tier: str, payload: int) -> Part:
+        if self.plan.network is None:
+            return Part(name=name, where="no network", tier="network", seconds=0.0, low_s=0.0, high_s=0.0)
+        network = self.profiles.network(self.plan.network)
+        key = (name, network.name, to_tier, payload)
+        return self.profiles.memory.recall("transfers", key, lambda: self._sent(name, network, to_tier, payload))
+
+    def _sent(self, name: str, network: Network, to_tier: str, payload: int) -> Part:
+        rates = network.down_bytes_per_s if to_tier == "edge" else network.up_bytes_per_s
+        times = [transfer_s(payload, rates.at(u), network.rtt_s.at(1 - u)) for u in (0.5, 0.95, 0.05)]
+        egress = self.profiles.egress_usd_per_gib() * payload / 2**30 if to_tier == "edge" else 0.0
+        return Part(
+            name=name, where=network.name, tier="network", seconds=times[0], low_s=times[1], high_s=times[2],
+            usd=egress, bytes_down=payload if to_tier == "edge" else 0, bytes_up=0 if to_tier == "edge" else payload,
+            kind=network.kind, sources=(network.source,),
+        )  # fmt: skip
+
+    def _text_encode(self, site: Site) -> Part:
+        encoders = self.profiles.model(self.plan.stages[0].model).text_encoders
+        prompts = (2 if self.request.guided else 1) * self._together(site)
+        return self._component("text_encode", site, encoders, prompts)
+
+    def _vae_decode(self, site: Site) -> Part:
+        return self._component("vae_decode", site, [self.plan.vae], self._shared(site).num_images)
+
+    def _component(self, name: str, site: Site, components: Sequence[str], repeats: int) -> Part:
+        """Text encoders or a VAE: from their own rows where they fit, else scaled from the device's UNet speed."""
+        seconds = low = high = 0.0
+        found = [self._component_time(component, site) for component in components]
+        for one in found:
+            seconds, low, high = (a + b * repeats for a, b in zip((seconds, low, high), one.times_s, strict=True))
+        kind = max((one.kind for one in found), key=KIND_ORDER.__getitem__)
+        sources = tuple(dict.fromkeys(source for one in found for source in one.sources))
+        notes = "; ".join(one.note for one in found if one.note)
+        return self._held(site).part(name, seconds, (low, high), kind, sources, notes)
+
+    def _component_time(self, component: str, site: Site) -> _ComponentTime:
+        where = (site.device, site.runtime, site.precision)
+        size = (self.request.height_px, self.request.width_px)
+        key = (component, *where, *size, self.prefer)
+        profiles, prefer = self.profiles, self.prefer
+        return profiles.memory.recall(
+            "components", key, lambda: _component_time(profiles, profiles.component(component), where, size, prefer)
+        )
+
+    def _stage(self, stage: Stage, timer: StageTimer) -> Iterator[Part]:
+        holder = self._held(stage.site)
+        for phase in timer.times(stage.num_steps):
+            name = "denoise_warmup" if phase.name == "warmup" else "denoise"
+            bounds = (phase.low_s, phase.high_s)
+            yield holder.part(
+                name, phase.seconds, bounds, phase.kind, phase.sources, phase.note,
+                comm_bytes=phase.comm_bytes, comm_exposed_s=phase.comm_exposed_s, within=phase.within,
+            )  # fmt: skip
+
+    def _held(self, site: Site) -> _Holder:
+        """The device of the site, or the whole gang."""
+        if site.name not in self._holders:
+            self._holders[site.name] = self._holder(site)
+        return self._holders[site.name]
+
+    def _holder(self, site: Site) -> _Holder:
+        if site.tier == "edge":
+            power = site.power_w or self.profiles.edge_device(site.device).power_w
+            return _Holder(site, 1, 0.0, power, "" if power else f"no power figure for {site.device}")
+        rate = site.usd_per_device_hour
+        if rate is None:
+            row = self.profiles.gpu_price(site.device, site.purchase, site.provider)
+            rate = None if row is None else row.usd
+        why = f"no {site.purchase} price for {site.device}" if rate is None else ""
+        return _Holder(site, self.gang[site.name], rate, 0.0, why)
+
+
+@dataclass(frozen=True, slots=True)
+class _ComponentTime:
+    """Seconds of one prompt or image and the ends of their 90% interval."""
+
+    times_s: tuple[float, float, float]
+    kind: Kind
+    sources: tuple[str, ...]
+    note: str = ""
+
+
+def _component_time(
+    profiles: Profiles, component: Component, where: tuple[str, str, str], size: tuple[int, int], prefer: Sequence[str]
+) -> _ComponentTime:
+    """From the component's own row on the device (device, runtime, precision), else from the law of UNet steps."""
+    row = profiles.component_row(*where[:2], component, size, prefer=prefer)
+    if row is not None:
+        return _ComponentTime((row.seconds_median, *row.range_s), row.kind, (row.source,))
+    times, fit = component_law_s(profiles, *where, component, *size)
+    note = f"{component.name} from the law of UNet steps: {fit.note}"
+    return _ComponentTime(times, "modelled", tuple(fit.sources), note)

@@ -1,0 +1,279 @@
+"""What the model says about a published or measured figure: the plan behind the figure, priced.
+
+A cost row of one device is answered by the device's fitted law, never by the row itself; one of several devices by the
+price of its plan, without the rows that timed such gangs as a whole. Every other quantity that somebody published has
+its function in `QUANTITIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from math import exp, hypot, log
+
+from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.perf import component_law_s, denoising, find_method, law_s, timed_stage
+from hybridsd_sim.plan import Plan, Request, Site, Stage, Tier
+from hybridsd_sim.pricing.plan_cost import PlanCost
+from hybridsd_sim.pricing.pricer import plan_flops, price
+from hybridsd_sim.profiles import CostRow, Profiles, PublishedRow, what_is_timed
+from hybridsd_sim.scenario import read_scalar
+
+ACTIVATION_BYTES = 2
+"""Of an element that travels, in fp16."""
+
+GUIDED, UNGUIDED = 7.5, 1.0
+
+STEPS_OF_A_RUN = 21
+"""Steps of the run of which one step is looked at: one synchronous, and an even number of steady ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A predicted figure, with its 90% interval where the quantity has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def over(self, other: Prediction) -> Prediction:
+        """The ratio of two figures whose errors are taken to be independent."""
+        middle = self.value / other.value
+        if self.low is None or self.high is None or other.low is None or other.high is None:
+            return Prediction(middle)
+        low = hypot(log(self.value / self.low), log(other.high / other.value))
+        high = hypot(log(self.high / self.value), log(other.value / other.low))
+        return Prediction(middle, middle * exp(-low), middle * exp(high))
+
+
+def predict_cost_row(row: CostRow, profiles: Profiles) -> Prediction:
+    """Seconds of a timed row. Raises `InputError` where no law reaches: unknown devices, plans that are not legal."""
+    what = what_is_timed(row)
+    if what == "one_gpu":
+        return _by_law(row, profiles)
+    if what == "multi_gpu":
+        return _multi_gpu_step(row, _without_gangs(profiles))
+    if what == "exchange":
+        return _exchange_round(row, _without_gangs(profiles))
+    raise InputError(Problem("component", row.component, "is not a time that a law predicts"))
+
+
+def predict_figure(row: PublishedRow, profiles: Profiles) -> Prediction:
+    """A published figure that is no cost row. Raises `InputError` for quantities without a function, and as above."""
+    if row.quantity not in QUANTITIES:
+        raise InputError(unknown_name("quantity", row.quantity, list(QUANTITIES)))
+    return QUANTITIES[row.quantity](row, profiles)
+
+
+def _by_law(row: CostRow, profiles: Profiles) -> Prediction:
+    if row.component == "step":
+        return Prediction(*law_s(row, profiles))
+    where = (profiles, row.device, row.runtime, row.precision)
+    seconds, _ = component_law_s(*where, profiles.component(row.model), row.height_px, row.width_px)
+    return Prediction(*(row.batch_size * bound for bound in seconds))
+
+
+# ---- Cost rows of several devices -----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def _without_gangs(profiles: Profiles) -> Profiles:
+    """The profiles without measured steps of whole gangs, which a price would repeat; no device's law rests on them.
+
+    Made once for each profiles, so that the laws are not fitted again for every row.
+    """
+    return profiles.without(_is_gang_step) if any(map(_is_gang_step, profiles.costs)) else profiles
+
+
+def _is_gang_step(row: CostRow) -> bool:
+    return row.kind == "measured" and row.degree > 1 and row.component in {"step", "step_warmup"}
+
+
+def _multi_gpu_step(row: CostRow, profiles: Profiles) -> Prediction:
+    """The average step of a run where the row says how many steps it had, else one step of the row's phase."""
+    if "num_inference_steps" in read_options(row.options):
+        cost = _price_of(*timed_stage(row), profiles)
+        return _per_step(cost.denoise_s, *cost.interval_s, cost.plan.num_inference_steps)
+    stage, request = _one_step_in_a_run(row)
+    cost = _price_of(stage, request, profiles)
+    name = "denoise_warmup" if row.component == "step_warmup" else "denoise"
+    part = next((part for part in cost.parts if part.name == name), None)
+    if part is None:
+        raise InputError(Problem("component", row.component, f"{row.method} has no such step"))
+    count = 1 if name == "denoise_warmup" else stage.num_steps - int(stage.option("warmup_steps", 0))
+    return _per_step(part.seconds, part.low_s, part.high_s, count)
+
+
+def _one_step_in_a_run(row: CostRow) -> tuple[Stage, Request]:
+    """A run that has the row's step: one synchronous step, where the method has those, and steady ones."""
+    stage, request = timed_stage(row)
+    options = dict(stage.options)
+    if "warmup_steps" in find_method(row.method).defaults:
+        options["warmup_steps"] = 1
+    stage = replace(stage, stop=STEPS_OF_A_RUN, options=tuple(sorted(options.items())))
+    return stage, replace(request, num_inference_steps=STEPS_OF_A_RUN)
+
+
+def _per_step(seconds: float, low_s: float, high_s: float, steps: int) -> Prediction:
+    return Prediction(seconds / steps, low_s / steps, high_s / steps)
+
+
+def _exchange_round(row: CostRow, profiles: Profiles) -> Prediction:
+    """Exposed seconds of one round of exchange."""
+    stage, request = timed_stage(row.model_copy(update={"guidance": True}))
+    phases = find_method(row.method).phases(denoising(stage, request, profiles), row.degree, dict(stage.options))
+    rounds = sum(phase.rounds for phase in phases if phase.name == "steady")
+    return Prediction(_price_of(stage, request, profiles).comm_exposed_s / rounds)
+
+
+def _price_of(stage: Stage, request: Request, profiles: Profiles) -> PlanCost:
+    site = stage.site.name
+    return price(Plan(stages=(stage,), text_encode_site=site, vae_site=site), request, profiles)
+
+
+def read_options(text: str) -> dict[str, bool | float | str]:
+    """The options of a row, `key=value` with `;` between, as typed values."""
+    pairs = (pair.partition("=") for pair in text.split(";") if pair)
+    return {key: value if (value := read_scalar(said)) is not None else "" for key, _, said in pairs}
+
+
+# ---- Published figures that are no cost rows ------------------------------------------------------------------------
+
+
+def _request(row: PublishedRow, side_px: int) -> Request:
+    return Request(
+        model=row.model,
+        height_px=side_px,
+        width_px=side_px,
+        num_inference_steps=row.num_inference_steps,
+        guidance_scale=GUIDED if row.guidance else UNGUIDED,
+        num_images=row.batch_size,
+    )
+
+
+def _plan(row: PublishedRow, *, degree: int = 1, method: str | None = None, tier: Tier = "cloud") -> Plan:
+    """The row's plan on one site: its model up to the switch step, then the small one."""
+    site = Site(
+        name="here", tier=tier, device=row.device or "", runtime=row.runtime, precision=row.precision,
+        gpus_per_node=degree,
+    )  # fmt: skip
+    steps = row.num_inference_steps
+    switch = steps if row.switch_step is None else row.switch_step
+    method = method or (row.method if degree > 1 else "single")
+    known = find_method(method).defaults
+    options = tuple(sorted((key, value) for key, value in read_options(row.options).items() if key in known))
+    large = Stage(start=0, stop=switch, model=row.model, site=site, method=method, degree=degree, options=options)
+    small = Stage(start=switch, stop=steps, model=row.small_model or row.model, site=site)
+    stages = tuple(stage for stage in (large, small) if stage.num_steps)
+    return Plan(stages=stages, text_encode_site=site.name, vae_site=site.name)
+
+
+def _flops_without_attention_products(row: PublishedRow, profiles: Profiles) -> Prediction:
+    return Prediction(plan_flops(_plan(row), _request(row, row.sides_px[0]), profiles)[1])
+
+
+def _macs_without_attention_products(row: PublishedRow, profiles: Profiles) -> Prediction:
+    return Prediction(_flops_without_attention_products(row, profiles).value / 2)
+
+
+def _decode_flops_without_attention_products(row: PublishedRow, profiles: Profiles) -> Prediction:
+    component, side = profiles.component(row.model), row.sides_px[0]
+    bare = component.model_copy(update={"flop_attention_512": 0.0})
+    return Prediction(bare.flop(side, side) * row.batch_size)
+
+
+def _gang_price(
+    row: PublishedRow, degree: int, side_px: int, profiles: Profiles, method: str | None = None
+) -> PlanCost:
+    return price(_plan(row, degree=degree, method=method), _request(row, side_px), profiles)
+
+
+def _traffic_elements_per_step(row: PublishedRow, profiles: Profiles, method: str | None = None) -> Prediction:
+    cost = _gang_price(row, row.degrees[0], row.sides_px[0], profiles, method)
+    return Prediction(cost.comm_bytes / ACTIVATION_BYTES / row.num_inference_steps)
+
+
+def _traffic_saved_against_distrifusion(row: PublishedRow, profiles: Profiles) -> Prediction:
+    """Share of DistriFusion's traffic that a steady step saves."""
+    ours, theirs = (
+        _steady_bytes(_gang_price(row, row.degrees[0], row.sides_px[0], profiles, method))
+        for method in (row.method, "distrifusion")
+    )
+    return Prediction(1 - ours / theirs)
+
+
+def _steady_bytes(cost: PlanCost) -> float:
+    return sum(part.comm_bytes for part in cost.denoise_parts if part.name == "denoise")
+
+
+def _speedups(row: PublishedRow, profiles: Profiles) -> list[Prediction]:
+    """The speed-up over one device at every degree and size of the row."""
+    found = []
+    for degree, side in product(row.degrees, row.sides_px):
+        one, many = (_gang_price(row, count, side, profiles) for count in (1, degree))
+        low, high = many.interval_s
+        found.append(Prediction(*(one.denoise_s / seconds for seconds in (many.denoise_s, high, low))))
+    return found
+
+
+def _speedup_least(row: PublishedRow, profiles: Profiles) -> Prediction:
+    return min(_speedups(row, profiles), key=lambda found: found.value)
+
+
+def _speedup_most(row: PublishedRow, profiles: Profiles) -> Prediction:
+    return max(_speedups(row, profiles), key=lambda found: found.value)
+
+
+def _comm_s(row: PublishedRow, profiles: Profiles) -> Prediction:
+    """Exposed seconds of exchange over the run."""
+    return Prediction(_gang_price(row, row.degrees[0], row.sides_px[0], profiles).comm_exposed_s)
+
+
+def _latency_s(row: PublishedRow, profiles: Profiles) -> Prediction:
+    """Prompt to picture on one device, alone."""
+    cost = price(_plan(row, tier="edge"), _request(row, row.sides_px[0]), profiles)
+    parts = [part for part in cost.parts if part.critical]
+    return Prediction(cost.latency_s, sum(part.low_s for part in parts), sum(part.high_s for part in parts))
+
+
+def _step_ratio(row: PublishedRow, profiles: Profiles) -> Prediction:
+    return _ratio(row, profiles, "step")
+
+
+def _decode_ratio(row: PublishedRow, profiles: Profiles) -> Prediction:
+    return _ratio(row, profiles, "vae_decode")
+
+
+def _ratio(row: PublishedRow, profiles: Profiles, component: str) -> Prediction:
+    """The model at the first size over the small model at the last one, both by the device's law."""
+    above = _one_gpu_row(row, row.model, component, row.sides_px[0])
+    below = _one_gpu_row(row, row.small_model or row.model, component, row.sides_px[-1])
+    return _by_law(above, profiles).over(_by_law(below, profiles))
+
+
+def _one_gpu_row(row: PublishedRow, model: str, component: str, side_px: int) -> CostRow:
+    """The cost row that would time a model or component on the row's device; its seconds mean nothing."""
+    return CostRow.model_validate({
+        "device": row.device, "runtime": row.runtime, "precision": row.precision, "model": model,
+        "component": component, "height_px": side_px, "width_px": side_px, "batch_size": row.batch_size,
+        "guidance": component == "step" and row.guidance, "seconds_median": row.value,
+        "kind": row.kind, "source": row.source, "source_date": row.source_date,
+    })  # fmt: skip
+
+
+QUANTITIES: Mapping[str, Callable[[PublishedRow, Profiles], Prediction]] = {
+    "comm_s": _comm_s,
+    "decode_flops_without_attention_products": _decode_flops_without_attention_products,
+    "decode_ratio": _decode_ratio,
+    "flops_without_attention_products": _flops_without_attention_products,
+    "latency_s": _latency_s,
+    "macs_without_attention_products": _macs_without_attention_products,
+    "speedup_least": _speedup_least,
+    "speedup_most": _speedup_most,
+    "step_ratio": _step_ratio,
+    "traffic_elements_per_step": _traffic_elements_per_step,
+    "traffic_saved_against_distrifusion": _traffic_saved_against_distrifusion,
+}
+"""How each published quantity is predicted."""

@@ -1,0 +1,397 @@
+"""Predictions held against every published and measured table: how far off, how sure, and how far off without help.
+
+Every figure is predicted twice: with everything that is known, and with the figure's own group left out of all rows and
+fits (a resolution, a model or a device, as its table says). The second is the one to quote, but where figures shaped a
+constant of the catalogue: that stays (`kept_when_held_out` of a table counts them).
+
+The figures that predictions are held against, table by table, and what is left out of the fits for each.
+
+Cost rows that no registered table takes, such as a user's own measurements, form a table for each source or measured
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from hybridsd_sim.errors import InputError
+from hybridsd_sim.perf import is_multi_gpu_time, is_shared_memory_time, own_fits
+from hybridsd_sim.perf import refit as fit_again
+from hybridsd_sim.pricing.published_predictions import Prediction, predict_cost_row, predict_figure, read_options
+from hybridsd_sim.profiles import (
+    CostRow,
+    Group,
+    Profiles,
+    Published,
+    PublishedRow,
+    Table,
+    alike,
+    load_published,
+    what_is_timed,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """What is left out together: rows of one publication (of all, where `source` is empty) in one group."""
+
+    kind: Group
+    source: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One published figure of a table. `low` and `high` are the source's own range, where it gives one."""
+
+    table: str
+    label: str
+    source: str
+    published: float
+    low: float
+    high: float
+    counts: bool
+    notes: str
+    key: GroupKey
+    row: CostRow | PublishedRow
+
+    def predict(self, profiles: Profiles) -> Prediction:
+        row = self.row
+        return predict_cost_row(row, profiles) if isinstance(row, CostRow) else predict_figure(row, profiles)
+
+
+def cases_of(profiles: Profiles, published: Published) -> dict[str, tuple[Table, list[Case]]]:
+    """Every table with its cases, registered ones first; tables without rows are left out."""
+    found: dict[str, tuple[Table, list[Case]]] = {name: (table, []) for name, table in published.tables.items()}
+    for figure in published.rows:
+        table, cases = found[figure.table]
+        cases.append(_figure_case(table, figure, profiles))
+    for row in profiles.costs:
+        if what_is_timed(row) is not None:
+            table = next((table for table in published.tables.values() if table.holds(row)), None) or _own_table(row)
+            found.setdefault(table.name, (table, []))[1].append(_cost_case(table, row, profiles))
+    return {name: pair for name, pair in found.items() if pair[1]}
+
+
+def _own_table(row: CostRow) -> Table:
+    """The table of a cost row that no registered table takes: of its measured device, or of its source."""
+    several = "" if row.degree == 1 else ", several processes" if row.kind == "measured" else ", several GPUs"
+    what = f"measured {row.device}" if row.kind == "measured" else row.source
+    said = {"kind": row.kind, "source": row.source, "source_date": row.source_date}
+    name = f"{what}{several}"
+    return Table.model_validate({"name": name, "title": name, "group": "device_model", **said})
+
+
+def _cost_case(table: Table, row: CostRow, profiles: Profiles) -> Case:
+    low, high = row.seconds_p05 or row.seconds_median, row.seconds_p95 or row.seconds_median
+    key = _key(table, _group(table.group, row.device, row.model, row.width_px, profiles))
+    return Case(
+        table=table.name, label=_cost_label(row), source=row.source, published=row.seconds_median, low=low, high=high,
+        counts=table.counts, notes=row.notes if table.counts else table.notes, key=key, row=row,
+    )  # fmt: skip
+
+
+def _figure_case(table: Table, row: PublishedRow, profiles: Profiles) -> Case:
+    key = _key(table, _group(table.group, row.device or "", row.model, row.sides_px[0], profiles))
+    return Case(
+        table=table.name, label=_figure_label(row), source=row.source, published=row.value, low=row.value,
+        high=row.value, counts=row.counts, notes=row.notes, key=key, row=row,
+    )  # fmt: skip
+
+
+def _group(kind: Group, device: str, model: str, width_px: int, profiles: Profiles) -> str:
+    """The group of a row."""
+    if kind == "resolution":
+        return f"{width_px} px"
+    network = _network(model, profiles)
+    return {"model": network, "device": device, "device_model": f"{network} on {device}"}[kind]
+
+
+@lru_cache(maxsize=256)
+def _network(model: str, profiles: Profiles) -> str:
+    """The first name of a model's network: SD 1.4 and 1.5 are left out together."""
+    if model not in profiles.models:
+        return model
+    network = profiles.model(model).network
+    return next(name for name, other in profiles.models.items() if other.network == network)
+
+
+def _key(table: Table, group: str) -> GroupKey:
+    """A device is left out with the rows of all publications, a resolution or model with its own publication's."""
+    return GroupKey(table.group, "" if table.group.startswith("device") else table.source, group)
+
+
+def leaves_out(key: GroupKey, profiles: Profiles) -> Callable[[CostRow], bool]:
+    """Whether a cost row belongs to the group."""
+    return lambda row: (
+        row.source.startswith(key.source)
+        and _group(key.kind, row.device, row.model, row.width_px, profiles) == key.name
+    )
+
+
+def _cost_label(row: CostRow) -> str:
+    """What the row timed, in a few words; usual settings are left out."""
+    words = [row.model, row.component.replace("_", " ")]
+    words += [f"{row.width_px}x{row.height_px} px"] if row.width_px else []
+    words += [f"batch {row.batch_size}"] if row.batch_size > 1 else []
+    words += [f"{row.method} x{row.degree}", row.options.replace(";", " ")] if row.degree > 1 else []
+    return " ".join(filter(None, [*words, "on", row.device, row.runtime, row.precision]))
+
+
+def _figure_label(row: PublishedRow) -> str:
+    to = "/".join(f"{side}" for side in row.sides_px)
+    words = [row.quantity, row.model]
+    words += [f"and {row.small_model}"] if row.small_model else []
+    words += [f"switch step {row.switch_step}"] if row.switch_step is not None else []
+    words += [f"{to} px", *([f"{row.num_inference_steps} steps"] if row.num_inference_steps > 1 else [])]
+    words += [f"{row.method} x{'/'.join(map(str, row.degrees))}"] if row.method != "single" else []
+    return " ".join([*words, *([f"on {row.device}"] if row.device else [])])
+
+
+Refit = Callable[..., Profiles]
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A case with what was predicted, from everything and with its group left out; None, with the reason, where not."""
+
+    case: Case
+    predicted: Prediction | None
+    held_out: Prediction | None
+    fitted: bool = False
+    why: str = ""
+    why_held_out: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """Predicted over published, less 1."""
+        return None if self.predicted is None else self.predicted.value / self.case.published - 1
+
+    @property
+    def held_out_error(self) -> float | None:
+        return None if self.held_out is None else self.held_out.value / self.case.published - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedTable:
+    """A table with all its cases; the figures are over those that count and were predicted."""
+
+    table: Table
+    cases: Sequence[Checked]
+    counted: Sequence[Checked] = field(init=False)
+
+    def __post_init__(self) -> None:
+        kept = tuple(found for found in self.cases if found.case.counts and found.predicted is not None)
+        object.__setattr__(self, "counted", kept)
+
+    @property
+    def calibration_rows(self) -> int:
+        """How many of the cases' rows were used in a fit or for a constant, those that do not count too."""
+        return sum(found.fitted for found in self.cases)
+
+    @property
+    def kept_when_held_out(self) -> int:
+        """How many of the figures shaped a constant of the catalogue, which no leaving out takes back."""
+        return sum(found.fitted and isinstance(found.case.row, PublishedRow) for found in self.cases)
+
+    @property
+    def mare(self) -> float | None:
+        """Mean absolute relative error."""
+        return _mean(abs(found.error) for found in self.counted if found.error is not None)
+
+    @property
+    def worst(self) -> Checked | None:
+        return max(self.counted, key=lambda found: abs(found.error or 0.0), default=None)
+
+    @property
+    def mare_held_out(self) -> float | None:
+        errors = (found.held_out_error for found in self.counted)
+        return _mean(abs(error) for error in errors if error is not None)
+
+    @property
+    def worst_held_out(self) -> float | None:
+        errors = (found.held_out_error for found in self.counted)
+        return max((abs(error) for error in errors if error is not None), default=None)
+
+    @property
+    def coverage90(self) -> float | None:
+        """Share of published values inside the predicted 90% interval; None where the quantity has none."""
+        return coverage(self.counted)
+
+    @property
+    def coverage90_held_out(self) -> float | None:
+        return coverage(self.counted, held_out=True)
+
+    @property
+    def wrong_order(self) -> list[tuple[Checked, Checked]]:
+        """Pairs of configurations that the prediction does not put in the published order."""
+        pairs = (pair for pair in combinations(self.counted, 2) if _ranked(*pair))
+        return [(a, b) for a, b in pairs if (_value(a) - _value(b)) * (a.case.published - b.case.published) <= 0]
+
+    @property
+    def ranking_right(self) -> bool | None:
+        """Whether all comparable configurations come in the published order; None where none are comparable."""
+        pairs = any(_ranked(a, b) for a, b in combinations(self.counted, 2))
+        return not self.wrong_order if pairs else None
+
+
+def coverage(cases: Iterable[Checked], *, held_out: bool = False) -> float | None:
+    """Share of published values inside the predicted interval, over cases that have one."""
+    found = ((case.held_out if held_out else case.predicted, case.case.published) for case in cases)
+    inside = [p.low <= value <= p.high for p, value in found if p and p.low is not None and p.high is not None]
+    return _mean(inside)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return fmean(known) if known else None
+
+
+def _value(found: Checked) -> float:
+    return 0.0 if found.predicted is None else found.predicted.value
+
+
+def _ranked(a: Checked, b: Checked) -> bool:
+    """Whether two cases are configurations of one job, ranked by one publication, and published apart.
+
+    One job: the same model, size, step and number of steps on several devices. Configurations stand in one table or
+    figure of the source, or share a degree.
+    """
+    one, other = a.case.row, b.case.row
+    if not (isinstance(one, CostRow) and isinstance(other, CostRow) and one.degree > 1 and other.degree > 1):
+        return False
+    comparable = a.case.source == b.case.source or one.degree == other.degree
+    apart = a.case.high < b.case.low or b.case.high < a.case.low
+    return _job(one) == _job(other) and comparable and apart
+
+
+def _job(row: CostRow) -> tuple[object, ...]:
+    steps = read_options(row.options).get("num_inference_steps")
+    return row.device, row.runtime, row.model, row.component, row.height_px, row.width_px, row.latents, steps
+
+
+# ---- Predicting -----------------------------------------------------------------------------------------------------
+
+
+def verification(profiles: Profiles, *, progress: Progress | None = None) -> dict[str, Any]:
+    """The shipped tables, and whatever the profiles measured, checked, as data."""
+    return to_json(verify(profiles, load_published(), progress=progress))
+
+
+def verify(
+    profiles: Profiles, published: Published, *, refit: Refit = fit_again, progress: Progress | None = None
+) -> list[CheckedTable]:
+    """Every table checked. `refit(profiles, without=...)` gives the profiles without some cost rows, fitted again.
+
+    `progress` hears what comes next.
+    """
+    tables = cases_of(profiles, published)
+    cases = [case for _, found in tables.values() for case in found]
+    tell = progress or (lambda _: None)
+    tell(f"predicting {len(cases)} figures")
+    used = used_in_fits(profiles)
+    checked = {id(case): _check(case, profiles, used) for case in cases}
+    keys = list(dict.fromkeys(case.key for case in cases))
+    for number, key in enumerate(keys, 1):
+        tell(f"leaving out {number} of {len(keys)}: {key.name}")
+        without = leaves_out(key, profiles)
+        held = refit(profiles, without=without) if any(map(without, profiles.costs)) else profiles
+        for case in (case for case in cases if case.key == key):
+            prediction, why = _predicted(case, held)
+            checked[id(case)] = replace(checked[id(case)], held_out=prediction, why_held_out=why)
+    return [CheckedTable(table=table, cases=[checked[id(case)] for case in found]) for table, found in tables.values()]
+
+
+def used_in_fits(profiles: Profiles) -> frozenset[CostRow]:
+    """The cost rows that shaped a device's law or one of the constants that devices share."""
+    fits = own_fits(profiles)
+    laws = {(fit.device, fit.runtime, fit.precision) for fit in fits}
+    shared = (row for row in profiles.costs if _shapes_constant(row, laws))
+    return frozenset(row for fit in fits for row in fit.rows).union(shared)
+
+
+def _shapes_constant(row: CostRow, laws: Collection[tuple[str, str, str]]) -> bool:
+    return is_multi_gpu_time(row) or is_shared_memory_time(row) or _shapes_ratio(row, laws)
+
+
+def _shapes_ratio(row: CostRow, laws: Collection[tuple[str, str, str]]) -> bool:
+    timed = (row.device, row.runtime, alike(row.precision)) in laws
+    return timed and row.component in {"vae_decode", "text_encode"} and row.batch_size == row.degree == 1
+
+
+def _check(case: Case, profiles: Profiles, used: frozenset[CostRow]) -> Checked:
+    prediction, why = _predicted(case, profiles)
+    fitted = case.row in used if isinstance(case.row, CostRow) else case.row.fitted
+    return Checked(case=case, predicted=prediction, held_out=None, fitted=fitted, why=why)
+
+
+def _predicted(case: Case, profiles: Profiles) -> tuple[Prediction | None, str]:
+    try:
+        return case.predict(profiles), ""
+    except InputError as error:
+        return None, str(error)
+
+
+# ---- As data --------------------------------------------------------------------------------------------------------
+
+
+def to_json(tables: Sequence[CheckedTable]) -> dict[str, Any]:
+    """The contract's figures of every table, its cases, and the coverage of all intervals together."""
+    cases = [found for table in tables for found in table.counted]
+    return {
+        "tables": [_table_data(table) for table in tables],
+        "coverage90": coverage(cases),
+        "coverage90_held_out": coverage(cases, held_out=True),
+    }
+
+
+def _table_data(table: CheckedTable) -> dict[str, Any]:
+    worst = table.worst
+    return {
+        "name": table.table.name,
+        "title": table.table.title,
+        "source": table.table.source,
+        "group": table.table.group,
+        "notes": table.table.notes,
+        "rows": len(table.counted),
+        "calibration_rows": table.calibration_rows,
+        "kept_when_held_out": table.kept_when_held_out,
+        "mare": table.mare,
+        "worst": None if worst is None or worst.error is None else abs(worst.error),
+        "worst_row": None if worst is None else worst.case.label,
+        "mare_held_out": table.mare_held_out,
+        "worst_held_out": table.worst_held_out,
+        "held_out_rows": sum(found.held_out is not None for found in table.counted),
+        "coverage90": table.coverage90,
+        "coverage90_held_out": table.coverage90_held_out,
+        "ranking_right": table.ranking_right,
+        "wrong_order": [[a.case.label, b.case.label] for a, b in table.wrong_order],
+        "cases": [_case_data(found) for found in table.cases],
+    }
+
+
+def _case_data(found: Checked) -> dict[str, Any]:
+    case, predicted = found.case, found.predicted
+    return {
+        "label": case.label,
+        "published": case.published,
+        "predicted": None if predicted is None else predicted.value,
+        "low": None if predicted is None else predicted.low,
+        "high": None if predicted is None else predicted.high,
+        "error": found.error,
+        "held_out": None if found.held_out is None else found.held_out.value,
+        "held_out_error": found.held_out_error,
+        "fitted": found.fitted,
+        "counts": case.counts,
+        "why": found.why,
+        "why_held_out": found.why_held_out,
+        "notes": case.notes,
+        "source": case.source,
+    }

@@ -1,0 +1,350 @@
+"""Step costs, devices, GPUs, models, links, prices, quality: typed rows with sources; says what it does not have.
+
+A profiles folder holds `catalog/*.csv` (one table a file), `fitted/*.csv` (what `fitting` made of the rows),
+`quoted/*.csv` (published cost rows) and `measured/<device>/<model>.csv` with `<model>.meta.yaml` beside it (written by
+the executors). Sources that disagree are all kept. Where one row must be chosen, measured goes before quoted before
+modelled, then the newer source before the older, then the earlier line; `prefer` names sources to take before all
+others, best first (any part of their text will do). Nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hybridsd_sim.errors import InputError, MissingDataError, Problem, unknown_name
+from hybridsd_sim.files import data_folder
+from hybridsd_sim.plan import KIND_ORDER
+from hybridsd_sim.profiles.reader import read_folders
+from hybridsd_sim.profiles.schema import (
+    Component,
+    CostRow,
+    EdgeDevice,
+    Gpu,
+    Interconnect,
+    Meta,
+    MethodConstant,
+    Model,
+    Network,
+    Population,
+    Price,
+    PublicCut,
+    QualityRow,
+    Runtime,
+    alike,
+)
+
+_PARTS = ("catalog", "quoted", "measured")
+
+_StepKey = tuple[str, str, str, tuple[int, int], int]
+
+NamedT = TypeVar("NamedT")
+
+FoundT = TypeVar("FoundT")
+
+
+class Memory:
+    """What was worked out from one `Profiles`, by name and key, so that it is worked out once.
+
+    Copies and pickles of it are empty. A table that is full starts over, so that memory stays bounded.
+    """
+
+    __slots__ = ("_tables",)
+
+    def __init__(self) -> None:
+        self._tables: dict[str, dict[Hashable, Any]] = {}
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()
+
+    def recall(self, name: str, key: Hashable, work_out: Callable[[], FoundT], *, most: int = 16_384) -> FoundT:
+        """What `work_out` gave when `name` was first asked for under this key.
+
+        Neither None nor an exception is kept.
+        """
+        table = self._tables.setdefault(name, {})
+        found: FoundT | None = table.get(key)
+        if found is None:
+            found = work_out()
+            if len(table) >= most:
+                table.clear()
+            table[key] = found
+        return found
+
+    def forget(self) -> None:
+        """Empty all tables: what is asked for again is worked out again."""
+        self._tables.clear()
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Profiles:
+    """Everything that is known about hardware, models, links, prices and quality, by name; see `load_profiles`.
+
+    `costs` are the quoted rows and then the measured ones. `metas` describe the measured files, as `device/model`.
+    `digest` is the SHA-256 of all the files. Asking for a name that is not there raises `MissingDataError`. `memory`
+    holds what others worked out from these profiles and no other ones.
+    """
+
+    gpus: Mapping[str, Gpu]
+    edge_devices: Mapping[str, EdgeDevice]
+    models: Mapping[str, Model]
+    components: Mapping[str, Component]
+    interconnects: Mapping[str, Interconnect]
+    networks: Mapping[str, Network]
+    runtimes: Mapping[str, Runtime]
+    prices: tuple[Price, ...]
+    quality: tuple[QualityRow, ...]
+    cuts: tuple[PublicCut, ...]
+    populations: tuple[Population, ...]
+    constants: Mapping[str, MethodConstant]
+    costs: tuple[CostRow, ...]
+    metas: Mapping[str, Meta]
+    digest: str
+    _steps: Mapping[_StepKey, Sequence[CostRow]]
+    memory: Memory = field(default_factory=Memory, init=False)
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.gpus)} GPUs, {len(self.models)} models, {len(self.costs)} cost rows"
+        return f"Profiles({counts}, {self.digest[:8]})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001 the protocol of pretty printers
+        printer.text(repr(self))
+
+    def gpu(self, name: str) -> Gpu:
+        return _named("gpu", name, self.gpus)
+
+    def edge_device(self, name: str) -> EdgeDevice:
+        return _named("edge device", name, self.edge_devices)
+
+    def model(self, name: str) -> Model:
+        return _named("model", name, self.models)
+
+    def component(self, name: str) -> Component:
+        return _named("component", name, self.components)
+
+    def interconnect(self, name: str) -> Interconnect:
+        return _named("interconnect", name, self.interconnects)
+
+    def network(self, name: str) -> Network:
+        return _named("network", name, self.networks)
+
+    def runtime(self, name: str) -> Runtime:
+        return _named("runtime", name, self.runtimes)
+
+    def device(self, name: str) -> Gpu | EdgeDevice:
+        """The GPU or edge device of that name; a card that is both is given as a GPU."""
+        if (found := self.gpus.get(name) or self.edge_devices.get(name)) is not None:
+            return found
+        both: dict[str, Gpu | EdgeDevice] = {**self.edge_devices, **self.gpus}
+        return _named("device", name, both)
+
+    def network_of(self, model: str) -> str:
+        """A text that is the same for models of one network, such as SD 1.4 and 1.5."""
+        return self.memory.recall("networks", model, lambda: self.model(model).network)
+
+    def default_interconnect(self, device: str) -> str:
+        """The interconnect between GPUs of this kind. Raises `MissingDataError` for a device that has none."""
+        if isinstance(found := self.device(device), Gpu):
+            return found.default_interconnect
+        rule = "has no interconnect of its own"
+        raise MissingDataError(Problem("interconnect", device, rule, "Name one, or choose degree 1."))
+
+    def peak_flop_per_s(self, device: str) -> float | None:
+        """The datasheet's dense fp16 peak of a GPU or edge device; None where no datasheet gives one."""
+        return self.device(device).fp16_flop_per_s
+
+    def cost_rows(
+        self, *, device: str | None = None, model: str | None = None, component: str | None = "step", **more: object
+    ) -> tuple[CostRow, ...]:
+        """The cost rows that hold these values, None standing for any; `more` names other columns."""
+        rows = self.memory.recall("rows", None, lambda: _rows_by_device(self.costs)).get((component, device), ())
+        tests = [(key, value) for key, value in {"model": model, **more}.items() if value is not None]
+        return tuple(row for row in rows if all(getattr(row, key) == value for key, value in tests))
+
+    def step_row(
+        self,
+        device: str,
+        runtime: str,
+        model: str,
+        size: tuple[int, int],
+        *,
+        latents: int,
+        precision: str | None = None,
+        prefer: Sequence[str] = (),
+    ) -> CostRow | None:
+        """The row that timed this very UNet call on one device (`size`: height and width in px), or None.
+
+        A model of the same config serves as well (SD 1.4 and 1.5 are one network). Where the runtime's calls hold at
+        most `max_unet_batch` latents, the row is that of a full call, of which the caller makes several.
+        """
+        limit = self.runtime(runtime).max_unet_batch
+        held = min(latents, limit) if limit else latents
+        rows = self._steps.get((device, runtime, self.network_of(model), size, held), ())
+        fitting = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
+        return min(fitting, key=lambda row: _rank(row, prefer), default=None)
+
+    def step_rows(
+        self, device: str, runtime: str, model: str, precision: str | None = None, *, prefer: Sequence[str] = ()
+    ) -> list[CostRow]:
+        """All steps of this network that were timed on one such device under the runtime, best known first."""
+        steps = self.memory.recall("steps", None, lambda: _by_place(self._steps))
+        rows = steps.get((device, runtime, self.network_of(model)), ())
+        fitting = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
+        return sorted(fitting, key=lambda row: _rank(row, prefer))
+
+    def component_row(
+        self, device: str, runtime: str, component: Component, size: tuple[int, int], *, prefer: Sequence[str] = ()
+    ) -> CostRow | None:
+        """The row that timed one prompt or image (`size`: height and width in px) on one device, or None."""
+        wanted = size if component.component == "vae_decode" else (0, 0)
+        rows = self.cost_rows(
+            device=device, model=component.name, component=component.component, runtime=runtime, batch_size=1, degree=1
+        )
+        fitting = [row for row in rows if (row.height_px, row.width_px) == wanted]
+        return min(fitting, key=lambda row: _rank(row, prefer), default=None)
+
+    def model_load(self, device: str, model: str = "*", *, prefer: Sequence[str] = ()) -> CostRow:
+        """Seconds until another model is ready: this network's row on the device, else the one for any of them."""
+        network = self.models[model].network if model in self.models else ""
+        alike = {"*", *(name for name, other in self.models.items() if other.network == network)}
+        rows = [row for row in self.costs if row.component == "model_load" and row.device in (device, "*")]
+        rows = [row for row in rows if row.model in alike]
+        if not rows:
+            raise MissingDataError(Problem("model_load", device, "no row says how long a model load takes"))
+        return min(rows, key=lambda row: (row.device == "*", row.model == "*", _rank(row, prefer)))
+
+    def gpu_price(self, gpu: str, purchase: str = "on_demand", provider: str | None = None) -> Price | None:
+        """USD per GPU-hour: the first row of `provider`, else the row marked default; None where nobody sells it."""
+        return self._price(f"gpu:{gpu}", purchase, provider)
+
+    def usd(self, item: str, provider: str | None = None) -> float:
+        """USD for a GiB of `egress` or a kWh of `electricity`: the first row of `provider`, else the default one."""
+        if price := self._price(item, "", provider):
+            return price.usd
+        known = [row.provider for row in self.prices if row.item == item]
+        raise MissingDataError(unknown_name(f"price of {item}", provider or "default", known))
+
+    def _price(self, item: str, purchase: str, provider: str | None) -> Price | None:
+        prices = self.memory.recall("prices", None, lambda: _by_item(self.prices))
+        rows = prices.get((item, purchase), ())
+        return next((row for row in rows if (row.provider == provider if provider else row.default)), None)
+
+    def egress_usd_per_gib(self, provider: str | None = None) -> float:
+        return self.usd("egress", provider)
+
+    def public_cuts(self, model: str) -> dict[int, tuple[tuple[str, ...], ...]]:
+        """AsyncDiff's public cuts of this network by number of components: the modules of each, in order."""
+        network = self.network_of(model)
+        rows = [row for row in self.cuts if self.network_of(row.model) == network]
+        counts = sorted({row.components for row in rows})
+        return {count: tuple(row.modules for row in rows if row.components == count) for count in counts}
+
+    def without(self, left_out: Callable[[CostRow], bool]) -> Profiles:
+        """The same without the cost rows of which this is true."""
+        costs = tuple(row for row in self.costs if not left_out(row))
+        digest = hashlib.sha256(f"{self.digest}{len(costs)}".encode()).hexdigest()
+        return replace(self, costs=costs, digest=digest, _steps=_steps_of(costs, self.models))
+
+    def with_costs(self, rows: Sequence[CostRow]) -> Profiles:
+        """The same with these cost rows in front, such as a user's own measurement."""
+        costs = (*rows, *self.costs)
+        said = "".join(row.model_dump_json() for row in rows)
+        digest = hashlib.sha256(f"{self.digest}{said}".encode()).hexdigest()
+        return replace(self, costs=costs, digest=digest, _steps=_steps_of(costs, self.models))
+
+    def nearest(self, device: str, model: str, *, component: str = "step") -> str:
+        """A sentence that names the rows nearest to a device and model, for messages about missing rows."""
+        rows = sorted(
+            (row for row in self.costs if row.component == component and row.degree == 1),
+            key=lambda row: (row.device != device, row.model != model, _rank(row, ())),
+        )
+        close = (row for row in rows if device == row.device or model == row.model)
+        said = dict.fromkeys(
+            f"{row.model} {row.height_px}x{row.width_px} on {row.device} ({row.runtime})" for row in close
+        )
+        return f"Nearest rows: {', '.join(list(said)[:3])}." if said else f"No {component} row has {device} or {model}."
+
+
+def _named(what: str, name: str, known: Mapping[str, NamedT]) -> NamedT:
+    if name not in known:
+        raise MissingDataError(unknown_name(what, name, tuple(known)))
+    return known[name]
+
+
+def _rank(row: CostRow, prefer: Sequence[str]) -> tuple[int, int, _Newest]:
+    place = next((index for index, name in enumerate(prefer) if name in row.source), len(prefer))
+    return place, KIND_ORDER[row.kind], _Newest(row.source_date)
+
+
+class _Newest(str):
+    """A date that sorts before older ones; what does not begin with a year sorts last."""
+
+    __slots__ = ()
+
+    def __lt__(self, other: str) -> bool:
+        mine, theirs = (text if text[:1].isdigit() else "" for text in (self[:], other[:]))
+        return mine > theirs
+
+
+def _steps_of(costs: Sequence[CostRow], models: Mapping[str, Model]) -> dict[_StepKey, list[CostRow]]:
+    """The one-GPU step rows by what they timed, each list in the order of the rows."""
+    networks = {name: model.network for name, model in models.items()}
+    steps: dict[_StepKey, list[CostRow]] = {}
+    for row in costs:
+        if row.component == "step" and row.degree == 1 and row.rank is None:
+            size = (row.height_px, row.width_px)
+            steps.setdefault((row.device, row.runtime, networks[row.model], size, row.latents), []).append(row)
+    return steps
+
+
+def _by_place(steps: Mapping[_StepKey, Sequence[CostRow]]) -> dict[tuple[str, str, str], list[CostRow]]:
+    """The one-GPU step rows by device, runtime and network."""
+    places: dict[tuple[str, str, str], list[CostRow]] = {}
+    for key, rows in steps.items():
+        places.setdefault(key[:3], []).extend(rows)
+    return places
+
+
+def _rows_by_device(costs: Sequence[CostRow]) -> dict[tuple[str | None, str | None], list[CostRow]]:
+    """The rows by component and device, None standing for any of them, each list in the order of the rows."""
+    found: dict[tuple[str | None, str | None], list[CostRow]] = {}
+    for row in costs:
+        for key in product((row.component, None), (row.device, None)):
+            found.setdefault(key, []).append(row)
+    return found
+
+
+def _by_item(prices: Sequence[Price]) -> dict[tuple[str, str], list[Price]]:
+    found: dict[tuple[str, str], list[Price]] = {}
+    for row in prices:
+        found.setdefault((row.item, row.purchase), []).append(row)
+    return found
+
+
+def load_profiles(path: str | Path | Sequence[str | Path] | None = None) -> Profiles:
+    """Read a profiles folder; None means the shipped one.
+
+    A folder without `catalog/` is laid over the shipped one: its cost rows join, and replace those that timed the very
+    same; so are several folders, each over those before. Raises `InputError` with everything wrong in every file, each
+    with file and line.
+    """
+    given = [path] if isinstance(path, str | Path) else path or []
+    folders = _folders([Path(folder) for folder in given])
+    tables, metas, digest = read_folders(folders)
+    steps = _steps_of(tables["costs"], tables["models"])
+    return Profiles(**tables, metas=metas, digest=digest, _steps=steps)
+
+
+def _folders(given: Sequence[Path]) -> list[Path]:
+    """The folders to read: a catalogue first, the shipped one where none is given."""
+    rule = "needs catalog/, quoted/ or measured/ inside"
+    if strange := [path for path in given if not any((path / part).is_dir() for part in _PARTS)]:
+        raise InputError(Problem(str(path), "not a profiles folder", rule) for path in strange)
+    complete = [path for path in given if (path / "catalog").is_dir()]
+    if len(complete) > 1:
+        raise InputError(Problem(str(complete[1]), "a second catalog/", "only one of the folders may hold one"))
+    return [*(complete or [data_folder("profiles")]), *(path for path in given if path not in complete)]

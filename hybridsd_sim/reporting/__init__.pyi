@@ -1,0 +1,17 @@
+from .comparison import write_agreement as write_agreement
+from .folder import DRAWN as DRAWN
+from .folder import SAVED as SAVED
+from .folder import compare_reports as compare_reports
+from .folder import draw_report as draw_report
+from .folder import read_run as read_run
+from .folder import run_id as run_id
+from .folder import write_report as write_report
+from .terminal import plan_data as plan_data
+from .terminal import plan_text as plan_text
+from .terminal import prediction_text as prediction_text
+from .terminal import scenario_text as scenario_text
+from .terminal import simulation_data as simulation_data
+from .terminal import simulation_text as simulation_text
+from .terminal import table as table
+from .terminal import to_json as to_json
+from .terminal import verification_text as verification_text

@@ -1,0 +1,355 @@
+"""What each plan takes, part by part, and how well each part is known: interval, kind, sources, and what they sum to.
+
+The ends of a total's interval are the sums of its parts' ends, as if all parts erred the same way: parts of one device
+do, and where they do not the interval is too wide rather than too narrow. A total is of the weakest kind among the
+parts that make it.
+
+What seconds are turned into money and joules with: prices and powers, each with its range, kind and source.
+
+How the numbers behind the plans are known: shares by kind, every part with its interval, and the rates behind money.
+
+Reads the plain data of `contents` and writes blocks of `markup`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from hybridsd_sim.plan import KIND_ORDER, Kind, Site
+from hybridsd_sim.pricing import score_interval
+from hybridsd_sim.reporting.blocks import MARKS, Block, Cell, Fold, Heading, Paragraph, Picture, Table, ranged
+from hybridsd_sim.reporting.labels import DASH, PARTS, Data, Show, clip, interval, listed, number, percent, reach
+
+if TYPE_CHECKING:
+    from hybridsd_sim.pricing import Part, PlanCost
+    from hybridsd_sim.profiles import Price, Profiles
+
+
+EGRESS = "network"
+"""Stands for the way down to the edge, which is paid by the byte."""
+
+OWN = "the scenario's own figure"
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A price or a power: `value` None where nobody knows it; `low` and `high` are its range where a source has one.
+
+    `where` is the site that it belongs to, `EGRESS` for what leaves the cloud.
+    """
+
+    where: str
+    item: str
+    value: float | None
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    kind: Kind = "quoted"
+    sources: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The ends of the range as shares of the value; 1 where there is no range."""
+        if not self.value:
+            return 1.0, 1.0
+        low, high = (self.value if end is None else end for end in (self.low, self.high))
+        return min(1.0, low / self.value), max(1.0, high / self.value)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rates_of(sites: Mapping[str, Site], profiles: Profiles) -> dict[str, Rate]:
+    """The rate of each site by its name, and that of the way down to the edge."""
+    rates = [(price_of if site.tier == "cloud" else power_of)(site, profiles) for site in sites.values()]
+    return {rate.where: rate for rate in (*rates, *_egress(profiles))}
+
+
+def price_of(site: Site, profiles: Profiles) -> Rate:
+    """US$ per GPU-hour of a cloud site: the scenario's own price, else the catalogue's."""
+    item, unit = f"GPU-hour of {site.name} ({site.device}, {site.purchase.replace('_', ' ')})", "US$"
+    if site.usd_per_device_hour is not None:
+        return Rate(site.name, item, site.usd_per_device_hour, unit, sources=(OWN,))
+    row = profiles.gpu_price(site.device, site.purchase, site.provider)
+    if row is None:
+        return Rate(site.name, item, None, unit, kind="modelled", note=f"no {site.purchase} price for {site.device}")
+    return _of_row(site.name, item, unit, row)
+
+
+def power_of(site: Site, profiles: Profiles) -> Rate:
+    """Watts of an edge device while it generates: the scenario's own figure, else the catalogue's."""
+    item = f"Power of {site.name} ({site.device})"
+    if site.power_w is not None:
+        return Rate(site.name, item, site.power_w, "W", sources=(OWN,))
+    device = profiles.edge_device(site.device)
+    if device.power_w is None:
+        return Rate(site.name, item, None, "W", kind="modelled", note=f"no power figure for {site.device}")
+    return Rate(
+        site.name, item, device.power_w, "W", low=device.power_low_w, high=device.power_high_w,
+        kind=device.power_kind or "modelled", sources=(device.power_source,),
+    )  # fmt: skip
+
+
+def _egress(profiles: Profiles) -> Iterator[Rate]:
+    row = next((row for row in profiles.prices if row.item == "egress" and row.default), None)
+    if row is not None:
+        yield _of_row(EGRESS, "GiB sent to the edge", "US$", row)
+
+
+def _of_row(where: str, item: str, unit: str, row: Price) -> Rate:
+    note = "; ".join(filter(None, (row.provider, row.source_date, row.notes)))
+    return Rate(where, item, row.usd, unit, low=row.low, high=row.high, kind=row.kind, sources=(row.source,), note=note)
+
+
+OVER_USERS = "at the network's median rates; the interval spans users and moments"
+"""What the interval of a transfer is: not doubt, but who asks and when."""
+
+
+def breakdowns(served: Iterable[tuple[str, str, PlanCost]], rates: Mapping[str, Rate]) -> list[Data]:
+    """Every plan of every class once: the runs that follow it, its parts, its totals and its shares by kind.
+
+    `served` names a run, a request class, and the cost of a plan by which that run serves the class.
+    """
+    found: dict[Any, Data] = {}
+    for run, request_class, cost in served:
+        key = request_class, cost.plan
+        if key not in found:
+            found[key] = {"runs": [], "request_class": request_class, **_breakdown(cost, rates)}
+        if run not in found[key]["runs"]:
+            found[key]["runs"].append(run)
+    return list(found.values())
+
+
+def _breakdown(cost: PlanCost, rates: Mapping[str, Rate]) -> Data:
+    return {
+        "label": cost.plan.label,
+        "parts": [_part(part) for part in cost.parts],
+        "totals": [_latency(cost), _money(cost, rates), _energy(cost, rates), *_scores(cost)],
+        "shares": shares(cost.parts),
+    }
+
+
+def _part(part: Part) -> Data:
+    figures = {"component": part.name, "where": part.where, "value": part.seconds, "unit": "s"}
+    bounds = {"low": part.low_s, "high": part.high_s, "kind": part.kind, "sources": list(part.sources)}
+    note = part.note or (OVER_USERS if part.tier == "network" and part.seconds else "")
+    return {**figures, **bounds, "note": note, "within": part.within, "critical": part.critical}
+
+
+def shares(parts: Sequence[Part]) -> dict[Kind, float]:
+    """How much of the latency is of each kind; they sum to 1 unless nothing takes time."""
+    critical = [part for part in parts if part.critical]
+    total = sum(part.seconds for part in critical) or 1.0
+    return {kind: sum(part.seconds for part in critical if part.kind == kind) / total for kind in KIND_ORDER}
+
+
+def weakest(kinds: Iterable[Kind]) -> Kind:
+    """The least known of these kinds; modelled where there is none."""
+    return max(kinds, key=KIND_ORDER.__getitem__, default="modelled")
+
+
+def _latency(cost: PlanCost) -> Data:
+    critical = [part for part in cost.parts if part.critical]
+    kind = weakest(part.kind for part in critical if part.seconds > 0)
+    ends, sources = cost.latency_interval_s, [part.sources for part in critical]
+    return _total("latency_s", cost.latency_s, "s", ends, kind, sources)
+
+
+def _money(cost: PlanCost, rates: Mapping[str, Rate]) -> Data:
+    """US$ an image: the pool's price for the seconds of its gang, and what is sent to the edge."""
+    charged = [(part, part.usd, rates.get(EGRESS if part.tier == "network" else part.where)) for part in cost.parts]
+    return _product("metered_usd_per_image", "US$", charged, cost.request.num_images, "nothing is paid for")
+
+
+def _energy(cost: PlanCost, rates: Mapping[str, Rate]) -> Data:
+    """Joules an image: the device's power for the seconds in which it works."""
+    spent = [(part, part.energy_j, rates.get(part.where)) for part in cost.parts]
+    return _product("edge_energy_j_per_image", "J", spent, cost.request.num_images, "nothing runs at the edge")
+
+
+def _product(
+    name: str, unit: str, amounts: Sequence[tuple[Part, float | None, Rate | None]], images: int, if_none: str
+) -> Data:
+    """A sum of seconds times rates: both have a range and a kind. Bytes are known, so that only their rate counts."""
+    some = [(part, amount, rate) for part, amount, rate in amounts if amount != 0]
+    missing = [part.unknown or (rate.note if rate else "") for part, amount, rate in some if amount is None]
+    ends = [0.0, 0.0]
+    for part, amount, rate in some:
+        for side, share in enumerate(_reach(part, rate)):
+            ends[side] += share * (amount or 0.0) / images
+    kinds = [part.kind for part, *_ in some if part.tier != "network"] + [rate.kind for *_, rate in some if rate]
+    sources = [(*part.sources, *(rate.sources if rate else ())) for part, _, rate in some]
+    value = None if missing else sum(amount or 0.0 for _, amount, _ in some) / images
+    note = "; ".join(dict.fromkeys(filter(None, missing))) if missing else "" if some else if_none
+    return _total(name, value, unit, None if missing else (ends[0], ends[1]), weakest(kinds), sources, note)
+
+
+def _reach(part: Part, rate: Rate | None) -> tuple[float, float]:
+    """The ends of a part's dollars or joules as shares of their middle."""
+    low, high = rate.reach if rate else (1.0, 1.0)
+    if part.tier == "network" or not part.seconds:
+        return low, high
+    return low * part.low_s / part.seconds, high * part.high_s / part.seconds
+
+
+def _scores(cost: PlanCost) -> Iterator[Data]:
+    """What the pictures are worth: the CLIP score, or why nobody knows it; other scores where somebody does."""
+    quality = cost.quality
+    ends = score_interval("clip", quality.clip, quality.kind)
+    yield _total("quality_clip", quality.clip, "CLIP", ends, quality.kind, [quality.sources], quality.note)
+    others = (("quality_fid", "FID", quality.fid_score), ("quality_lpips", "LPIPS", quality.lpips_score))
+    for name, unit, score in others:
+        if score.value is not None:
+            ends = score_interval(unit.lower(), score.value, score.kind)
+            yield _total(name, score.value, unit, ends, score.kind, [score.sources], score.note)
+
+
+def _total(
+    name: str, value: float | None, unit: str, ends: tuple[float, float] | None, kind: Kind,
+    sources: Sequence[tuple[str, ...]], note: str = "",
+) -> Data:  # fmt: skip
+    low, high = ends or (None, None)
+    said = list(dict.fromkeys(source for each in sources for source in each))
+    return {
+        "figure": name, "value": value, "low": low, "high": high, "unit": unit, "kind": kind, "sources": said,
+        "note": note,
+    }  # fmt: skip
+
+
+TIE = "\N{NO-BREAK SPACE}"
+
+NO_SOURCE = "this model's own rule"
+
+TWO_INTERVALS = (
+    "A 90% interval says how well a time is known. The 95% intervals of simulated figures say only what chance does in "
+    "the run, with these times taken as they stand. The same stands in parts.csv, a figure a line."
+)
+
+
+def sources_of(data: Data) -> tuple[str, ...]:
+    """Every source behind the plans, the rates and the calibration once, in the order of the page."""
+    figures = [figure for plan in data["plans"] for figure in (*plan["parts"], *plan["totals"])]
+    laws = (*data["calibration"], *data["constants"])
+    return tuple(dict.fromkeys(source for each in (*figures, *data["rates"], *laws) for source in each["sources"]))
+
+
+def how_known(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
+    """The section that tells which numbers are measured, quoted or modelled, and how wide each is."""
+    mine = [plan for plan in data["plans"] if data["runs"][0]["name"] in plan["runs"]]
+    shown = mine if data["kind"] == "plan" else []
+    sources = sources_of(data)
+    yield Heading("How these numbers are known", "known")
+    for plan in shown:
+        yield Paragraph(_in_words(plan), "lead")
+    yield Paragraph(_counted(mine, data["rates"], data["runs"][0]["name"]))
+    yield Paragraph(TWO_INTERVALS, "note")
+    yield _shares(data["plans"])
+    yield from (picture for picture in pictures if picture.name == "known")
+    yield Heading("Part by part", "parts", 3)
+    for plan in data["plans"]:
+        whose = f"{', '.join(plan['runs'])}, {plan['request_class']}: {plan['label']}"
+        yield Fold(whose, (_parts(plan, sources),), opened=plan in shown)
+    yield Heading("Prices and powers", "rates", 3)
+    yield _rates(data["rates"], sources)
+
+
+def _in_words(plan: Data) -> str:
+    """A plan's idle latency, its interval, and what it is made of."""
+    total, shares = plan["totals"][0], plan["shares"]
+    low, high, far = number(total["low"]), number(total["high"]), reach(total)
+    made_of = listed([f"{percent(share)} {kind}" for kind, share in shares.items() if share]) or "nothing"
+    width = f"{low} to {high} s at 90%" + (f" ({far})" if far else "")
+    return f"{plan['request_class']}: {number(total['value'])} s on an idle fleet, {width}; {made_of}."
+
+
+def _counted(plans: Sequence[Data], rates: Sequence[Data], run: str) -> str:
+    """How many numbers stand behind the plans of a run, by kind."""
+    figures = [part for plan in plans for part in plan["parts"] if part["value"]]
+    figures += [total for plan in plans for total in plan["totals"] if total["figure"].startswith("quality")]
+    figures = [figure for figure in (*figures, *rates) if figure["value"] is not None]
+    count = Counter(figure["kind"] for figure in figures)
+    outside = sum(not part["within"] for plan in plans for part in plan["parts"])
+    said = listed([f"{count[kind]} are {kind} {MARKS[kind]}" for kind in MARKS])
+    text = f"Of the {len(figures)} times, scores, prices and powers behind the run {run}, {said}."
+    lies = "of the times lies" if outside == 1 else "of the times lie"
+    return f"{text} {outside} {lies} outside what was timed on the device." if outside else text
+
+
+def _shares(plans: Sequence[Data]) -> Table:
+    rows = []
+    for plan in plans:
+        name = Cell(plan["request_class"], ", ".join(plan["runs"]))
+        shares = (Cell(percent(share)) for share in plan["shares"].values())
+        rows.append((name, Cell(plan["label"]), ranged(plan["totals"][0]), *shares))
+    head = ("Request class", "Plan", "Idle latency (s)", *(f"{MARKS[kind]}{TIE}{kind}" for kind in MARKS))
+    caption = "How much of each plan's idle latency is known in which way; beneath a latency its 90% interval"
+    return Table(caption, head, tuple(rows), words=frozenset({0, 1}))
+
+
+def _parts(plan: Data, sources: Sequence[str]) -> Table:
+    """Every part of a plan, then what they sum to."""
+    steady = any(part["component"] == "denoise_warmup" for part in plan["parts"])
+    rows = [_part_row(part, sources, steady=steady) for part in plan["parts"]]
+    totals = [_total_row(total, sources) for total in plan["totals"]]
+    head = ("Part", "Where", "Value", "90% interval", "Kind", "Source and note")
+    strong = frozenset(range(len(rows), len(rows) + len(totals)))
+    return Table(
+        "Parts of one request on an idle fleet, and what they sum to",
+        head,
+        (*rows, *totals),
+        strong=strong,
+        words=frozenset({0, 1, 4, 5}),
+    )
+
+
+def _part_row(part: Data, sources: Sequence[str], *, steady: bool) -> tuple[Cell, ...]:
+    name = PARTS.get(part["component"], part["component"].replace("_", " "))
+    name += ", steady steps" if steady and part["component"] == "denoise" else ""
+    beside = "" if part["critical"] else "beside the cloud's work: not in the latency"
+    return _line(part, Cell(name, beside), part["where"], number, sources, outside=not part["within"])
+
+
+def _total_row(total: Data, sources: Sequence[str]) -> tuple[Cell, ...]:
+    show = clip if total["figure"] in {"quality_clip", "quality_lpips"} else number
+    return _line(total, Cell(PARTS[total["figure"]]), "", show, sources)
+
+
+def _line(
+    figure: Data, name: Cell, where: str, show: Show, sources: Sequence[str], *, outside: bool = False
+) -> tuple[Cell, ...]:
+    """A figure with its interval, kind, sources and note; without a value, a dash and the reason."""
+    known = figure["value"] is not None
+    return (
+        name,
+        Cell(where),
+        Cell(f"{show(figure['value'])} {figure['unit']}") if known else Cell(DASH, figure["note"] or "not known"),
+        _interval(figure, show) if known else Cell(""),
+        Cell(figure["kind"], kind=figure["kind"]) if known else Cell(""),
+        _grounds(figure, sources, outside=outside),
+    )
+
+
+def _interval(figure: Data, show: Show) -> Cell:
+    if figure["low"] is None and figure["high"] is None:
+        return Cell("none given")
+    return Cell(interval(figure, show) or show(figure["value"]), reach(figure))
+
+
+def _grounds(figure: Data, sources: Sequence[str], *, outside: bool = False) -> Cell:
+    """What a figure rests on: numbers of sources, and its note."""
+    found = tuple(sorted(sources.index(source) + 1 for source in figure["sources"]))
+    note = f"outside what was timed: {figure['note']}" if outside else figure["note"]
+    return Cell("" if found else NO_SOURCE, note if figure["value"] is not None else "", sources=found)
+
+
+def _rates(rates: Sequence[Data], sources: Sequence[str]) -> Table:
+    """Prices and powers."""
+    rows = tuple(_line(rate, Cell(rate["item"]), "", number, sources) for rate in rates)
+    head = ("Price or power", "", "Value", "Range", "Kind", "Source and note")
+    shown = tuple((row[0], *row[2:]) for row in rows)
+    caption = "What seconds and bytes are turned into money and joules with; ranges are their sources' own"
+    return Table(caption, (head[0], *head[2:]), shown, words=frozenset({0, 3, 4}))

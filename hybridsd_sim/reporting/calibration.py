@@ -1,0 +1,220 @@
+"""What the speed of each device rests on: fitted parameters, the rows behind them, and how far the law misses these.
+
+For every (device, runtime, precision) of a report's plans and pools, and the constants that all devices share.
+
+The section on calibration: what each device's speed rests on, and how far its law misses the rows it was fitted to.
+
+Reads the plain data of `contents` and writes blocks of `markup`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from math import exp, expm1
+from typing import TYPE_CHECKING
+
+from hybridsd_sim.errors import MissingDataError
+from hybridsd_sim.perf import CONSTANTS, Z90, fit_of
+from hybridsd_sim.plan import Site
+from hybridsd_sim.profiles import alike
+from hybridsd_sim.reporting.blocks import Block, Cell, Fold, Heading, Paragraph, Picture, Table
+from hybridsd_sim.reporting.labels import DASH, MINUS, PARAMETERS, Data, number, percent, reach, scaled
+
+if TYPE_CHECKING:
+    from hybridsd_sim.perf import Constant, Fit
+    from hybridsd_sim.profiles import CostRow, MethodConstant, Profiles
+
+
+UNITS = (
+    ("_flop_per_s", "FLOP/s"), ("_bytes_per_s", "bytes/s"), ("_s_per_op", "s"), ("seconds_per_op", "s"), ("_s", "s"),
+)  # fmt: skip
+"""Unit of a parameter by the end of its name; shares have none."""
+
+WHOSE = ("device", "runtime", "precision")
+
+
+def fits_of(sites: Iterable[Site], profiles: Profiles) -> list[Data]:
+    """The fit of every device, runtime and precision of these sites once, sorted by name."""
+    found = {_asked(site): site for site in sites}
+    return [_fit(found[asked], profiles) for asked in sorted(found)]
+
+
+def _asked(site: Site) -> tuple[str, str, str]:
+    return site.device, site.runtime, alike(site.precision)
+
+
+def _fit(site: Site, profiles: Profiles) -> Data:
+    whose = dict(zip(WHOSE, _asked(site), strict=True))
+    try:
+        fit = fit_of(profiles, site.device, site.runtime, site.precision)
+    except MissingDataError as error:
+        return {**whose, "parameters": [], "rows": [], "row_reach": None, "note": error.problems[0].rule, "sources": []}
+    return {
+        **whose,
+        "parameters": list(_fit_parameters(fit, profiles)),
+        "rows": [_row(row, residual) for row, residual in zip(fit.rows, fit.residuals, strict=True)],
+        "row_reach": expm1(Z90 * fit.sigma),
+        "note": fit.note,
+        "sources": list(fit.sources),
+    }
+
+
+def _fit_parameters(fit: Fit, profiles: Profiles) -> Iterator[Data]:
+    """The law's parameters; a memory whose bandwidth no datasheet gives is not in it."""
+    unbounded = getattr(profiles.device(fit.device), "memory_bandwidth_bytes_per_s", None) is None
+    for name, ends in fit.parameters.items():
+        unknown = unbounded and name == "memory_bytes_per_s"
+        value, low, high = (None, None, None) if unknown else ends
+        note = "no datasheet gives it" if unknown else ""
+        yield {"name": name, "value": value, "low": low, "high": high, "unit": unit_of(name), "note": note}
+
+
+def unit_of(parameter: str) -> str:
+    """The unit that ends a parameter's name; a share has none."""
+    return next((unit for end, unit in UNITS if parameter.endswith(end)), "share")
+
+
+def _row(row: CostRow, residual: float) -> Data:
+    """One timed row and what the law makes of it; `residual` is the logarithm of predicted over published."""
+    return {
+        "model": row.model, "height_px": row.height_px, "width_px": row.width_px, "latents": row.latents,
+        "published_s": row.seconds_median, "predicted_s": row.seconds_median * exp(residual), "log_ratio": residual,
+        "kind": row.kind, "source": row.source, "source_date": row.source_date,
+    }  # fmt: skip
+
+
+def constants_of(profiles: Profiles) -> list[Data]:
+    """The constants that all devices share, with the rows that they were fitted to; 0 where none was looked at yet."""
+    believed = {constant.name: constant for constant in CONSTANTS}
+    return [
+        _constant(name, profiles.constants.get(name), believed.get(name))
+        for name in dict.fromkeys((*believed, *profiles.constants))
+    ]
+
+
+def _constant(name: str, row: MethodConstant | None, believed: Constant | None) -> Data:
+    found = row or believed
+    value, spread = (found.value, found.spread) if found else (0.0, 0.0)
+    return {
+        "name": name, "value": value, "low": value * exp(-Z90 * spread), "high": value * exp(Z90 * spread),
+        "unit": unit_of(name), "meaning": believed.meaning if believed else row.notes if row else "",
+        "rows": row.rows if row else 0, "sources": [row.source] if row else [],
+    }  # fmt: skip
+
+
+ABOUT = (
+    "Steps that nobody timed follow from a law of their device: kernels at their rates, a cost for each operation, and "
+    "the host that launches them. A law has few parameters, fitted to the device's own one-GPU rows and to what other "
+    "devices have in common; where rows are few, the latter decides and intervals are wide. All of it is modelled. The "
+    "same stands in calibration.csv and calibration_rows.csv."
+)
+
+
+def calibrated(data: Data, pictures: Sequence[Picture], sources: Sequence[str]) -> Iterator[Block]:
+    """Parameters with their intervals, and residuals, of every device, runtime and precision of plans and pools."""
+    yield Heading("Calibration", "calibration")
+    yield Paragraph(ABOUT, "note")
+    yield _overview(data["calibration"], sources)
+    yield from _parameters(data["calibration"])
+    yield from (picture for picture in pictures if picture.name == "calibration")
+    for fit in data["calibration"]:
+        if fit["rows"]:
+            said = f"{fit['device']}, {fit['runtime']}, {fit['precision']}: {_counted(fit['rows'])}"
+            yield Fold(said, (_residuals(fit, sources),))
+    yield _constants(data["constants"], sources)
+
+
+def _whose(fit: Data) -> Cell:
+    return Cell(fit["device"], f"{fit['runtime']}, {fit['precision']}")
+
+
+def _counted(rows: Sequence[Data]) -> str:
+    return "1 row and its error" if len(rows) == 1 else f"{len(rows)} rows and their errors"
+
+
+def _overview(fits: Sequence[Data], sources: Sequence[str]) -> Table:
+    """How many rows each law was fitted to, how far it misses them, and where a row is expected around it."""
+    rows = tuple(
+        (
+            _whose(fit),
+            Cell(number(len(fit["rows"]))),
+            *_errors(fit["rows"]),
+            Cell(DASH if fit["row_reach"] is None else f"± {percent(fit['row_reach'])}"),
+            _rests_on(fit, sources),
+        )
+        for fit in fits
+    )
+    head = ("Device", "Rows fitted", "Mean error", "Worst error", "90% of quoted rows", "Rests on")
+    return Table("What the laws of the plans and of all pools rest on", head, rows, words=frozenset({0, 5}))
+
+
+def _errors(rows: Sequence[Data]) -> tuple[Cell, Cell]:
+    """Mean and worst relative error of the law over its rows."""
+    if not rows:
+        return Cell(DASH, "no rows"), Cell(DASH, "no rows")
+    errors = [abs(expm1(row["log_ratio"])) for row in rows]
+    worst = max(errors)
+    return Cell(percent(sum(errors) / len(rows))), Cell(percent(worst), _step(rows[errors.index(worst)]))
+
+
+def _rests_on(fit: Data, sources: Sequence[str]) -> Cell:
+    found = tuple(sources.index(source) + 1 for source in fit["sources"])
+    if fit["rows"]:
+        return Cell("its own rows", sources=found)
+    return Cell("datasheet and population" if fit["parameters"] else "nothing", fit["note"], sources=found)
+
+
+def _step(row: Data) -> str:
+    latents = f"{row['latents']} latent{'s' * (row['latents'] > 1)}"
+    return f"{row['model']}, {row['width_px']}×{row['height_px']} px, {latents}"
+
+
+def _parameters(fits: Sequence[Data]) -> Iterator[Table]:
+    """The laws' parameters side by side."""
+    known = [fit for fit in fits if fit["parameters"]]
+    if known:
+        names = [one["name"] for one in known[0]["parameters"]]
+        rows = tuple((_whose(fit), *(_parameter(one) for one in fit["parameters"])) for fit in known)
+        head = ("Device", *(PARAMETERS.get(name, name) for name in names))
+        yield Table("Parameters of the laws; beneath each its 90% interval", head, rows)
+
+
+def _parameter(one: Data) -> Cell:
+    """A fitted parameter with its unit, the ends of its interval beneath."""
+    if one["value"] is None:
+        return Cell(DASH, one["note"])
+    show, unit = scaled(one["value"], one["unit"])
+    value = Cell(f"{show(one['value'])} {unit}".rstrip(), mark="modelled")
+    if one["low"] == one["high"]:
+        return value
+    return replace(value, sub=f"{show(one['low'])}–{show(one['high'])} {unit}".rstrip() + f"\n{reach(one)}")
+
+
+def _residuals(fit: Data, sources: Sequence[str]) -> Table:
+    rows = tuple(
+        (
+            Cell(_step(row)),
+            Cell(number(row["published_s"]), mark=row["kind"]),
+            Cell(number(row["predicted_s"]), mark="modelled"),
+            Cell(f"{100 * expm1(row['log_ratio']):+.1f} %".replace("-", MINUS)),
+            Cell(row["source_date"], sources=(sources.index(row["source"]) + 1,)),
+        )
+        for row in fit["rows"]
+    )
+    head = ("Step", "Published (s)", "Predicted (s)", "Error", "Source")
+    return Table("What was published or measured, and what the law makes of it", head, rows, words=frozenset({0, 4}))
+
+
+def _constants(constants: Sequence[Data], sources: Sequence[str]) -> Table:
+    rows = tuple(
+        (
+            Cell(PARAMETERS.get(one["name"], one["name"].replace("_", " "))),
+            _parameter(one),
+            Cell(number(one["rows"]), "" if one["rows"] else "believed before any row"),
+            Cell(one["meaning"], sources=tuple(sources.index(source) + 1 for source in one["sources"])),
+        )
+        for one in constants
+    )
+    head = ("Constant", "Value", "Rows fitted", "What it is")
+    return Table("Constants that all devices share; beneath each its 90% interval", head, rows, words=frozenset({0, 3}))

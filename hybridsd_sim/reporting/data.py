@@ -1,0 +1,241 @@
+"""What a report says: plain data taken from a capacity plan or from simulations, before any page or figure.
+
+Everything here can be written as JSON and drawn again later. A figure nobody knows is null beside a `note` that says
+why; shares, seconds and dollars keep full precision, since rounding is the pages' business.
+
+A capacity plan as plain data: what was chosen, what it saves, what a change would buy, how it fares elsewhere.
+
+Sentences stand beside the figures that they tell, under `said`, so that every page and the terminal say the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybridsd_sim.planning import (
+    KNOWN_BY,
+    bound_in_words,
+    bound_of,
+    confidence_in_words,
+    conflict_in_words,
+    evidence_in_words,
+    labels,
+    margin_in_words,
+    probability_interval,
+    relaxation_in_words,
+    savings_in_words,
+    turned_away,
+)
+from hybridsd_sim.pricing import pool_site, price, request_of
+from hybridsd_sim.reporting.breakdown import breakdowns, rates_of
+from hybridsd_sim.reporting.calibration import constants_of, fits_of
+from hybridsd_sim.reporting.labels import Data
+from hybridsd_sim.reporting.run_data import tally
+
+if TYPE_CHECKING:
+    from hybridsd_sim.plan import Plan
+    from hybridsd_sim.planning import CapacityPlan, Confidence, Evaluated, Variation
+    from hybridsd_sim.pricing import Candidate, PlanCost
+    from hybridsd_sim.profiles import Profiles
+    from hybridsd_sim.scenario import Scenario
+    from hybridsd_sim.simulation import SimResult
+
+
+def planned(plan: CapacityPlan) -> Data:
+    """Everything that a capacity plan knows beyond its simulations."""
+    savings, said = plan.savings, savings_in_words(plan)
+    return {
+        "feasible": plan.feasible,
+        "explanation": list(plan.explanation),
+        "savings": [asdict(saving) | {"said": text} for saving, text in zip(savings, said, strict=True)],
+        "bound": _bound(plan),
+        "chosen": [_choice(plan, name) for name in plan.scenario.requests],
+        "frontier": [_evaluated(point) for point in plan.frontier],
+        "baselines": [_evaluated(point) for point in plan.baselines],
+        "alternatives": [_evaluated(point) for point in plan.alternatives],
+        "margins": [asdict(margin) | {"said": margin_in_words(margin)} for margin in plan.margins],
+        "conflict": [asdict(each) | {"said": relaxation_in_words(each)} for each in plan.conflict],
+        "conflict_said": conflict_in_words(plan.conflict) if plan.conflict else "",
+        "sensitivity": _variations(plan.sensitivity),
+        "confidence": _confidence(plan.confidence) if plan.confidence else None,
+        "robust": _variations(plan.robust),
+        "evidence": [_evaluated(point) for point in plan.evidence],
+        "evidence_said": evidence_in_words(plan.evidence),
+        "switch_curve": {
+            name: [_point(option, plan.mixes.get(name, ())) for option in curve]
+            for name, curve in plan.switch_curve.items()
+        },
+        "refusals": [[name, reason, count] for (name, reason), count in _most_first(plan.refusals)],
+    }
+
+
+def _bound(plan: CapacityPlan) -> Data | None:
+    found = bound_of(plan)
+    if found is None:
+        return None
+    bound, cost, gap = found
+    return {"usd_per_hour": bound, "plan_usd_per_hour": cost, "gap": gap, "said": bound_in_words(plan)}
+
+
+def _confidence(found: Confidence) -> Data:
+    low, high = probability_interval(found.probability, found.draws)
+    return asdict(found) | {"low": low, "high": high, "said": confidence_in_words(found)}
+
+
+def _variations(found: Sequence[Variation]) -> list[Data]:
+    return [{**_evaluated(each.result), "name": each.name} for each in found]
+
+
+def _most_first(counts: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _choice(plan: CapacityPlan, name: str) -> Data:
+    """One class's plans, the largest share first: where each stage runs and what is promised of it."""
+    mix = plan.mixes.get(name, ())
+    found = {"request_class": name, "label": labels({name: mix})[name] or None, "turned_away": turned_away(mix)}
+    parts = [{"share": share, **_part(option, plan)} for share, option in mix]
+    return {**found, "parts": parts, "note": "" if mix else "no legal plan"}
+
+
+def _part(option: Candidate, plan: CapacityPlan) -> Data:
+    served = option.plan
+    return {
+        "label": served.label,
+        "kind": option.cost.steps_kind,
+        "stages": _stages(served, plan.deployment.replicas),
+        "batch_cap": served.batch_cap,
+        "vae": served.vae,
+        "vae_site": served.vae_site,
+        "switch_step": served.switch_step,
+        "num_inference_steps": served.num_inference_steps,
+    }
+
+
+def _stages(served: Plan, replicas: Mapping[str, int]) -> list[Data]:
+    return [
+        {
+            "start": stage.start, "stop": stage.stop, "model": stage.model, "site": stage.site.name,
+            "device": stage.site.device, "tier": stage.site.tier, "method": stage.method, "degree": stage.degree,
+            "options": dict(stage.options), "nodes": replicas.get(stage.site.name),
+        }
+        for stage in served.stages
+    ]  # fmt: skip
+
+
+def _evaluated(point: Evaluated) -> Data:
+    keys = ("name", "policy", "usd_per_hour", "latency_p95_s", "slo_attainment", "quality", "feasible", "reason")
+    figures = {key: getattr(point, key) for key in (*keys, "gpu_seconds_per_image", "edge_energy_j_per_image")}
+    replicas = dict(point.deployment.replicas) if point.deployment else {}
+    known_by = KNOWN_BY.get(point.policy, point.policy)
+    return {**figures, "replicas": replicas, "labels": dict(point.labels), "known_by": known_by}
+
+
+def _point(option: Candidate, mix: Sequence[tuple[float, Candidate]]) -> Data:
+    """One switch step of the latency curve: idle latency with the bounds of its parts, and dollars an image."""
+    low_s, high_s = option.cost.latency_interval_s
+    return {
+        "switch_step": option.plan.switch_step, "latency_s": option.latency_s, "low_s": low_s, "high_s": high_s,
+        "usd_per_image": None if option.cost.usd is None else option.cost.usd / option.cost.request.num_images,
+        "quality": option.quality, "kind": option.cost.kind, "label": option.plan.label,
+        "chosen": any(option.plan == part.plan for _, part in mix),
+    }  # fmt: skip
+
+
+CHOSEN = "chosen"
+"""Name of the run that follows the chosen plan."""
+
+
+def contents(result: CapacityPlan | Sequence[SimResult], profiles: Profiles) -> Data:
+    """Everything that the pages, figures and tables of a report need, as plain data."""
+    if isinstance(result, Sequence):
+        runs = named(result)
+        served = [(name, *one) for name, run in runs.items() for one in _used(run)]
+        return _clean({"kind": "simulation", **_shared(result[0].scenario, runs, served, profiles)})
+    runs = {CHOSEN: result.chosen_result, **result.baseline_results}
+    chosen = [option for mix in result.mixes.values() for _, option in mix]
+    served = [(CHOSEN, option.request_class, option.cost) for option in chosen]
+    served += [(name, *one) for name, run in result.baseline_results.items() for one in _used(run)]
+    served += [(point.name, *one) for point in result.alternatives for one in _by_formula(point, result, profiles)]
+    shared = _shared(result.scenario, runs, served, profiles, chosen)
+    return _clean({"kind": "plan", **shared, **planned(result)})
+
+
+def _used(run: SimResult) -> Iterator[tuple[str, PlanCost]]:
+    """The plans by which a run served each class, in the order of the classes."""
+    order = list(run.scenario.requests)
+    for option in sorted(run.used.values(), key=lambda option: (order.index(option.request_class), option.plan.label)):
+        yield option.request_class, option.cost
+
+
+def _by_formula(point: Evaluated, plan: CapacityPlan, profiles: Profiles) -> Iterator[tuple[str, PlanCost]]:
+    """The plans of a capacity plan that was not simulated, priced again."""
+    prefer = plan.scenario.search.prefer_sources
+    for name, mix in (point.deployment.plans if point.deployment else {}).items():
+        for part in mix:
+            yield name, price(part.plan, request_of(name, plan.scenario.requests[name]), profiles, prefer=prefer)
+
+
+def _clean(data: Data) -> Data:
+    return {key: plain(value) for key, value in data.items()}
+
+
+def named(results: Sequence[SimResult]) -> dict[str, SimResult]:
+    """Simulations by policy; numbered where one policy ran twice."""
+    runs: dict[str, SimResult] = {}
+    for result in results:
+        again = sum(name.split(" #")[0] == result.policy for name in runs)
+        runs[f"{result.policy} #{again + 1}" if again else result.policy] = result
+    return runs
+
+
+def _shared(
+    scenario: Scenario,
+    runs: Mapping[str, SimResult],
+    served: Sequence[tuple[str, str, PlanCost]],
+    profiles: Profiles,
+    chosen: Sequence[Candidate] = (),
+) -> Data:
+    plans = [cost.plan for *_, cost in served]
+    sites = [pool_site(name, pool) for name, pool in scenario.pools.items()]
+    sites += [site for plan in plans for site in plan.sites.values()]
+    rates = rates_of({site.name: site for site in sites}, profiles)
+    return {
+        "scenario": _scenario(scenario),
+        "runs": [
+            tally(name, result, chosen if index == 0 else (), rates)
+            for index, (name, result) in enumerate(runs.items())
+        ],
+        "plans": breakdowns(served, rates),
+        "rates": [rate.to_dict() for rate in rates.values()],
+        "calibration": fits_of(sites, profiles),
+        "constants": constants_of(profiles),
+    }
+
+
+def _scenario(scenario: Scenario) -> Data:
+    classes = {
+        name: {key: getattr(spec, key) for key in ("slo_s", "slo_percentile", "quality_floor", "num_inference_steps")}
+        | {"fleet": spec.origin, "device": scenario.edge[spec.origin].device, "num_images": spec.num_images}
+        | {"model": spec.model, "height_px": spec.height_px, "width_px": spec.width_px}
+        for name, spec in scenario.requests.items()
+    }
+    pools = {name: {"gpu": pool.gpu, "gpus_per_node": pool.gpus_per_node} for name, pool in scenario.pools.items()}
+    keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
+    return {**{key: getattr(scenario, key) for key in keys}, "classes": classes, "pools": pools}
+
+
+def plain(value: Any) -> Any:
+    """JSON's own types: no NaN or infinity, no tuples, no arrays."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

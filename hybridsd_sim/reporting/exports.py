@@ -1,0 +1,432 @@
+"""The CSV files beside the results: a figure a line, with interval, unit, kind and, where it is empty, the reason.
+
+`requests.parquet`: a row per request of every run, written block by block and read back for the timeline.
+
+The first requests of a run as a trace for Perfetto (https://ui.perfetto.dev): who held which GPU or device when.
+
+A process is a pool or an edge fleet; a thread is one GPU of a node, or one edge device. A gang shows on every GPU it
+held. Waiting is an asynchronous slice beside the pool, and an arrow leads from the cloud to the edge at a hand-over.
+Format: Chrome trace events (Trace Event Format, Google, 2016); times in microseconds from the start of the run.
+
+The chosen plan as a load test: what to send, when, and what the simulation expects to be measured.
+
+The requests are those of the scenario's own first replication: a lead-in at the end of the warm-up, which fills the
+service and is not counted, then a window long enough for every class that has an SLO to show its percentile. The script
+that sends them, `load_test.py`, stands beside the data and needs nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hybridsd_sim.reporting.labels import Data
+from hybridsd_sim.reporting.load_test import FORMAT
+from hybridsd_sim.scenario import ALL
+from hybridsd_sim.simulation import COLUMNS, STATUS_NAMES, WHOLE, Records, column
+from hybridsd_sim.workload import ArrivalChunk, arrival_chunks, stream
+
+if TYPE_CHECKING:
+    from hybridsd_sim.planning import CapacityPlan
+    from hybridsd_sim.scenario import RequestClass, Scenario
+    from hybridsd_sim.simulation import SimResult
+
+
+FIGURE = ("value", "low", "high", "unit", "kind", "note")
+
+WHOSE = ("device", "runtime", "precision")
+
+TABLE_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "summary.csv": ("policy", "request_class", "figure", *FIGURE),
+    "pools.csv": ("policy", "pool", "figure", *FIGURE),
+    "parts.csv": ("policy", "request_class", "plan", "figure", "where", "in_latency", *FIGURE, "sources"),
+    "calibration.csv": (*WHOSE, "parameter", *FIGURE, "rows", "sources"),
+    "calibration_rows.csv": (
+        *WHOSE, "model", "height_px", "width_px", "latents", "published_s", "predicted_s", "log_ratio", "kind",
+        "source", "source_date",
+    ),
+}  # fmt: skip
+"""Columns of each table. `log_ratio` is the natural logarithm of predicted over published seconds."""
+
+
+def tables(data: Data) -> dict[str, bytes]:
+    """Every table of a report by the name of its file; the same data give the same bytes."""
+    lines = (_summary(data), _pools(data), _parts(data), _parameters(data), _rows(data))
+    return {name: _csv(TABLE_COLUMNS[name], each) for name, each in zip(TABLE_COLUMNS, lines, strict=True)}
+
+
+def _summary(data: Data) -> Iterator[Data]:
+    for run in data["runs"]:
+        for name, row in run["summary"].items():
+            yield from ({"policy": run["name"], "request_class": name, "figure": key, **row[key]} for key in row)
+
+
+def _pools(data: Data) -> Iterator[Data]:
+    for run in data["runs"]:
+        for row in run["pools"]:
+            figures = ((key, figure) for key, figure in row.items() if key != "pool")
+            yield from ({"policy": run["name"], "pool": row["pool"], "figure": key, **each} for key, each in figures)
+
+
+def _parts(data: Data) -> Iterator[Data]:
+    """Every part and total of every plan, and the prices and powers behind them."""
+    for plan in data["plans"]:
+        whose = {"policy": "; ".join(plan["runs"]), "request_class": plan["request_class"], "plan": plan["label"]}
+        for part in plan["parts"]:
+            outside = "" if part["within"] else "outside what was timed"
+            note = "; ".join(filter(None, (outside, part["note"])))
+            yield {**whose, **part, "figure": part["component"], "in_latency": part["critical"], "note": note}
+        yield from ({**whose, **total} for total in plan["totals"])
+    for rate in data["rates"]:
+        yield {**rate, "figure": rate["item"]}
+
+
+def _parameters(data: Data) -> Iterator[Data]:
+    for fit in data["calibration"]:
+        whose = {**{key: fit[key] for key in (*WHOSE, "note", "sources")}, "rows": len(fit["rows"]), "kind": "modelled"}
+        for parameter in fit["parameters"] or [{"name": "", "note": ""}]:
+            yield {**whose, **parameter, "parameter": parameter["name"], "note": parameter["note"] or fit["note"]}
+    for constant in data["constants"]:
+        yield {**constant, "parameter": constant["name"], "kind": "modelled", "note": constant["meaning"]}
+
+
+def _rows(data: Data) -> Iterator[Data]:
+    for fit in data["calibration"]:
+        yield from ({**{key: fit[key] for key in WHOSE}, **row} for row in fit["rows"])
+
+
+def _csv(columns: tuple[str, ...], lines: Iterable[Data]) -> bytes:
+    """Numbers in full, so that they read back as they were; lists joined by semicolons."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows({key: "; ".join(v) if isinstance(v, list) else v for key, v in line.items()} for line in lines)
+    return text.getvalue().encode()
+
+
+BLOCK_ROWS = 32768
+"""Requests written at a time."""
+
+
+def write_rows(path: Path, runs: Mapping[str, SimResult]) -> None:
+    """Write the requests of every run, in order of run, replication and arrival; a million need little memory."""
+    writer = None
+    try:
+        for name, result in runs.items():
+            for records in result.replications:
+                for first in range(0, max(1, len(records)), BLOCK_ROWS):
+                    table = _table(records, records.rows()[first : first + BLOCK_ROWS], name)
+                    writer = writer or pq.ParquetWriter(path, table.schema, **_encoding(table.schema))
+                    writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _encoding(schema: Any) -> dict[str, Any]:
+    """Times compress best with their bytes sorted by significance, names as dictionaries."""
+    times = [field.name for field in schema if pa.types.is_floating(field.type)]
+    names = [field.name for field in schema if not pa.types.is_floating(field.type)]
+    return {"compression": "zstd", "use_dictionary": names, "use_byte_stream_split": times}
+
+
+def _table(records: Records, rows: np.ndarray, policy: str) -> Any:
+    """A block of a replication: names for indexes, whole numbers for counts, the meaning of each column beside it."""
+    same = {"policy": pa.array([policy], pa.string()), "replication": pa.array([records.replication], pa.int64())}
+    columns = {name: pa.chunked_array([value.take(np.zeros(len(rows), np.int64))]) for name, value in same.items()}
+    fields = [pa.field(name, value.type) for name, value in columns.items()]
+    names = _names(records)
+    for name, meaning in COLUMNS:
+        values = column(rows, name)
+        label, known = names.get(name, (name, ()))
+        plain = pa.array(values.astype(np.int64) if name in WHOLE else values)
+        columns[label] = _named(values, known) if name in names else plain
+        fields.append(pa.field(label, columns[label].type, metadata={"meaning": meaning}))
+    return pa.table(columns, schema=pa.schema(fields))
+
+
+def _names(records: Records) -> dict[str, tuple[str, Sequence[str]]]:
+    """Columns of indexes: the name of the column of names, and the names."""
+    return {
+        "class_index": ("request_class", records.classes),
+        "plan_index": ("plan", records.plans),
+        "status": ("status", STATUS_NAMES),
+        "reason": ("reason", records.reasons),
+        "pool_index": ("pool", records.pools),
+        "fleet_index": ("fleet", records.fleets),
+    }
+
+
+def _named(values: np.ndarray, names: Sequence[str]) -> Any:
+    """Names for indexes, null for -1. Two plans may have one name, which is why this is no pandas category."""
+    codes = values.astype(np.int32)
+    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(list(names), pa.string())).cast(
+        pa.string()
+    )
+
+
+def first_rows(path: Path, most: int) -> list[dict[str, Any]]:
+    """The first requests of the first replication of the first run, as mappings; NaN for times that do not apply."""
+    batch = next(pq.ParquetFile(path).iter_batches(batch_size=most), None)
+    rows: list[dict[str, Any]] = [] if batch is None else batch.to_pylist()
+    mine = [row for row in rows if (row["policy"], row["replication"]) == (rows[0]["policy"], rows[0]["replication"])]
+    return [{key: math.nan if v is None and key.endswith("_s") else v for key, v in row.items()} for row in mine]
+
+
+MOST_REQUESTS = 2000
+"""Requests shown, first come first: about a megabyte, which the viewer opens at once."""
+
+Event = dict[str, Any]
+
+Row = Mapping[str, Any]
+
+Place = tuple[str, str]
+
+
+def trace(rows: Sequence[Row], gpus_per_node: Mapping[str, int], horizon_s: float) -> dict[str, Any]:
+    """Trace events of the first requests in `rows` (the columns of `requests.parquet`, a mapping for each request)."""
+    rows = rows[:MOST_REQUESTS]
+    processes = {place: number for number, place in enumerate(_places(rows), 1)}
+    events = [*_waits(rows, processes, horizon_s), *_cloud(rows, processes, gpus_per_node, horizon_s)]
+    events += [*_edge(rows, processes, horizon_s), *_arrows(events, rows, processes)]
+    events.sort(key=lambda event: (event["ts"], event["pid"], event.get("tid", 0), -event.get("dur", 0)))
+    return {"displayTimeUnit": "ms", "traceEvents": [*_labels(events, processes, gpus_per_node), *events]}
+
+
+def _places(rows: Sequence[Row]) -> list[Place]:
+    """Pools first, then edge fleets, as (kind, name)."""
+    return [
+        (kind, name) for kind in ("pool", "fleet") for name in sorted({r[kind] for r in rows if r[kind] is not None})
+    ]
+
+
+def _microseconds(seconds: float) -> int:
+    return round(seconds * 1e6)
+
+
+def _end(value: float, horizon_s: float) -> float:
+    return horizon_s if math.isnan(value) else min(value, horizon_s)
+
+
+def _cloud(
+    rows: Sequence[Row], processes: Mapping[Place, int], gpus_per_node: Mapping[str, int], horizon_s: float
+) -> Iterator[Event]:
+    """A slice on each GPU that a gang held; the model load inside the first one. A batch lies on the same GPUs."""
+    free: dict[tuple[int, int], list[int]] = {}
+    batches: dict[tuple[Any, ...], list[tuple[list[int], list[int]]]] = {}
+    held = [row for row in rows if row["pool"] is not None and not math.isnan(row["cloud_start_s"])]
+    for row in sorted(held, key=lambda row: (row["cloud_start_s"], row["request"])):
+        pid, node, size = processes["pool", row["pool"]], row["node"], gpus_per_node[row["pool"]]
+        start, stop = _microseconds(row["cloud_start_s"]), _microseconds(_end(row["cloud_stop_s"], horizon_s))
+        slots = free.setdefault((pid, node), [0] * size)
+        waiting = batches.setdefault((pid, node, start, stop, row["request_class"], row["plan"]), [])
+        if waiting:
+            mine, begins = waiting.pop()
+        else:
+            mine = sorted(range(size), key=lambda slot: (slots[slot] > start, slot))[: row["degree"]]
+            begins = [max(start, slots[slot]) for slot in mine]
+            waiting += [(mine, begins)] * (int(row.get("batch_size", 1)) - 1)
+        for position, (slot, begin) in enumerate(zip(mine, begins, strict=True)):
+            slots[slot] = max(start, stop, slots[slot])
+            event = _slice(row, pid, node * size + slot + 1, begin, stop)
+            yield event if position == 0 else {key: value for key, value in event.items() if key != "args"}
+        if row["model_load_s"] > 0 and mine:
+            load = min(_microseconds(row["model_load_s"]), stop - start)
+            yield {
+                "name": "model load",
+                "ph": "X",
+                "pid": pid,
+                "tid": node * size + mine[0] + 1,
+                "ts": start,
+                "dur": load,
+            }
+
+
+def _slice(row: Row, pid: int, tid: int, start: int, stop: int) -> Event:
+    args = {
+        "class": row["request_class"],
+        "latency_s": _rounded(row["finish_s"] - row["arrival_s"]),
+        "plan": row["plan"],
+    }
+    name = f"{row['request_class']} {row['request']}"
+    return {"name": name, "ph": "X", "pid": pid, "tid": tid, "ts": start, "dur": max(0, stop - start), "args": args}
+
+
+def _rounded(seconds: float) -> float | None:
+    return None if math.isnan(seconds) else round(seconds, 6)
+
+
+def _edge(rows: Sequence[Row], processes: Mapping[Place, int], horizon_s: float) -> Iterator[Event]:
+    for row in rows:
+        if row["fleet"] is not None and not math.isnan(row["edge_start_s"]) and row["edge_start_s"] < horizon_s:
+            start, stop = _microseconds(row["edge_start_s"]), _microseconds(_end(row["edge_stop_s"], horizon_s))
+            yield _slice(row, processes["fleet", row["fleet"]], row["device"] + 1, start, stop)
+
+
+def _waits(rows: Sequence[Row], processes: Mapping[Place, int], horizon_s: float) -> Iterator[Event]:
+    """Waiting for GPUs or for the user's device, as pairs of begin and end."""
+    for row in rows:
+        for side, kind in (("cloud", "pool"), ("edge", "fleet")):
+            ready = row[f"{side}_ready_s"]
+            if row[kind] is None or math.isnan(ready) or ready >= horizon_s:
+                continue
+            begin, end = _microseconds(ready), _microseconds(_end(row[f"{side}_start_s"], horizon_s))
+            if end > begin:
+                pid = processes[kind, row[kind]]
+                event = {"name": f"waiting {row['request']}", "cat": "wait", "id": row["request"], "pid": pid}
+                yield {**event, "ph": "b", "ts": begin, "tid": 0}
+                yield {**event, "ph": "e", "ts": end, "tid": 0}
+
+
+def _arrows(events: list[Event], rows: Sequence[Row], processes: Mapping[Place, int]) -> Iterator[Event]:
+    """An arrow from the end of the cloud's slice to the start of the edge's."""
+    tracks = {event["name"]: event["tid"] for event in events if "args" in event}
+    for row in rows:
+        if row["pool"] is None or row["fleet"] is None or math.isnan(row["edge_start_s"]):
+            continue
+        flow = {"name": "hand-over", "cat": "handover", "id": row["request"]}
+        tid = tracks[f"{row['request_class']} {row['request']}"]
+        leave, reach = _microseconds(row["cloud_stop_s"]) - 1, _microseconds(row["edge_start_s"])
+        yield {**flow, "ph": "s", "pid": processes["pool", row["pool"]], "tid": tid, "ts": leave}
+        yield {
+            **flow,
+            "ph": "f",
+            "bp": "e",
+            "pid": processes["fleet", row["fleet"]],
+            "tid": row["device"] + 1,
+            "ts": reach,
+        }
+
+
+def _labels(events: list[Event], processes: Mapping[Place, int], gpus_per_node: Mapping[str, int]) -> Iterator[Event]:
+    """Names of processes and threads."""
+    for (kind, name), pid in processes.items():
+        title = f"{'edge fleet' if kind == 'fleet' else 'pool'} {name}"
+        yield {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": title}}
+    places = {pid: place for place, pid in processes.items()}
+    for pid, tid in sorted({(event["pid"], event["tid"]) for event in events if event["ph"] == "X"}):
+        kind, name = places[pid]
+        size = gpus_per_node[name] if kind == "pool" else 1
+        node, gpu = divmod(tid - 1, size)
+        text = f"device {tid - 1}" if kind == "fleet" else f"node {node}" if size == 1 else f"node {node} GPU {gpu}"
+        yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": text}}
+
+
+ENOUGH = 459
+"""Requests of a class that show its 99th percentile: the largest of so many exceeds it 99 times in 100."""
+
+MOST = 5000
+"""Requests of a load test, lead-in and all."""
+
+MOST_LEAD_IN = 1000
+"""Requests of the lead-in, which are not counted."""
+
+BODY = ("model", "height_px", "width_px", "num_inference_steps", "guidance_scale", "num_images", "sampler")
+
+EXPECTED = (
+    "latency_p50_s", "latency_p95_s", "latency_p99_s", "latency_mean_s", "slo_attainment", "served_per_s",
+)  # fmt: skip
+
+
+def load_of(plan: CapacityPlan) -> Data:
+    """What `load_test.json` holds; the same plan gives the same data. No requests where none arrive."""
+    scenario = plan.scenario
+    drawn = _drawn(scenario)
+    first, counted, last = _window(scenario, drawn)
+    origin_s = float(drawn.arrival_s[first]) if len(drawn) else 0.0
+    from_s = float(drawn.arrival_s[counted]) - origin_s if counted < last else 0.0
+    return {
+        "format": FORMAT,
+        "scenario": scenario.name,
+        "scenario_digest": scenario.digest,
+        "feasible": plan.feasible,
+        "count_from_s": round(from_s, 6),
+        "bodies": {name: {key: getattr(spec, key) for key in BODY} for name, spec in scenario.requests.items()},
+        "expected": _expected(plan),
+        "too_few": _too_few(scenario, drawn.class_index[counted:last]),
+        "requests": _requests(scenario, drawn.take(slice(first, last)), origin_s),
+    }
+
+
+def _drawn(scenario: Scenario) -> ArrivalChunk:
+    """The arrivals of the first replication, as far as a load test can need them."""
+    chunks, after = [], 0
+    for chunk in arrival_chunks(scenario, 0):
+        chunks.append(chunk)
+        after += int((chunk.arrival_s >= scenario.warmup_s).sum())
+        if after >= MOST:
+            break
+    if not chunks:
+        empty = np.empty(0)
+        return ArrivalChunk(empty, *(empty.astype(np.int16),), *(empty,) * 3, *(empty.astype(np.int16),) * 3)
+    columns = ArrivalChunk.__dataclass_fields__
+    return ArrivalChunk(*(np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in columns))
+
+
+def _window(scenario: Scenario, drawn: ArrivalChunk) -> tuple[int, int, int]:
+    """Positions of the first request to send, of the first to count, and after the last."""
+    counted = int(np.searchsorted(drawn.arrival_s, scenario.warmup_s))
+    first = max(0, counted - MOST_LEAD_IN)
+    most = min(len(drawn), first + MOST)
+    promised = [n for n, spec in enumerate(scenario.requests.values()) if spec.slo_s is not None]
+    last = counted
+    for index in promised or range(len(scenario.requests)):
+        mine = counted + np.flatnonzero(drawn.class_index[counted:] == index)
+        last = max(last, int(mine[ENOUGH - 1]) + 1 if len(mine) >= ENOUGH else most)
+    return first, counted, min(last, most)
+
+
+def _too_few(scenario: Scenario, counted: np.ndarray) -> dict[str, int]:
+    """Classes with an SLO of which too few requests are counted to show their percentile, and how many are."""
+    found = np.bincount(counted, minlength=len(scenario.requests)).tolist()
+    specs = zip(scenario.requests.items(), found, strict=True)
+    return {name: count for (name, spec), count in specs if spec.slo_s is not None and count < ENOUGH}
+
+
+def _requests(scenario: Scenario, drawn: ArrivalChunk, origin_s: float) -> list[Data]:
+    """Each request in order: when it is sent, its class, a seed of its own, and what it asks unlike its class."""
+    classes = list(scenario.requests.items())
+    seeds = stream(scenario.seed, 0, "load test").integers(2**31, size=len(drawn)).tolist()
+    found = []
+    for row, seed in zip(zip(*_columns(drawn), strict=True), seeds, strict=True):
+        arrival_s, index, base_model, images, steps = row
+        name, spec = classes[index]
+        request = {"arrival_s": round(arrival_s - origin_s, 6), "request_class": name, "seed": seed}
+        found.append(request | _unlike(spec, base_model, images, steps))
+    return found
+
+
+def _columns(drawn: ArrivalChunk) -> list[list[Any]]:
+    names = ("arrival_s", "class_index", "base_model", "num_images", "num_inference_steps")
+    return [getattr(drawn, name).tolist() for name in names]
+
+
+def _unlike(spec: RequestClass, base_model: int, images: int, steps: int) -> Data:
+    """What a request of a trace asks for that its class does not."""
+    asked = {"base_model": (base_model, 0), "num_images": (images, spec.num_images)}
+    asked["num_inference_steps"] = (steps, spec.num_inference_steps)
+    return {key: value for key, (value, own) in asked.items() if value != own}
+
+
+def _expected(plan: CapacityPlan) -> Data:
+    """What the confirmed simulation says of every class and of all, with 95% intervals, and what is promised."""
+    rows = plan.chosen_result.summary.droplevel(0).to_dict("index")
+    found = {}
+    for name in (*plan.scenario.requests, ALL):
+        spec = plan.scenario.requests.get(name)
+        promised = {"slo_s": spec.slo_s, "slo_percentile": spec.slo_percentile} if spec else {"slo_s": None}
+        found[name] = promised | {key: _figure(rows[name], key) for key in EXPECTED}
+    return found
+
+
+def _figure(row: Mapping[Any, Any], key: str) -> dict[str, float | None]:
+    ends = {end: float(row[key + tail]) for end, tail in (("value", ""), ("low", "_low"), ("high", "_high"))}
+    return {end: value if math.isfinite(value) else None for end, value in ends.items()}

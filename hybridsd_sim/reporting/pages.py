@@ -1,0 +1,386 @@
+"""What each figure shows, in words: its caption, and alternative text with the numbers that matter.
+
+The pages of a report, block by block: the answer, savings, reasons, margins, other plans and conditions, evidence.
+
+Reads the plain data of `contents` and writes blocks of `markup`; knows neither HTML nor Markdown.
+
+The chosen plan when something changes: limits, traffic, speeds, networks, and what nobody knows exactly.
+
+Reads the plain data of `contents` and writes blocks of `markup`. A section without anything to show is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from hybridsd_sim.reporting.blocks import (
+    Block,
+    Bullets,
+    Cards,
+    Cell,
+    Fold,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    Terms,
+    answered,
+    cell,
+)
+from hybridsd_sim.reporting.breakdown import how_known, sources_of
+from hybridsd_sim.reporting.calibration import calibrated
+from hybridsd_sim.reporting.figures import FIGURES
+from hybridsd_sim.reporting.labels import GLOSSARY, NAMES, Data, Show, clip, listed, number, percent
+from hybridsd_sim.reporting.plan_sections import (
+    BENEATH,
+    LEGEND,
+    chosen_plan,
+    compared,
+    evidence,
+    figures,
+    folded,
+    frontier,
+    own_figures,
+    pools,
+)
+from hybridsd_sim.reporting.run_data import IDLE
+from hybridsd_sim.scenario import ALL
+
+KINDS = ("measured", "quoted", "modelled")
+
+CAPTIONS = {
+    "frontier": (
+        "Rent against latency; colour is quality. Circles are capacity plans that no other beats in all three; the "
+        "named plans are simulated, with 95% intervals."
+    ),
+    "latency": "Share of requests served within a time. At the SLO, a curve should be above the dotted line.",
+    "components": "Where dollars and GPU-seconds go. Hatched white: idle nodes, and requests outside the counted time.",
+    "load": "How busy the rented GPUs are, and how many requests wait for them.",
+    "switch": "What another switch step would do, on an idle fleet: latency with its 90% interval, and metered cost.",
+    "known": "What each plan's idle latency is made of, and how far its 90% interval reaches.",
+    "calibration": "Each device's law against the one-GPU rows that it was fitted to.",
+}
+
+
+def pictures(data: Data, drawn: Mapping[str, str]) -> list[Picture]:
+    """The drawn figures with caption, alternative text and the kinds of the numbers behind them."""
+    found = []
+    for name, svg in drawn.items():
+        behind = _behind(name, data)
+        kinds = tuple(kind for kind in KINDS if kind in behind)
+        found.append(Picture(name, FIGURES[name][0], svg, " ".join(DESCRIBE[name](data)), CAPTIONS[name], kinds))
+    return found
+
+
+def _behind(name: str, data: Data) -> set[str]:
+    """The kinds of the numbers that a figure shows."""
+    if name == "switch":
+        return {point["kind"] for curve in data["switch_curve"].values() for point in curve}
+    if name == "known":
+        return {kind for plan in data["plans"] for kind, share in plan["shares"].items() if share}
+    if name == "calibration":
+        return {row["kind"] for fit in data["calibration"] for row in fit["rows"]} | {"modelled"}
+    kinds = {kind for run in data["runs"] for kind in run["kinds"]}
+    return kinds | {"modelled"} if name == "frontier" else kinds
+
+
+def _frontier(data: Data) -> Iterator[str]:
+    count = len(data["frontier"])
+    yield f"Scatter plot of rent in US$ an hour against p95 latency in seconds, with {count} plans on the frontier."
+    run = data["runs"][0]
+    yield _place("chosen", run["usd_per_hour"], run["summary"][ALL]["latency_p95_s"]["value"])
+    for point in data["baselines"]:
+        yield _place(point["name"], point["usd_per_hour"], point["latency_p95_s"][0])
+
+
+def _place(name: str, usd: float | None, seconds: float | None) -> str:
+    return f"{name.capitalize()}: {number(usd)} US$ an hour at {number(seconds)} s."
+
+
+def _latency(data: Data) -> Iterator[str]:
+    yield "Curves of the share of requests served within a time, a panel for each request class, a line for each run."
+    for name, spec in data["scenario"]["classes"].items():
+        limit = "any time" if spec["slo_s"] is None else f"{number(spec['slo_s'])} s"
+        shares = [(run["name"], run["summary"][name]) for run in data["runs"] if name in run["summary"]]
+        text = ", ".join(f"{run} {percent(figures['slo_attainment']['value'])}" for run, figures in shares)
+        yield f"{name} within {limit}: {text}."
+
+
+def _components(data: Data) -> Iterator[str]:
+    yield "Stacked bars of dollars and of GPU-seconds an image by component, for each run."
+    for run in data["runs"]:
+        mine = [item for item in run["components"] if item["request_class"] == ALL and item["usd"] is not None]
+        used = sum(item["usd"] for item in mine if item["component"] != IDLE)
+        idle = sum(item["usd"] for item in mine if item["component"] == IDLE)
+        dollars = f"{number(1000.0 * used)} used and {number(1000.0 * idle)} idle"
+        yield f"{run['name'].capitalize()}: {dollars}, in US$ per 1,000 images."
+
+
+def _load(data: Data) -> Iterator[str]:
+    yield "Lines over time: share of busy GPUs above, requests waiting below."
+    for series in data["runs"][0]["series"]:
+        busy, queue = series["busy"]["value"], series["queue"]["value"]
+        mean = sum(busy) / len(busy)
+        yield f"{series['pool']}: {percent(mean)} busy on average, at most {number(float(max(queue)))} waiting."
+
+
+def _switch(data: Data) -> Iterator[str]:
+    yield "Latency and cost against the switch step, for each request class."
+    for name, curve in data["switch_curve"].items():
+        if curve:
+            points = ", ".join(f"step {point['switch_step']}: {number(point['latency_s'])} s" for point in curve)
+            yield f"{name}: {points}."
+
+
+def _known(data: Data) -> Iterator[str]:
+    yield "Stacked bars of the share of each plan's idle latency that is measured, quoted and modelled."
+    for plan in data["plans"]:
+        parts = ", ".join(f"{percent(share)} {kind}" for kind, share in plan["shares"].items())
+        total = plan["totals"][0]
+        ends = f"{number(total['value'])} s, 90% interval {number(total['low'])} to {number(total['high'])} s"
+        yield f"{', '.join(plan['runs'])}, {plan['request_class']}: {ends}; {parts}."
+
+
+def _calibration(data: Data) -> Iterator[str]:
+    yield "Scatter plots of predicted against published seconds a step, a panel for each device, runtime and precision."
+    for fit in data["calibration"]:
+        if fit["rows"]:
+            yield f"{fit['device']}, {fit['runtime']}, {fit['precision']}: {len(fit['rows'])} rows."
+
+
+DESCRIBE = {
+    "frontier": _frontier, "latency": _latency, "components": _components, "load": _load, "switch": _switch,
+    "known": _known, "calibration": _calibration,
+}  # fmt: skip
+"""What makes the alternative text of each figure."""
+
+
+def conflict(data: Data) -> Iterator[Block]:
+    """Which constraints cannot be met together, and the least change of each alone that would do."""
+    if data["conflict"]:
+        yield Heading("What cannot hold together", "conflict")
+        yield Paragraph(data["conflict_said"], "lead")
+        yield Bullets(tuple(each["said"] for each in data["conflict"]))
+
+
+def margins(data: Data) -> Iterator[Block]:
+    """What a little more of each limit, or of the traffic, buys or costs."""
+    if data["margins"]:
+        yield Heading("What a change would buy", "margins")
+        yield Bullets(tuple(margin["said"] for margin in data["margins"]))
+
+
+def other_conditions(data: Data) -> Iterator[Block]:
+    """The plan under other traffic, speeds and networks, under other scenarios, and its confidence."""
+    if data["sensitivity"]:
+        yield Heading("Under other conditions", "sensitivity")
+        yield Paragraph(_held(data["sensitivity"], "conditions"))
+        yield _varied(data["sensitivity"], data, "Condition", "The same plan, without any change to it")
+    if data["robust"]:
+        yield Heading("Named scenarios", "robust")
+        yield Paragraph(_held(data["robust"], "scenarios"))
+        yield _varied(data["robust"], data, "Scenario", "The plan in each scenario")
+    if data["confidence"]:
+        yield Heading("Confidence", "confidence")
+        yield from _confidence(data["confidence"])
+
+
+def _held(variations: Sequence[Data], what: str) -> str:
+    """How many conditions the plan holds under, and the names of the others."""
+    broken = [each["name"] for each in variations if not each["feasible"]]
+    if not broken:
+        return f"The plan holds in all {len(variations)} {what}."
+    return f"The plan holds in {len(variations) - len(broken)} of {len(variations)} {what}, not in: {listed(broken)}."
+
+
+def _varied(variations: Sequence[Data], data: Data, what: str, caption: str) -> Block:
+    """What became of the plan under each condition; the first row is the plan under its own."""
+    own = {**own_figures(data), "name": "as planned"}
+    rows = []
+    for each in (own, *variations):
+        _, rent, p95, share, quality = figures(each, data)
+        holds = answered(each["feasible"], "" if each["feasible"] else each["reason"])
+        rows.append((Cell(each["name"]), holds, share, p95, rent, quality, Cell(each["known_by"])))
+    head = (what, "Holds", "Inside SLO", "p95 latency (s)", "Rent (US$/h)", "Quality (CLIP)", "Known by")
+    table = Table(f"{caption}; {BENEATH}", head, tuple(rows), strong=frozenset({0}), words=frozenset({0, 1, 6}))
+    return folded(table, f"All {len(variations)}")
+
+
+def _confidence(found: Data) -> Iterator[Block]:
+    yield Paragraph(found["said"])
+    if len(found["by_class"]) > 1:
+        rows = tuple((Cell(name), Cell(percent(share), mark="modelled")) for name, share in found["by_class"].items())
+        caption = f"Share of the {found['draws']:,} draws in which a class keeps its own promises"
+        yield Table(caption, ("Request class", "Probability"), rows)
+
+
+QUESTIONS = {"feasible": "Feasible", "stable": "Stable", "converged": "Converged", "in_domain": "In domain"}
+
+SIDE_BY_SIDE = (
+    "latency_p50_s", "latency_p95_s", "slo_attainment", "goodput_per_s", "quality_mean", "gpu_seconds_per_image",
+    "metered_usd_per_image", "edge_energy_j_per_image",
+)  # fmt: skip
+"""Figures by which policies are compared."""
+
+
+def plan_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
+    """The report of a capacity plan, verdict first."""
+    yield Heading(f"Capacity plan: {data['scenario']['name']}", "top", 1)
+    yield from _verdict(data["runs"][0], feasible=data["feasible"])
+    yield _conditions(data, provenance)
+    yield from conflict(data)
+    yield from chosen_plan(data)
+    yield from compared(data)
+    yield from _why(data)
+    yield from margins(data)
+    yield from frontier(data, pictures)
+    yield from other_conditions(data)
+    yield from evidence(data)
+    yield from how_known(data, pictures)
+    yield from _rest(data, provenance, pictures)
+    yield from _refused(data)
+    yield from words()
+
+
+def _why(data: Data) -> Iterator[Block]:
+    """The explanation, without what savings and conflict have said before."""
+    before = {each["said"] for each in (*data["savings"], *data["conflict"])} | {data["conflict_said"]}
+    reasons = tuple(sentence for sentence in data["explanation"] if sentence not in before)
+    if reasons:
+        yield Heading("Why this plan", "why")
+        yield Bullets(reasons)
+
+
+def simulation_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
+    """The report of simulations side by side: a verdict for each, then their figures."""
+    yield Heading(f"Simulation: {data['scenario']['name']}", "top", 1)
+    yield Heading("Verdicts", "verdict")
+    yield _verdicts(data["runs"])
+    yield _conditions(data, provenance)
+    yield Heading("Policies side by side", "compared")
+    classes = list(data["scenario"]["classes"])
+    for name in [ALL, *(classes if len(classes) > 1 else ())]:
+        yield _side_by_side(data, name)
+    yield Paragraph(LEGEND, "note")
+    for run in data["runs"]:
+        yield pools(data, run)
+    yield from how_known(data, pictures)
+    yield from _rest(data, provenance, pictures)
+    yield from words()
+
+
+def _rest(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
+    yield Heading("Figures", "figures")
+    drawn = [picture for picture in pictures if picture.name not in _elsewhere(data)]
+    yield from drawn
+    if not drawn:
+        yield Paragraph("There is nothing to draw: no request was served.", "note")
+    yield from _details(data)
+    sources = sources_of(data)
+    yield from calibrated(data, pictures, sources)
+    yield from _provenance(provenance, sources)
+
+
+def _elsewhere(data: Data) -> set[str]:
+    """Figures that stand in sections of their own."""
+    return {"known", "calibration"} | ({"frontier"} if data.get("frontier") else set())
+
+
+def _conditions(data: Data, provenance: Data) -> Paragraph:
+    """How the run was made, in small print."""
+    scenario = data["scenario"]
+    most = max(run["replications"] for run in data["runs"])
+    runs = f"{'up to ' * _differ(data)}{most} replication{'s' * (most > 1)}"
+    counted = f"{scenario['horizon_s'] - scenario['warmup_s']:,g} s each after {scenario['warmup_s']:,g} s of warm-up"
+    text = f"From {runs} of {counted}, seed {scenario['seed']}; run {provenance['run_id']}."
+    return Paragraph(text, "note")
+
+
+def _differ(data: Data) -> bool:
+    """Whether some runs were repeated more often than others."""
+    return len({run["replications"] for run in data["runs"]}) > 1
+
+
+def _verdict(run: Data, *, feasible: bool) -> Iterator[Block]:
+    yield Heading("Verdict", "verdict")
+    doubts = [QUESTIONS[f["name"]].lower() for f in run["verdict"] if not f["ok"] and f["name"] != "feasible"]
+    if not feasible:
+        text = "No plan that was found keeps every promise. What follows is the one that misses least."
+    elif doubts:
+        text = f"The plan keeps every promise, with reservations: not {', not '.join(doubts)}."
+    else:
+        text = "The plan keeps every promise, and the simulation behind it can be relied on."
+    yield Paragraph(text, "lead")
+    yield cards(run)
+
+
+def cards(run: Data) -> Cards:
+    """A run's verdict."""
+    return Cards(tuple((QUESTIONS[f["name"]], f["ok"], f["reason"]) for f in run["verdict"]))
+
+
+def _verdicts(runs: Sequence[Data]) -> Table:
+    rows = [(Cell(run["name"]), *(answered(f["ok"], f["reason"]) for f in run["verdict"])) for run in runs]
+    head = ("Policy", *QUESTIONS.values())
+    return Table("Each policy's verdict", head, tuple(rows), words=frozenset(range(len(head))))
+
+
+def _side_by_side(data: Data, name: str) -> Table:
+    rows = []
+    for run in data["runs"]:
+        rent = cell(run["summary"][ALL]["rent_usd_per_hour"])
+        rows.append((Cell(run["name"]), rent, *(cell(run["summary"][name][key], shown(key)) for key in SIDE_BY_SIDE)))
+    head = ("Policy", "Rent, all classes (US$/h)", *(NAMES[key] for key in SIDE_BY_SIDE))
+    title = "All requests" if name == ALL else f"Request class {name}"
+    return Table(f"{title}; {BENEATH}", head, tuple(rows))
+
+
+def shown(key: str) -> Show:
+    """How a figure of a summary is written."""
+    return percent if key in {"unserved_share", "slo_attainment"} else clip if key == "quality_mean" else number
+
+
+def _details(data: Data) -> Iterator[Block]:
+    yield Heading("Every figure", "details")
+    text = "The same figures stand in summary.csv and pools.csv, one a line, with interval and unit."
+    yield Paragraph(text, "note")
+    for run in data["runs"]:
+        turned_away = tuple(f"{number(n)} {name} requests unserved: {reason}" for name, reason, n in run["unserved"])
+        yield Fold(f"Run {run['name']}", (_every_figure(run), *([Bullets(turned_away)] if turned_away else [])))
+
+
+def _every_figure(run: Data) -> Table:
+    classes = list(run["summary"])
+    rows = []
+    for key, figure in run["summary"][ALL].items():
+        figures = (cell(run["summary"][name][key], shown(key)) for name in classes)
+        rows.append((Cell(NAMES.get(key, key)), *figures, Cell(figure["unit"])))
+    words_at = frozenset({0, len(classes) + 1})
+    return Table(f"Run {run['name']}; {BENEATH}", ("Figure", *classes, "Unit"), tuple(rows), words=words_at)
+
+
+def _provenance(provenance: Data, sources: Sequence[str]) -> Iterator[Block]:
+    yield Heading("Where the numbers come from", "provenance")
+    if sources:
+        yield Bullets(tuple(sources), numbered=True)
+    libraries = ", ".join(f"{name} {version}" for name, version in sorted(provenance["libraries"].items()))
+    made_by = f"{provenance['package']} {provenance['version']} with {libraries}"
+    digests = (("Scenario digest", provenance["scenario_digest"]), ("Profiles digest", provenance["profiles_digest"]))
+    overrides = ("Overrides", "; ".join(provenance["overrides_applied"]) or "none")
+    known = tuple((name, digest or "not recorded") for name, digest in digests)
+    yield Terms((("Made by", made_by), ("Run", provenance["run_id"]), *known, overrides))
+
+
+def _refused(data: Data) -> Iterator[Block]:
+    yield Heading("Refused plans", "refused")
+    if not data["refusals"]:
+        yield Paragraph("No plan of the search space was refused.", "note")
+        return
+    rows = tuple((Cell(name), Cell(reason), Cell(number(count))) for name, reason, count in data["refusals"])
+    yield Table("Plans that cannot run, by reason", ("Request class", "Reason", "Plans"), rows, words=frozenset({0, 1}))
+
+
+def words() -> Iterator[Block]:
+    """What the words of a report mean."""
+    yield Heading("Words", "words")
+    yield Terms(GLOSSARY)

@@ -1,0 +1,460 @@
+"""Turns results into tables and JSON-able data for the terminal. Returns strings and plain data; prints nothing.
+
+Simulations and capacity plans are shown from what their report saved (`report.folder.read_run`), so that the terminal,
+the JSON and the pages say the same. Columns that do not fit a width stand in further blocks, under the same first
+columns; words are not broken.
+
+Turns what `verify` found into text for the terminal. Returns strings; prints nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from textwrap import TextWrapper, wrap
+from typing import TYPE_CHECKING, Any
+
+from hybridsd_sim.reporting.labels import Data
+
+if TYPE_CHECKING:
+    from hybridsd_sim.scenario import Pool, RequestClass, Scenario
+
+
+GAP = 2
+
+LONGEST_WORD = 36
+"""Only longer words, such as paths, may be broken."""
+
+SHOWN_POINTS = 8
+"""Points of the frontier that fit a terminal; the report has all."""
+
+TIE = "\N{NO-BREAK SPACE}"
+"""Stands for a space inside an interval, which a table does not wrap."""
+
+BRACKETS = "In brackets: where the figure would fall in 95 of 100 repetitions of the run."
+
+FIGURES = {
+    "latency_p95_s": "p95 latency s",
+    "slo_attainment": "share inside SLO",
+    "goodput_per_s": "goodput per s",
+    "quality_mean": "CLIP",
+    "gpu_seconds_per_image": "GPU s per image",
+    "edge_energy_j_per_image": "edge J per image",
+    "rent_usd_per_hour": "rent USD/h",
+}
+"""The figures of a run that a terminal shows, with their headings."""
+
+
+def to_json(data: object) -> str:
+    """JSON text without NaN or infinity: what is not a number is null."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+# ---- Tables and sentences -------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], width: int, *, keys: int = 1) -> str:
+    """Aligned columns within `width` characters; those that do not fit stand below, beside the first `keys` again."""
+    cells = [list(header), *([figure(cell) for cell in row] for row in rows)]
+    columns = list(zip(*cells, strict=True))
+    return "\n".join(_block(block, width) for block in _blocks(columns, width, keys))
+
+
+def _blocks(columns: Sequence[Sequence[str]], width: int, keys: int) -> Iterator[list[Sequence[str]]]:
+    block = list(columns[:keys])
+    for column in columns[keys:]:
+        if len(block) > keys and sum(map(_longest_word, [*block, column])) + GAP * len(block) > width:
+            yield block
+            block = list(columns[:keys])
+        block.append(column)
+    yield block
+
+
+def _longest_word(column: Sequence[str]) -> int:
+    words = (len(word) for cell in column for word in cell.split(" "))
+    return min(max(words, default=0), LONGEST_WORD)
+
+
+def _block(columns: Sequence[Sequence[str]], width: int) -> str:
+    """One block: the widest columns are narrowed, down to their longest word, until all of them fit."""
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(1, _longest_word(column)) for column in columns]
+    while sum(widths) + GAP * (len(widths) - 1) > width:
+        loose = [index for index, wide in enumerate(widths) if wide > least[index]]
+        if not loose:
+            break
+        widths[max(loose, key=widths.__getitem__)] -= 1
+    wrapped = [[_wrapped(cell, wide) for cell in column] for column, wide in zip(columns, widths, strict=True)]
+    widths = [max(len(line) for lines in column for line in lines) for column in wrapped]
+    head, *body = ([*zip_longest(*row, fillvalue="")] for row in zip(*wrapped, strict=True))
+    lines = [*head, tuple("-" * wide for wide in widths), *(line for row in body for line in row)]
+    return "".join(f"{_joined(line, widths)}\n" for line in lines)
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    lines = [line for part in cell.splitlines() for line in wrap(part, width, break_on_hyphens=False)]
+    return [line.replace(TIE, " ") for line in lines] or [""]
+
+
+def _joined(line: Sequence[str], widths: Sequence[int]) -> str:
+    return (" " * GAP).join(text.ljust(wide) for text, wide in zip(line, widths, strict=True)).rstrip()
+
+
+def sentences(lines: Iterable[str], width: int, mark: str = "- ") -> str:
+    """A list of sentences, wrapped between words."""
+    wrapper = TextWrapper(width, break_on_hyphens=False, break_long_words=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = mark, " " * len(mark)
+    return "".join(f"{wrapper.fill(line)}\n" for line in lines)
+
+
+def figure(value: Any) -> str:
+    """Four significant digits; a dash for what nobody knows; of a mapping the first five entries."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        text = f"{value:.4g}"
+        return f"{float(text):.0f}" if "e+" in text and abs(value) < 1e9 else text
+    if isinstance(value, Mapping):
+        more = f", and {len(value) - 5} more" if len(value) > 5 else ""
+        return ", ".join(f"{key}:{TIE}{figure(item)}" for key, item in list(value.items())[:5]) + more
+    return ", ".join(map(figure, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def with_interval(found: Data | Sequence[float | None] | None) -> str:
+    """A figure with its interval behind it, given as a mapping or as (value, low, high); once if they are the same."""
+    ends = [found.get(end) for end in ("value", "low", "high")] if isinstance(found, Mapping) else list(found or [None])
+    value, *interval = map(figure, ends)
+    if set(interval) <= {"-"} or set(interval) == {value}:
+        return value
+    return f"{value} [{f',{TIE}'.join(interval)}]"
+
+
+# ---- A scenario -----------------------------------------------------------------------------------------------------
+
+
+def scenario_text(scenario: Scenario, width: int) -> str:
+    """A resolved scenario in brief, and every change to its base."""
+    keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
+    rows = [(key, getattr(scenario, key)) for key in keys]
+    rows += [(f"requests.{name}", _class_in_brief(spec)) for name, spec in scenario.requests.items()]
+    rows += [(f"edge.{name}", f"{f.replicas} x {f.device} on {f.network}") for name, f in scenario.edge.items()]
+    rows += [(f"pools.{name}", _pool_in_brief(pool)) for name, pool in scenario.pools.items()]
+    rows += [(f"budget.{key}", value) for key, value in scenario.budget.model_dump().items() if value is not None]
+    rows += [(f"search.{key}", list(getattr(scenario.search, key))) for key in ("methods", "degrees", "policies")]
+    rows += [("changed", line) for line in scenario.overrides_applied]
+    return table(("key", "value"), rows, width)
+
+
+def _class_in_brief(spec: RequestClass) -> str:
+    small = f" then {' or '.join(spec.small_models)}" if spec.small_models else ""
+    rate = "" if spec.arrivals.rate_per_s is None else f" {spec.arrivals.rate_per_s:g}/s"
+    slo = "no SLO" if spec.slo_s is None else f"p{spec.slo_percentile:g} within {spec.slo_s:g} s"
+    floor = "" if spec.quality_floor is None else f", CLIP at least {spec.quality_floor:g}"
+    energy = "" if spec.edge_energy_j is None else f", at most {spec.edge_energy_j:g} J at the edge"
+    shape = f"{spec.model}{small}, {spec.width_px}x{spec.height_px} px, {spec.num_inference_steps} steps"
+    return f"{shape}, {spec.arrivals.process}{rate} from {spec.origin}, {slo}{floor}{energy}"
+
+
+def _pool_in_brief(pool: Pool) -> str:
+    nodes = f"{pool.replicas_min} to {pool.replicas_max}" if pool.replicas is None else str(pool.replicas)
+    return f"{nodes} nodes of {pool.gpus_per_node} x {pool.gpu}, {pool.runtime}, {pool.purchase}, {pool.discipline}"
+
+
+# ---- A prediction ---------------------------------------------------------------------------------------------------
+
+
+def prediction_text(figures: Data, width: int) -> str:
+    """The figures of `predict.prediction`, its parts with their sources, then what is to be said about them."""
+    lists = {"parts", "sources", "unknown", "outside", "against_one_gpu"}
+    sources = list(figures["sources"])
+    parts = [
+        (
+            *(part[key] for key in ("name", "where")),
+            with_interval({"value": part["seconds"], "low": part["low_s"], "high": part["high_s"]}),
+            *(part[key] for key in ("devices", "usd", "edge_energy_j", "kind")),
+            " ".join(f"[{sources.index(source) + 1}]" for source in part["sources"]),
+        )
+        for part in figures["parts"]
+    ]
+    header = ("part", "where", "seconds [90% interval]", "devices", "usd", "edge_energy_j", "kind", "sources")
+    notes = [figures["against_one_gpu"]] if figures["against_one_gpu"] else []
+    notes += [f"{name} is not known: {why}." for name, why in figures["unknown"].items()]
+    notes += [f"Outside what was timed: {text}." for text in figures["outside"]]
+    said = dict.fromkeys(
+        f"{part['name']} on {part['where']}: {part['note']}" for part in figures["parts"] if part["note"]
+    )
+    notes += [f"{text}." for text in said if text not in figures["outside"]]
+    text = (
+        table(("figure", "value"), [(key, value) for key, value in figures.items() if key not in lists], width),
+        table(header, parts, width),
+        "".join(sentences([source], width, f"[{number}] ") for number, source in enumerate(sources, 1)),
+        sentences(notes, width),
+    )
+    return "\n".join(filter(None, text))
+
+
+# ---- Simulations and capacity plans ---------------------------------------------------------------------------------
+
+
+def simulation_data(saved: Data, page: str) -> dict[str, Any]:
+    """Simulations for JSON: per policy verdict, replicas, rent, and every figure with interval, unit and reason."""
+    return {"report": page, "runs": [_run_data(run) for run in saved["runs"]]}
+
+
+def _run_data(run: Data) -> dict[str, Any]:
+    verdict = {finding["name"]: {"ok": finding["ok"], "reason": finding["reason"]} for finding in run["verdict"]}
+    keys = ("policy", "replicas", "usd_per_hour", "summary", "pools", "unserved")
+    return {"verdict": verdict, **{key: run[key] for key in keys}}
+
+
+def plan_data(saved: Data, page: str) -> dict[str, Any]:
+    """A capacity plan for JSON: the chosen plans and nodes, their simulation, and what they were compared with."""
+    chosen = _run_data(saved["runs"][0])
+    plans = {choice["request_class"]: choice.get("label") for choice in saved["chosen"]}
+    kept = (
+        "feasible", "explanation", "savings", "bound", "chosen", "baselines", "frontier", "alternatives", "margins",
+        "conflict", "sensitivity", "confidence", "robust", "evidence",
+    )  # fmt: skip
+    return {**chosen, "plans": plans, **{key: saved[key] for key in kept}, "report": page}
+
+
+def simulation_text(saved: Data, width: int) -> str:
+    """Verdicts first, then the figures of every policy and class, then why some are not known."""
+    rows, notes = [], [BRACKETS]
+    shown = [key for key in FIGURES if any(_value(run, key) is not None for run in saved["runs"])]
+    for run in saved["runs"]:
+        classes = run["summary"] if len(run["summary"]) > 2 else {"all": run["summary"]["all"]}
+        for name, figures in classes.items():
+            rows.append((run["name"], name, *(_of_class(name, key, figures[key]) for key in shown)))
+        notes += [f"{FIGURES[key]} of {run['name']} is not known: {note}." for key, note in _reasons(run, shown)]
+    header = ("policy", "class", *(FIGURES[key] for key in shown))
+    text = (_verdicts(saved["runs"], width), table(header, rows, width, keys=2), sentences(notes, width))
+    return "\n".join(filter(None, text))
+
+
+def _of_class(name: str, key: str, found: Data) -> str:
+    """A figure of a class; nodes are rented for all classes together."""
+    return "" if key == "rent_usd_per_hour" and name != "all" else with_interval(found)
+
+
+def _value(run: Data, key: str) -> Any:
+    return run["summary"]["all"][key]["value"]
+
+
+def _reasons(run: Data, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+    yield from ((key, run["summary"]["all"][key].get("note", "")) for key in keys if _value(run, key) is None)
+
+
+def _verdicts(runs: Sequence[Data], width: int) -> str:
+    rows = [
+        (run["name"] if index == 0 else "", found["name"], found["ok"], found["reason"])
+        for run in runs
+        for index, found in enumerate(run["verdict"])
+    ]
+    return table(("run", "verdict", "", "because"), rows, width, keys=3)
+
+
+def plan_text(saved: Data, width: int) -> str:
+    """The verdict, what serves each class, what to rent, what it was compared with, the frontier, and why."""
+    nodes = list(saved["runs"][0]["replicas"].items())
+    text = (
+        _verdicts(saved["runs"][:1], width),
+        table(("class", "plan", "p95 latency s", "SLO s", "share inside SLO", "CLIP"), list(_chosen(saved)), width),
+        table(("pool", "nodes"), nodes, width) if nodes else "",
+        table(("plan", "USD/h", "p95 latency s", "CLIP", "holds"), list(_compared(saved)), width),
+        _frontier(saved["frontier"], width),
+        _varied("condition", saved["sensitivity"], width),
+        _varied("scenario", saved["robust"], width),
+        sentences(_said(saved), width),
+    )
+    return "\n".join(filter(None, text))
+
+
+def _said(saved: Data) -> Iterator[str]:
+    """Why the plan is what it is, how far from the cheapest, what a change would buy, how sure it is."""
+    bound, sure = saved["bound"], saved["confidence"]
+    yield from saved["explanation"]
+    if saved["conflict_said"] and saved["conflict_said"] not in saved["explanation"]:
+        yield saved["conflict_said"]
+        yield from (each["said"] for each in saved["conflict"])
+    if bound:
+        yield bound["said"]
+    yield from (margin["said"] for margin in saved["margins"])
+    if sure:
+        yield sure["said"]
+    if saved["evidence_said"]:
+        yield f"{saved['evidence_said']} The report has every one."
+    yield BRACKETS
+
+
+def _varied(what: str, variations: Sequence[Data], width: int) -> str:
+    """The plan under other conditions."""
+    rows = [
+        (
+            each["name"], with_interval(each["slo_attainment"]), with_interval(each["latency_p95_s"]),
+            each["usd_per_hour"], _holds(each),
+        )
+        for each in variations
+    ]  # fmt: skip
+    return table((what, "share inside SLO", "p95 latency s", "USD/h", "holds"), rows, width) if rows else ""
+
+
+def _holds(point: Data) -> str:
+    """Whether a plan holds, why not, and by what that is known unless it was simulated."""
+    holds = "yes" if point["feasible"] else f"no: {point['reason']}"
+    return holds if point["known_by"] == "simulation" else f"{holds}, by {point['known_by']}"
+
+
+def _chosen(saved: Data) -> Iterator[tuple[Any, ...]]:
+    summary, classes = saved["runs"][0]["summary"], saved["scenario"]["classes"]
+    for choice in saved["chosen"]:
+        name, parts, away = choice["request_class"], choice["parts"], choice["turned_away"]
+        latency, inside, clip = (summary[name][key] for key in ("latency_p95_s", "slo_attainment", "quality_mean"))
+        figures = (with_interval(latency), classes[name]["slo_s"], with_interval(inside), clip["value"])
+        shared = len(parts) > 1 or away
+        labels = [f"{part['share']:.1%}: {part['label']}" if shared else part["label"] for part in parts]
+        labels += [f"{away:.1%}: turned away"] if away else []
+        yield name, (labels or [choice["note"]])[0], *figures
+        yield from (("", label, "", "", "", "") for label in labels[1:])
+
+
+def _compared(saved: Data) -> Iterator[tuple[Any, ...]]:
+    """The chosen plan, the baselines and the alternatives; those by formula alone have no interval."""
+    run = saved["runs"][0]
+    figures = (run["usd_per_hour"], with_interval(run["summary"]["all"]["latency_p95_s"]), _value(run, "quality_mean"))
+    yield "chosen", *figures, saved["feasible"]
+    for other in (*saved["baselines"], *saved["alternatives"]):
+        latency = with_interval(other["latency_p95_s"])
+        yield other["name"], other["usd_per_hour"], latency, other["quality"], _holds(other)
+
+
+def _frontier(points: Sequence[Data], width: int) -> str:
+    """Plans that no other beats in dollars, latency and quality together, cheapest first; by what they are known."""
+    ordered = sorted(points, key=lambda point: (point["usd_per_hour"] or 0.0, point["latency_p95_s"][0] or 0.0))
+    last = min(len(ordered), SHOWN_POINTS) - 1
+    shown = [ordered[round(n * (len(ordered) - 1) / max(last, 1))] for n in range(last + 1)]
+    rows = [
+        (point["usd_per_hour"], point["latency_p95_s"][0], point["quality"], _nodes(point["replicas"]))
+        for point in shown
+    ]
+    known = ", ".join(sorted({point["known_by"] for point in points}))
+    more = [f"The report has all {len(points)} points of the frontier."] if len(points) > len(rows) else []
+    more.insert(0, f"The frontier's figures are by {known}.")
+    header = ("frontier USD/h", "p95 latency s", "CLIP", "nodes")
+    return table(header, rows, width) + sentences(more, width) if rows else ""
+
+
+def _nodes(replicas: Mapping[str, int]) -> str:
+    return ", ".join(f"{nodes} x {pool}" for pool, nodes in replicas.items() if nodes) or "none"
+
+
+HEADER = (
+    "table", "rows", "fitted", "error", "worst", "in interval", "rows held out", "error held out", "worst held out",
+    "in interval held out", "order",
+)  # fmt: skip
+
+SHOWN = 3
+"""Rows named with one reason; the JSON has all."""
+
+LEGEND = (
+    "error: mean of |predicted / published - 1|.",
+    "held out: with the row's own group (a resolution, a model or a device) left out of all rows and fits.",
+    "rows held out: those that can still be predicted then; the figures held out are over these alone.",
+    "fitted: rows that shaped a law or a constant.",
+    "in interval: share of published values inside the predicted 90% interval.",
+)
+
+
+def verification_text(data: Data, width: int) -> str:
+    """A line a table, the worst row of each, then what is out of order, not counted or not predicted."""
+    tables = data["tables"]
+    rows = [_line(found) for found in tables]
+    rows.append(_total(data))
+    worst = [_worst(found) for found in tables if found["worst_row"]]
+    notes = [note for found in tables for note in _notes(found)]
+    text = (
+        table(HEADER, rows, width),
+        sentences(LEGEND, width),
+        table(("table", "worst row", "published", "predicted", "error"), worst, width),
+        sentences(notes, width),
+    )
+    return "\n".join(filter(None, text))
+
+
+def _line(found: Data) -> tuple[Any, ...]:
+    error, worst, error_out, worst_out = (
+        percent(found[key]) for key in ("mare", "worst", "mare_held_out", "worst_held_out")
+    )
+    inside, inside_out = _shares(found)
+    order = {None: "", True: "right", False: f"{len(found['wrong_order'])} wrong"}[found["ranking_right"]]
+    everything = found["rows"], found["calibration_rows"], error, worst, inside
+    return found["name"], *everything, found["held_out_rows"], error_out, worst_out, inside_out, order
+
+
+def _total(data: Data) -> tuple[Any, ...]:
+    rows, fitted, held_out = (
+        sum(found[key] for found in data["tables"]) for key in ("rows", "calibration_rows", "held_out_rows")
+    )
+    inside, inside_out = _shares(data)
+    return "all", rows, fitted, "", "", inside, held_out, "", "", inside_out, ""
+
+
+def _shares(found: Data) -> tuple[str, str]:
+    return percent(found["coverage90"], 0), percent(found["coverage90_held_out"], 0)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share in per cent; a dash where there is none."""
+    return "-" if share is None else f"{100 * share:.{digits}f}%"
+
+
+def _worst(found: Data) -> tuple[Any, ...]:
+    known = [case for case in found["cases"] if case["counts"] and case["error"] is not None]
+    case = max(known, key=lambda case: abs(case["error"]))
+    return found["name"], case["label"], case["published"], case["predicted"], _off(case)
+
+
+def _notes(found: Data) -> Iterator[str]:
+    name, cases = found["name"], found["cases"]
+    if found["wrong_order"]:
+        yield f"{name}, not in the published order: {_some([' and '.join(pair) for pair in found['wrong_order']])}."
+    outliers = [case for case in cases if not case["counts"]]
+    for reason in dict.fromkeys(case["notes"] for case in outliers):
+        those = [f"{case['label']} ({_off(case)})" for case in outliers if case["notes"] == reason]
+        yield f"{name}, not counted: {_some(those)}. Because: {reason}."
+    if found["kept_when_held_out"]:
+        because = f": {found['notes']}" if found["notes"] else ""
+        shaped = f"constants of the catalogue that {found['kept_when_held_out']} of its figures shaped"
+        yield f"{name}, held out, keeps {shaped}{because}."
+    known = [case for case in cases if not case["why"]]
+    yield from _missing(f"{name}, not predicted", cases, "why")
+    yield from _missing(f"{name}, not predicted when held out", known, "why_held_out")
+
+
+def _missing(what: str, cases: Sequence[Data], key: str) -> Iterator[str]:
+    """The cases without a prediction, by the reason that they give under `key`."""
+    for reason in dict.fromkeys(case[key] for case in cases if case[key]):
+        yield f"{what}: {_some([case['label'] for case in cases if case[key] == reason])}. {reason}"
+
+
+def _some(labels: Sequence[str]) -> str:
+    more = f"; and {len(labels) - SHOWN} more" if len(labels) > SHOWN else ""
+    return "; ".join(labels[:SHOWN]) + more
+
+
+def _off(case: Data) -> str:
+    return "not predicted" if case["error"] is None else f"{100 * case['error']:+.1f}%"

@@ -1,0 +1,405 @@
+"""The embedded scheduler: `decide`, `observe` and `replace_plan` for a serving system, with the simulator's policies.
+
+It does no I/O, starts nothing and looks at no clock: the caller passes the time. A decision takes microseconds and
+never raises; where something unforeseen happens, it falls back on a plan that needs to know nobody's state. What is
+remembered is bounded, however long it runs. Any number of threads may ask and tell; a plan is swapped between two
+decisions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from sys import float_info
+from threading import RLock
+from typing import Any
+
+from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.plan import Deployment, Request
+from hybridsd_sim.pricing import Candidate
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.scenario import Scenario
+from hybridsd_sim.scheduling.active_plan import AnyPlan, Listed, PlanInUse, prepared, resolved
+from hybridsd_sim.scheduling.feedback import (
+    CloudDone,
+    Corrections,
+    Event,
+    RequestDone,
+    StepDone,
+    StepKind,
+    WorkerDown,
+    WorkerUp,
+    kind_of,
+    steps_s,
+)
+from hybridsd_sim.scheduling.ledger import Job, Worker, Workers, WorkerState, by_number, check_number, rented
+from hybridsd_sim.scheduling.policy import NO_CANDIDATE, Action, Decision, FleetView, Policy
+
+FALLBACK = "fallback"
+"""Reason code of a decision made without policy and queues, because deciding failed."""
+
+UNKNOWN_CLASS = "unknown_class"
+"""Reason code of a request whose class the plan does not know."""
+
+MOST_OPEN = 65_536
+"""Decisions remembered until their `RequestDone`; of more, the oldest are taken for lost, `LOST_AT_ONCE` of them."""
+
+LOST_AT_ONCE = MOST_OPEN // 16
+
+INFINITY = float("inf")
+
+
+@dataclass(slots=True)
+class _Open:
+    """A decision whose request has not ended: its candidate as the profiles have it, and where it runs.
+
+    `ahead` are the seconds predicted for the steps of a stage that were not told of yet, once one was.
+    """
+
+    candidate: Candidate
+    worker: str | None
+    ahead: dict[int, tuple[StepKind, Iterator[float]]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What a policy would decide for a request, and from what: its candidates, and the seconds each would wait."""
+
+    decision: Decision
+    options: tuple[Candidate, ...]
+    waits_s: tuple[float, ...]
+
+
+class Scheduler:
+    """Decides in a serving system as the simulator's policy would: which plan, on which worker, and why.
+
+    Make one with `from_plan`. Times are seconds on any clock of the caller's that does not go backwards.
+
+    The own ledger's queues go in order of arrival: `edf_reject` and priorities order only queues that the caller keeps,
+    by the `deadline_s` of each decision.
+    """
+
+    def __init__(
+        self, serving: PlanInUse, workers: Sequence[Worker] | None, remake: Callable[[AnyPlan, Scenario], PlanInUse]
+    ) -> None:
+        self._serving = serving
+        self._remake = remake
+        self._assumed = _rented(serving) if workers is None else None
+        up = sorted(_rented(serving), key=by_number) if workers is None else workers
+        _check_workers(up, serving.scenario)
+        self._workers = Workers(list(serving.scenario.pools), up)
+        self._corrections = Corrections()
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._number = 0
+        self._lock = RLock()
+
+    @classmethod
+    def from_plan(
+        cls,
+        plan: AnyPlan,
+        *,
+        policy: str | Policy | None = None,
+        scenario: Scenario | None = None,
+        profiles: Profiles | None = None,
+        workers: Sequence[Worker] | None = None,
+    ) -> Scheduler:
+        """The scheduler of a capacity plan.
+
+        `plan` is a plan.yaml or the folder of the run that wrote it (its scenario is read from provenance.json beside
+        it, unless `scenario` is given), a `CapacityPlan`, or a `Deployment` with its `scenario`. `policy` is a
+        registered name or an object; by default the plan is followed. `workers` are those that are up; by default one
+        for each node that the plan rents, called `<pool>/<number>`. Raises `InputError` for a plan that cannot be read
+        or does not fit its scenario, and for a `Planned` object, which could follow no other plan.
+        """
+
+        def remake(other: AnyPlan, in_use: Scenario) -> PlanInUse:
+            known = scenario or (in_use if isinstance(other, Deployment) else None)
+            return prepared(*resolved(other, known), profiles, policy)
+
+        return cls(prepared(*resolved(plan, scenario), profiles, policy), workers, remake)
+
+    def __repr__(self) -> str:
+        return f"Scheduler({self.scenario.name}, {self.policy_name}, plan {self.version}, {len(self._open)} open)"
+
+    @property
+    def version(self) -> int:
+        """Number of the plan in use: 1, and one more with every `replace_plan`."""
+        return self._serving.version
+
+    @property
+    def scenario(self) -> Scenario:
+        return self._serving.scenario
+
+    @property
+    def plan_in_use(self) -> tuple[int, Deployment]:
+        """Number and content of the plan in use, taken together."""
+        serving = self._serving
+        return serving.version, serving.deployment
+
+    @property
+    def requests(self) -> Mapping[str, Request]:
+        """What a request of each class asks for unless it says otherwise."""
+        return self._serving.menu.own
+
+    @property
+    def policy_name(self) -> str:
+        return self._serving.policy.name
+
+    @property
+    def open_decisions(self) -> int:
+        """Decisions to run something whose request has not ended."""
+        return len(self._open)
+
+    def workers(self, now: float) -> tuple[WorkerState, ...]:
+        """Every worker with what it was given and has not done."""
+        with self._lock:
+            return self._workers.states(now)
+
+    def view(self, now: float) -> FleetView:
+        """The own ledger as policies see it; decisions change it."""
+        with self._lock:
+            return self._workers.view(now)
+
+    def factors(self) -> Mapping[StepKind, float]:
+        """How many times the predicted seconds steps take, for the kinds of steps that differ."""
+        return self._serving.menu.factors
+
+    # ---- Deciding ---------------------------------------------------------------------------------------------------
+
+    def decide(self, request: Request, view: FleetView | None, now: float) -> Decision:
+        """What to do with a request that arrives at `now`; never raises.
+
+        `view` is what the caller knows of the pools, in the scenario's order; None takes the scheduler's own ledger,
+        kept by its decisions and by `observe`, and names a worker. A request of a size that was not seen lately is
+        priced first, which takes milliseconds. What nothing can serve is rejected with a reason.
+        """
+        try:
+            return self._decide(request, view, now)
+        except Exception:  # noqa: BLE001 -- whatever it is, a request waits for an answer
+            return self._fall_back(request, now)
+
+    def at_hand(self, request: Request) -> bool:
+        """Whether `decide` on the own ledger takes microseconds, because such a request was priced lately."""
+        menu = self._serving.menu
+        return request.request_class not in menu.own or menu.at_hand(request, self._workers.widest)
+
+    def weigh(self, request: Request, view: FleetView | None, now: float) -> Weighed:
+        """What `decide` would answer, and from what it would choose; changes nothing.
+
+        A policy that takes turns or keeps accounts is asked as it was when the plan was loaded, or, if it was given as
+        an object, as it is.
+        """
+        serving = self._serving
+        own = serving.menu.own.get(request.request_class)
+        if own is None:
+            return Weighed(_unknown(serving, now), (), ())
+        options = serving.menu.options(request, self._workers.widest if view is None else serving.widest).now
+        deadline_s = _deadline_s(request, own, now)
+        with self._lock:
+            fleet = self._workers.view(now) if view is None else view
+            chosen = serving.anew().decide(options, deadline_s, fleet, now)
+            waits_s = tuple(_wait_s(option, fleet, now, deadline_s) for option in options)
+            wait_s = 0.0 if chosen.candidate is None else _wait_s(chosen.candidate, fleet, now, deadline_s)
+        action, told = _action(chosen, wait_s), (0, None, now, deadline_s, serving.version)
+        return Weighed(Decision(action, chosen.candidate, wait_s, chosen.reason, *told), options, waits_s)
+
+    def _decide(self, request: Request, view: FleetView | None, now: float) -> Decision:
+        serving = self._serving
+        own = serving.menu.own.get(request.request_class)
+        if own is None:
+            return _unknown(serving, now)
+        widest = self._workers.widest if view is None else serving.widest
+        listed = serving.menu.options(request, widest)
+        deadline_s = _deadline_s(request, own, now)
+        if not listed.now and serving.menu.serves(request.request_class):
+            return Decision("reject", None, 0.0, NO_CANDIDATE, 0, None, now, deadline_s, serving.version)
+        with self._lock:
+            if serving is not self._serving or (view is None and widest is not self._workers.widest):
+                return self._decide(request, view, now)  # something came between; while the lock is held nothing can
+            fleet = self._workers.view(now) if view is None else view
+            chosen = serving.policy.decide(listed.now, deadline_s, fleet, now)
+            return self._carried_out(chosen, listed, deadline_s, view, now)
+
+    def _carried_out(
+        self, chosen: Decision, listed: Listed, deadline_s: float, view: FleetView | None, now: float
+    ) -> Decision:
+        """The policy's choice with its worker, entered in the ledger."""
+        candidate, version = chosen.candidate, self.version
+        if candidate is None:
+            return chosen._replace(now_s=now, deadline_s=deadline_s, plan_version=version)
+        number = self._number + 1
+        worker, wait_s = self._placed(candidate, number, deadline_s, view, now)
+        if not wait_s < INFINITY:  # the caller's view says that the pool never begins, or does not say when
+            return Decision("reject", None, 0.0, NO_CANDIDATE, 0, None, now, deadline_s, version)
+        self._number = number
+        self._open[number] = _Open(listed.origin.get(candidate, candidate), worker)
+        if len(self._open) > MOST_OPEN:
+            self._lose(now)
+        return Decision(
+            _action(chosen, wait_s), candidate, wait_s, chosen.reason, number, worker, now, deadline_s, version
+        )
+
+    def _lose(self, now: float) -> None:
+        """Take the oldest for lost; many at once, because each makes a long queue move up."""
+        for _ in range(LOST_AT_ONCE):
+            self._release(*self._open.popitem(last=False), now)
+
+    def _placed(
+        self, candidate: Candidate, number: int, deadline_s: float, view: FleetView | None, now: float
+    ) -> tuple[str | None, float]:
+        """The worker of the ledger that takes it and how long it waits; no worker where the caller keeps the queues."""
+        if candidate.pool_index < 0:
+            return None, 0.0
+        if view is not None:
+            return None, _wait_s(candidate, view, now, deadline_s)
+        request = candidate.cost.request
+        work = request.num_inference_steps * request.height_px * request.width_px * request.num_images
+        job = Job(number, candidate.degree, candidate.cloud_s, work, now)
+        return self._workers.place(candidate.pool_index, job, now)
+
+    def _fall_back(self, request: object, now: object) -> Decision:
+        """A plan that is right on an idle fleet, and no worker: the caller sends it where it can.
+
+        A clock that shows no time is taken for 0.
+        """
+        serving = self._serving
+        name = request.request_class if isinstance(request, Request) else None
+        candidate = serving.fallbacks.get(name) if isinstance(name, str) else None
+        action: Action = "reject" if candidate is None else "run"
+        return Decision(action, candidate, 0.0, FALLBACK, now_s=_shown_s(now), plan_version=serving.version)
+
+    # ---- Learning ---------------------------------------------------------------------------------------------------
+
+    def observe(self, event: Event) -> None:
+        """Take in what happened. What is late, comes twice, is not known any more or has no time changes nothing.
+
+        Raises `InputError` for a worker without a GPU, of a pool that the plan's scenario does not have, or too many.
+        """
+        with self._lock:
+            match event:
+                case StepDone():
+                    self._learn(event)
+                case _ if not _is_time(event.at_s):
+                    pass
+                case CloudDone() | RequestDone():
+                    self._done(event)
+                case WorkerUp():
+                    self._join(event)
+                case WorkerDown():
+                    self._workers.leave(event.worker, event.at_s)
+
+    def _learn(self, event: StepDone) -> None:
+        known = self._open.get(event.number)
+        if known is None or not 0 <= event.stage < len(known.candidate.plan.stages):
+            return
+        known.ahead = {} if known.ahead is None else known.ahead
+        if event.stage not in known.ahead:
+            known.ahead[event.stage] = self._look_ahead(known.candidate, event.stage)
+        kind, ahead = known.ahead[event.stage]
+        predicted_s = next(ahead, None)
+        if predicted_s is None:
+            return
+        self._corrections.learn(kind, event.seconds, predicted_s)
+        if self._corrections.factors is not self._serving.menu.factors:
+            self._serving.menu.follow(self._corrections.factors)
+
+    def _look_ahead(self, candidate: Candidate, index: int) -> tuple[StepKind, Iterator[float]]:
+        """The steps of a stage; none of one that several requests may share, as nobody says how many did."""
+        stage = candidate.plan.stages[index]
+        shared = stage.site.tier == "cloud" and candidate.plan.batch_cap > 1
+        steps = [] if shared else steps_s(candidate, stage, self._serving.menu.profiles)
+        return kind_of(candidate, stage), iter(steps)
+
+    def _done(self, event: CloudDone | RequestDone) -> None:
+        known = self._open.get(event.number)
+        if known is not None:
+            self._release(event.number, known, event.at_s)
+            self._workers.settle()
+            if isinstance(event, RequestDone):
+                del self._open[event.number]
+
+    def _release(self, number: int, known: _Open, now: float) -> None:
+        if known.worker is not None:
+            self._workers.release(known.worker, number, now)
+
+    def _join(self, event: WorkerUp) -> None:
+        pool = self.scenario.pools.get(event.pool)
+        gpus = pool.gpus_per_node if pool and event.gpus is None else event.gpus or 0
+        worker = Worker(event.worker, event.pool, gpus)
+        _check_workers([worker], self.scenario)
+        check_number(len(self._workers) + (event.worker not in self._workers))
+        self._workers.join(worker, event.at_s)
+
+    # ---- Plans ------------------------------------------------------------------------------------------------------
+
+    def replace_plan(self, plan: AnyPlan) -> int:
+        """Follow another plan from the next decision on; returns its version.
+
+        What is open goes on as it was decided; workers, corrections and what the policy has spent stay. Workers of
+        pools that the new scenario lacks are forgotten, and where the workers are the plan's own nodes, there are now
+        as many as it rents. Reads and prices the plan first, while decisions go on. A `Deployment` is for the scenario
+        in use. Raises `InputError` as `from_plan` does, and then nothing has changed.
+        """
+        serving = self._remake(plan, self.scenario)
+        nodes = _rented(serving)
+        with self._lock:
+            serving.menu.follow(self._corrections.factors)
+            serving.policy.follow(self._serving.policy)
+            self._serving = replace(serving, version=self._serving.version + 1)
+            self._workers.keep(list(serving.scenario.pools))
+            if self._assumed is not None:
+                gone, new = self._assumed - nodes, sorted(nodes - self._assumed, key=by_number)
+                self._workers.exchange([worker.name for worker in gone], new, -INFINITY)
+                self._assumed = nodes
+            return self._serving.version
+
+
+def _is_time(value: object) -> bool:
+    """Whether it is a number of seconds that others can be added to."""
+    return isinstance(value, int | float) and abs(value) <= float_info.max
+
+
+def _shown_s(now: Any) -> float:
+    """The time; 0 from a clock that shows none."""
+    return float(now) if _is_time(now) else 0.0
+
+
+def _unknown(serving: PlanInUse, now: float) -> Decision:
+    return Decision("reject", None, 0.0, UNKNOWN_CLASS, now_s=_shown_s(now), plan_version=serving.version)
+
+
+def _deadline_s(request: Request, own: Request, now: float) -> float:
+    """When the image is due. Raises `ValueError` where that, or the time, is no time."""
+    slo_s = own.slo_s if request.slo_s is None else request.slo_s
+    deadline_s = INFINITY if slo_s is None else float(now + slo_s)
+    if not (_is_time(now) and deadline_s > -INFINITY):
+        msg = f"at {now}, due {deadline_s}"
+        raise ValueError(msg)
+    return deadline_s
+
+
+def _wait_s(candidate: Candidate, view: FleetView, now: float, deadline_s: float) -> float:
+    """Seconds until the candidate's pool could begin with it, as its queue goes."""
+    if candidate.pool_index < 0:
+        return 0.0
+    pool, priority = view.pools[candidate.pool_index], candidate.cost.request.priority
+    return pool.wait_before_s(candidate.degree, now, deadline_s, priority)
+
+
+def _action(chosen: Decision, wait_s: float) -> Action:
+    return "queue" if chosen.action == "run" and wait_s > 0.0 else chosen.action
+
+
+def _rented(serving: PlanInUse) -> frozenset[Worker]:
+    gpus = {name: pool.gpus_per_node for name, pool in serving.scenario.pools.items()}
+    return rented(serving.deployment.replicas, gpus)
+
+
+def _check_workers(workers: Sequence[Worker], scenario: Scenario) -> None:
+    pools, names = list(scenario.pools), Counter(worker.name for worker in workers)
+    problems = [unknown_name("worker.pool", w.pool, pools) for w in workers if w.pool not in pools]
+    problems += [Problem(f"worker {w.name}", f"{w.gpus} GPUs", "has at least one") for w in workers if w.gpus < 1]
+    problems += [Problem("workers", repr(n), "each has a name of its own") for n, count in names.items() if count > 1]
+    if problems:
+        raise InputError(problems)

@@ -1,0 +1,5 @@
+"""The doors to the Scheduler: HTTP sidecar, what-if page, Prometheus metrics, Ray Serve router."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,299 @@
+"""The application: what each path answers.
+
+The paths that a serving system asks for every request read their body once and answer at once, on the event loop; a
+request of a size that must be priced first, a new plan and a what-if go to threads, one at a time each, so that
+decisions go on meanwhile.
+
+Follows a plan's file: when its content changes, the plan is replaced; a broken file is refused and logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.plan import Request as Wanted
+from hybridsd_sim.pricing import read_deployment
+from hybridsd_sim.scheduling import AnyPlan, Decision, Event, Scheduler, WorkerDown, WorkerUp, check_number
+from hybridsd_sim.serving.answers import Json, RefusedError, describe, input_answer, problems_answer, refusal
+from hybridsd_sim.serving.guard import LOOPBACK, Bucket, Guard, body_of
+from hybridsd_sim.serving.prometheus import Meters
+from hybridsd_sim.serving.requests import QUESTION, REQUEST, asks_for_plan, read, read_events, read_plain
+from hybridsd_sim.serving.whatif import choices, page, what_if
+from hybridsd_sim.version import __version__
+
+LOG = logging.getLogger("hybridsd_sim.server")
+
+EVERY_S = 1.0
+"""Seconds between two looks at the file."""
+
+
+class Seen(NamedTuple):
+    """The state of a file: what tells cheaply that it was touched, and its content; None where it is not there."""
+
+    stamp: tuple[int, int, int] | None
+    digest: bytes | None
+
+
+class PlanFile:
+    """A plan.yaml, or the folder of a run that holds one, and the state of it that is in use.
+
+    That is the state in which it is when this is made: make it before the file is read, and no change is missed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / "plan.yaml" if path.is_dir() else path
+        self._in_use = Seen(self._stamp(), self._content())
+
+    def changed(self) -> Seen | None:
+        """The file's state, if its content is not the one in use. A file that is not there has not changed."""
+        stamp = self._stamp()
+        if stamp is None or stamp == self._in_use.stamp:
+            return None
+        seen = Seen(stamp, self._content())
+        if seen.digest == self._in_use.digest:
+            self._in_use = seen
+        return None if seen.digest in {self._in_use.digest, None} else seen
+
+    def taken(self, seen: Seen) -> None:
+        """That state is in use from now on."""
+        self._in_use = seen
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _content(self) -> bytes | None:
+        try:
+            return sha256(self.path.read_bytes()).digest()
+        except OSError:
+            return None
+
+
+async def follow(file: PlanFile, replace: Callable[[Path], Awaitable[int]], every_s: float = EVERY_S) -> None:
+    """Replace the plan whenever its file changes, for ever.
+
+    A file that will not do is tried again at every look, as what it needs may come after it; what is wrong with it is
+    logged when it is another thing than at the look before.
+    """
+    said: list[str] = []
+    while True:
+        await asyncio.sleep(every_s)
+        wrong = await _look(file, replace)
+        if wrong != said:
+            for problem in wrong:
+                LOG.error("the plan in use stays: %s", problem)
+        said = wrong
+
+
+async def _look(file: PlanFile, replace: Callable[[Path], Awaitable[int]]) -> list[str]:
+    """Replace the plan if its file has changed; what is wrong with the file."""
+    try:
+        if seen := await asyncio.to_thread(file.changed):
+            LOG.info("plan %d is in use: %s has changed", await replace(file.path), file.path)
+            file.taken(seen)
+    except InputError as error:
+        return [str(problem) for problem in error.problems]
+    except Exception as error:  # noqa: BLE001 -- whatever one version of the file does, the next is looked at
+        return [type(error).__name__]
+    return []
+
+
+MOST_BODY_BYTES = 65_536
+
+LARGER_PLAN = 16
+"""How many times larger than other bodies a plan may be."""
+
+REQUESTS_PER_S = 5_000.0
+"""About as many as one core answers: beyond, requests would only wait for each other."""
+
+
+def build_app(
+    scheduler: Scheduler,
+    *,
+    plan_file: PlanFile | None = None,
+    token: str | None = None,
+    hosts: Collection[str] | None = LOOPBACK,
+    max_body_bytes: int = MOST_BODY_BYTES,
+    requests_per_s: float = REQUESTS_PER_S,
+    reload_every_s: float = EVERY_S,
+    clock: Callable[[], float] = time.monotonic,
+) -> FastAPI:
+    """The application that answers for a scheduler.
+
+    `plan_file`, made before the scheduler read it, is looked at every `reload_every_s` seconds, and followed when it
+    changes. With a `token` all but the page and the health checks asks for it. `hosts` are the names by which the
+    server may be asked; None is any, for a server that others than this machine reach. `clock` gives the seconds that
+    decisions and events are timed by.
+    """
+    sidecar = Sidecar(scheduler, max_body_bytes, clock)
+
+    @asynccontextmanager
+    async def alive(_: FastAPI) -> AsyncIterator[None]:
+        watch = follow(plan_file, sidecar.replaced, reload_every_s) if plan_file else asyncio.sleep(0)
+        task = asyncio.create_task(watch)
+        sidecar.ready = True
+        yield
+        sidecar.ready = False
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    app = FastAPI(
+        title="hybridsd-sim sidecar", version=__version__, summary="Where and how to run each request of a plan.",
+        lifespan=alive, docs_url=None, redoc_url=None, redirect_slashes=False,
+    )  # fmt: skip
+    app.add_middleware(Guard, token=token, hosts=hosts, bucket=Bucket(requests_per_s, time.monotonic))
+    for error, answer in ERRORS.items():
+        app.add_exception_handler(error, answer)
+    describe(app, sidecar, with_token=token is not None)
+    return app
+
+
+class Sidecar:
+    """A scheduler behind HTTP: one method for each path."""
+
+    def __init__(self, scheduler: Scheduler, max_body_bytes: int, clock: Callable[[], float]) -> None:
+        self.scheduler, self.ready = scheduler, False
+        self.meters = Meters(policy=scheduler.policy_name)
+        self.meters.follow(scheduler.version)
+        self._most, self._clock = max_body_bytes, clock
+        self._pricing, self._swapping = CapacityLimiter(1), CapacityLimiter(1)
+
+    async def decide(self, request: Request) -> Response:
+        """Decide for one request. With `plan=true` the answer holds the plan to carry out."""
+        with_plan = asks_for_plan(request.scope["query_string"])
+        wanted = read(REQUEST, await body_of(request, self._most)).of(self.scheduler.requests)
+        if self.scheduler.at_hand(wanted):
+            decision = self._decided(wanted)
+        else:
+            decision = await to_thread.run_sync(self._decided, wanted, limiter=self._pricing)
+        return Json(decision.to_dict(with_plan=with_plan))
+
+    def _decided(self, wanted: Wanted) -> Decision:
+        began = time.perf_counter()
+        decision = self.scheduler.decide(wanted, None, self._clock())
+        self.meters.decided(decision, time.perf_counter() - began, wanted.request_class)
+        return decision
+
+    async def observe(self, request: Request) -> Response:
+        """Take in one event or a list of them, all or, where one is wrong, none."""
+        now = self._clock()
+        events = [sent.of(now) for sent in read_events(await body_of(request, self._most))]
+        self._check(events, now)
+        for event in events:
+            self.scheduler.observe(event)
+            self.meters.observed(event)
+        return Json({"observed": len(events)})
+
+    def _check(self, events: list[Event], now: float) -> None:
+        """Raise what the scheduler would, before it has taken in the first: strange pools, too many workers."""
+        if not any(isinstance(event, WorkerUp) for event in events):
+            return
+        pools = self.scheduler.scenario.pools
+        if strange := [e.pool for e in events if isinstance(e, WorkerUp) and e.pool not in pools]:
+            raise InputError(unknown_name("pool", name, list(pools)) for name in strange)
+        up = {worker.name for worker in self.scheduler.workers(now)}
+        for event in events:
+            if isinstance(event, WorkerUp):
+                up.add(event.worker)
+                check_number(len(up))
+            elif isinstance(event, WorkerDown):
+                up.discard(event.worker)
+
+    async def get_plan(self, _: Request) -> Response:
+        """The plan in use."""
+        version, deployment = self.scheduler.plan_in_use
+        told = {"version": version, "policy": self.scheduler.policy_name, "scenario": self.scheduler.scenario.name}
+        return Json(told | {"deployment": deployment.to_dict()})
+
+    async def put_plan(self, request: Request) -> Response:
+        """Follow another plan for the same scenario from the next decision on; if it does not fit, nothing changes."""
+        body = await body_of(request, LARGER_PLAN * self._most)
+        return Json({"version": await self._in_turn(partial(self._put, body))})
+
+    def _put(self, body: bytes) -> int:
+        return self.scheduler.replace_plan(read_deployment(read_plain(body, "plan"), "plan"))
+
+    async def replaced(self, plan: AnyPlan) -> int:
+        """Follow another plan; its number."""
+        return await self._in_turn(partial(self.scheduler.replace_plan, plan))
+
+    async def _in_turn(self, swap: Callable[[], int]) -> int:
+        version = await to_thread.run_sync(swap, limiter=self._swapping)
+        self.meters.follow(self.scheduler.version)
+        return version
+
+    async def what_if(self, request: Request) -> Response:
+        """Every way to serve a request, and the one that the policy would take. Nothing is decided by it."""
+        question = read(QUESTION, await body_of(request, self._most))
+        ask = partial(what_if, self.scheduler, question, self._clock())
+        return Json(await to_thread.run_sync(ask, limiter=self._pricing))
+
+    async def choices(self, _: Request) -> Response:
+        """What one can ask about: request classes with their own values, and pools."""
+        return Json(choices(self.scheduler))
+
+    async def page(self, _: Request) -> Response:
+        """The what-if page."""
+        html, headers = page()
+        return HTMLResponse(html, headers=headers)
+
+    async def metrics(self, _: Request) -> Response:
+        """Metrics for Prometheus."""
+        return Response(await to_thread.run_sync(self._measured), media_type=CONTENT_TYPE_LATEST)
+
+    def _measured(self) -> bytes:
+        self.meters.fleet(self.scheduler.workers(self._clock()), self.scheduler.scenario.pools)
+        return generate_latest(self.meters.registry)
+
+    async def healthy(self, _: Request) -> Response:
+        """Whether the process answers."""
+        return Json({"status": "alive"})
+
+    async def is_ready(self, _: Request) -> Response:
+        """Whether decisions may be asked for."""
+        return Json({"status": "ready"}) if self.ready else Json({"status": "starting"}, 503)
+
+
+async def _not_there(request: Request, error: Exception) -> Response:
+    """A path or a method that there is not."""
+    if getattr(error, "status_code", 404) != 405:
+        problem = Problem("path", "unknown", "is none that is answered", "See /openapi.json.")
+        return problems_answer([problem], 404)
+    path = request.url.path
+    methods = {name for route in request.app.routes if getattr(route, "path", "") == path for name in route.methods}
+    known = ", ".join(sorted(methods))
+    return problems_answer([Problem("method", request.method, f"must be {known} here")], 405, {"Allow": known})
+
+
+async def _wrong_input(_: Request, error: Exception) -> Response:
+    return input_answer(error) if isinstance(error, InputError) else problems_answer([], 500)
+
+
+async def _turned_away(_: Request, error: Exception) -> Response:
+    return refusal(error) if isinstance(error, RefusedError) else problems_answer([], 500)
+
+
+ERRORS = {
+    HTTPException: _not_there,
+    InputError: _wrong_input,
+    RefusedError: _turned_away,
+}

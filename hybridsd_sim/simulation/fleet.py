@@ -1,0 +1,444 @@
+"""Jobs of a pool, what jobs of one route share, and how nodes are taken away. Knows no event loop.
+
+The living side: cloud pools with gangs, queues and resident models, and edge fleets of owned or shared devices.
+
+A pool is a number of nodes with some GPUs each. A job takes all its GPUs on one node at once or waits; it holds them
+until its work is done. SimPy timeouts with callbacks carry the time; there is one event a job, because nothing can be
+decided between its start and its stop. Edge devices serve in order of arrival with known service times, so their start
+and stop follow from a free-at time and need no event at all.
+
+Queue disciplines of a pool (all in order of arrival unless said otherwise):
+
+- `fifo`: the head waits for its gang and everybody behind it waits too.
+- `gang_fifo`: a head that does not fit reserves the node that will be free soonest; those behind use the other nodes.
+- `backfill`: the same, and a later job may use the reserved node if it is done before the head could start.
+- `edf`: the highest priority, and among equals the earliest deadline, is the head.
+
+Batches are greedy: a job of a route with a batch cap takes along waiting jobs of the same route and base model, in the
+order of the queue and wherever they stand in it, and never waits for more. The gang serves them all at once.
+
+Preemption takes a node away with everything that runs there. The jobs return to the head of the queue (under `edf` to
+their place in it) with all their work to do again; another node serves in the place of the lost one a while later, with
+no model loaded. The rent runs on meanwhile, and the pool's view still counts the node among its GPUs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import Generic, Self, TypeVar
+
+import simpy
+from simpy.events import Timeout
+
+from hybridsd_sim.scheduling import DeadlinePoolView, Due, PoolView, Rank
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+class Route:
+    """What jobs of one class and plan share: `batch_s`, the seconds that 1, 2, ... of them take together."""
+
+    __slots__ = ("batch_s",)
+
+    def __init__(self, batch_s: Sequence[float] = ()) -> None:
+        self.batch_s = batch_s
+
+
+ALONE = Route()
+"""The route of jobs that are never batched."""
+
+
+class Job:
+    """Work for a pool: GPUs, seconds, deadline; and, once it ran, when it was where.
+
+    `hold_s` is the work itself, done alone. `load_s` is what loading the model would add (`drawn_load_s`); a pool that
+    holds it makes that 0. `gang` are the jobs of its batch, None alone. `restarts` counts the nodes lost under it, and
+    `lost_gpu_s` its part of the GPU-seconds that went with them.
+    """
+
+    __slots__ = (
+        "cloud_ready_s",
+        "cloud_start_s",
+        "cloud_stop_s",
+        "deadline_s",
+        "degree",
+        "drawn_load_s",
+        "gang",
+        "hold_s",
+        "load_s",
+        "lost_gpu_s",
+        "model_key",
+        "node",
+        "number",
+        "priority",
+        "restarts",
+        "route",
+        "work",
+    )
+
+    def __init__(self, number: int, degree: int, hold_s: float, deadline_s: float = INFINITY) -> None:
+        self.number = number
+        self.degree = degree
+        self.hold_s = hold_s
+        self.deadline_s = deadline_s
+        self.load_s = self.drawn_load_s = self.lost_gpu_s = self.work = 0.0
+        self.model_key = self.priority = self.restarts = 0
+        self.route: Route = ALONE
+        self.gang: Sequence[Self] | None = None
+        self.cloud_ready_s = self.cloud_start_s = self.cloud_stop_s = NAN
+        self.node = -1
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.number}, {self.degree} GPUs, {self.hold_s:.3f} s)"
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """How nodes are taken away, in seconds: a node serves for `up_s(node)`, and `replacement_s` later another one does.
+
+    `up_s` is asked once for each life of a node, when it begins.
+    """
+
+    up_s: Callable[[int], float]
+    replacement_s: float
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+class Pool(Generic[JobT]):
+    """GPUs of one kind in nodes, with one queue. `done(job)` is called when a job's GPUs are free again.
+
+    `resident_models` limits how many models a node keeps; a job whose model is not there adds its `load_s`. None means
+    that every model fits and is loaded. The nodes, rented at time 0, serve from `cold_start_s` on. `after_s(job)` are
+    the seconds from a job's end here until what its deadline asks for.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        *,
+        nodes: int,
+        gpus_per_node: int,
+        discipline: str,
+        done: Callable[[JobT], None],
+        resident_models: int | None = None,
+        cold_start_s: float = 0.0,
+        preemption: Preemption | None = None,
+        after_s: Callable[[JobT], float] = lambda _: 0.0,
+    ) -> None:
+        self.env = env
+        self.gpus_per_node = gpus_per_node
+        self._due = DeadlinePoolView(nodes * gpus_per_node, 0)
+        self._by_deadline = discipline == "edf"
+        self.view = self._due if self._by_deadline else PoolView(nodes * gpus_per_node, 0)
+        self._nodes = nodes
+        self._done = done
+        self._after_s = after_s
+        self._by_free: list[dict[int, None]] = [{} for _ in range(gpus_per_node + 1)]
+        self._free = [gpus_per_node] * nodes
+        self._running: list[dict[int, Timeout]] = [{} for _ in range(nodes)]
+        self._preemption = preemption
+        self._away: dict[int, float] = {}
+        self._resident_models = resident_models
+        self._resident: list[dict[int, None]] = [{} for _ in range(nodes)]
+        self._queue: deque[JobT] = deque()
+        self._heap: list[tuple[Rank, JobT]] = []
+        self._order = count(1)
+        self._dispatch = {"fifo": self._dispatch_fifo, "edf": self._dispatch_edf}.get(discipline, self._dispatch_gangs)
+        self._backfill = discipline == "backfill"
+        if cold_start_s > 0.0:
+            Timeout(env, cold_start_s).callbacks.append(lambda _: self._open())
+        else:
+            self._open()
+
+    def __repr__(self) -> str:
+        return f"Pool({self.view.busy_gpus} of {self.view.gpus} GPUs busy, {self.view.queued} waiting)"
+
+    def _open(self) -> None:
+        self._by_free[self.gpus_per_node] = dict.fromkeys(range(self._nodes))
+        self.view.largest_free = self.gpus_per_node if self._nodes else 0
+        self._dispatch()
+        if self._preemption is not None:
+            for node in range(self._nodes):
+                self._live(node, self._preemption)
+
+    def submit(self, job: JobT) -> None:
+        """Queue a job now; it starts at once if nobody waits and a node has room."""
+        job.cloud_ready_s = self.env.now
+        view = self.view
+        view.declared_work += job.work
+        if view.queued == 0 and (node := self._fit(job, ())) >= 0:
+            self._start(job, node)
+            return
+        view.queued += 1
+        view.backlog_gpu_s += job.degree * job.hold_s
+        if self._by_deadline:
+            self._push(job, next(self._order))
+        else:
+            self._queue.append(job)
+        self._dispatch()
+
+    def _push(self, job: JobT, turn: int) -> None:
+        """Queue a job by priority and deadline; among equals, the lowest turn comes first."""
+        rank = (-job.priority, job.deadline_s, turn)
+        heappush(self._heap, (rank, job))
+        latest_s = job.deadline_s - self._after_s(job) - job.hold_s
+        self._due.enter(Due(rank, job.degree * job.hold_s, latest_s))
+
+    def _fit(self, job: JobT, reserved: Iterable[int]) -> int:
+        """The fullest node that still has room, one that holds the model if residency matters; -1 if there is none."""
+        if self._resident_models is not None:
+            return self._fit_resident(job, reserved)
+        for bucket in self._by_free[job.degree :]:
+            for node in bucket:
+                if node not in reserved:
+                    return node
+        return -1
+
+    def _fit_resident(self, job: JobT, reserved: Iterable[int]) -> int:
+        fallback = -1
+        for bucket in self._by_free[job.degree :]:
+            for node in bucket:
+                if node in reserved:
+                    continue
+                if job.model_key in self._resident[node]:
+                    return node
+                fallback = node if fallback < 0 else fallback
+        return fallback
+
+    def _start(self, job: JobT, node: int, gang: Sequence[JobT] | None = None) -> None:
+        """Start a job on a node, with its batch if it has one."""
+        now = self.env.now
+        job.load_s = self._touch_model(job, node)
+        hold = (job.hold_s if gang is None else job.route.batch_s[len(gang) - 1]) + job.load_s
+        job.node, job.cloud_start_s, job.cloud_stop_s = node, now, now + hold
+        view = self.view
+        view.busy_gpus += job.degree
+        view.busy_until_gpu_s += job.degree * job.cloud_stop_s
+        self._move(node, -job.degree)
+        self._running[node][job.number] = stop = Timeout(self.env, hold, job)
+        stop.callbacks.append(self._stop)
+        if gang is not None:
+            job.gang = gang
+            for mate in gang[1:]:
+                mate.gang, mate.node, mate.drawn_load_s, mate.load_s = gang, node, mate.load_s, job.load_s
+                mate.cloud_start_s, mate.cloud_stop_s = now, job.cloud_stop_s
+
+    def _touch_model(self, job: JobT, node: int) -> float:
+        """Seconds to load the job's model on the node: none if it is there; the least recently used one makes room."""
+        if self._resident_models is None:
+            return 0.0
+        job.drawn_load_s = job.load_s
+        resident = self._resident[node]
+        known = job.model_key in resident
+        if known:
+            del resident[job.model_key]
+        elif len(resident) >= self._resident_models:
+            del resident[next(iter(resident))]
+        resident[job.model_key] = None
+        return 0.0 if known else job.load_s
+
+    def _move(self, node: int, change: int) -> None:
+        """Change a node's free GPUs and keep the buckets and the view's largest gap right."""
+        buckets, view, free = self._by_free, self.view, self._free[node]
+        del buckets[free][node]
+        self._free[node] = free = free + change
+        buckets[free][node] = None
+        if free > view.largest_free:
+            view.largest_free = free
+        else:
+            while view.largest_free and not buckets[view.largest_free]:
+                view.largest_free -= 1
+
+    def _stop(self, event: simpy.Event) -> None:
+        job: JobT = event.value  # type: ignore[assignment]
+        view = self.view
+        view.busy_gpus -= job.degree
+        view.busy_until_gpu_s -= job.degree * job.cloud_stop_s
+        view.declared_work -= job.work
+        del self._running[job.node][job.number]
+        self._move(job.node, job.degree)
+        if view.queued:
+            self._dispatch()
+        self._done(job)
+        if job.gang is not None:
+            for member in job.gang[1:]:
+                view.declared_work -= member.work
+                self._done(member)
+
+    def _leave_queue(self, job: JobT, node: int, until_s: float = INFINITY) -> None:
+        """Start a waiting job, already taken out of the queue, and what may go with it and be done by `until_s`."""
+        view = self.view
+        view.queued -= 1
+        view.backlog_gpu_s -= job.degree * job.hold_s
+        if view.queued and len(job.route.batch_s) > 1 and (mates := self._mates(job, until_s)):
+            view.queued -= len(mates)
+            view.backlog_gpu_s -= job.degree * job.hold_s * len(mates)
+            self._start(job, node, (job, *mates))
+        else:
+            self._start(job, node)
+
+    def _mates(self, head: JobT, until_s: float) -> list[JobT]:
+        """Take the jobs that join the head out of the queue, the first of its route and base model."""
+        room_s = until_s - self.env.now - head.load_s
+        most = sum(hold_s <= room_s for hold_s in head.route.batch_s[1:])
+        if self._by_deadline:
+            return self._mates_by_deadline(head, most)
+        found: list[int] = []
+        for index, job in enumerate(self._queue):
+            if len(found) >= most:
+                break
+            if job.route is head.route and job.model_key == head.model_key:
+                found.append(index)
+        mates = [self._queue[index] for index in found]
+        for index in reversed(found):
+            del self._queue[index]
+        return mates
+
+    def _mates_by_deadline(self, head: JobT, most: int) -> list[JobT]:
+        heap, passed = self._heap, []
+        mates: list[JobT] = []
+        while heap and len(mates) < most:
+            entry = rank, job = heappop(heap)
+            if job.route is head.route and job.model_key == head.model_key:
+                mates.append(job)
+                self._due.leave(rank)
+            else:
+                passed.append(entry)
+        for entry in passed:
+            heappush(heap, entry)
+        return mates
+
+    def _live(self, node: int, preemption: Preemption) -> None:
+        """Begin a node's life: it ends when it is taken away."""
+
+        def take_away(_: simpy.Event) -> None:
+            self._take_away(node, preemption)
+
+        Timeout(self.env, preemption.up_s(node)).callbacks.append(take_away)
+
+    def _take_away(self, node: int, preemption: Preemption) -> None:
+        self._away[node] = self.env.now + preemption.replacement_s
+        self._move(node, -self._free[node])
+        self._resident[node].clear()
+        lost = [job for stop in self._running[node].values() for job in self._lose(stop)]
+        self._running[node].clear()
+        for job in sorted(lost, key=lambda job: (job.cloud_ready_s, job.number), reverse=True):
+            self._return(job)
+
+        def replace(_: simpy.Event) -> None:
+            del self._away[node]
+            self._move(node, self.gpus_per_node)
+            self._live(node, preemption)
+            self._dispatch()
+
+        Timeout(self.env, preemption.replacement_s).callbacks.append(replace)
+        self._dispatch()
+
+    def _lose(self, stop: Timeout) -> Sequence[JobT]:
+        """Break off a gang whose node is gone, and call off its stop: the jobs that it ran."""
+        stop.callbacks.clear()
+        head: JobT = stop.value  # type: ignore[assignment]
+        view = self.view
+        view.busy_gpus -= head.degree
+        view.busy_until_gpu_s -= head.degree * head.cloud_stop_s
+        gang = head.gang or (head,)
+        gpu_s = (self.env.now - head.cloud_start_s) * head.degree / len(gang)
+        for job in gang:
+            job.restarts += 1
+            job.lost_gpu_s += gpu_s
+            job.gang, job.node, job.cloud_start_s, job.cloud_stop_s = None, -1, NAN, NAN
+            if self._resident_models is not None:
+                job.load_s = job.drawn_load_s
+        return gang
+
+    def _return(self, job: JobT) -> None:
+        """Put a job at the head of the queue, or before those of its own deadline."""
+        self.view.queued += 1
+        self.view.backlog_gpu_s += job.degree * job.hold_s
+        if self._by_deadline:
+            self._push(job, -next(self._order))
+        else:
+            self._queue.appendleft(job)
+
+    def _dispatch_fifo(self) -> None:
+        queue = self._queue
+        while queue and (node := self._fit(queue[0], ())) >= 0:
+            self._leave_queue(queue.popleft(), node)
+
+    def _dispatch_edf(self) -> None:
+        heap = self._heap
+        while heap and (node := self._fit(heap[0][1], ())) >= 0:
+            rank, job = heappop(heap)
+            self._due.leave(rank)
+            self._leave_queue(job, node)
+
+    def _dispatch_gangs(self) -> None:
+        """Start what fits, in order; each head that does not fit reserves the node it can have soonest."""
+        reserved: dict[int, float] = {}
+        waiting: list[JobT] = []
+        while self._queue and len(reserved) < self._nodes:
+            job = self._queue.popleft()
+            node = self._fit(job, reserved)
+            if node < 0 and self._backfill:
+                node = self._fit_before(job, reserved)
+            if node >= 0:
+                self._leave_queue(job, node, reserved.get(node, INFINITY))
+            else:
+                waiting.append(job)
+                self._reserve(job, reserved)
+        self._queue.extendleft(reversed(waiting))
+
+    def _fit_before(self, job: JobT, reserved: dict[int, float]) -> int:
+        """A reserved node that the job would have left before the reservation begins; -1 if there is none."""
+        stop = self.env.now + job.hold_s + job.load_s
+        return next((n for n, when in reserved.items() if self._free[n] >= job.degree and stop <= when), -1)
+
+    def _reserve(self, job: JobT, reserved: dict[int, float]) -> None:
+        open_nodes = [node for node in range(self._nodes) if node not in reserved]
+        when, node = min((self._free_at(node, job.degree), node) for node in open_nodes)
+        reserved[node] = when
+
+    def _free_at(self, node: int, degree: int) -> float:
+        """When the node will have `degree` GPUs free if nothing else starts there."""
+        if node in self._away:
+            return self._away[node]
+        free, when = self._free[node], self.env.now
+        running: list[JobT] = [stop.value for stop in self._running[node].values()]  # type: ignore[misc]
+        for stop, gpus in sorted((job.cloud_stop_s, job.degree) for job in running):
+            if free >= degree:
+                break
+            free, when = free + gpus, stop
+        return when
+
+
+class EdgeFleet:
+    """Edge devices of one kind. Owned: each request has its own user's device. Shared: the first free device serves."""
+
+    def __init__(self, replicas: int, *, shared: bool) -> None:
+        self.replicas = replicas
+        self._owned: dict[int, float] = {}
+        self._shared: list[tuple[float, int]] | None = [(0.0, device) for device in range(replicas)] if shared else None
+        if self._shared is not None:
+            heapify(self._shared)
+
+    def serve(self, ready_s: float, hold_s: float, draw: float) -> tuple[int, float]:
+        """Serve a request that is ready now, in order of readiness: the device that does it, and when it starts.
+
+        `draw` in [0, 1) picks the user's own device. Calls must come in order of `ready_s`.
+        """
+        if self._shared is not None:
+            free_at, device = heappop(self._shared)
+            start = max(ready_s, free_at)
+            heappush(self._shared, (start + hold_s, device))
+            return device, start
+        device = int(draw * self.replicas)
+        free_at = self._owned.get(device, 0.0)
+        start = max(ready_s, free_at)
+        self._owned[device] = start + hold_s
+        return device, start

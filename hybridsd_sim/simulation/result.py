@@ -1,0 +1,317 @@
+"""What a simulation gives back: its records, and the summary and verdict that are made of them when asked for.
+
+What to think of a run before reading its numbers: feasible, stable, converged, in domain, each with its reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from hybridsd_sim.pricing import Candidate, pool_usd_per_gpu_hour
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.scenario import ALL, Budget, RequestClass, Scenario
+from hybridsd_sim.simulation.metrics import Estimate, area, student, summarise
+from hybridsd_sim.simulation.records import UNSERVED, PlanFacts, Records, column, to_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+NARROW = 0.1
+"""A run has converged when the p95 latency is known to this share of itself, either way."""
+
+GROWTH_SHARE = 0.01
+"""A queue that gains less than this share of the arrivals is not called growing."""
+
+CELLS_PER_THIRD = 5
+"""Observations of the queue in each third of each replication."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One question about a run, answered yes or no with its reason: a sentence with the numbers that decided."""
+
+    name: str
+    ok: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The four findings on a run."""
+
+    feasible: Finding
+    stable: Finding
+    converged: Finding
+    in_domain: Finding
+
+    @property
+    def findings(self) -> tuple[Finding, Finding, Finding, Finding]:
+        return self.feasible, self.stable, self.converged, self.in_domain
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """As JSON has it: `{"feasible": {"ok": ..., "reason": ...}, ...}`."""
+        return {finding.name: {"ok": finding.ok, "reason": finding.reason} for finding in self.findings}
+
+
+def verdict_of(
+    scenario: Scenario,
+    summary: pd.DataFrame,
+    replications: Sequence[Records],
+    outside: Mapping[str, tuple[str, ...]],
+) -> Verdict:
+    """Whether promises and budgets hold, queues are steady, the p95 latency is known well, and no cost is extrapolated.
+
+    `summary` is `metrics.summarise` of the same replications. `outside` are, by plan label, the predictions that lie
+    outside what was measured. Feasible goes by the figures themselves; where an interval reaches across its bound, the
+    reason says that it is undecided. An unknown figure keeps no promise.
+    """
+    figures = figures_of(summary)
+    return Verdict(
+        feasibility(scenario, figures),
+        _stable(scenario, replications),
+        _converged(figures[ALL]["latency_p95_s"]),
+        _in_domain(outside),
+    )
+
+
+def figures_of(summary: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
+    """By request class, and for "all" of them: every figure of a summary with its 95% interval."""
+    at = {str(name): index for index, name in enumerate(summary.columns)}
+    ends = {name: [at[name], at[f"{name}_low"], at[f"{name}_high"]] for name in at if f"{name}_low" in at}
+    rows = zip(summary.index, summary.to_numpy(dtype=np.float64).tolist(), strict=True)
+    return {str(key[-1]): {name: Estimate(*(row[i] for i in ends[name])) for name in ends} for key, row in rows}
+
+
+class Promise(NamedTuple):
+    """A figure and the bound it has to keep: at least the bound, or at most."""
+
+    subject: str
+    got: Estimate
+    bound: float
+    at_least: bool
+    form: str
+
+    def keeps(self, value: float) -> bool:
+        """Whether a value is on the right side; a bound that was computed from percent is met by the same share."""
+        slack = 1e-9 * self.bound
+        return value >= self.bound - slack if self.at_least else value <= self.bound + slack
+
+    @property
+    def kept(self) -> bool:
+        return self.keeps(self.got.value)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the interval is unknown or reaches across the bound."""
+        end = self.got.low if self.kept == self.at_least else self.got.high
+        return math.isnan(end) or self.keeps(end) != self.kept
+
+    @property
+    def margin(self) -> float:
+        return abs(self.got.value - self.bound) / max(self.bound, 1e-12)
+
+    def __str__(self) -> str:
+        asked = f"{'at least' if self.at_least else 'at most'} {self.form.format(self.bound)} asked"
+        if math.isnan(self.got.value):
+            return f"{self.subject} unknown, {asked}"
+        ends = ("unknown" if math.isnan(end) else self.form.format(end) for end in self.got[1:])
+        doubt = f", undecided (95% interval {' to '.join(ends)})" if self.undecided else ""
+        return f"{self.subject} {self.form.format(self.got.value)}, {asked}{doubt}"
+
+
+def promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> list[Promise]:
+    """What every class and the budget ask, with what they got: figures as `figures_of` gives them.
+
+    Where as few as possible are to be turned away (`search.minimise`), an SLO is a promise to those who are let in.
+    """
+    return list(_promises(scenario, figures))
+
+
+def feasibility(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> Finding:
+    """Whether every promise and budget holds by these figures."""
+    return _feasible(promises(scenario, figures))
+
+
+def _promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> Iterator[Promise]:
+    for name, spec in scenario.requests.items():
+        got = _let_in(figures[name]) if scenario.search.minimise == "turned_away_per_s" else figures[name]
+        yield from _class_promises(name, spec, scenario.budget, got)
+    everyone, budget = figures[ALL], scenario.budget
+    if budget.usd_per_hour is not None:
+        rent = everyone["rent_usd_per_hour"]
+        yield Promise("rent", rent, budget.usd_per_hour, at_least=False, form="{:.2f} USD/h")
+    if budget.usd_per_image is not None:
+        rent = everyone["rent_usd_per_image"]
+        yield Promise("rent", rent, budget.usd_per_image, at_least=False, form="{:.3g} USD/image")
+
+
+def _let_in(got: Mapping[str, Estimate]) -> Mapping[str, Estimate]:
+    """The figures of a class with its attainment among the requests that were not turned away."""
+    served = 1.0 - got["unserved_share"].value
+    if not served > 0.0:
+        return got
+    return {**got, "slo_attainment": Estimate(*(min(1.0, end / served) for end in got["slo_attainment"]))}
+
+
+def _class_promises(name: str, spec: RequestClass, budget: Budget, got: Mapping[str, Estimate]) -> Iterator[Promise]:
+    what = "served" if spec.slo_s is None else f"served within {spec.slo_s:g} s"
+    attained = got["slo_attainment"]
+    yield Promise(f"{name}: {what}", attained, spec.slo_percentile / 100, at_least=True, form="{:.2%}")
+    if spec.quality_floor is not None:
+        quality = got["quality_mean"]
+        yield Promise(f"{name}: quality", quality, spec.quality_floor, at_least=True, form="{:.4f} CLIP")
+    limits = [limit for limit in (spec.edge_energy_j, budget.edge_energy_j_per_image) if limit is not None]
+    if limits:
+        energy = got["edge_energy_j_per_image"]
+        yield Promise(f"{name}: edge energy", energy, min(limits), at_least=False, form="{:.3g} J/image")
+    if spec.usd_per_image is not None:
+        usd = got["metered_usd_per_image"]
+        yield Promise(f"{name}: metered price", usd, spec.usd_per_image, at_least=False, form="{:.3g} USD/image")
+
+
+def _feasible(asked: Sequence[Promise]) -> Finding:
+    """The first broken promise, or of those kept the first undecided one, or the closest."""
+    broken = [promise for promise in asked if not promise.kept]
+    if broken:
+        more = f" ({len(broken) - 1} more broken)" if len(broken) > 1 else ""
+        return Finding("feasible", ok=False, reason=f"{broken[0]}{more}")
+    shown = next((promise for promise in asked if promise.undecided), None)
+    closest = shown or min(asked, key=lambda promise: promise.margin)
+    return Finding("feasible", ok=True, reason=f"every promise holds; the closest: {closest}")
+
+
+def _stable(scenario: Scenario, replications: Sequence[Records]) -> Finding:
+    """Whether more wait in the last third of the measured time than in the middle one, beyond noise and `GROWTH_SHARE`.
+
+    Counts who waits at each moment rather than how long those waited who were served: under overload the latter leaves
+    out the very requests that wait longest. A peak that is over by the horizon leaves less unfinished and is no growth.
+    """
+    edges_s = np.linspace(scenario.warmup_s, scenario.horizon_s, 3 * CELLS_PER_THIRD + 1)
+    waiting = np.array([_waiting(records.rows(), edges_s) for records in replications])
+    middle, last = waiting[:, CELLS_PER_THIRD : 2 * CELLS_PER_THIRD], waiting[:, 2 * CELLS_PER_THIRD :]
+    error = math.sqrt((middle.var(ddof=1) + last.var(ddof=1)) / last.size)
+    noise = student(2 * last.size - 2) * error
+    arrivals, before, after = np.mean([_unfinished(r.rows(), edges_s) for r in replications], axis=0).tolist()
+    growth = float(last.mean() - middle.mean())
+    grows = growth > max(noise, GROWTH_SHARE * arrivals) and after > before
+    reason = (
+        f"{'the queue grows' if grows else 'no queue grows'}: {last.mean():.1f} waiting on average in the last third, "
+        f"{middle.mean():.1f} in the middle third; {after:.1f} unfinished at the end, {before:.1f} a third earlier"
+    )
+    return Finding("stable", ok=not grows, reason=reason)
+
+
+def _waiting(rows: np.ndarray, edges_s: np.ndarray) -> np.ndarray:
+    """Requests that wait for a GPU or an edge device, on average between each two edges."""
+    ones = np.ones(len(rows))
+    sides = [area(column(rows, f"{s}_ready_s"), column(rows, f"{s}_start_s"), ones, edges_s) for s in ("cloud", "edge")]
+    return sum(sides, np.zeros(len(edges_s) - 1)) / np.diff(edges_s)
+
+
+def _unfinished(rows: np.ndarray, edges_s: np.ndarray) -> tuple[int, int, int]:
+    """Arrivals in the last third; requests neither finished nor refused at its beginning, and at its end."""
+    arrival_s = column(rows, "arrival_s")
+    done_s = np.where(column(rows, "status") == UNSERVED, arrival_s, column(rows, "finish_s"))
+    begin_s, end_s = edges_s[2 * CELLS_PER_THIRD], edges_s[-1]
+    arrived = [int(np.count_nonzero(arrival_s <= t)) for t in (begin_s, end_s)]
+    done = [int(np.count_nonzero(done_s <= t)) for t in (begin_s, end_s)]
+    return arrived[1] - arrived[0], arrived[0] - done[0], arrived[1] - done[1]
+
+
+def _converged(p95_s: Estimate) -> Finding:
+    half_s = (p95_s.high - p95_s.low) / 2
+    if not (half_s >= 0 and p95_s.value > 0):  # NaN fails both
+        reason = "too few requests for a 95% interval of the p95 latency"
+        return Finding("converged", ok=False, reason=reason)
+    reason = f"p95 latency {p95_s.value:.4g} s, 95% interval ±{half_s / p95_s.value:.1%}, at most ±{NARROW:.0%} asked"
+    return Finding("converged", ok=half_s <= NARROW * p95_s.value, reason=reason)
+
+
+def _in_domain(outside: Mapping[str, tuple[str, ...]]) -> Finding:
+    found = [(label, text) for label, texts in outside.items() for text in texts]
+    if not found:
+        return Finding(
+            "in_domain", ok=True, reason="every step time follows from steps timed on its device, runtime and precision"
+        )
+    label, text = found[0]
+    count = f"{len(found)} predictions lie" if len(found) > 1 else "1 prediction lies"
+    return Finding("in_domain", ok=False, reason=f"{count} outside what was measured, first {label}: {text}")
+
+
+@dataclass(frozen=True, eq=False)
+class SimResult:
+    """One policy on one scenario, over all replications: records, summary and verdict, and what made them.
+
+    `used` are the candidates that served at least one request, by request class and plan label. `usd_per_hour` is the
+    rent of the nodes, None when a price is unknown. `timeouts` counts the events of requests, lost nodes apart.
+    """
+
+    scenario: Scenario
+    policy: str
+    seed: int
+    replicas: Mapping[str, int]
+    replications: tuple[Records, ...]
+    used: Mapping[tuple[str, str], Candidate]
+    usd_per_hour: float | None
+    timeouts: int
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """A row per request of every replication, made when asked for."""
+        import pandas as pd
+
+        return pd.concat([to_frame(records, self.policy) for records in self.replications], ignore_index=True)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row per request class and one for all, every figure with its 95% interval."""
+        return summarise(self.scenario, self.policy, self.replications, self.replicas, self.usd_per_hour)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Feasible, stable, converged, in domain: each yes or no with its reason."""
+        outside = {": ".join(key): option.cost.outside for key, option in self.used.items() if option.cost.outside}
+        return verdict_of(self.scenario, self.summary, self.replications, outside)
+
+
+def plan_facts(scenario: Scenario, profiles: Profiles, candidate: Candidate) -> PlanFacts:
+    """What a plan says of every request that it serves, as the book of a run wants it; NaN for what nobody knows."""
+    cost, rate = candidate.cost, None
+    if candidate.pool_index >= 0:
+        rate = pool_usd_per_gpu_hour(scenario, profiles, list(scenario.pools)[candidate.pool_index])
+    return PlanFacts(
+        label=candidate.plan.label,
+        degree=candidate.degree,
+        pool_index=candidate.pool_index,
+        fleet_index=candidate.fleet_index,
+        usd=math.nan if cost.usd is None else cost.usd,
+        usd_per_gpu_s=0.0 if rate is None else rate / 3600,
+        edge_energy_j=math.nan if cost.edge_energy_j is None else cost.edge_energy_j,
+        bytes_down=cost.bytes_down,
+        quality=math.nan if candidate.quality is None else candidate.quality,
+        batch_gpu_s=tuple(candidate.degree * s / size for size, s in enumerate(candidate.batch_s, 1)),
+    )
+
+
+def joined(first: SimResult, second: SimResult) -> SimResult:
+    """One result of two runs of the same scenario whose replications adjoin, those of `first` before those of `second`.
+
+    It is what one run of all of them would have given. Raises `ValueError` for runs of different scenarios, policies,
+    seeds or replicas, and for replications that leave a gap or come twice.
+    """
+    same = ("scenario", "policy", "seed", "replicas", "usd_per_hour")
+    if differ := [name for name in same if getattr(first, name) != getattr(second, name)]:
+        raise ValueError(f"runs that differ in {', '.join(differ)} cannot be joined")
+    done = (*first.replications, *second.replications)
+    numbers = [records.replication for records in done]
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        raise ValueError(f"replications {numbers} do not follow one another")
+    used = {**first.used, **second.used}
+    return replace(first, replications=done, used=used, timeouts=first.timeouts + second.timeouts)

@@ -1,0 +1,15 @@
+from .arrivals import ArrivalChunk as ArrivalChunk
+from .arrivals import arrival_chunks as arrival_chunks
+from .arrivals import arrival_source as arrival_source
+from .arrivals import mean_rate_per_s as mean_rate_per_s
+from .arrivals import stream as stream
+from .requests import Draw as Draw
+from .requests import Draws as Draws
+from .requests import Floats as Floats
+from .requests import Ints as Ints
+from .requests import Requests as Requests
+from .requests import draw_requests as draw_requests
+from .requests import own_size as own_size
+from .traces import Trace as Trace
+from .traces import describe_trace as describe_trace
+from .traces import import_trace as import_trace
