@@ -14,11 +14,6 @@ from typing import Any, Literal
 
 from hybridsd_sim.errors import IllegalPlanError, Problem
 
-Kind = Literal["measured", "quoted", "modelled"]
-
-KIND_ORDER: Mapping[Kind, int] = {"measured": 0, "quoted": 1, "modelled": 2}
-"""Kinds of numbers, the best known first."""
-
 Tier = Literal["edge", "cloud"]
 
 Options = tuple[tuple[str, bool | int | float | str], ...]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridsd_sim.errors import MissingDataError, Problem
+from hybridsd_sim.estimate import Kind
 from hybridsd_sim.perf.roofline import (
     ELEMENT_BYTES,
     NO_LIMIT,
@@ -29,7 +30,6 @@ from hybridsd_sim.perf.roofline import (
     layer_table,
     plain_kernels,
 )
-from hybridsd_sim.plan import Kind
 from hybridsd_sim.profiles import EFFICIENCIES, Component, CostRow, Gpu, Profiles, alike
 
 if TYPE_CHECKING:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from math import exp, hypot, log, sqrt
 
 from hybridsd_sim.errors import IllegalPlanError
+from hybridsd_sim.estimate import Kind
 from hybridsd_sim.perf.collectives import Round, actual_link
 from hybridsd_sim.perf.device_fit import ROWS_OF_DOUBT, SOURCE_SPREAD, Z90, Fit, call_kernels, calls, fit_of
 from hybridsd_sim.perf.parallel_methods import Count, Option, find_method, heaviest, option_types
 from hybridsd_sim.perf.partition import Denoising, RankWork, elements_of
 from hybridsd_sim.perf.roofline import ELEMENT_BYTES, layer_table
 from hybridsd_sim.perf.unet_layers import unet_units
-from hybridsd_sim.plan import Kind, Request, Stage
+from hybridsd_sim.plan import Request, Stage
 from hybridsd_sim.profiles import CostRow, Interconnect, Profiles, alike
 
 SIMULTANEOUS = ("gloo", "nccl")

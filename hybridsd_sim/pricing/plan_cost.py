@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hybridsd_sim.plan import KIND_ORDER, Kind, Plan, Request
+from hybridsd_sim.estimate import KIND_ORDER, Kind
+from hybridsd_sim.plan import Plan, Request
 from hybridsd_sim.pricing.quality import Quality
 
 

@@ -23,8 +23,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from hybridsd_sim.estimate import KIND_ORDER, Kind
 from hybridsd_sim.perf import StageTimer, Work, component_law_s, option_types, timer_of, unet_layers, work
-from hybridsd_sim.plan import KIND_ORDER, Kind, Plan, Request, Site, Stage
+from hybridsd_sim.plan import Plan, Request, Site, Stage
 from hybridsd_sim.pricing.plan_cost import Part, PlanCost
 from hybridsd_sim.pricing.quality import quality_of
 from hybridsd_sim.pricing.transfers import (

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hybridsd_sim.plan import Kind, Plan, Stage
+from hybridsd_sim.estimate import Kind
+from hybridsd_sim.plan import Plan, Stage
 from hybridsd_sim.pricing.quality_losses import (
     DECIMALS,
     MEASURE_NAMES,

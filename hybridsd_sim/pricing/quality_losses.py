@@ -35,8 +35,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
+from hybridsd_sim.estimate import Kind
 from hybridsd_sim.perf import find_method
-from hybridsd_sim.plan import Kind, Stage
+from hybridsd_sim.plan import Stage
 from hybridsd_sim.profiles import Profiles, QualityRow
 
 Measure = Literal["clip", "fid", "lpips"]

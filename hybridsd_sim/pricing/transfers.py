@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
+from hybridsd_sim.estimate import KIND_ORDER, Kind
 from hybridsd_sim.perf import elements_of
-from hybridsd_sim.plan import KIND_ORDER, Kind, Request
+from hybridsd_sim.plan import Request
 from hybridsd_sim.profiles import CostRow, Model, Profiles
 
 SOLVER_HISTORY = {"dpmsolver++": 1, "dpmsolver": 1, "unipc": 1, "pndm": 3, "ddim": 0, "euler": 0, "lcm": 0}

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hybridsd_sim.errors import InputError, MissingDataError, Problem, unknown_name
+from hybridsd_sim.estimate import KIND_ORDER
 from hybridsd_sim.files import data_folder
-from hybridsd_sim.plan import KIND_ORDER
 from hybridsd_sim.profiles.reader import read_folders
 from hybridsd_sim.profiles.schema import (
     Component,

@@ -26,8 +26,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.estimate import KIND_ORDER, Kind
 from hybridsd_sim.files import data_folder
-from hybridsd_sim.plan import KIND_ORDER, Kind
 from hybridsd_sim.profiles.schema import (
     FITTED,
     TABLES,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hybridsd_sim.errors import Problem
-from hybridsd_sim.plan import Kind
+from hybridsd_sim.estimate import Kind
 
 if TYPE_CHECKING:
     from numpy import float64

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hybridsd_sim.plan import KIND_ORDER, Kind, Site
+from hybridsd_sim.estimate import KIND_ORDER, Kind
+from hybridsd_sim.plan import Site
 from hybridsd_sim.pricing import score_interval
 from hybridsd_sim.reporting.blocks import MARKS, Block, Cell, Fold, Heading, Paragraph, Picture, Table, ranged
 from hybridsd_sim.reporting.labels import DASH, PARTS, Data, Show, clip, interval, listed, number, percent, reach

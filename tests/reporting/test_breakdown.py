@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from hand_made import A100, PHONE, hand_made_plan, hand_made_scenario, handed_over, in_the_cloud, part
 from hybridsd_sim import price
 from hybridsd_sim.errors import InputError
+from hybridsd_sim.estimate import KIND_ORDER
 from hybridsd_sim.perf import fit_of
-from hybridsd_sim.plan import KIND_ORDER, Deployment
+from hybridsd_sim.plan import Deployment
 from hybridsd_sim.pricing import pool_site, request_of
 from hybridsd_sim.reporting import labels as numbers
 from hybridsd_sim.reporting import write_report
