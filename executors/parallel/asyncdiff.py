@@ -1,7 +1,7 @@
 """AsyncDiff: the UNet cut into components that run side by side (arXiv 2406.06911; code czg1225/AsyncDiff).
 
-A *unit* is the smallest part that can be placed on a device (`unet_units`); a *component* is a run of units in execution
-order. Components are written as bounds: component n holds the units `bounds[n]` to `bounds[n + 1] - 1`.
+A *unit* is the smallest part that can be placed on a device (`unet_units`); a *component* is a run of units in
+execution order. Components are written as bounds: component n holds the units `bounds[n]` to `bounds[n + 1] - 1`.
 
 Every rank holds the whole UNet and, after the synchronous steps, computes one component of it on inputs that the other
 components made one round ago. The UNet's own forward runs through on every rank: a hook on each unit computes it where

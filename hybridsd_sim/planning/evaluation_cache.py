@@ -200,7 +200,7 @@ def _remembered_digest(path: str, mtime_ns: int, size: int) -> str:  # noqa: ARG
 @cache
 def program_digest() -> str:
     """SHA-256 of what computes figures: the version, every source file of the package, and the libraries' versions."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     digest = sha256(__version__.encode())
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"\0{path.relative_to(folder).as_posix()}\0".encode())

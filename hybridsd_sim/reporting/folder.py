@@ -163,7 +163,7 @@ def _save_load_test(plan: CapacityPlan, folder: Path) -> None:
     head = json.dumps({**load, "requests": []}, indent=2, allow_nan=False)
     text = head.replace('"requests": []', f'"requests": [\n    {requests}\n  ]')
     write_atomically(folder / "load_test.json", f"{text}\n".encode())
-    write_atomically(folder / "load_test.py", (files("hybridsd_sim") / "load_test.py").read_bytes())
+    write_atomically(folder / "load_test.py", (files("hybridsd_sim.reporting") / "load_test.py").read_bytes())
 
 
 def _provenance(scenario: Scenario, digest: str | None, extra: str) -> dict[str, Any]:

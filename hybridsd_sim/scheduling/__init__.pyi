@@ -10,11 +10,11 @@ from .ledger import Worker as Worker
 from .ledger import WorkerState as WorkerState
 from .ledger import check_number as check_number
 from .policies import ALL_SHARES as ALL_SHARES
+from .policies import POLICIES as POLICIES
 from .policies import policy_for as policy_for
 from .policy import CERTAIN_LATE as CERTAIN_LATE
 from .policy import NO_CANDIDATE as NO_CANDIDATE
 from .policy import OVER_BUDGET as OVER_BUDGET
-from .policy import POLICIES as POLICIES
 from .policy import REASONS as REASONS
 from .policy import TURNED_AWAY as TURNED_AWAY
 from .policy import AnyPool as AnyPool

@@ -21,7 +21,6 @@ from hybridsd_sim.scheduling.policy import (
     CERTAIN_LATE,
     INFINITY,
     OVER_BUDGET,
-    POLICIES,
     REJECT,
     TURN_AWAY,
     AnyPool,
@@ -32,7 +31,6 @@ from hybridsd_sim.scheduling.policy import (
     Policy,
     above_floor,
     best_static,
-    register,
 )
 
 LATE = "late"
@@ -41,6 +39,15 @@ LATE = "late"
 TOO_LATE = Decision("reject", None, 0.0, CERTAIN_LATE)
 
 OVERSPENT = Decision("reject", None, 0.0, OVER_BUDGET)
+
+
+POLICIES: dict[str, type[Policy]] = {}
+
+
+def register(policy: type[Policy]) -> type[Policy]:
+    """Enter a policy under its name."""
+    POLICIES[policy.name] = policy
+    return policy
 
 
 class _Waits:

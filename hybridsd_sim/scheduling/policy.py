@@ -328,12 +328,3 @@ def best_static(options: Sequence[Candidate]) -> Candidate | None:
     if acceptable:
         return min(acceptable, key=lambda option: (option.usd_or_inf, option.latency_s))
     return min(options, key=lambda option: option.latency_s, default=None)
-
-
-POLICIES: dict[str, type[Policy]] = {}
-
-
-def register(policy: type[Policy]) -> type[Policy]:
-    """Enter a policy under its name."""
-    POLICIES[policy.name] = policy
-    return policy
