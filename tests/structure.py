@@ -1,0 +1,161 @@
+"""How the code is built, in figures: `python tests/structure.py` prints them, `test_structure.py` holds their limits.
+
+- *modules*: Python files of a package, `__init__` files counted.
+- *longest import chain*: modules on the longest path of imports, also those inside functions. An import from a
+  package's public surface counts as one of the module that defines the name.
+- *used once*: private functions that a single place uses, as a share of all functions.
+- *class names in two modules*: over both packages.
+- *modules that a cold price crosses*: those with a function that runs when one plan is priced with fresh profiles.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+from statistics import median
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("hybridsd_sim", "executors")
+
+
+def sources(package: str) -> dict[str, Path]:
+    """The modules of a package by name."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """A module's syntax tree."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def everything() -> dict[str, Path]:
+    """The modules of both packages."""
+    return {name: path for package in PACKAGES for name, path in sources(package).items()}
+
+
+def imports(module: str, known: dict[str, Path]) -> Iterator[str]:
+    """The modules of ours that one imports from, public surfaces seen through."""
+    path = known[module]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
+            here = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+            base = here[: len(here) - node.level + 1] if node.level else []
+            source = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            for alias in node.names:
+                yield from defining(source, alias.name, known)
+
+
+def defining(source: str, name: str, known: dict[str, Path]) -> Iterator[str]:
+    """The module that `from source import name` reaches."""
+    if f"{source}.{name}" in known:
+        yield f"{source}.{name}"
+    elif source in known and (stub := known[source].with_suffix(".pyi")).exists():
+        for node in tree(stub).body:
+            if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+                yield from defining(f"{source}.{node.module}", name, known)
+    elif source in known:
+        yield source
+
+
+def longest_chain(package: str) -> list[str]:
+    """The longest path of imports that starts in a package, highest module first. Raises `CycleError` for a cycle."""
+    known = everything()
+    below = {module: sorted(set(imports(module, known)) - {module}) for module in known}
+    chains: dict[str, list[str]] = {}
+    for module in TopologicalSorter(below).static_order():
+        chains[module] = [module, *max((chains[other] for other in below[module]), key=len, default=[])]
+    return max((chain for module, chain in chains.items() if module.startswith(package)), key=len)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """All functions and methods of a module."""
+    return (node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def used_once() -> tuple[list[str], int]:
+    """Private functions that one place uses, as `module:name`, and how many functions there are."""
+    names: Counter[str] = Counter()
+    uses: Counter[str] = Counter()
+    where = {}
+    for module, path in everything().items():
+        for function in functions(path):
+            names[function.name] += 1
+            where[function.name] = module
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Name):
+                uses[node.id] += 1
+            elif isinstance(node, ast.Attribute):
+                uses[node.attr] += 1
+    private = (name for name in names if name.startswith("_") and not name.startswith("__"))
+    return [f"{where[name]}:{name}" for name in private if names[name] == uses[name] == 1], sum(names.values())
+
+
+def twice_named() -> dict[str, list[str]]:
+    """Class names that stand in more than one module."""
+    found = defaultdict(list)
+    for module, path in everything().items():
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef):
+                found[node.name].append(module)
+    return {name: modules for name, modules in found.items() if len(modules) > 1}
+
+
+def one_line_docstrings() -> float:
+    """The share of public functions with a docstring whose docstring is one line."""
+    public = (each for path in everything().values() for each in functions(path) if not each.name.startswith("_"))
+    texts = [text for each in public if (text := ast.get_docstring(each))]
+    return sum("\n" not in text for text in texts) / len(texts)
+
+
+def crossed_by_a_price() -> list[str]:
+    """The modules of which a function runs when one hybrid plan is priced, nothing having been worked out before."""
+    from hybridsd_sim import load_profiles, load_scenario, price
+    from hybridsd_sim.pricing import find_candidates
+
+    scenario = load_scenario("quickstart")
+    priced = find_candidates(scenario, load_profiles()).by_class["picture"]
+    cost = next(option.cost for option in priced if len(option.plan.stages) == 2)  # noqa: PLR2004 -- a hand-over
+    fresh, crossed = load_profiles(), set()
+
+    def enter(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and (module := frame.f_globals.get("__name__", "")).startswith("hybridsd_sim."):
+            crossed.add(module)
+
+    sys.setprofile(enter)
+    try:
+        price(cost.plan, cost.request, fresh)
+    finally:
+        sys.setprofile(None)
+    return sorted(crossed)
+
+
+def main() -> None:
+    """Print every figure."""
+    for package in PACKAGES:
+        known = sources(package)
+        lines = [len(path.read_text(encoding="utf-8").splitlines()) for path in known.values() if path.stem != "__init__"]
+        chain = longest_chain(package)
+        print(f"{package}: {len(known)} modules, median {median(lines):.0f} lines, longest {max(lines)}")
+        print(f"  longest import chain: {len(chain)}: {' > '.join(chain)}")
+    once, total = used_once()
+    print(f"private functions used once: {len(once)} of {total} functions, {len(once) / total:.1%}")
+    twice = twice_named()
+    print(f"class names in two modules: {len(twice)}: {', '.join(sorted(twice))}")
+    print(f"public docstrings of one line: {one_line_docstrings():.0%}")
+    crossed = crossed_by_a_price()
+    print(f"modules that a cold price crosses: {len(crossed)}: {', '.join(crossed)}")
+
+
+if __name__ == "__main__":
+    main()
