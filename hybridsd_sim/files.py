@@ -1,4 +1,4 @@
-"""Moved."""
+"""The folders that ship with the package, and files that are written whole or not at all."""
 
 from __future__ import annotations
 

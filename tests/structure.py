@@ -125,7 +125,7 @@ def crossed_by_a_price() -> list[str]:
 
     scenario = load_scenario("quickstart")
     priced = find_candidates(scenario, load_profiles()).by_class["picture"]
-    cost = next(option.cost for option in priced if len(option.plan.stages) == 2)  # noqa: PLR2004 -- a hand-over
+    cost = next(option.cost for option in priced if len(option.plan.stages) == 2)
     fresh, crossed = load_profiles(), set()
 
     def enter(frame: FrameType, event: str, _: object) -> None:
@@ -144,7 +144,9 @@ def main() -> None:
     """Print every figure."""
     for package in PACKAGES:
         known = sources(package)
-        lines = [len(path.read_text(encoding="utf-8").splitlines()) for path in known.values() if path.stem != "__init__"]
+        lines = [
+            len(path.read_text(encoding="utf-8").splitlines()) for path in known.values() if path.stem != "__init__"
+        ]
         chain = longest_chain(package)
         print(f"{package}: {len(known)} modules, median {median(lines):.0f} lines, longest {max(lines)}")
         print(f"  longest import chain: {len(chain)}: {' > '.join(chain)}")

@@ -1,4 +1,8 @@
-"""Moved."""
+"""Reads a scenario's file and resolves it: base, overrides and call become one `Scenario`.
+
+A file holds a base, `overrides` (named blocks that set anything, nested or by dotted key) and `scenarios` (names for
+lists of overrides or of other scenarios). Precedence: call > override > base; the module `overrides` merges them.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.files import data_folder
 from hybridsd_sim.scenario.overrides import Blocks, apply_changes, check_blocks, entries, flag_alone
-from hybridsd_sim.scenario.schema import Scenario, _wrong_classes
+from hybridsd_sim.scenario.schema import Scenario, class_problems
 from hybridsd_sim.scenario.yaml_source import Reading, load_yaml, plain, read_value, shown
 
 
@@ -72,14 +77,8 @@ def _find(path: str | Path) -> Path:
     file = Path(path)
     if file.is_file() or file.name != str(path):
         return file
-    shipped = _shipped_folder() / f"{path}.yaml"
+    shipped = data_folder("scenarios") / f"{path}.yaml"
     return shipped if shipped.is_file() else file
-
-
-def _shipped_folder() -> Path:
-    from hybridsd_sim.files import data_folder
-
-    return data_folder("scenarios")
 
 
 def _read_text(file: Path) -> str:
@@ -88,7 +87,7 @@ def _read_text(file: Path) -> str:
     except UnicodeDecodeError:
         problem = Problem(str(file), "not text", "a scenario is UTF-8 text", "Save the file as UTF-8.")
     except OSError as error:
-        shipped = sorted(other.stem for other in _shipped_folder().glob("*.yaml"))
+        shipped = sorted(other.stem for other in data_folder("scenarios").glob("*.yaml"))
         remedy = f"Shipped scenarios: {', '.join(shipped)}."
         problem = Problem(str(file), error.strerror or "unreadable", "must be a file that can be read", remedy)
     raise InputError(problem)
@@ -111,5 +110,5 @@ def _flag_classes(reading: Reading, data: Mapping[str, Any]) -> None:
     requests, fleets = data.get("requests"), data.get("edge")
     if isinstance(requests, Mapping) and isinstance(fleets, Mapping):
         origins = {name: spec.get("origin") for name, spec in requests.items() if isinstance(spec, Mapping)}
-        for key, value, rule, remedy in _wrong_classes(origins, fleets):
+        for key, value, rule, remedy in class_problems(origins, fleets):
             reading.flag(key, shown(value), rule, remedy)

@@ -1,14 +1,7 @@
-"""The shape of the YAML, and the only reader of scenarios, their overrides and the order of precedence.
+"""The shape of a scenario: who asks for what, the edge fleets and cloud pools that serve it, budget and search space.
 
-A file holds a base, `overrides` (named blocks that set anything, nested or by dotted key) and `scenarios` (names for
-lists of overrides or of other scenarios). Precedence: call > override > base. The room `overrides` says how they merge.
-
-Scalars are those of YAML 1.2: `1e-3` is a number, `010` is 10, `no` and `on` are text. Duplicate keys, tags, NaN and
-infinity are refused. Every problem is reported, each as `file:line: dotted.path: value; rule. remedy`.
-
-What a scenario has to serve with: edge fleets in users' hands, and pools of rented cloud nodes.
-
-Part of the shape of the YAML; import the models from `scenario`, which reads them.
+Frozen pydantic models; the sentence under each field is its documentation here, in the JSON Schema and in messages.
+Rules between fields are each model's `_broken`. How a file becomes a `Scenario` is in `loader`.
 """
 
 from __future__ import annotations
@@ -271,7 +264,7 @@ class Scenario(Written):
     def _broken(self) -> Iterator[Broken]:
         if self.warmup_s >= self.horizon_s:
             yield "warmup_s", self.warmup_s, f"must be shorter than horizon_s, {self.horizon_s:g}", ""
-        yield from _wrong_classes({name: spec.origin for name, spec in self.requests.items()}, self.edge)
+        yield from class_problems({name: spec.origin for name, spec in self.requests.items()}, self.edge)
 
     @classmethod
     def known_keys(cls) -> list[str]:
@@ -305,7 +298,7 @@ def scenario_schema() -> dict[str, Any]:
     return {**head, **schema, "title": head["title"], "properties": {**schema["properties"], **blocks}}
 
 
-def _wrong_classes(origins: Mapping[str, Any], fleets: Collection[str]) -> Iterator[Broken]:
+def class_problems(origins: Mapping[str, Any], fleets: Collection[str]) -> Iterator[Broken]:
     """What is wrong with request classes beyond their own keys, from their names and origins."""
     if ALL in origins:
         rule = "must not be a class's name, because the summary's row over every class has it"

@@ -1,13 +1,11 @@
-"""Who asks for what, when: arrival processes, traces and the random numbers that come with a request.
+"""When requests come: arrival processes, played traces, and the merged stream of all classes of a scenario.
 
-Arrivals are drawn lazily, in chunks, class by class, and merged in time order. Every class and every attribute has its
-own random stream, named after it: adding a class, a policy or an attribute shifts no draw of another, so that policies
-meet exactly the same requests (common random numbers).
+A process gives the arrivals of one class in order, in blocks, for ever (a trace ends); how many are drawn at a time
+never changes what is drawn. `arrival_chunks` merges the classes in time order, lazily.
 
-When requests of a class come: arrival processes with a rate, played traces, and the GenTD26 generator.
-
-A process gives its arrivals in order, in blocks, for ever (a trace ends). How many are drawn at a time never changes
-what is drawn.
+Every class and every attribute has a random stream of its own, named after it: adding a class, a policy or an attribute
+shifts no draw of another, so that policies meet exactly the same requests (common random numbers: Law, Simulation
+Modeling and Analysis, 5th ed., section 11.2).
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -36,8 +34,10 @@ MAX_CV = 100.0
 MAX_PEAK = 24.0
 """Peak over mean rate of a day whose requests all come in one hour."""
 
-_DAY_CELLS = 1440
+CHUNK = 8192
+"""Arrivals that a chunk has, about, and that are drawn at a time over all classes."""
 
+_DAY_CELLS = 1440  # a minute each
 
 Marks = tuple[Ints | None, Ints | None, Ints | None]
 """Base model by rank, images and steps of each request; None, and 0, is the class's own."""
@@ -53,7 +53,11 @@ def arrival_blocks(spec: ArrivalSpec, stream_of: StreamOf, size: int) -> Iterato
     `stream_of` gives a random stream for a word. Expects arrivals without `arrival_problems`.
     """
     if _plays_file(spec):
-        yield from _from_trace(_trace_of(spec), _scale(spec), size)
+        trace, scale = _trace_of(spec), _scale(spec)
+        models = _ranks(trace)
+        for at in range(0, len(trace), size):
+            part = slice(at, at + size)
+            yield trace.arrival_s[part] * scale, (models[part], trace.num_images[part], trace.num_inference_steps[part])
     elif spec.process == "gentd26":
         for block in GenTD26Generator(_scale(spec)).blocks(stream_of):
             yield block.arrival_s, (block.base_model, block.num_images, block.num_inference_steps)
@@ -66,7 +70,8 @@ def _steady(spec: ArrivalSpec, rng: np.random.Generator, size: int) -> Iterator[
     """Arrival times of the processes that have a rate; time 0 is an arbitrary moment of them, no renewal."""
     rate = spec.rate_per_s or math.nan
     if spec.process == "constant":
-        return _per_second(_evenly(rng.random(), size), rate)
+        phase = rng.random()
+        return _per_second((np.arange(at, at + size, dtype=np.float64) + phase for at in count(0, size)), rate)
     if spec.process == "gamma":
         shape = spec.cv**-2
         gap = 1.0 / rate / shape
@@ -85,11 +90,6 @@ def _renewals(first: float, gaps: Callable[[int], Floats], size: int) -> Iterato
         drawn = gaps(size)
         drawn[0] += times[-1]
         times = np.cumsum(drawn)
-
-
-def _evenly(phase: float, size: int) -> Iterator[Floats]:
-    for at in count(0, size):
-        yield np.arange(at, at + size, dtype=np.float64) + phase
 
 
 def _per_second(unit: Iterator[Floats], rate: float) -> Iterator[Floats]:
@@ -130,13 +130,6 @@ def _sharpened(swing: Floats, peak_to_mean: float) -> Floats:
     profile: Floats = ((1.0 + swing) / 2.0) ** high
     profile /= profile.mean()
     return profile
-
-
-def _from_trace(trace: Trace, scale: float, size: int) -> Iterator[Block]:
-    models = _ranks(trace)
-    for at in range(0, len(trace), size):
-        part = slice(at, at + size)
-        yield trace.arrival_s[part] * scale, (models[part], trace.num_images[part], trace.num_inference_steps[part])
 
 
 def _ranks(trace: Trace) -> Ints:
@@ -237,10 +230,6 @@ def arrival_source(spec: ArrivalSpec) -> str:
     return f"{spec.process}, {spec.rate_per_s:.6g} requests a second"
 
 
-CHUNK = 8192
-"""Arrivals that a chunk has, about, and that are drawn at a time over all classes."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ArrivalChunk:
     """Arrivals in time order, equal times in order of the classes: arrays of one length.
@@ -279,12 +268,8 @@ def stream(seed: int, replication: int, name: str) -> np.random.Generator:
 
 def arrivals(scenario: Scenario, replication: int) -> Iterator[tuple[float, int]]:
     """Every arrival of a replication in time order, as (arrival_s, class_index); lazy. Raises `InputError` at once."""
-    return _pairs(arrival_chunks(scenario, replication))
-
-
-def _pairs(chunks: Iterator[ArrivalChunk]) -> Iterator[tuple[float, int]]:
-    for chunk in chunks:
-        yield from zip(chunk.arrival_s.tolist(), chunk.class_index.tolist(), strict=True)
+    chunks = arrival_chunks(scenario, replication)  # checks now, not when the first arrival is asked for
+    return (pair for chunk in chunks for pair in zip(chunk.arrival_s.tolist(), chunk.class_index.tolist(), strict=True))
 
 
 def arrival_chunks(scenario: Scenario, replication: int) -> Iterator[ArrivalChunk]:
@@ -359,7 +344,10 @@ def _joined(parts: list[ArrivalChunk]) -> ArrivalChunk:
 def _of_class(scenario: Scenario, index: int, replication: int, size: int) -> Iterator[ArrivalChunk]:
     """The arrivals of one class up to the horizon, with everything drawn for them."""
     name, spec = list(scenario.requests.items())[index]
-    stream_of = partial(_class_stream, scenario.seed, replication, name)
+
+    def stream_of(what: str) -> np.random.Generator:
+        return stream(scenario.seed, replication, f"{what}/{name}")
+
     uniforms = [stream_of(what) for what in ("device", "network", "rtt")]
     expected = 1.1 * mean_rate_per_s(spec.arrivals) * scenario.horizon_s + 16
     for arrival_s, marks in arrival_blocks(spec.arrivals, stream_of, int(min(size, expected))):
@@ -371,10 +359,6 @@ def _of_class(scenario: Scenario, index: int, replication: int, size: int) -> It
             yield ArrivalChunk(arrival_s[:stop], class_index, device_u, network_u, rtt_u, *asked)
         if stop < len(arrival_s):
             return
-
-
-def _class_stream(seed: int, replication: int, name: str, what: str) -> np.random.Generator:
-    return stream(seed, replication, f"{what}/{name}")
 
 
 def _marks(spec: RequestClass, marks: Marks, size: int) -> list[npt.NDArray[np.int16]]:

@@ -1,11 +1,8 @@
-"""The random inputs of requests, a chunk at a time: arrival, device, link conditions, model, size.
+"""The requests of one replication with all that chance decides about them: arrival, device, link, model, size.
 
-They are drawn with the arrival from named streams and never by a policy's doing, so that every policy meets exactly the
-same requests on the same links.
-
-What a scenario's requests bring with them whatever is deployed: drawn once, as arrays, for every deployment tried.
-
-The same arrivals, devices and links as `simulate` meets (common random numbers).
+They are drawn with the arrival from named streams and never by a policy's doing, so that every policy and every
+deployment meets exactly the same requests on the same links (common random numbers): one by one for the event loop
+(`Draws`), or at once as arrays for the compiled recursion (`Requests`).
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.workload.arrivals import ArrivalChunk, all_arrivals, arrival_chunks, stream
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 Draw = tuple[float, int, float, float, float, float, float, int, tuple[int, int] | None]
@@ -97,9 +95,6 @@ class Draws:
         spread = 0.0 if row.seconds_p95 is None else math.log(row.seconds_p95 / row.seconds_median) / 1.6449
         seconds: list[float] = (row.seconds_median * np.exp(spread * self._loads.standard_normal(size))).tolist()
         return seconds
-
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
