@@ -14,10 +14,10 @@ PINS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench gpu wheel clean
+.PHONY: help demo test check check-slow bench gpu structure hooks wheel clean
 
 help:  ## List these commands
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/.base  ## Plan the quickstart scenario and write its report
 	$(BIN)/hybridsd-sim plan scenarios/quickstart.yaml
@@ -32,11 +32,20 @@ check: $(VENV)/.test  ## Lint, check types and layers, then run the tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
+check-slow: $(VENV)/.test  ## Run the laws that take minutes
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
 bench: $(VENV)/.test  ## Run the benchmarks
 	$(BIN)/python -m pytest tests/benchmarks $(PYTEST_ARGS)
 
 gpu: $(VENV)/.test  ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+structure: $(VENV)/.test  ## Print how the code is built, in figures
+	$(BIN)/python tests/structure.py
+
+hooks: $(VENV)/.test  ## Run the linters before every commit
+	$(BIN)/pre-commit install
 
 wheel: $(VENV)/.test  ## Build the source distribution and the wheel into dist/
 	$(BIN)/hatchling build
