@@ -187,7 +187,7 @@ def test_workers_do_not_outlive_the_process_that_started_them(site, tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(ORPHANING)
     said = [sys.executable, script, site.profiles, site.weights["small"]]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     with subprocess.Popen(said, stdout=subprocess.PIPE, env={"PYTHONPATH": str(root)}) as parent:
         pids = [int(text) for text in parent.stdout.readline().split()]
         parent.kill()

@@ -22,7 +22,7 @@ from hybridsd_sim import load_profiles
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.simulation import TIMES, column
 
-DATA = Path(__file__).parents[1] / "data" / "live"
+DATA = Path(__file__).parents[2] / "data" / "live"
 PARTS = kept.find(DATA / "runs")
 RUNS = {run: list(parts) for run, parts in groupby(PARTS, key=lambda part: (part.kind, part.load))}
 FEWEST = 2000

@@ -518,7 +518,7 @@ def test_edge_does_not_outlive_the_process_that_started_it(tmp_path):
     """Kill the parent: the edge closes its port and ends by itself, so that no orphan keeps the device."""
     script = tmp_path / "parent.py"
     script.write_text(ORPHANING.format(config=SMALLER))
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env={"PYTHONPATH": str(root)})
     with parent:
         address = ("127.0.0.1", int(parent.stdout.readline()))
