@@ -54,7 +54,8 @@ METHOD_CONSTANTS = (*(constant.name for constant in CONSTANTS), "unexplained_sha
 
 LEAST_RATIO_SPREAD = 0.2
 
-SOURCE = "fitted to the rows of this folder by hybridsd_sim.perf.population_fit"
+SOURCE = "fitted to the rows of this folder by hybridsd_sim.fitting"
+"""Written into the fitted tables and from there into saved results: it stays as it was first published."""
 
 
 def refit(profiles: Profiles, *, without: Callable[[CostRow], bool]) -> Profiles:
