@@ -6,12 +6,7 @@ from .encoders import decode as decode
 from .encoders import embed as embed
 from .encoders import token_ids as token_ids
 from .pipeline import Model as Model
-from .pipeline import build_unet as build_unet
-from .pipeline import described as described
-from .pipeline import fill as fill
 from .pipeline import load_model as load_model
-from .pipeline import load_unet as load_unet
-from .pipeline import replica as replica
 from .pipeline import seeded_conditioning as seeded_conditioning
 from .pipeline import seeded_latents as seeded_latents
 from .samplers import SamplerState as SamplerState
@@ -20,3 +15,8 @@ from .samplers import prediction_of as prediction_of
 from .samplers import resume as resume
 from .samplers import sampler_name as sampler_name
 from .samplers import sampler_state as sampler_state
+from .unet import build_unet as build_unet
+from .unet import described as described
+from .unet import load_unet as load_unet
+from .unet import replica as replica
+from .weights import fill as fill

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name
 from hybridsd_sim.perf import TEXT_TOKENS
 
-from .pipeline import BROKEN, PLACE, broken, fill, load, read_config
+from .weights import BROKEN, PLACE, broken, fill, load, read_config
 
 Vae = AutoencoderKL | AutoencoderTiny
 

@@ -24,8 +24,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
 from hybridsd_sim.errors import InputError, Problem

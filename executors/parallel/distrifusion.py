@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 torch's own name for it
-from diffusers import UNet2DConditionModel
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
 from hybridsd_sim.perf import PIXELS_PER_LATENT, Denoising

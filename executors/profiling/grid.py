@@ -13,7 +13,7 @@ from itertools import product
 from typing import Literal
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name
 from hybridsd_sim.perf import METHODS, Denoising, Method, find_method
