@@ -345,10 +345,10 @@ def _write(result: Any, folder: Path, profiles: Profiles) -> tuple[dict[str, Any
 
 def _store() -> Store | None:
     """Where finished simulations are kept; None, and a word on standard error, where nothing can be written."""
-    from hybridsd_sim.planning import default_folder, opened
+    from hybridsd_sim.planning import default_folder, open_store
 
     try:
-        return opened(default_folder())
+        return open_store(default_folder())
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         typer.echo(f"no finished simulation is kept for another run: {error}", err=True)
         return None

@@ -12,7 +12,7 @@ from hybridsd_sim import load_profiles, load_scenario
 from hybridsd_sim.errors import IllegalPlanError, Problem
 from hybridsd_sim.plan import Deployment, Share
 from hybridsd_sim.planning import Store, workers
-from hybridsd_sim.planning.evaluation import Evaluator, Job
+from hybridsd_sim.planning.evaluation import EvaluationJob, Evaluator
 from hybridsd_sim.pricing import find_candidates
 
 SHORT = {"horizon_s": 150.0, "warmup_s": 20.0, "replications": 2, "search.replications_max": 4}
@@ -25,7 +25,9 @@ def jobs_of(scenario, profiles, nodes=(2, 3, 4)):
     handed = [option for option in options if option.pool_index == 0 and option.edge_steps and option.meets_floor][:2]
     mix = tuple(Share(share, option.plan) for share, option in zip((0.7, 0.3), handed, strict=True))
     mixes = [(Share(1.0, option.plan),) for option in handed] + [mix]
-    return [Job(scenario, profiles, Deployment({"a100": n}, {"picture": plans})) for n in nodes for plans in mixes]
+    return [
+        EvaluationJob(scenario, profiles, Deployment({"a100": n}, {"picture": plans})) for n in nodes for plans in mixes
+    ]
 
 
 def search(folder):

@@ -14,7 +14,7 @@ import numpy as np
 
 from hybridsd_sim import Plan, Request, Scenario, Site, Stage, load_scenario
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.planning import CapacityPlan, Confidence, Evaluated, Variation
+from hybridsd_sim.planning import CapacityPlan, Confidence, EvaluatedPlan, Variation
 from hybridsd_sim.planning.capacity_plan import Margin, Relaxation, Saving
 from hybridsd_sim.pricing import Candidate, Part, PlanCost
 from hybridsd_sim.pricing.quality import Quality
@@ -243,7 +243,7 @@ def evaluated(name, result, *, feasible=True):
     deployment = Deployment(dict(result.replicas), {})
     labels = dict(result.used.keys())
     reason = "every promise is kept" if feasible else "phone: 61.0% inside 8 s, promised 95%"
-    return Evaluated(
+    return EvaluatedPlan(
         name, deployment, "planned", result.usd_per_hour, latency, share, 0.2993, 1.1, None, feasible, reason, labels
     )
 
@@ -255,7 +255,7 @@ def hand_made_plan(scenario, profiles_digest="0" * 64):
     edge = {"phone": handed_over(0), "laptop": at_the_edge()}
     results = {"cloud only": run(scenario, cloud, 2), "edge only": run(scenario, edge, 0, refuse=0.1)}
     best = run(scenario, chosen, 1)
-    point = Evaluated(
+    point = EvaluatedPlan(
         "frontier", None, "analytic", 5.0, (6.0, nan, nan), (0.97, nan, nan), 0.29, 1.0, 2.0, True, "by formula", {}
     )
     frontier = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hybridsd_sim import Profiles, Scenario
-from hybridsd_sim.planning import Evaluated
+from hybridsd_sim.planning import EvaluatedPlan
 from hybridsd_sim.planning.analytic import Sizer
 from hybridsd_sim.planning.evaluation import evaluate
 from hybridsd_sim.planning.planner import Planner
@@ -22,7 +22,7 @@ def planner_of(scenario: Scenario, profiles: Profiles, **changes: Any) -> Planne
     return Planner(changed, profiles, found, Sizer(changed, profiles), lambda jobs: [evaluate(job) for job in jobs])
 
 
-def hypervolume(points: list[Evaluated], worst: tuple[float, float, float]) -> float:
+def hypervolume(points: list[EvaluatedPlan], worst: tuple[float, float, float]) -> float:
     """Volume of dollars, seconds and CLIP score between `worst` and the points, each figure as it is."""
     boxes = sorted(
         (p.usd_per_hour, p.latency_p95_s[0], p.quality)

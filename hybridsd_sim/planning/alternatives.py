@@ -21,24 +21,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.planning.capacity_plan import Evaluated, Margin, analytic, evaluated
-from hybridsd_sim.planning.evaluation import Job
-from hybridsd_sim.planning.milp import GAP, Answer, Condition, Formulation, Goal
+from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, Margin
+from hybridsd_sim.planning.evaluation import EvaluationJob
+from hybridsd_sim.planning.milp import GAP, Condition, Formulation, Goal, Solution
 from hybridsd_sim.planning.planner import (
     BIG,
     Keep,
     Planner,
-    agreeing_headroom,
+    budgeted_goal,
     first_that,
-    goal_of,
+    fit_headroom,
     is_hybrid,
     latency_limits_s,
-    quickest,
+    quickest_level,
     solve,
-    varied,
-    whole_condition,
+    strict_condition,
+    vary,
 )
-from hybridsd_sim.planning.search import CALM, deployment_of
+from hybridsd_sim.planning.search import CALM, to_deployment
 from hybridsd_sim.pricing import Candidate
 
 NEAR_OPTIMAL = 1.3
@@ -54,7 +54,7 @@ SAME = 0.01
 """Plans that differ by less than this, in shares of the nodes and of the requests, are one."""
 
 
-def alternatives(planner: Planner, chosen: Evaluated) -> tuple[Evaluated, ...]:
+def alternatives(planner: Planner, chosen: EvaluatedPlan) -> tuple[EvaluatedPlan, ...]:
     """The cheapest plan of each kind that holds, differs from `chosen` and rents for little more; most different first.
 
     Figures are those of the compiled recursion, or by formula where it does not apply. Their names are the kinds. None
@@ -63,9 +63,9 @@ def alternatives(planner: Planner, chosen: Evaluated) -> tuple[Evaluated, ...]:
     if chosen.deployment is None or chosen.usd_per_hour is None:
         return ()
     waiting = dict(_kinds(planner, chosen.deployment))
-    found: list[Evaluated] = []
-    condition = whole_condition(planner)
-    first = 1.0 if condition is None else agreeing_headroom(planner, condition, chosen.usd_per_hour)
+    found: list[EvaluatedPlan] = []
+    condition = strict_condition(planner)
+    first = 1.0 if condition is None else fit_headroom(planner, condition, chosen.usd_per_hour)
     for room in dict.fromkeys((first, *ROOMS)):
         answers = {name: _cheapest(planner, keep, chosen.usd_per_hour, room) for name, keep in waiting.items()}
         tried = _tried(planner, {name: answer for name, answer in answers.items() if answer})
@@ -106,14 +106,14 @@ def _only(option: Candidate, method: str) -> bool:
     return all(stage.method == method for stage in option.plan.cloud_stages)
 
 
-def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, room: float) -> Answer | None:
+def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, room: float) -> Solution | None:
     """The calmest of the cheapest plans of a kind, within reach of the chosen rent; None where there is none."""
     condition = planner.condition(keep)
     if condition.forgiven:
         return None
     formulation = Formulation([condition])
     near = max(NEAR_OPTIMAL * rent_usd_per_hour, 0.0)
-    goal = goal_of(planner, minimise="usd_per_hour", usd_per_hour=near, headroom=room)
+    goal = budgeted_goal(planner, minimise="usd_per_hour", usd_per_hour=near, headroom=room)
     best = formulation.solve(goal)
     if best is None:
         return None
@@ -121,21 +121,23 @@ def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, room: floa
     return formulation.solve(calm) or best
 
 
-def _tried(planner: Planner, answers: Mapping[str, Answer]) -> list[Evaluated]:
+def _tried(planner: Planner, answers: Mapping[str, Solution]) -> list[EvaluatedPlan]:
     """Each plan's figures by the quickest level, under the name of its kind."""
     scenario, found, jobs = planner.scenario, [], {}
     for name, answer in answers.items():
-        deployment = deployment_of(answer.mixes, answer.replicas)
-        if quickest(scenario, deployment) == "screen":
-            jobs[name] = Job(scenario, planner.profiles, deployment, "screen")
+        deployment = to_deployment(answer.mixes, answer.replicas)
+        if quickest_level(scenario, deployment) == "screen":
+            jobs[name] = EvaluationJob(scenario, planner.profiles, deployment, "screen")
         else:
-            found.append(analytic(name, planner.sizer.assess(answer.mixes, answer.replicas), planner.sizer))
+            found.append(
+                EvaluatedPlan.from_formula(name, planner.sizer.assess(answer.mixes, answer.replicas), planner.sizer)
+            )
     for name, evaluation in zip(jobs, planner.evaluate(list(jobs.values())), strict=True):
-        found.append(evaluated(name, evaluation, answers[name].mixes))
+        found.append(EvaluatedPlan.from_evaluation(name, evaluation, answers[name].mixes))
     return found
 
 
-def _most_different(planner: Planner, chosen: Evaluated, found: Sequence[Evaluated]) -> Iterator[Evaluated]:
+def _most_different(planner: Planner, chosen: EvaluatedPlan, found: Sequence[EvaluatedPlan]) -> Iterator[EvaluatedPlan]:
     """One after the other the plan that is furthest from the chosen one and from those told before."""
     told, left = [chosen], list(found)
     while left and len(told) <= MOST:
@@ -147,7 +149,7 @@ def _most_different(planner: Planner, chosen: Evaluated, found: Sequence[Evaluat
         yield told[-1]
 
 
-def distance(planner: Planner, one: Evaluated, other: Evaluated) -> float:
+def distance(planner: Planner, one: EvaluatedPlan, other: EvaluatedPlan) -> float:
     """How far apart two plans are: in rent of nodes that differ and in shares of requests that are served otherwise.
 
     Each is between 0, the same, and 1, nothing in common; their sum is told.
@@ -177,7 +179,7 @@ LATENCIES, LATENCIES_BIG = 48, 8
 """Latencies that the fastest plan is looked for among, a few per cent apart; fewer for big formulations."""
 
 
-def margins(planner: Planner, chosen: Evaluated) -> tuple[Margin, ...]:
+def margins(planner: Planner, chosen: EvaluatedPlan) -> tuple[Margin, ...]:
     """What one more dollar, one more second, and a little more or less quality and traffic buy or cost.
 
     Where `chosen` holds on a cheaper fleet than the formula believes, the formula is asked for as much less traffic as
@@ -186,8 +188,8 @@ def margins(planner: Planner, chosen: Evaluated) -> tuple[Margin, ...]:
     """
     if planner.scenario.search.minimise == "turned_away_per_s":
         return ()
-    condition = whole_condition(planner)
-    headroom = 1.0 if condition is None else agreeing_headroom(planner, condition, chosen.usd_per_hour)
+    condition = strict_condition(planner)
+    headroom = 1.0 if condition is None else fit_headroom(planner, condition, chosen.usd_per_hour)
     base = solve(planner, headroom=headroom)
     before = None if base is None else base.objective
     found = list(_of_money(planner, condition, _dollars(planner, chosen), headroom)) if base and condition else []
@@ -205,21 +207,21 @@ def _changed(planner: Planner) -> Iterator[tuple[str, Planner]]:
     requests = planner.scenario.requests
     later = {f"requests.{name}.slo_s": s.slo_s + SECONDS for name, s in requests.items() if s.slo_s is not None}
     if later:
-        yield "one more second of every SLO", varied(planner, later)
+        yield "one more second of every SLO", vary(planner, later)
     for sign, what in ((1.0, "more"), (-1.0, "less")):
         floors = {name: s.quality_floor for name, s in requests.items() if s.quality_floor is not None}
         moved = {f"requests.{name}.quality_floor": _share(floor + sign * CLIP) for name, floor in floors.items()}
         if moved:
-            yield f"{CLIP:g} of CLIP {what} on every quality floor", varied(planner, moved)
+            yield f"{CLIP:g} of CLIP {what} on every quality floor", vary(planner, moved)
     for sign, what in ((1.0, "more"), (-1.0, "less")):
-        yield f"ten per cent {what} traffic", varied(planner, {}, traffic=1.0 + sign * TRAFFIC)
+        yield f"ten per cent {what} traffic", vary(planner, {}, traffic=1.0 + sign * TRAFFIC)
 
 
 def _share(value: float) -> float:
     return min(1.0, max(0.0, value))
 
 
-def _dollars(planner: Planner, chosen: Evaluated) -> float:
+def _dollars(planner: Planner, chosen: EvaluatedPlan) -> float:
     """The rent to which one more dollar is added: the plan's, or the budget where something else is minimised."""
     rent = math.inf if chosen.usd_per_hour is None else chosen.usd_per_hour
     limit = planner.sizer.rent_limit_usd_per_hour
@@ -251,6 +253,6 @@ def _of_money(planner: Planner, condition: Condition, rent: float, headroom: flo
         yield Margin("one more dollar an hour", "quality", before, max(before, after))
 
 
-def _quality(planner: Planner, answer: Answer | None) -> float | None:
+def _quality(planner: Planner, answer: Solution | None) -> float | None:
     """The mean quality of an answer; None where there is none or its quality is not known."""
     return None if answer is None else planner.sizer.assess(answer.mixes, answer.replicas).quality

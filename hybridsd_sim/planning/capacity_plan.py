@@ -49,7 +49,7 @@ class Variation:
     """The plan under other conditions: what was varied, in words, and what came out when it was simulated."""
 
     name: str
-    result: Evaluated
+    result: EvaluatedPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Saving:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
+class EvaluatedPlan:
     """A capacity plan with its figures: (value, low, high) at 95% where it was simulated, by formula otherwise.
 
     `policy` is `planned` for a simulated plan, `screened` for one by the compiled recursion and `analytic` for one by
@@ -108,6 +108,56 @@ class Evaluated:
     labels: Mapping[str, str]
     unserved_share: float = 0.0
 
+    @classmethod
+    def from_evaluation(cls, name: str, evaluation: Evaluation, mixes: Mixes) -> EvaluatedPlan:
+        """The figures of a plan that was tried."""
+        everyone = evaluation.classes[ALL]
+        feasible = evaluation.verdict.feasible
+        return cls(
+            name=name,
+            deployment=evaluation.deployment,
+            policy=POLICY_OF[evaluation.level],
+            usd_per_hour=evaluation.rent_usd_per_hour,
+            latency_p95_s=_interval(everyone["latency_p95_s"]),
+            slo_attainment=_interval(everyone["slo_attainment"]),
+            quality=_known(everyone["quality_mean"].value),
+            gpu_seconds_per_image=_known(everyone["gpu_seconds_per_image"].value),
+            edge_energy_j_per_image=_known(everyone["edge_energy_j_per_image"].value),
+            feasible=feasible.ok,
+            reason=feasible.reason,
+            labels=labels(mixes),
+            unserved_share=_known(everyone["unserved_share"].value) or 0.0,
+        )
+
+    @classmethod
+    def from_formula(cls, name: str, sizing: Sizing, sizer: Sizer) -> EvaluatedPlan:
+        """The figures of a plan by formula alone."""
+        p95 = sizer.quantile(sizing, 0.95)
+        total = sum(sizer.rates[cls][0] for cls in sizing.mixes)
+        served = [(sizer.rates[cls][0] / total * share, o) for cls, mix in sizing.mixes.items() for share, o in mix]
+        energy = [(weight, option.cost.edge_energy_j) for weight, option in served]
+        plans = {cls: tuple(Share(share, o.plan) for share, o in mix) for cls, mix in sizing.mixes.items()}
+        return cls(
+            name=name,
+            deployment=Deployment(dict(sizing.replicas), plans),
+            policy="analytic",
+            usd_per_hour=None if math.isinf(sizing.rent_usd_per_hour) else sizing.rent_usd_per_hour,
+            latency_p95_s=(p95, math.nan, math.nan),
+            slo_attainment=(
+                sum(sizer.rates[c][0] / total * a for c, a in sizing.attainment.items()),
+                math.nan,
+                math.nan,
+            ),
+            quality=sizing.quality,
+            gpu_seconds_per_image=sum(weight * option.cost.gpu_seconds for weight, option in served),
+            edge_energy_j_per_image=None
+            if any(e is None for _, e in energy)
+            else sum(w * (e or 0.0) for w, e in energy),
+            feasible=sizing.missed <= 1e-9,
+            reason="by formula",
+            labels=labels(sizing.mixes),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class CapacityPlan:
@@ -125,11 +175,11 @@ class CapacityPlan:
     deployment: Deployment
     mixes: Mixes
     chosen_result: SimResult
-    frontier: tuple[Evaluated, ...]
-    baselines: tuple[Evaluated, ...]
+    frontier: tuple[EvaluatedPlan, ...]
+    baselines: tuple[EvaluatedPlan, ...]
     baseline_results: Mapping[str, SimResult]
-    alternatives: tuple[Evaluated, ...]
-    evidence: tuple[Evaluated, ...]
+    alternatives: tuple[EvaluatedPlan, ...]
+    evidence: tuple[EvaluatedPlan, ...]
     switch_curve: Mapping[str, tuple[Candidate, ...]]
     refusals: Mapping[tuple[str, str], int]
     profiles_digest: str
@@ -165,28 +215,7 @@ POLICY_OF = {"simulate": "planned", "screen": "screened"}
 """How a plan's figures were found, by the level of its evaluation."""
 
 
-def evaluated(name: str, evaluation: Evaluation, mixes: Mixes) -> Evaluated:
-    """The figures of a plan that was tried."""
-    everyone = evaluation.classes[ALL]
-    feasible = evaluation.verdict.feasible
-    return Evaluated(
-        name=name,
-        deployment=evaluation.deployment,
-        policy=POLICY_OF[evaluation.level],
-        usd_per_hour=evaluation.rent_usd_per_hour,
-        latency_p95_s=_interval(everyone["latency_p95_s"]),
-        slo_attainment=_interval(everyone["slo_attainment"]),
-        quality=_known(everyone["quality_mean"].value),
-        gpu_seconds_per_image=_known(everyone["gpu_seconds_per_image"].value),
-        edge_energy_j_per_image=_known(everyone["edge_energy_j_per_image"].value),
-        feasible=feasible.ok,
-        reason=feasible.reason,
-        labels=labels(mixes),
-        unserved_share=_known(everyone["unserved_share"].value) or 0.0,
-    )
-
-
-def saving(plan: Evaluated, other: Evaluated) -> Saving:
+def saving(plan: EvaluatedPlan, other: EvaluatedPlan) -> Saving:
     """What a plan saves against another, and how its pictures differ."""
     dollars, against = plan.usd_per_hour, other.usd_per_hour
     saved = None if dollars is None or against is None else against - dollars
@@ -218,41 +247,18 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def analytic(name: str, sizing: Sizing, sizer: Sizer) -> Evaluated:
-    """The figures of a plan by formula alone."""
-    p95 = sizer.quantile(sizing, 0.95)
-    total = sum(sizer.rates[cls][0] for cls in sizing.mixes)
-    served = [(sizer.rates[cls][0] / total * share, o) for cls, mix in sizing.mixes.items() for share, o in mix]
-    energy = [(weight, option.cost.edge_energy_j) for weight, option in served]
-    plans = {cls: tuple(Share(share, o.plan) for share, o in mix) for cls, mix in sizing.mixes.items()}
-    return Evaluated(
-        name=name,
-        deployment=Deployment(dict(sizing.replicas), plans),
-        policy="analytic",
-        usd_per_hour=None if math.isinf(sizing.rent_usd_per_hour) else sizing.rent_usd_per_hour,
-        latency_p95_s=(p95, math.nan, math.nan),
-        slo_attainment=(sum(sizer.rates[c][0] / total * a for c, a in sizing.attainment.items()), math.nan, math.nan),
-        quality=sizing.quality,
-        gpu_seconds_per_image=sum(weight * option.cost.gpu_seconds for weight, option in served),
-        edge_energy_j_per_image=None if any(e is None for _, e in energy) else sum(w * (e or 0.0) for w, e in energy),
-        feasible=sizing.missed <= 1e-9,
-        reason="by formula",
-        labels=labels(sizing.mixes),
-    )
-
-
-def same_figures(one: Evaluated, other: Evaluated) -> bool:
+def same_figures(one: EvaluatedPlan, other: EvaluatedPlan) -> bool:
     """Whether two plans cost, take and look the same."""
     return all(abs(a - b) < 1e-9 for a, b in zip(_figures(one), _figures(other), strict=True))
 
 
-def dominates(one: Evaluated, other: Evaluated) -> bool:
+def dominates(one: EvaluatedPlan, other: EvaluatedPlan) -> bool:
     """Whether one plan is nowhere worse than the other in dollars, latency and quality, and better somewhere."""
     mine, theirs = _figures(one), _figures(other)
     return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
-def _figures(point: Evaluated) -> tuple[float, ...]:
+def _figures(point: EvaluatedPlan) -> tuple[float, ...]:
     """Rounded, so that means of the same numbers in another order are the same."""
     dollars = math.inf if point.usd_per_hour is None else point.usd_per_hour
     quality = -1.0 if point.quality is None else point.quality

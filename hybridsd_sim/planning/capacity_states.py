@@ -63,7 +63,7 @@ SCALES_S = np.geomspace(1e-5, 1e7, 400)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Work:
+class ServiceDemand:
     """A plan as its pool sees it.
 
     `hold_s`: seconds that its gang holds its GPUs. `residual_s`: what of them an arriving request still waits for, in
@@ -114,9 +114,9 @@ class EdgeStates:
     caps: Floats
 
 
-def work_of(
+def service_demand(
     candidate: Candidate, spec: Pool, sizer: Sizer, within_s: float | None, allowed: float, alone: float = 1.0
-) -> Work:
+) -> ServiceDemand:
     """The candidate as its pool sees it, late where it takes longer than its SLO, or than `within_s` if given.
 
     `alone` is the pool's part of the lateness that waits may cause: less than 1 where devices have queues as well.
@@ -126,7 +126,7 @@ def work_of(
     mine = slack >= 0.0
     late = np.exp(-slack[mine] / SCALES_S[:, None]) @ weights[mine]
     hopeless = float(weights[~mine].sum())
-    return Work(
+    return ServiceDemand(
         candidate=candidate,
         degree=candidate.degree,
         hold_s=flow.hold_s,
@@ -140,7 +140,7 @@ def work_of(
     )
 
 
-def pool_states(spec: Pool | None, works: Sequence[Work], demand: float) -> States:
+def pool_states(spec: Pool | None, works: Sequence[ServiceDemand], demand: float) -> States:
     """Every state of a pool worth considering; `demand` is the most node-seconds a second that it can be asked for.
 
     A pool that is not there, or that no plan uses, has none.
@@ -192,7 +192,7 @@ def _node_counts(spec: Pool, demand: float, most: int) -> list[int]:
 
 def _of_kind(
     spec: Pool,
-    works: Sequence[Work],
+    works: Sequence[ServiceDemand],
     nodes: int,
     residual_s: float,
     degree: int,
@@ -208,7 +208,7 @@ def _of_kind(
     return (np.full(count, nodes), load, np.full(count, residual_s), np.full(count, degree), served)
 
 
-def _peakedness(works: Sequence[Work]) -> dict[str, float]:
+def _peakedness(works: Sequence[ServiceDemand]) -> dict[str, float]:
     """What each class sees of the squared variation of gaps, were all classes there that can be.
 
     Its own bursts, in which its requests meet each other; those of the others by half, for it meets them at any time.
@@ -222,7 +222,7 @@ def _peakedness(works: Sequence[Work]) -> dict[str, float]:
 
 
 def _break_points(
-    works: Sequence[Work], gangs: float, residual_s: float, degree: int, peakedness: Mapping[str, float]
+    works: Sequence[ServiceDemand], gangs: float, residual_s: float, degree: int, peakedness: Mapping[str, float]
 ) -> Floats:
     """For each plan the highest utilisation at which it is still in time; 0 where there is none."""
     seen = {name: _waiting(round(gangs, 9), z) for name, z in peakedness.items()}

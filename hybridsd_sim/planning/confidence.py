@@ -29,10 +29,10 @@ from statistics import NormalDist
 
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.analytic import Mixes, Sizer
-from hybridsd_sim.planning.capacity_plan import Confidence, Evaluated
-from hybridsd_sim.planning.evaluation import Evaluation, Job
-from hybridsd_sim.planning.planner import Planner, quickest
-from hybridsd_sim.planning.search import BETTER, Found, Search, deployment_of
+from hybridsd_sim.planning.capacity_plan import Confidence, EvaluatedPlan
+from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob
+from hybridsd_sim.planning.planner import Planner, quickest_level
+from hybridsd_sim.planning.search import BETTER, Found, PlanSearch, to_deployment
 from hybridsd_sim.pricing import Candidate, CandidateSet, Part, slowed
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.simulation import Inputs, screen, why_not
@@ -114,13 +114,13 @@ def slowed_mixes(mixes: Mixes, slowdowns: Mapping[str, float]) -> Mixes:
     return {name: tuple((share, slowed(o, slowdowns)) for share, o in mix) for name, mix in mixes.items()}
 
 
-def by_recursion(inputs: Inputs, deployment: Deployment) -> Attained:
+def attainment_by_recursion(inputs: Inputs, deployment: Deployment) -> Attained:
     """Draws tried on the scenario's own requests, where the recursion applies."""
     scenario, profiles = inputs.scenario, inputs.profiles
     return lambda drawn: screen(scenario, profiles, deployment, slowdowns=drawn, inputs=inputs).attainment
 
 
-def by_formula(
+def attainment_by_formula(
     sizer: Sizer, mixes: Mixes, replicas: Mapping[str, int], known: Evaluation, slowdowns: Mapping[str, float]
 ) -> Attained:
     """Draws tried by a copy of the formula, brought into line with how the plan fared under `slowdowns`."""
@@ -173,7 +173,7 @@ def _attained(sizer: Sizer, mixes: Mixes, nodes: Mapping[str, int]) -> Mapping[s
     return dict.fromkeys(mixes, 0.0) if overloaded else sizing.attainment
 
 
-def limits_kept(scenario: Scenario, name: str, mix: Sequence[tuple[float, Candidate]]) -> bool:
+def keeps_limits(scenario: Scenario, name: str, mix: Sequence[tuple[float, Candidate]]) -> bool:
     """Whether a class's quality floor and its limits on an image's joules and dollars hold in the mean of a mix.
 
     An unknown figure keeps no limit.
@@ -228,7 +228,7 @@ class Confident:
 
     found: Found | None
     confidence: Confidence | None
-    tried: tuple[Evaluated, ...] = ()
+    tried: tuple[EvaluatedPlan, ...] = ()
 
     @property
     def sure(self) -> bool:
@@ -269,7 +269,7 @@ def confident_search(planner: Planner, asked: float, *, draws: int = DRAWS) -> C
     Slower prices are those of one quantile of every site's factor, with the spread over all plans worth trying. Where
     no rung has a plan that is sure enough, the surest plan comes back, and its confidence says how sure.
     """
-    tester, tried = _Tester.of(planner, draws), list[Evaluated]()
+    tester, tried = _Tester.of(planner, draws), list[EvaluatedPlan]()
     options = planner.condition().plans
     spread = spreads({name: tuple((1.0, o) for o in kept if o) for name, kept in options.items()}, planner.sizer)
     attempts: dict[int, _Attempt | None] = {}
@@ -295,7 +295,7 @@ def _attempt(
     spread: Mapping[str, Spread],
     quantile: float,
     asked: float,
-    tried: list[Evaluated],
+    tried: list[EvaluatedPlan],
 ) -> _Attempt | None:
     """The plan at the prices of one quantile of every factor; None where none holds."""
     slowdowns = {site: one.at(quantile) for site, one in spread.items()}
@@ -304,7 +304,7 @@ def _attempt(
     if condition.forgiven:
         return None
     name = f"plan at the {quantile:.1%} quantile of the costs"
-    search = Search([condition], planner.evaluate, quickest, name, planner.progress)
+    search = PlanSearch([condition], planner.evaluate, quickest_level, name, planner.progress)
     found = search.run()
     tried += search.tried
     if found is None or not found.feasible:
@@ -329,7 +329,7 @@ def _slowed(planner: Planner, slowdowns: Mapping[str, float]) -> tuple[Planner, 
 
 
 def _chosen(
-    planner: Planner, attempts: Mapping[int, _Attempt | None], asked: float, tried: Sequence[Evaluated]
+    planner: Planner, attempts: Mapping[int, _Attempt | None], asked: float, tried: Sequence[EvaluatedPlan]
 ) -> Confident:
     """The best plan that is sure enough and holds at the medians; without one, the surest."""
     made = [one for _, one in sorted(attempts.items()) if one is not None]
@@ -351,7 +351,7 @@ def _unsure(one: _Attempt) -> float:
 def _at_medians(planner: Planner, one: _Attempt) -> Found:
     """The plan as it fares when every second lasts what its price says."""
     replicas = {name: one.found.replicas.get(name, 0) for name in planner.scenario.pools}
-    job = Job(planner.scenario, planner.profiles, deployment_of(one.mixes, replicas))
+    job = EvaluationJob(planner.scenario, planner.profiles, to_deployment(one.mixes, replicas))
     sizing = planner.sizer.assess(one.mixes, replicas)
     return Found(one.mixes, replicas, sizing, tuple(planner.evaluate([job])), None)
 
@@ -404,7 +404,7 @@ class _Tester:
         scenario, wanted = self.planner.scenario, self.planner.sizer.wanted
         return {
             name: attained[name] >= wanted(name) * self._let_in(mix) * (1.0 - SLACK)
-            and limits_kept(scenario, name, mix)
+            and keeps_limits(scenario, name, mix)
             for name, mix in mixes.items()
         }
 
@@ -418,11 +418,11 @@ class _Tester:
     ) -> tuple[Attained, str]:
         """How draws are tried, and what that is called."""
         planner, inputs = self.planner, self.inputs
-        deployment = deployment_of(mixes, replicas)
+        deployment = to_deployment(mixes, replicas)
         if inputs is None or why_not(planner.scenario, deployment, inputs):
             if known is None:
-                known = planner.evaluate([Job(planner.scenario, planner.profiles, deployment)])[0], {}
-            return by_formula(planner.sizer, mixes, replicas, *known), "formula, in line with one simulation"
+                known = planner.evaluate([EvaluationJob(planner.scenario, planner.profiles, deployment)])[0], {}
+            return attainment_by_formula(planner.sizer, mixes, replicas, *known), "formula, in line with one simulation"
         count, most = len(inputs.replications), planner.scenario.replications
         level = "screened" if count == most else f"compiled recursion on {count} of {most} replications"
-        return by_recursion(inputs, deployment), level
+        return attainment_by_recursion(inputs, deployment), level

@@ -64,7 +64,7 @@ KEPT_REQUESTS = 500_000
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class EvaluationJob:
     """A deployment to be tried on a scenario's own requests.
 
     `slowdowns` are, by site (pool or edge fleet), factors on every second spent there: 1.1 is 10% slower.
@@ -124,11 +124,11 @@ class Evaluator:
 
     store: Store | None = None
 
-    def __call__(self, job: Job) -> Evaluation:
+    def __call__(self, job: EvaluationJob) -> Evaluation:
         return evaluate(job, self.store)
 
 
-def evaluate(job: Job, store: Store | None = None) -> Evaluation:
+def evaluate(job: EvaluationJob, store: Store | None = None) -> Evaluation:
     """The figures of a job, read from the store where it has them, else computed and kept there.
 
     The scenario's `replications` are run, and doubled while a promise is undecided, up to `search.replications_max`;
@@ -146,7 +146,7 @@ def evaluate(job: Job, store: Store | None = None) -> Evaluation:
             return evaluation
 
 
-def simulated(job: Job, store: Store | None = None) -> tuple[SimResult, Evaluation]:
+def evaluate_with_records(job: EvaluationJob, store: Store | None = None) -> tuple[SimResult, Evaluation]:
     """The run behind an evaluation, with the records of every request, and the evaluation.
 
     Records are not kept, so this always runs; the figures go to the store.
@@ -159,7 +159,7 @@ def simulated(job: Job, store: Store | None = None) -> tuple[SimResult, Evaluati
             return result, evaluation
 
 
-def kept(job: Job, store: Store) -> Evaluation | None:
+def find_evaluation(job: EvaluationJob, store: Store) -> Evaluation | None:
     """The evaluation of a job where the store has all of it: nothing is run."""
     count = job.scenario.replications
     while (figures := store.get(_name(job, count))) is not None:
@@ -184,33 +184,33 @@ def _known(figure: Estimate) -> bool:
     return not math.isnan(figure.value)
 
 
-def _most(job: Job) -> int:
+def _most(job: EvaluationJob) -> int:
     """Replications at which a job stops, decided or not."""
     count = job.scenario.replications
     most = job.scenario.search.replications_max
     return max(count, MOST_REPLICATIONS * count if most is None else most)
 
 
-def _more(job: Job, evaluation: Evaluation) -> int:
+def _more(job: EvaluationJob, evaluation: Evaluation) -> int:
     """Replications to go on to after an evaluation; 0 where it stands."""
     most = _most(job)
     going_on = evaluation.replications < most and undecided(evaluation, job.scenario)
     return min(2 * evaluation.replications, most) if going_on else 0
 
 
-def _name(job: Job, count: int) -> str:
+def _name(job: EvaluationJob, count: int) -> str:
     """The name in the store of a job's figures over so many replications."""
     return f"{job.digest}-{count}"
 
 
-def _run(job: Job, count: int, before: SimResult | None) -> SimResult:
+def _run(job: EvaluationJob, count: int, before: SimResult | None) -> SimResult:
     """The job's first `count` replications; those that ran `before` are not run again."""
     numbers = range(len(before.replications) if before else 0, count)
     more = _screened(job, numbers) if job.level == "screen" else _simulated(job, numbers)
     return joined(before, more) if before else more
 
 
-def _simulated(job: Job, numbers: range) -> SimResult:
+def _simulated(job: EvaluationJob, numbers: range) -> SimResult:
     return simulate(
         job.scenario,
         job.profiles,
@@ -221,7 +221,7 @@ def _simulated(job: Job, numbers: range) -> SimResult:
     )
 
 
-def _screened(job: Job, numbers: range) -> SimResult:
+def _screened(job: EvaluationJob, numbers: range) -> SimResult:
     """What the compiled recursion says of the same requests, in the form of a simulation."""
     from hybridsd_sim.simulation import screen
 
@@ -244,7 +244,7 @@ def _inputs(scenario: Scenario, profiles: Profiles, numbers: range) -> Inputs:
     return drawn
 
 
-def _figures(job: Job, result: SimResult, store: Store | None) -> dict[str, Any]:
+def _figures(job: EvaluationJob, result: SimResult, store: Store | None) -> dict[str, Any]:
     """Everything that an evaluation says, as plain data, put into the store; by pool only those that are rented."""
     parts = _parts(job)
     classes = {
@@ -266,7 +266,7 @@ def _figures(job: Job, result: SimResult, store: Store | None) -> dict[str, Any]
     return figures
 
 
-def _judged(job: Job, figures: Mapping[str, Any]) -> Evaluation:
+def _judged(job: EvaluationJob, figures: Mapping[str, Any]) -> Evaluation:
     """An evaluation from kept figures, judged by the job's present promises."""
     classes = {
         name: {figure: Estimate(*row[figure]) for figure in UNITS}
@@ -287,7 +287,7 @@ def _judged(job: Job, figures: Mapping[str, Any]) -> Evaluation:
     )
 
 
-def _parts(job: Job) -> Parts:
+def _parts(job: EvaluationJob) -> Parts:
     """The deployment's mixes, priced; what leads to a pool without nodes is turned away and left out."""
     rented = {index for index, name in enumerate(job.scenario.pools) if job.deployment.replicas.get(name, 0)} | {-1}
     options = planned_options(Pricing(job.scenario, job.profiles, job.slowdowns), job.deployment).by_class

@@ -104,7 +104,7 @@ def default_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "hybridsd-sim"
 
 
-def opened(folder: Path) -> Store:
+def open_store(folder: Path) -> Store:
     """The store in a folder, made and tidied. Raises `OSError` where it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=folder):

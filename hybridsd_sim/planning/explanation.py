@@ -10,7 +10,13 @@ from collections.abc import Iterator, Sequence
 
 from hybridsd_sim.planning.analytic import Sizer
 from hybridsd_sim.planning.capacity_plan import CapacityPlan
-from hybridsd_sim.planning.sentences import Mix, conflict_in_words, relaxation_in_words, savings_in_words, turned_away
+from hybridsd_sim.planning.sentences import (
+    Mix,
+    describe_infeasible_set,
+    describe_relaxation,
+    describe_savings,
+    turned_away_share,
+)
 from hybridsd_sim.pricing import Candidate, CandidateSet
 from hybridsd_sim.workload import arrival_source
 
@@ -21,7 +27,7 @@ def explain(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[s
         yield from _why_not(plan, found, sizer)
     yield from _rent(plan)
     yield from _prices(plan, sizer)
-    yield from savings_in_words(plan)
+    yield from describe_savings(plan)
     for name, mix in plan.mixes.items():
         yield from _shares(name, mix)
         yield from _why_edge(plan, name, found.by_class[name])
@@ -51,8 +57,8 @@ def _why_not(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[
 
 def _conflict(plan: CapacityPlan) -> Iterator[str]:
     """The smallest set of constraints that no plan meets, and what each of them would have to be."""
-    yield conflict_in_words(plan.conflict)
-    yield from (relaxation_in_words(each) for each in plan.conflict)
+    yield describe_infeasible_set(plan.conflict)
+    yield from (describe_relaxation(each) for each in plan.conflict)
 
 
 def _shares(name: str, mix: Mix) -> Iterator[str]:
@@ -60,7 +66,7 @@ def _shares(name: str, mix: Mix) -> Iterator[str]:
     if len(mix) > 1:
         parts = "; ".join(f"{share:.1%} by {option.plan.label}" for share, option in mix)
         yield f"{name}: its requests are shared out: {parts}."
-    if away := turned_away(mix):
+    if away := turned_away_share(mix):
         yield f"{name}: {away:.1%} of its requests are turned away: there is no room for them."
 
 

@@ -22,11 +22,19 @@ from typing import Any
 import numpy as np
 
 from hybridsd_sim.planning.analytic import Sizing
-from hybridsd_sim.planning.capacity_plan import Evaluated, analytic, dominates, evaluated, same_figures
-from hybridsd_sim.planning.evaluation import Job
-from hybridsd_sim.planning.milp import Answer, Condition, Formulation
-from hybridsd_sim.planning.planner import BIG, Planner, first_that, goal_of, latency_limits_s, quickest, whole_condition
-from hybridsd_sim.planning.search import deployment_of
+from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, dominates, same_figures
+from hybridsd_sim.planning.evaluation import EvaluationJob
+from hybridsd_sim.planning.milp import Condition, Formulation, Solution
+from hybridsd_sim.planning.planner import (
+    BIG,
+    Planner,
+    budgeted_goal,
+    first_that,
+    latency_limits_s,
+    quickest_level,
+    strict_condition,
+)
+from hybridsd_sim.planning.search import to_deployment
 
 NAME = "frontier"
 
@@ -67,33 +75,35 @@ TIME_LIMIT_S = 10.0
 """Seconds after which the solver's best answer so far is taken."""
 
 
-def frontier(planner: Planner, chosen: Evaluated) -> tuple[Evaluated, ...]:
+def frontier(planner: Planner, chosen: EvaluatedPlan) -> tuple[EvaluatedPlan, ...]:
     """The plans that no other beats in rent, p95 latency of all requests and mean quality, the cheapest first.
 
     `chosen` is among them, or beaten by one of them, if it holds. Where no plan keeps every promise by formula, there
     is only `chosen`, or nothing if that does not hold either.
     """
     points = [_on_the_same_ground(planner, chosen)] if chosen.feasible else []
-    condition = whole_condition(planner)
+    condition = strict_condition(planner)
     if condition is not None:
         curve = _Curve(planner, condition)
         points += curve.points([curve.fleet(point.deployment.replicas) for point in points if point.deployment])
-    best: list[Evaluated] = []
+    best: list[EvaluatedPlan] = []
     for point in points:
         if not any(dominates(other, point) or same_figures(other, point) for other in best):
             best = [other for other in best if not dominates(point, other)] + [point]
     return tuple(sorted(best, key=lambda point: (_dollars(point), point.latency_p95_s[0])))
 
 
-def _on_the_same_ground(planner: Planner, chosen: Evaluated) -> Evaluated:
+def _on_the_same_ground(planner: Planner, chosen: EvaluatedPlan) -> EvaluatedPlan:
     """The chosen plan; by formula where the recursion does not apply, for then all other points are by formula too."""
-    if chosen.deployment is None or quickest(planner.scenario, chosen.deployment) == "screen":
+    if chosen.deployment is None or quickest_level(planner.scenario, chosen.deployment) == "screen":
         return chosen
     mixes = planner.priced(chosen.deployment)
-    return analytic(chosen.name, planner.sizer.assess(mixes, chosen.deployment.replicas), planner.sizer)
+    return EvaluatedPlan.from_formula(
+        chosen.name, planner.sizer.assess(mixes, chosen.deployment.replicas), planner.sizer
+    )
 
 
-def _dollars(point: Evaluated) -> float:
+def _dollars(point: EvaluatedPlan) -> float:
     return math.inf if point.usd_per_hour is None else point.usd_per_hour
 
 
@@ -105,15 +115,15 @@ class _Curve:
     condition: Condition
     limits_s: list[float | None] = field(default_factory=list)
     _formulations: dict[int, Formulation] = field(default_factory=dict)
-    _answers: dict[tuple[int, Fleet, float], Answer | None] = field(default_factory=dict)
-    _tried: dict[object, Evaluated] = field(default_factory=dict)
+    _answers: dict[tuple[int, Fleet, float], Solution | None] = field(default_factory=dict)
+    _tried: dict[object, EvaluatedPlan] = field(default_factory=dict)
     _solved: int = 0
     _best: float = math.inf
 
     def __post_init__(self) -> None:
         self.limits_s = [*latency_limits_s(self.condition, LATENCIES), None]
 
-    def points(self, known: Sequence[Fleet]) -> list[Evaluated]:
+    def points(self, known: Sequence[Fleet]) -> list[EvaluatedPlan]:
         """Every plan that was tried and holds: on the fleets found, those `known`, and some with more nodes."""
         fleets = _spread([*known, *sorted(self._fleets() - {*known}, key=lambda fleet: (self._rent(fleet), fleet))])
         boldest = self._boldest(fleets)
@@ -135,7 +145,7 @@ class _Curve:
         rents = self.planner.sizer.unit_rent
         return sum(count * rents[name] for name, count in self._replicas(fleet).items() if count)
 
-    def _solve(self, level: int, **asked: Any) -> Answer | None:
+    def _solve(self, level: int, **asked: Any) -> Solution | None:
         """An answer within the limit of a level; None also when enough programs were solved."""
         if level not in self._formulations:
             self._formulations[level] = Formulation([replace(self.condition, within_s=self.limits_s[level])])
@@ -143,7 +153,7 @@ class _Curve:
         if self._solved >= (SOLVES if formulation.size < BIG else SOLVES_BIG):
             return None
         self._solved += 1
-        return formulation.solve(goal_of(self.planner, time_limit_s=TIME_LIMIT_S, **asked))
+        return formulation.solve(budgeted_goal(self.planner, time_limit_s=TIME_LIMIT_S, **asked))
 
     def _fleets(self) -> set[Fleet]:
         """The cheapest fleet, that of the best quality, the fastest, and between their rents those of best quality."""
@@ -174,7 +184,7 @@ class _Curve:
         step = max(min(steps), span / FLEETS)
         return [min(ends) + step * count * (1.0 + 1e-9) for count in range(math.ceil(span / step))]
 
-    def _finest(self, level: int, fleet: Fleet, headroom: float) -> Answer | None:
+    def _finest(self, level: int, fleet: Fleet, headroom: float) -> Solution | None:
         """The best quality on a fleet within the limit of a level."""
         key = (level, fleet, headroom)
         if key not in self._answers:
@@ -284,28 +294,28 @@ class _Curve:
                     p95_s = shorter_s
                     yield spared
 
-    def _sizing(self, answer: Answer) -> Sizing:
+    def _sizing(self, answer: Solution) -> Sizing:
         return self.planner.sizer.assess(answer.mixes, answer.replicas)
 
     def _unbeaten(self, sizings: Sequence[Sizing], rivals: Sequence[Sizing]) -> list[Sizing]:
         """Those that neither each other nor the rivals beat by formula."""
         sizer = self.planner.sizer
-        points = [analytic("", sizing, sizer) for sizing in (*sizings, *rivals)]
+        points = [EvaluatedPlan.from_formula("", sizing, sizer) for sizing in (*sizings, *rivals)]
         return [s for s, point in zip(sizings, points, strict=False) if not any(dominates(o, point) for o in points)]
 
-    def _try(self, sizings: Sequence[Sizing]) -> list[Evaluated]:
+    def _try(self, sizings: Sequence[Sizing]) -> list[EvaluatedPlan]:
         """The plans' figures on the scenario's own requests, or by formula where the recursion does not apply."""
         planner = self.planner
         fresh = {self._key(sizing): sizing for sizing in sizings if self._key(sizing) not in self._tried}
-        jobs: dict[object, Job] = {}
+        jobs: dict[object, EvaluationJob] = {}
         for key, sizing in fresh.items():
-            deployment = deployment_of(sizing.mixes, sizing.replicas)
-            if quickest(planner.scenario, deployment) == "screen":
-                jobs[key] = Job(planner.scenario, planner.profiles, deployment, "screen")
+            deployment = to_deployment(sizing.mixes, sizing.replicas)
+            if quickest_level(planner.scenario, deployment) == "screen":
+                jobs[key] = EvaluationJob(planner.scenario, planner.profiles, deployment, "screen")
             else:
-                self._tried[key] = analytic(NAME, sizing, planner.sizer)
+                self._tried[key] = EvaluatedPlan.from_formula(NAME, sizing, planner.sizer)
         for key, evaluation in zip(jobs, planner.evaluate(list(jobs.values())), strict=True):
-            self._tried[key] = evaluated(NAME, evaluation, fresh[key].mixes)
+            self._tried[key] = EvaluatedPlan.from_evaluation(NAME, evaluation, fresh[key].mixes)
         return [self._tried[self._key(sizing)] for sizing in sizings]
 
     def _key(self, sizing: Sizing) -> object:

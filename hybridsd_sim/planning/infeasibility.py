@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybridsd_sim.planning.capacity_plan import Relaxation
-from hybridsd_sim.planning.planner import Planner, first_that, solve, varied
+from hybridsd_sim.planning.planner import Planner, first_that, solve, vary
 
 PRECISION = 0.005
 """Share of a change to which it is known."""
@@ -111,7 +111,7 @@ def _energies(planner: Planner, name: str) -> set[float]:
 
 def _exists(planner: Planner, changes: Mapping[str, float | None]) -> bool:
     """Whether the formula has a plan for the scenario with some limits changed."""
-    return solve(varied(planner, changes), minimise="nothing") is not None
+    return solve(vary(planner, changes), minimise="nothing") is not None
 
 
 def _core(planner: Planner, constraints: Sequence[_Constraint]) -> _Set:

@@ -43,7 +43,15 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from hybridsd_sim.planning.analytic import NO_WAIT, Mixes, Sizer
-from hybridsd_sim.planning.capacity_states import BOTH, EdgeStates, States, Work, edge_states, pool_states, work_of
+from hybridsd_sim.planning.capacity_states import (
+    BOTH,
+    EdgeStates,
+    ServiceDemand,
+    States,
+    edge_states,
+    pool_states,
+    service_demand,
+)
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.workload import mean_rate_per_s
 
@@ -74,7 +82,7 @@ class Goal:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Solution:
     """A solution: mixes, nodes, what they cost by the formulation, and a bound below which nothing is left."""
 
     mixes: Mixes
@@ -169,7 +177,7 @@ class _Side:
     """
 
     condition: Condition
-    works: list[list[tuple[int, Work]]]
+    works: list[list[tuple[int, ServiceDemand]]]
     states: list[States]
     first: list[int]
     edges: list[tuple[list[int], EdgeStates]]
@@ -208,12 +216,14 @@ class Formulation:
     def _side(self, condition: Condition, at: int) -> _Side:
         scenario, edges = condition.sizer.scenario, self._edges(condition)
         queued = {column for columns, _ in edges for column in columns}
-        works: list[list[tuple[int, Work]]] = [[] for _ in self.pools]
+        works: list[list[tuple[int, ServiceDemand]]] = [[] for _ in self.pools]
         for column, (name, j) in enumerate(self._columns):
             option = condition.plans[name][j]
             if option is not None and option.pool_index >= 0:
                 pool, alone = option.plan.cloud_stages[0].site.name, BOTH if column in queued else 1.0
-                work = work_of(option, scenario.pools[pool], condition.sizer, *_promise(option, condition), alone)
+                work = service_demand(
+                    option, scenario.pools[pool], condition.sizer, *_promise(option, condition), alone
+                )
                 works[self.pools.index(pool)].append((column, work))
         states = [
             pool_states(scenario.pools.get(pool), [work for _, work in mine], self._demand(mine, condition))
@@ -237,7 +247,7 @@ class Formulation:
             found += [] if states is None else [([column for column, _ in mine], states)]
         return found
 
-    def _demand(self, works: Sequence[tuple[int, Work]], condition: Condition) -> float:
+    def _demand(self, works: Sequence[tuple[int, ServiceDemand]], condition: Condition) -> float:
         """The most node-seconds a second that a pool can be asked for."""
         rates = condition.sizer.rates
         return self._together([(c, rates[self._columns[c][0]][0] * work.node_s) for c, work in works])
@@ -313,7 +323,7 @@ class Formulation:
         self._add_service(columns, states.caps <= states.most[:, None], z)
         self._rows.load([*columns, *z], states.busy, -states.caps)
 
-    def solve(self, goal: Goal) -> Answer | None:
+    def solve(self, goal: Goal) -> Solution | None:
         """The best mix and fleet for a goal; None where no plan meets it, or none was found in time (`gave_up`)."""
         rows = self._rows.with_headroom(goal.headroom)
         low, high, whole = self._bounds(goal)
@@ -421,14 +431,14 @@ class Formulation:
         ]
         yield [int(c) for c in columns], [1.0] * len(columns), 1.0
 
-    def _answer(self, found: object) -> Answer:
+    def _answer(self, found: object) -> Solution:
         x: np.ndarray = found.x  # type: ignore[attr-defined]
         mixes = {name: self._mix(name, x) for name in self.classes}
         nodes = x[self._nodes : self._nodes + len(self.pools)]
         replicas = {name: round(float(count)) for name, count in zip(self.pools, nodes, strict=True)}
         bound = found.mip_dual_bound  # type: ignore[attr-defined]
         objective = float(found.fun)  # type: ignore[attr-defined]
-        return Answer(mixes, replicas, objective, objective if bound is None else float(bound))
+        return Solution(mixes, replicas, objective, objective if bound is None else float(bound))
 
     def _mix(self, name: str, x: np.ndarray) -> tuple[tuple[float, Candidate], ...]:
         """The parts of a class, the largest first; crumbs are given to the others."""

@@ -17,17 +17,24 @@ from typing import Any, Protocol
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.planning.alternatives import alternatives, margins
 from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, Evaluated, evaluated, saving
+from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, EvaluatedPlan, saving
 from hybridsd_sim.planning.confidence import confidence, confident_search
-from hybridsd_sim.planning.evaluation import Evaluation, Evaluator, Job, evaluate, kept, simulated
+from hybridsd_sim.planning.evaluation import (
+    Evaluation,
+    EvaluationJob,
+    Evaluator,
+    evaluate,
+    evaluate_with_records,
+    find_evaluation,
+)
 from hybridsd_sim.planning.evaluation_cache import Store
 from hybridsd_sim.planning.explanation import explain
 from hybridsd_sim.planning.frontier import frontier
 from hybridsd_sim.planning.infeasibility import conflict
-from hybridsd_sim.planning.milp import Answer, Condition, Formulation
-from hybridsd_sim.planning.planner import Keep, Planner, quickest
+from hybridsd_sim.planning.milp import Condition, Formulation, Solution
+from hybridsd_sim.planning.planner import Keep, Planner, quickest_level
 from hybridsd_sim.planning.robustness import robust_conditions, robust_variations, sensitivity
-from hybridsd_sim.planning.search import Found, Search
+from hybridsd_sim.planning.search import Found, PlanSearch
 from hybridsd_sim.pricing import Candidate, CandidateSet, find_candidates
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
@@ -84,7 +91,7 @@ class _Outcome:
     """A search's answer, every plan that it tried, and how sure the answer is where that was searched for."""
 
     found: Found
-    tried: tuple[Evaluated, ...]
+    tried: tuple[EvaluatedPlan, ...]
     confidence: Confidence | None = None
 
     @property
@@ -102,30 +109,30 @@ class _Trials:
     store: Store | None
     last: tuple[str, SimResult] | None = field(default=None, repr=False)
 
-    def __call__(self, jobs: Sequence[Job]) -> list[Evaluation]:
+    def __call__(self, jobs: Sequence[EvaluationJob]) -> list[Evaluation]:
         if len(jobs) == 1:
             return [self._here(jobs[0])]
         return list(self.fan_out(Evaluator(self.store), jobs))
 
-    def _here(self, job: Job) -> Evaluation:
-        if job.level == "screen" or (self.store and kept(job, self.store)):
+    def _here(self, job: EvaluationJob) -> Evaluation:
+        if job.level == "screen" or (self.store and find_evaluation(job, self.store)):
             return evaluate(job, self.store)
-        result, evaluation = simulated(job, self.store)
+        result, evaluation = evaluate_with_records(job, self.store)
         self.last = (job.key, result)
         return evaluation
 
-    def records(self, job: Job) -> SimResult:
+    def records(self, job: EvaluationJob) -> SimResult:
         """The run behind a simulated job, simulated again unless it was the last one."""
         if self.last is not None and self.last[0] == job.key:
             return self.last[1]
-        return simulated(job)[0]
+        return evaluate_with_records(job)[0]
 
 
 def _chosen(planner: Planner, robust: Mapping[str, Scenario]) -> _Outcome:
     """The plan for the scenario, for all scenarios, or at the confidence that is asked."""
     if robust:
         conditions = robust_conditions(planner, robust)
-        return _best(Search(conditions, planner.evaluate, quickest, "robust plan", planner.progress))
+        return _best(PlanSearch(conditions, planner.evaluate, quickest_level, "robust plan", planner.progress))
     asked = planner.scenario.budget.confidence
     if asked is None:
         return _best(planner.search("plan"))
@@ -135,7 +142,7 @@ def _chosen(planner: Planner, robust: Mapping[str, Scenario]) -> _Outcome:
     return _Outcome(confident.found, confident.tried, confident.confidence)
 
 
-def _best(search: Search) -> _Outcome:
+def _best(search: PlanSearch) -> _Outcome:
     """What the search finds; where no plan is in reach of every promise, the one that misses least."""
     condition = search.conditions[0]
     hopeless = condition.forgiven or any(not options for options in condition.plans.values())
@@ -143,13 +150,13 @@ def _best(search: Search) -> _Outcome:
     return _Outcome(found or _least_bad(search, condition), tuple(search.tried))
 
 
-def _least_bad(search: Search, condition: Condition) -> Found:
+def _least_bad(search: PlanSearch, condition: Condition) -> Found:
     """The plan that turns fewest away when nobody's SLO counts, within the budget if that can be."""
     forgiving = replace(condition, forgiven=frozenset(condition.plans))
     formulation = Formulation([forgiving])
     goal = search.goal(minimise="turned_away_per_s", turned_away_per_s=None)
     answer = formulation.solve(goal) or formulation.solve(replace(goal, usd_per_hour=None))
-    return search.simulated(answer or Answer({}, dict.fromkeys(search.scenario.pools, 0), 0.0, 0.0))
+    return search.simulated(answer or Solution({}, dict.fromkeys(search.scenario.pools, 0), 0.0, 0.0))
 
 
 def _baselines(
@@ -189,8 +196,8 @@ def _of_kind(kind: str, share: float) -> Keep:
     return lambda option: bool(option.edge_steps) and abs(option.switch_share - share) < SHARE_TOLERANCE
 
 
-def _job(planner: Planner, found: Found) -> Job:
-    return Job(planner.scenario, planner.profiles, found.evaluations[0].deployment)
+def _job(planner: Planner, found: Found) -> EvaluationJob:
+    return EvaluationJob(planner.scenario, planner.profiles, found.evaluations[0].deployment)
 
 
 def _assembled(
@@ -226,8 +233,8 @@ def _assembled(
     )
 
 
-def _evaluated(name: str, found: Found) -> Evaluated:
-    return evaluated(name, found.evaluations[0], found.mixes)
+def _evaluated(name: str, found: Found) -> EvaluatedPlan:
+    return EvaluatedPlan.from_evaluation(name, found.evaluations[0], found.mixes)
 
 
 def _with_surroundings(

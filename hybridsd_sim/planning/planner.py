@@ -22,8 +22,8 @@ from hybridsd_sim.perf import Floats
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.analytic import Mixes, Sizer
 from hybridsd_sim.planning.evaluation import Level
-from hybridsd_sim.planning.milp import Answer, Condition, Formulation, Goal
-from hybridsd_sim.planning.search import Evaluate, Search
+from hybridsd_sim.planning.milp import Condition, Formulation, Goal, Solution
+from hybridsd_sim.planning.search import Evaluate, PlanSearch
 from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, limits_of, planned_options
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
@@ -59,7 +59,7 @@ def _unbeaten(merits: Floats) -> list[int]:
     return found
 
 
-def thinned(options: Sequence[Candidate], most: int) -> list[Candidate]:
+def thin(options: Sequence[Candidate], most: int) -> list[Candidate]:
     """At most so many on each pool and at the edge, from the least load to the least latency, and the best picture."""
     kept: set[int] = set()
     for pool in {option.pool_index for option in options}:
@@ -95,7 +95,7 @@ LEAST_BAD = 3
 """Plans kept of a class for which none is in time."""
 
 
-def everything(_: Candidate) -> bool:
+def any_plan(_: Candidate) -> bool:
     """Every plan."""
     return True
 
@@ -111,7 +111,7 @@ class Planner:
     evaluate: Evaluate
     progress: Callable[[str], None] = lambda _: None
 
-    def condition(self, keep: Keep = everything, *, within_s: float | None = None) -> Condition:
+    def condition(self, keep: Keep = any_plan, *, within_s: float | None = None) -> Condition:
         """The scenario's side of the formulation: per class the plans worth trying, the cheapest first.
 
         Those within the class's promises on an idle fleet that no other beats; for a class that has none, the least bad
@@ -122,11 +122,11 @@ class Planner:
         for name, options in self.found.by_class.items():
             kept = [option for option in options if keep(option)]
             within = self.within_promises(kept)
-            plans[name] = prune(within) if within else least_bad(kept)
+            plans[name] = prune(within) if within else least_infeasible(kept)
             if not within:
                 forgiven.add(name)
         if sum(map(len, plans.values())) > MANY:
-            plans = {name: thinned(options, FEW) for name, options in plans.items()}
+            plans = {name: thin(options, FEW) for name, options in plans.items()}
         return Condition(self.sizer, plans, within_s, frozenset(forgiven))
 
     def within_promises(self, options: Sequence[Candidate]) -> list[Candidate]:
@@ -146,9 +146,9 @@ class Planner:
             for name, mix in deployment.plans.items()
         }
 
-    def search(self, name: str, keep: Keep = everything) -> Search:
+    def search(self, name: str, keep: Keep = any_plan) -> PlanSearch:
         """A search over one kind of plans."""
-        return Search([self.condition(keep)], self.evaluate, quickest, name, self.progress)
+        return PlanSearch([self.condition(keep)], self.evaluate, quickest_level, name, self.progress)
 
     def under(self, scenario: Scenario, found: CandidateSet | None = None) -> Planner:
         """The same means for another scenario, with what was learnt so far."""
@@ -157,14 +157,14 @@ class Planner:
         return replace(self, scenario=scenario, found=found or self.found, sizer=sizer)
 
 
-def quickest(scenario: Scenario, deployment: Deployment) -> Level:
+def quickest_level(scenario: Scenario, deployment: Deployment) -> Level:
     """The quickest level of fidelity that tells how a deployment fares."""
     from hybridsd_sim.simulation import why_not
 
     return "simulate" if why_not(scenario, deployment) else "screen"
 
 
-def least_bad(options: Sequence[Candidate]) -> list[Candidate]:
+def least_infeasible(options: Sequence[Candidate]) -> list[Candidate]:
     """Where nothing holds: the fastest of those that keep floors and limits, else the best pictures, in time first."""
     floor = sorted((option for option in options if option.meets_floor), key=lambda o: o.latency_s)
     return floor[:LEAST_BAD] or sorted(options, key=lambda o: (-(o.quality or 0.0), not o.meets_slo))[:1]
@@ -182,7 +182,7 @@ HEADROOMS = (0.7, 0.76, 0.82, 0.88, 0.94, 0.97, 1.0)
 """Factors on the traffic at which the formula is held against a plan that holds, the boldest first."""
 
 
-def varied(planner: Planner, changes: Mapping[str, Any], *, traffic: float = 1.0) -> Planner:
+def vary(planner: Planner, changes: Mapping[str, Any], *, traffic: float = 1.0) -> Planner:
     """The planner of a scenario with other values at dotted keys, and `traffic` times the requests of every class.
 
     `changes` may touch SLOs, floors, limits, budgets and numbers of nodes and devices; what the formula learnt stays.
@@ -217,26 +217,26 @@ def _judge(options: Sequence[Candidate], scenario: Scenario, name: str) -> list[
     return judged
 
 
-def whole_condition(planner: Planner) -> Condition | None:
+def strict_condition(planner: Planner) -> Condition | None:
     """The scenario's side of the formulation with every promise kept; None where a class has no plan that could."""
     condition = planner.condition()
     return None if condition.forgiven else condition
 
 
-def solve(planner: Planner, **asked: Any) -> Answer | None:
+def solve(planner: Planner, **asked: Any) -> Solution | None:
     """The best answer to a goal under the scenario's budgets; None where no plan keeps every promise."""
-    condition = whole_condition(planner)
-    return None if condition is None else Formulation([condition]).solve(goal_of(planner, **asked))
+    condition = strict_condition(planner)
+    return None if condition is None else Formulation([condition]).solve(budgeted_goal(planner, **asked))
 
 
-def goal_of(planner: Planner, **asked: Any) -> Goal:
+def budgeted_goal(planner: Planner, **asked: Any) -> Goal:
     """A goal under the scenario's budgets that serves everybody; a limit in `asked` holds besides the budgets."""
     limits = [planner.sizer.rent_limit_usd_per_hour, asked.pop("usd_per_hour", None)]
     least = min((limit for limit in limits if limit is not None), default=None)
     return Goal(usd_per_hour=least, turned_away_per_s=0.0, **asked)
 
 
-def agreeing_headroom(planner: Planner, condition: Condition, rent_usd_per_hour: float | None) -> float:
+def fit_headroom(planner: Planner, condition: Condition, rent_usd_per_hour: float | None) -> float:
     """The factor on the traffic at which the formula's cheapest fleet rents for no more than a plan that holds.
 
     1 where the formula is not too careful, or not by this alone; the simulation has then the last word.
@@ -246,7 +246,7 @@ def agreeing_headroom(planner: Planner, condition: Condition, rent_usd_per_hour:
     formulation, most = Formulation([condition]), rent_usd_per_hour * (1.0 + 1e-6)
 
     def too_careful(at: int) -> bool:
-        goal = goal_of(planner, minimise="nothing", usd_per_hour=most, headroom=HEADROOMS[at])
+        goal = budgeted_goal(planner, minimise="nothing", usd_per_hour=most, headroom=HEADROOMS[at])
         return formulation.solve(goal) is None
 
     first = first_that(too_careful, len(HEADROOMS))

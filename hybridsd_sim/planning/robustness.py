@@ -17,10 +17,10 @@ from typing import Any
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.plan import Deployment, Plan, Share
 from hybridsd_sim.planning.analytic import Mixes
-from hybridsd_sim.planning.capacity_plan import Variation, evaluated
-from hybridsd_sim.planning.evaluation import Job
+from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, Variation
+from hybridsd_sim.planning.evaluation import EvaluationJob
 from hybridsd_sim.planning.milp import Condition
-from hybridsd_sim.planning.planner import Planner, least_bad, prune, quickest
+from hybridsd_sim.planning.planner import Planner, least_infeasible, prune, quickest_level
 from hybridsd_sim.planning.search import Found
 from hybridsd_sim.pricing import Candidate, find_candidates
 from hybridsd_sim.scenario import ArrivalSpec, Scenario
@@ -69,7 +69,7 @@ def robust_obstacles(planner: Planner, scenarios: Mapping[str, Scenario]) -> tup
 def robust_variations(found: Found, scenarios: Mapping[str, Scenario]) -> tuple[Variation, ...]:
     """The plan under each named scenario, as the search for it found."""
     return tuple(
-        Variation(name, evaluated(name, evaluation, found.mixes))
+        Variation(name, EvaluatedPlan.from_evaluation(name, evaluation, found.mixes))
         for name, evaluation in zip(scenarios, found.evaluations[1:], strict=True)
     )
 
@@ -145,7 +145,7 @@ def _kept(sides: Sequence[_Side], request_class: str) -> list[Hashable]:
 def _least_bad_everywhere(sides: Sequence[_Side], request_class: str) -> list[Hashable]:
     first, *others = (side.plans[request_class] for side in sides)
     common = [option for key, option in first.items() if all(key in other for other in others)]
-    return [_identity(option.plan) for option in least_bad(common)]
+    return [_identity(option.plan) for option in least_infeasible(common)]
 
 
 def _obstacle(sides: Sequence[_Side], request_class: str) -> str:
@@ -186,14 +186,16 @@ def sensitivity(planner: Planner, deployment: Deployment) -> tuple[Variation, ..
     jobs = [_job(planner, scenario, deployment, c.slowdowns) for scenario, c in zip(scenarios, changes, strict=True)]
     evaluations = planner.evaluate(jobs)
     return tuple(
-        Variation(change.name, evaluated(change.name, one, planner.priced(one.deployment, scenario)))
+        Variation(
+            change.name, EvaluatedPlan.from_evaluation(change.name, one, planner.priced(one.deployment, scenario))
+        )
         for change, one, scenario in zip(changes, evaluations, scenarios, strict=True)
     )
 
 
-def _job(planner: Planner, scenario: Scenario, deployment: Deployment, slowdowns: Mapping[str, float]) -> Job:
-    moved = on_networks(deployment, scenario)
-    return Job(scenario, planner.profiles, moved, quickest(scenario, moved), slowdowns)
+def _job(planner: Planner, scenario: Scenario, deployment: Deployment, slowdowns: Mapping[str, float]) -> EvaluationJob:
+    moved = follow_networks(deployment, scenario)
+    return EvaluationJob(scenario, planner.profiles, moved, quickest_level(scenario, moved), slowdowns)
 
 
 def _changes(planner: Planner, deployment: Deployment) -> Iterator[_Change]:
@@ -222,7 +224,7 @@ def _paced(name: str, arrivals: ArrivalSpec, factor: float) -> tuple[str, float]
     return f"{place}.rate_per_s", arrivals.rate_per_s * factor
 
 
-def on_networks(deployment: Deployment, scenario: Scenario) -> Deployment:
+def follow_networks(deployment: Deployment, scenario: Scenario) -> Deployment:
     """The same plans over the access networks that the scenario's fleets are on."""
     plans = {
         name: tuple(Share(part.share, _over(part.plan, scenario, name)) for part in mix)

@@ -25,9 +25,9 @@ import numpy as np
 
 from hybridsd_sim.plan import Deployment, Share
 from hybridsd_sim.planning.analytic import Mixes, Sizer, Sizing
-from hybridsd_sim.planning.capacity_plan import Evaluated, evaluated
-from hybridsd_sim.planning.evaluation import Evaluation, Job, Level
-from hybridsd_sim.planning.milp import Answer, Condition, Formulation, Goal
+from hybridsd_sim.planning.capacity_plan import EvaluatedPlan
+from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob, Level
+from hybridsd_sim.planning.milp import Condition, Formulation, Goal, Solution
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.scenario import Scenario
 
@@ -136,7 +136,7 @@ LATENCIES = 60
 """Latencies tried where the latency is minimised: 7% apart or so."""
 
 
-Evaluate = Callable[[Sequence[Job]], list[Evaluation]]
+Evaluate = Callable[[Sequence[EvaluationJob]], list[Evaluation]]
 """Tries jobs, side by side where it can, in order."""
 
 
@@ -175,7 +175,7 @@ class _Asked:
 
 
 @dataclass(slots=True)
-class Search:
+class PlanSearch:
     """One search over the plans of `conditions`; the first condition's scenario says what is minimised and its prices.
 
     `tried` are the plans in order, with what they were tried for. Formulas are corrected in place: `sizer.strain`.
@@ -186,7 +186,7 @@ class Search:
     levels: Callable[[Scenario, Deployment], Level]
     name: str
     progress: Callable[[str], None] = lambda _: None
-    tried: list[Evaluated] = field(default_factory=list)
+    tried: list[EvaluatedPlan] = field(default_factory=list)
     _refuted: list[Mapping[str, int]] = field(default_factory=list)
     _seen: set[object] = field(default_factory=set)
     _plain: Formulation | None = None
@@ -252,7 +252,7 @@ class Search:
         used = frozenset(option for name in late for _, option in last.mixes[name] if option.pool_index >= 0)
         self._second = dict(last.replicas), used
 
-    def _second_choice(self, incumbent: Found | None) -> Answer | None:
+    def _second_choice(self, incumbent: Found | None) -> Solution | None:
         """The calmest plan on the fleet that was late, without the plans that were; None rules the fleet out."""
         fleet, used = self._second or ({}, frozenset())
         asked: dict[str, Any] = {"minimise": "load", "replicas": fleet, "without": used, "headroom": TRUST}
@@ -270,7 +270,7 @@ class Search:
             return incumbent
         return replace(incumbent, bound=self.objective(incumbent.sizing) * (1.0 - self._better))
 
-    def _proposal(self, incumbent: Found | None) -> Answer | None:
+    def _proposal(self, incumbent: Found | None) -> Solution | None:
         """The calmest of the best plans by formula; with an incumbent, the most robust of those better than it."""
         if self.scenario.search.minimise == "latency_p95_s":
             return None if incumbent else self._fastest()
@@ -288,7 +288,7 @@ class Search:
             self._refuted.append(dict(robust.replicas))  # going up it was late
         return robust
 
-    def _most_robust(self, incumbent: Found | None) -> Answer | None:
+    def _most_robust(self, incumbent: Found | None) -> Solution | None:
         """The plan that the formula as it was has in time at the highest traffic, of those better than the incumbent.
 
         None where none is left at `TRUST` of the traffic.
@@ -311,7 +311,7 @@ class Search:
             asked |= self._limits(goal, 1.0)
         return self._at_most_traffic(self._plain, asked, goal)
 
-    def _at_most_traffic(self, formulation: Formulation, asked: Mapping[str, Any], goal: float) -> Answer | None:
+    def _at_most_traffic(self, formulation: Formulation, asked: Mapping[str, Any], goal: float) -> Solution | None:
         """The plan that is in time at the highest traffic; None where that is far under what another was late at."""
         low, high, found = -1, len(HEADROOMS), None
         while high - low > 1:
@@ -323,7 +323,7 @@ class Search:
         self._asked = _Asked(goal, HEADROOMS[low])
         return found
 
-    def _fastest(self) -> Answer | None:
+    def _fastest(self) -> Solution | None:
         """The calmest plan of the shortest latency that 95% of every class's requests can have, by formula."""
         first = self.conditions[0]
         idle = [float(first.sizer.latencies(o).max()) for options in first.plans.values() for o in options if o]
@@ -368,12 +368,12 @@ class Search:
             rates[name] * share * (1.0 - (o.quality or 0.0)) for name, mix in sizing.mixes.items() for share, o in mix
         )
 
-    def _try(self, answer: Answer) -> Found:
+    def _try(self, answer: Solution) -> Found:
         """Try a plan under every condition, by the quickest means that tells."""
         self._seen.add(_key(answer))
         return self._tried(answer.mixes, answer.replicas, None)
 
-    def simulated(self, answer: Answer) -> Found:
+    def simulated(self, answer: Solution) -> Found:
         """A plan, simulated whatever the formula thinks of it."""
         return self._tried(answer.mixes, answer.replicas, "simulate")
 
@@ -387,15 +387,19 @@ class Search:
         sizing = self.sizer.assess(mixes, replicas)
         at = next((k for k, one in enumerate(evaluations) if not one.feasible), 0)
         where = "" if len(evaluations) == 1 or evaluations[at].feasible else f" under {self.conditions[at].name}"
-        self.tried.append(evaluated(f"{self.name}{where}: {fleet_text(replicas)}", evaluations[at], mixes))
+        self.tried.append(
+            EvaluatedPlan.from_evaluation(f"{self.name}{where}: {fleet_text(replicas)}", evaluations[at], mixes)
+        )
         return Found(mixes, replicas, sizing, evaluations, None)
 
-    def _job(self, condition: Condition, mixes: Mixes, replicas: Mapping[str, int], level: Level | None) -> Job:
+    def _job(
+        self, condition: Condition, mixes: Mixes, replicas: Mapping[str, int], level: Level | None
+    ) -> EvaluationJob:
         scenario = condition.sizer.scenario
         there = {name: replicas.get(name, 0) for name in scenario.pools}
-        deployment = deployment_of(self.priced(condition, mixes), there)
+        deployment = to_deployment(self.priced(condition, mixes), there)
         quickest = level or self.levels(scenario, deployment)
-        return Job(scenario, condition.sizer.profiles, deployment, quickest, condition.slowdowns)
+        return EvaluationJob(scenario, condition.sizer.profiles, deployment, quickest, condition.slowdowns)
 
     def priced(self, condition: Condition, mixes: Mixes) -> Mixes:
         """The same mixes as another condition prices them."""
@@ -430,13 +434,13 @@ class Search:
         self.progress(f"{self.name}: bound {bound:.2f}, incumbent {best:.2f} {unit}, gap {gap:.1%}")
 
 
-def _key(answer: Answer) -> object:
+def _key(answer: Solution) -> object:
     """What tells two proposals apart."""
     parts = [(id(option), round(share, 6)) for mix in answer.mixes.values() for share, option in mix]
     return tuple(answer.replicas.items()), tuple(parts)
 
 
-def deployment_of(mixes: Mixes, replicas: Mapping[str, int]) -> Deployment:
+def to_deployment(mixes: Mixes, replicas: Mapping[str, int]) -> Deployment:
     """Mixes and nodes as they are deployed."""
     plans = {name: tuple(Share(share, option.plan) for share, option in mix) for name, mix in mixes.items() if mix}
     return Deployment(dict(replicas), plans)

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, Evaluated, Margin, Relaxation, Saving
+from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, EvaluatedPlan, Margin, Relaxation, Saving
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.scenario import ALL
 
@@ -40,7 +40,7 @@ NORMAL_95 = 1.959964
 """Two-sided 95% point of the normal distribution."""
 
 
-def first_upper(text: str) -> str:
+def capitalise(text: str) -> str:
     """A sentence's beginning."""
     return text[:1].upper() + text[1:]
 
@@ -51,7 +51,7 @@ def quantity(value: float, unit: str = "", digits: int = 4) -> str:
     return f"{rounded:,.12g} {unit}".rstrip()
 
 
-def turned_away(mix: Mix) -> float:
+def turned_away_share(mix: Mix) -> float:
     """The share of a class's requests that no plan serves; 0 within rounding."""
     missing = 1.0 - sum(share for share, _ in mix)
     return missing if mix and missing > ROUNDING else 0.0
@@ -66,14 +66,14 @@ def _score(plan: CapacityPlan) -> float | None:
     return None if math.isnan(score) else score
 
 
-def savings_in_words(plan: CapacityPlan) -> Iterator[str]:
+def describe_savings(plan: CapacityPlan) -> Iterator[str]:
     """A sentence for each plan of another kind: dollars and quality, or why it does not hold."""
     yield from (_saving_in_words(saving, plan) for saving in plan.savings)
 
 
 def _saving_in_words(saving: Saving, plan: CapacityPlan) -> str:
     if not saving.holds:
-        return f"{first_upper(saving.other)} does not hold: {saving.reason.rstrip('.')}."
+        return f"{capitalise(saving.other)} does not hold: {saving.reason.rstrip('.')}."
     own = plan.usd_per_hour
     if saving.usd_per_hour is None or own is None:
         return f"What the plan saves against {saving.other} is not known: a price is missing."
@@ -114,7 +114,7 @@ def _loss(saving: Saving, plan: CapacityPlan) -> str:
 # ---- The bound ------------------------------------------------------------------------------------------------------
 
 
-def bound_of(plan: CapacityPlan) -> tuple[float, float, float] | None:
+def optimality_gap(plan: CapacityPlan) -> tuple[float, float, float] | None:
     """The bound, what the chosen plan costs (rent and metered egress), in USD an hour, and the gap as a share of it.
 
     None where the plan does not hold, where no bound is known or where a price is missing.
@@ -125,9 +125,9 @@ def bound_of(plan: CapacityPlan) -> tuple[float, float, float] | None:
     return bound, cost, max(0.0, 1.0 - bound / cost) if cost else 0.0
 
 
-def bound_in_words(plan: CapacityPlan) -> str:
+def describe_bound(plan: CapacityPlan) -> str:
     """How far the chosen plan can be from the cheapest that holds; empty where no bound is known."""
-    found = bound_of(plan)
+    found = optimality_gap(plan)
     if found is None:
         return ""
     bound, cost, gap = found
@@ -140,9 +140,9 @@ def bound_in_words(plan: CapacityPlan) -> str:
 # ---- Margins, conflict, confidence, evidence ------------------------------------------------------------------------
 
 
-def margin_in_words(margin: Margin) -> str:
+def describe_margin(margin: Margin) -> str:
     """What one more second, dollar or point buys, or what it costs."""
-    change, (before, after) = first_upper(margin.change), (margin.before, margin.after)
+    change, (before, after) = capitalise(margin.change), (margin.before, margin.after)
     unit, decimals, falls, rises = BETTER.get(
         margin.figure, ("", 4, f"lower {margin.figure} by {{}}", f"raise {margin.figure} by {{}}")
     )
@@ -161,7 +161,7 @@ def margin_in_words(margin: Margin) -> str:
     return f"{change} would {what}: {after:.{decimals}f} instead of {amount(before)} (by formula)."
 
 
-def conflict_in_words(conflict: Sequence[Relaxation]) -> str:
+def describe_infeasible_set(conflict: Sequence[Relaxation]) -> str:
     """How many constraints cannot be met together."""
     return (
         "This constraint cannot hold by itself."
@@ -170,17 +170,17 @@ def conflict_in_words(conflict: Sequence[Relaxation]) -> str:
     )
 
 
-def relaxation_in_words(relaxation: Relaxation) -> str:
+def describe_relaxation(relaxation: Relaxation) -> str:
     """A constraint of the conflict, and the least change of it alone that makes a plan possible."""
     name, asked, needed, unit = relaxation.constraint, relaxation.asked, relaxation.needed, relaxation.unit
     if needed is None:
         stands = "" if asked is None else f", {quantity(asked, unit)} asked"
-        return f"{first_upper(name)}{stands}: no change of it alone helps."
+        return f"{capitalise(name)}{stands}: no change of it alone helps."
     if asked is None:
-        return f"{first_upper(name)}: {quantity(needed, unit)} would do, all else as it is (by formula)."
+        return f"{capitalise(name)}: {quantity(needed, unit)} would do, all else as it is (by formula)."
     digits = next(n for n in (4, 6, 9, 17) if n == 17 or quantity(asked, "", n) != quantity(needed, "", n))
     changed = f"{quantity(needed, unit, digits)} instead of {quantity(asked, unit, digits)}"
-    return f"{first_upper(name)}: {changed} would do, all else as it is (by formula)."
+    return f"{capitalise(name)}: {changed} would do, all else as it is (by formula)."
 
 
 def probability_interval(share: float, draws: int) -> tuple[float, float]:
@@ -193,7 +193,7 @@ def probability_interval(share: float, draws: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def confidence_in_words(confidence: Confidence) -> str:
+def describe_confidence(confidence: Confidence) -> str:
     """How sure the plan is, given the intervals of the modelled step costs, and whether that is what was asked."""
     low, high = probability_interval(confidence.probability, confidence.draws)
     grounds = f"{confidence.draws:,} draws by {KNOWN_BY.get(confidence.level, confidence.level)}"
@@ -207,7 +207,7 @@ def confidence_in_words(confidence: Confidence) -> str:
     return f"{text}; asked {confidence.asked:g}{reached}."
 
 
-def evidence_in_words(evidence: Sequence[Evaluated]) -> str:
+def describe_evidence(evidence: Sequence[EvaluatedPlan]) -> str:
     """How many capacity plans were tried, and how; empty for none."""
     if not evidence:
         return ""

@@ -19,17 +19,17 @@ import numpy as np
 
 from hybridsd_sim.planning import (
     KNOWN_BY,
-    bound_in_words,
-    bound_of,
-    confidence_in_words,
-    conflict_in_words,
-    evidence_in_words,
+    describe_bound,
+    describe_confidence,
+    describe_evidence,
+    describe_infeasible_set,
+    describe_margin,
+    describe_relaxation,
+    describe_savings,
     labels,
-    margin_in_words,
+    optimality_gap,
     probability_interval,
-    relaxation_in_words,
-    savings_in_words,
-    turned_away,
+    turned_away_share,
 )
 from hybridsd_sim.pricing import pool_site, price, request_of
 from hybridsd_sim.reporting.breakdown import breakdowns, rates_of
@@ -39,7 +39,7 @@ from hybridsd_sim.reporting.run_data import tally
 
 if TYPE_CHECKING:
     from hybridsd_sim.plan import Plan
-    from hybridsd_sim.planning import CapacityPlan, Confidence, Evaluated, Variation
+    from hybridsd_sim.planning import CapacityPlan, Confidence, EvaluatedPlan, Variation
     from hybridsd_sim.pricing import Candidate, PlanCost
     from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 def planned(plan: CapacityPlan) -> Data:
     """Everything that a capacity plan knows beyond its simulations."""
-    savings, said = plan.savings, savings_in_words(plan)
+    savings, said = plan.savings, describe_savings(plan)
     return {
         "feasible": plan.feasible,
         "explanation": list(plan.explanation),
@@ -58,14 +58,14 @@ def planned(plan: CapacityPlan) -> Data:
         "frontier": [_evaluated(point) for point in plan.frontier],
         "baselines": [_evaluated(point) for point in plan.baselines],
         "alternatives": [_evaluated(point) for point in plan.alternatives],
-        "margins": [asdict(margin) | {"said": margin_in_words(margin)} for margin in plan.margins],
-        "conflict": [asdict(each) | {"said": relaxation_in_words(each)} for each in plan.conflict],
-        "conflict_said": conflict_in_words(plan.conflict) if plan.conflict else "",
+        "margins": [asdict(margin) | {"said": describe_margin(margin)} for margin in plan.margins],
+        "conflict": [asdict(each) | {"said": describe_relaxation(each)} for each in plan.conflict],
+        "conflict_said": describe_infeasible_set(plan.conflict) if plan.conflict else "",
         "sensitivity": _variations(plan.sensitivity),
         "confidence": _confidence(plan.confidence) if plan.confidence else None,
         "robust": _variations(plan.robust),
         "evidence": [_evaluated(point) for point in plan.evidence],
-        "evidence_said": evidence_in_words(plan.evidence),
+        "evidence_said": describe_evidence(plan.evidence),
         "switch_curve": {
             name: [_point(option, plan.mixes.get(name, ())) for option in curve]
             for name, curve in plan.switch_curve.items()
@@ -75,16 +75,16 @@ def planned(plan: CapacityPlan) -> Data:
 
 
 def _bound(plan: CapacityPlan) -> Data | None:
-    found = bound_of(plan)
+    found = optimality_gap(plan)
     if found is None:
         return None
     bound, cost, gap = found
-    return {"usd_per_hour": bound, "plan_usd_per_hour": cost, "gap": gap, "said": bound_in_words(plan)}
+    return {"usd_per_hour": bound, "plan_usd_per_hour": cost, "gap": gap, "said": describe_bound(plan)}
 
 
 def _confidence(found: Confidence) -> Data:
     low, high = probability_interval(found.probability, found.draws)
-    return asdict(found) | {"low": low, "high": high, "said": confidence_in_words(found)}
+    return asdict(found) | {"low": low, "high": high, "said": describe_confidence(found)}
 
 
 def _variations(found: Sequence[Variation]) -> list[Data]:
@@ -98,7 +98,7 @@ def _most_first(counts: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, 
 def _choice(plan: CapacityPlan, name: str) -> Data:
     """One class's plans, the largest share first: where each stage runs and what is promised of it."""
     mix = plan.mixes.get(name, ())
-    found = {"request_class": name, "label": labels({name: mix})[name] or None, "turned_away": turned_away(mix)}
+    found = {"request_class": name, "label": labels({name: mix})[name] or None, "turned_away": turned_away_share(mix)}
     parts = [{"share": share, **_part(option, plan)} for share, option in mix]
     return {**found, "parts": parts, "note": "" if mix else "no legal plan"}
 
@@ -128,7 +128,7 @@ def _stages(served: Plan, replicas: Mapping[str, int]) -> list[Data]:
     ]  # fmt: skip
 
 
-def _evaluated(point: Evaluated) -> Data:
+def _evaluated(point: EvaluatedPlan) -> Data:
     keys = ("name", "policy", "usd_per_hour", "latency_p95_s", "slo_attainment", "quality", "feasible", "reason")
     figures = {key: getattr(point, key) for key in (*keys, "gpu_seconds_per_image", "edge_energy_j_per_image")}
     replicas = dict(point.deployment.replicas) if point.deployment else {}
@@ -173,7 +173,7 @@ def _used(run: SimResult) -> Iterator[tuple[str, PlanCost]]:
         yield option.request_class, option.cost
 
 
-def _by_formula(point: Evaluated, plan: CapacityPlan, profiles: Profiles) -> Iterator[tuple[str, PlanCost]]:
+def _by_formula(point: EvaluatedPlan, plan: CapacityPlan, profiles: Profiles) -> Iterator[tuple[str, PlanCost]]:
     """The plans of a capacity plan that was not simulated, priced again."""
     prefer = plan.scenario.search.prefer_sources
     for name, mix in (point.deployment.plans if point.deployment else {}).items():

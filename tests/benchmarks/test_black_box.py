@@ -15,9 +15,8 @@ import pytest
 
 from hybridsd_sim import Profiles
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.planning import Evaluated
-from hybridsd_sim.planning.capacity_plan import dominates, evaluated, same_figures
-from hybridsd_sim.planning.evaluation import Evaluation, Job, evaluate
+from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, dominates, same_figures
+from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob, evaluate
 from hybridsd_sim.planning.frontier import frontier
 from hybridsd_sim.planning.planner import Planner
 from hybridsd_sim.pricing import Candidate
@@ -47,7 +46,7 @@ class Ours:
     """A planner, the points of its frontier as the recursion sees them, and the evaluations that they took."""
 
     planner: Planner
-    points: tuple[Evaluated, ...]
+    points: tuple[EvaluatedPlan, ...]
     evaluations: int
 
 
@@ -59,13 +58,13 @@ def ours(profiles: Profiles) -> Callable[[str], Ours]:
     def draw(name: str) -> Ours:
         planner, tried = planner_of(load_scenario(name), profiles, **SCENARIOS[name]), []
 
-        def counted(jobs: Sequence[Job]) -> list[Evaluation]:
+        def counted(jobs: Sequence[EvaluationJob]) -> list[Evaluation]:
             tried.extend(jobs)
             return [evaluate(job) for job in jobs]
 
         planner.evaluate = counted
         found = planner.search("plan").run()
-        points = frontier(planner, evaluated("plan", found.evaluations[0], found.mixes))
+        points = frontier(planner, EvaluatedPlan.from_evaluation("plan", found.evaluations[0], found.mixes))
         count = len(tried)
         again = [screened(planner, point.deployment) for point in points]
         return Ours(planner, tuple(point for point in again if point.feasible), count)
@@ -101,25 +100,25 @@ def test_no_black_box_optimiser_reaches_beyond_the_frontier(
     assert not [(figures(one), figures(other)) for one in theirs for other in mine.points if dominates(one, other)]
 
 
-def black_box(planner: Planner, sampler: optuna.samplers.BaseSampler, trials: int) -> list[Evaluated]:
+def black_box(planner: Planner, sampler: optuna.samplers.BaseSampler, trials: int) -> list[EvaluatedPlan]:
     """The points of an optimiser's front that keep every promise."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    points: list[Evaluated] = []
+    points: list[EvaluatedPlan] = []
 
     def objective(trial: optuna.Trial) -> tuple[float, float, float]:
         deployment = suggested(trial, planner)
-        evaluation = evaluate(Job(planner.scenario, planner.profiles, deployment, "screen"))
+        evaluation = evaluate(EvaluationJob(planner.scenario, planner.profiles, deployment, "screen"))
         for promise in promises(planner.scenario, evaluation.classes):
             short = (promise.bound - promise.got.value) * (1.0 if promise.at_least else -1.0) / promise.bound
             broken = 1.0 if math.isnan(short) else max(short, 1e-9)
             trial.set_constraint(promise.subject, min(short, 0.0) if promise.kept else broken)
-        points.append(evaluated("theirs", evaluation, {}))
+        points.append(EvaluatedPlan.from_evaluation("theirs", evaluation, {}))
         rent, p95_s, quality = figures(points[-1])
         return rent, planner.scenario.horizon_s if math.isnan(p95_s) else p95_s, quality
 
     study = optuna.create_study(directions=["minimize", "minimize", "maximize"], sampler=sampler)
     study.optimize(objective, n_trials=trials)
-    kept: list[Evaluated] = []
+    kept: list[EvaluatedPlan] = []
     for point in points:  # what was tried twice counts once
         if point.feasible and not any(same_figures(point, other) for other in kept):
             kept.append(point)
@@ -158,24 +157,26 @@ def traits(option: Candidate) -> Mapping[str, str | int]:
     }
 
 
-def screened(planner: Planner, deployment: Deployment | None) -> Evaluated:
+def screened(planner: Planner, deployment: Deployment | None) -> EvaluatedPlan:
     """A deployment's figures by the recursion, on the scenario's own requests."""
     assert deployment is not None
-    return evaluated("ours", evaluate(Job(planner.scenario, planner.profiles, deployment, "screen")), {})
+    return EvaluatedPlan.from_evaluation(
+        "ours", evaluate(EvaluationJob(planner.scenario, planner.profiles, deployment, "screen")), {}
+    )
 
 
-def figures(point: Evaluated) -> tuple[float, float, float]:
+def figures(point: EvaluatedPlan) -> tuple[float, float, float]:
     """Rent in dollars an hour, seconds that 95% of all requests keep, and mean CLIP score; unknown quality is 0."""
     assert point.usd_per_hour is not None
     return point.usd_per_hour, point.latency_p95_s[0], point.quality or 0.0
 
 
-def volume(points: Sequence[Evaluated], worst: tuple[float, float, float]) -> float:
+def volume(points: Sequence[EvaluatedPlan], worst: tuple[float, float, float]) -> float:
     """Volume between the points and `worst`; a plan of unknown quality counts as the worst and covers nothing."""
     return hypervolume([point for point in points if point.quality is not None], worst)
 
 
-def reference(points: Sequence[Evaluated]) -> tuple[float, float, float]:
+def reference(points: Sequence[EvaluatedPlan]) -> tuple[float, float, float]:
     """A point that is worse in everything than every plan whose quality is known."""
     known = [figures(point) for point in points if point.quality is not None]
     rents, latencies_s, qualities = zip(*known, strict=True)

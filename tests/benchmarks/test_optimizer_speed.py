@@ -12,7 +12,7 @@ from big_scenario import big_scenario
 from hybridsd_sim import Profiles, load_scenario, optimize
 from hybridsd_sim.planning.analytic import Sizer
 from hybridsd_sim.planning.evaluation import evaluate
-from hybridsd_sim.planning.milp import Answer, Formulation, Goal
+from hybridsd_sim.planning.milp import Formulation, Goal, Solution
 from hybridsd_sim.planning.planner import Planner
 from hybridsd_sim.pricing import find_candidates
 
@@ -24,7 +24,7 @@ MOST_GROWTH = 1.5
 """Exponent of the seconds over the number of classes: 1 is linear, with room for what the solver makes of it."""
 
 
-def solved(profiles: Profiles, classes: int) -> tuple[Answer | None, dict[str, float]]:
+def solved(profiles: Profiles, classes: int) -> tuple[Solution | None, dict[str, float]]:
     """The cheapest plan of the big scenario by formula, and the seconds that each part of the way took."""
     times = [time.perf_counter()]
     scenario = big_scenario(classes)
@@ -42,13 +42,13 @@ def solved(profiles: Profiles, classes: int) -> tuple[Answer | None, dict[str, f
 
 
 @pytest.fixture(scope="module")
-def runs(profiles: Profiles) -> dict[int, tuple[Answer | None, dict[str, float]]]:
+def runs(profiles: Profiles) -> dict[int, tuple[Solution | None, dict[str, float]]]:
     """The big scenario with more and more classes."""
     return {classes: solved(profiles, classes) for classes in CLASSES}
 
 
 def test_fifty_classes_are_priced_built_and_solved_in_half_a_minute(
-    runs: dict[int, tuple[Answer | None, dict[str, float]]],
+    runs: dict[int, tuple[Solution | None, dict[str, float]]],
 ) -> None:
     """50 classes, 26 switch steps, 5 methods, 4 degrees, 6 pools: every class is served, by a solved program."""
     answer, parts = runs[50]
@@ -60,7 +60,7 @@ def test_fifty_classes_are_priced_built_and_solved_in_half_a_minute(
 
 
 def test_time_grows_about_linearly_with_the_classes(
-    runs: dict[int, tuple[Answer | None, dict[str, float]]],
+    runs: dict[int, tuple[Solution | None, dict[str, float]]],
 ) -> None:
     """The slope of the logarithm of the seconds over that of the classes."""
     seconds = [sum(parts.values()) for _, parts in runs.values()]

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridsd_sim.planning.alternatives import margins
-from hybridsd_sim.planning.capacity_plan import evaluated
+from hybridsd_sim.planning.capacity_plan import EvaluatedPlan
 from hybridsd_sim.planning.milp import GAP
-from hybridsd_sim.planning.planner import agreeing_headroom, first_that, solve, varied, whole_condition
+from hybridsd_sim.planning.planner import first_that, fit_headroom, solve, strict_condition, vary
 from planners import SHORT, planner_of
 
 ROUNDING = 1.0 + 3.0 * GAP
@@ -26,12 +26,12 @@ def planner(quickstart, profiles):
 def chosen(planner):
     """The plan that the search finds."""
     found = planner.search("chosen").run()
-    return evaluated("chosen", found.evaluations[0], found.mixes)
+    return EvaluatedPlan.from_evaluation("chosen", found.evaluations[0], found.mixes)
 
 
 def cost_of(planner, changes, traffic=1.0):
     """Dollars an hour of the cheapest plan by formula; infinite where there is none."""
-    answer = solve(varied(planner, changes, traffic=traffic))
+    answer = solve(vary(planner, changes, traffic=traffic))
     return float("inf") if answer is None else answer.objective
 
 
@@ -62,7 +62,7 @@ def test_changed_promises_need_no_new_prices(planner, quickstart, profiles):
     """Judged anew, the old candidates keep the same floors and limits as those of the changed scenario."""
     changes = {"requests.picture.quality_floor": 0.29, "requests.picture.edge_energy_j": 30.0}
     fresh = planner_of(quickstart, profiles, **SHORT, **changes)
-    known = varied(planner, changes)
+    known = vary(planner, changes)
     held = [[(o.plan, o.meets_floor) for o in each.found.by_class["picture"]] for each in (known, fresh)]
     assert held[0] == held[1]
     assert {kept for _, kept in held[0]} == {True, False}
@@ -97,7 +97,9 @@ def test_a_dollar_that_buys_a_node_buys_something(quickstart, profiles):
     """Where a node costs less than a dollar an hour, the dollar shortens the latency and betters the pictures."""
     cheap = planner_of(quickstart, profiles, **SHORT, **{"pools.a100.usd_per_gpu_hour": 0.5})
     found = cheap.search("chosen").run()
-    bought = {m.figure: m for m in margins(cheap, evaluated("chosen", found.evaluations[0], found.mixes))}
+    bought = {
+        m.figure: m for m in margins(cheap, EvaluatedPlan.from_evaluation("chosen", found.evaluations[0], found.mixes))
+    }
     assert bought["latency_p95_s"].after < bought["latency_p95_s"].before
     assert bought["quality"].after > bought["quality"].before
 
@@ -121,8 +123,8 @@ def test_a_scenario_without_promises_has_margins_of_money_and_traffic_only(quick
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4])
 def test_the_agreeing_headroom_lets_the_formula_believe_the_plan(planner, nodes):
     """At that share of the traffic a plan exists for the rent, unless none does at the boldest."""
-    condition, rent = whole_condition(planner), nodes * planner.sizer.unit_rent["a100"]
-    headroom = agreeing_headroom(planner, condition, rent)
+    condition, rent = strict_condition(planner), nodes * planner.sizer.unit_rent["a100"]
+    headroom = fit_headroom(planner, condition, rent)
     believed = solve(planner, usd_per_hour=rent * (1.0 + 1e-6), headroom=headroom) is not None
     boldest = solve(planner, usd_per_hour=rent * (1.0 + 1e-6), headroom=0.7) is not None
     assert believed == boldest

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles, load_scenario
 from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.capacity_states import CAPS, STABLE, States, Work, pool_states, work_of
+from hybridsd_sim.planning.capacity_states import CAPS, STABLE, ServiceDemand, States, pool_states, service_demand
 from hybridsd_sim.pricing import Candidate, find_candidates
 
 
@@ -31,17 +31,17 @@ def drafts(profiles: Profiles) -> tuple[Sizer, list[Candidate]]:
 def states_of(sizer: Sizer, options: list[Candidate]) -> States:
     """The states of the pool for these options alone."""
     spec = next(iter(sizer.scenario.pools.values()))
-    works = [work_of(option, spec, sizer, None, 1.0 - sizer.wanted(option.request_class)) for option in options]
+    works = [service_demand(option, spec, sizer, None, 1.0 - sizer.wanted(option.request_class)) for option in options]
     return pool_states(spec, works, demand=2.0)
 
 
 @pytest.fixture(scope="module")
-def works(profiles: Profiles) -> list[Work]:
+def works(profiles: Profiles) -> list[ServiceDemand]:
     """Every cloud plan of the quickstart, as its pool sees it."""
     scenario = load_scenario("quickstart")
     sizer, spec = Sizer(scenario, profiles), scenario.pools["a100"]
     options = [o for o in find_candidates(scenario, profiles).by_class["picture"] if o.pool_index == 0]
-    return [work_of(option, spec, sizer, None, 0.05) for option in options]
+    return [service_demand(option, spec, sizer, None, 0.05) for option in options]
 
 
 def test_a_served_plan_at_its_cap_is_in_time(drafts: tuple[Sizer, list[Candidate]]) -> None:
@@ -81,7 +81,7 @@ def test_more_nodes_take_more_work(drafts: tuple[Sizer, list[Candidate]]) -> Non
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.floats(0.3, 30.0))
-def test_caps_are_few_and_stable(works: list[Work], nodes: int, demand: float) -> None:
+def test_caps_are_few_and_stable(works: list[ServiceDemand], nodes: int, demand: float) -> None:
     """No state is loaded beyond what can be stable, and one kind of jobs has at most so many caps for its nodes."""
     spec = load_scenario("quickstart", overrides={"pools.a100.replicas_max": nodes}).pools["a100"]
 
@@ -92,7 +92,7 @@ def test_caps_are_few_and_stable(works: list[Work], nodes: int, demand: float) -
     assert np.unique(kinds, axis=1, return_counts=True)[1].max(initial=0) <= CAPS
 
 
-def test_a_pool_without_plans_has_no_states(works: list[Work]) -> None:
+def test_a_pool_without_plans_has_no_states(works: list[ServiceDemand]) -> None:
     """Nothing to serve, nothing to choose from."""
     spec = load_scenario("quickstart").pools["a100"]
 

@@ -18,7 +18,7 @@ from hybridsd_sim.planning.confidence import (
     confidence,
     confident_search,
     factors,
-    limits_kept,
+    keeps_limits,
     spreads,
 )
 from hybridsd_sim.planning.evaluation import evaluate
@@ -165,9 +165,9 @@ def test_limits_hold_in_the_mean_of_a_mix(mine: Planner) -> None:
     floor = mine.scenario.requests["picture"].quality_floor
 
     assert good.quality > floor > bad.quality
-    assert limits_kept(mine.scenario, "picture", [(0.99, good), (0.01, bad)])
-    assert not limits_kept(mine.scenario, "picture", [(0.01, good), (0.99, bad)])
-    assert not limits_kept(mine.scenario, "picture", [(0.99, good), (0.01, replace(bad, quality=None))])
+    assert keeps_limits(mine.scenario, "picture", [(0.99, good), (0.01, bad)])
+    assert not keeps_limits(mine.scenario, "picture", [(0.01, good), (0.99, bad)])
+    assert not keeps_limits(mine.scenario, "picture", [(0.99, good), (0.01, replace(bad, quality=None))])
 
 
 def test_a_confident_plan_is_as_sure_as_asked_and_holds_at_the_medians(searched: Mapping[float, Confident]) -> None:

@@ -15,9 +15,9 @@ from cluster_work import SHORT, jobs_of
 from hybridsd_sim import simulate
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.plan import Deployment, Share
-from hybridsd_sim.planning import Store, default_folder, opened
+from hybridsd_sim.planning import Store, default_folder, open_store
 from hybridsd_sim.planning import evaluation as evaluations
-from hybridsd_sim.planning.evaluation import Evaluator, evaluate, kept, simulated, undecided
+from hybridsd_sim.planning.evaluation import Evaluator, evaluate, evaluate_with_records, find_evaluation, undecided
 from hybridsd_sim.planning.evaluation_cache import LIMITS_OF_CLASS, SEEN, SIZES_OF_POOL
 from hybridsd_sim.scenario import Pool, RequestClass, Scenario
 from hybridsd_sim.simulation import pool_table
@@ -136,7 +136,7 @@ def test_an_evaluation_has_the_figures_of_the_simulation(jobs):
 def test_the_utilisation_is_that_of_the_table_of_pools(jobs, more):
     """Also where nodes are taken away, and with them what they had done."""
     job = changed(jobs[3], {f"pools.a100.{key}": value for key, value in more.items()})
-    result, evaluation = simulated(job)
+    result, evaluation = evaluate_with_records(job)
     pools = pool_table(job.scenario, "planned", result.replications, result.replicas).xs("a100", level="pool")
     assert evaluation.utilisation["a100"] == pytest.approx(pools["utilisation"].item())
 
@@ -163,7 +163,7 @@ def test_the_screen_refuses_what_it_cannot_do(jobs):
 def test_dollars_are_rent_and_egress_at_the_mean_rate(jobs):
     """Egress is rate times bytes times price, weighted by the shares of the mix; an own price moves the rent alone."""
     for job in jobs[:3]:
-        used = simulated(job)[0].used
+        used = evaluate_with_records(job)[0].used
         usd = {label: sum(p.usd or 0.0 for p in o.cost.parts if p.tier == "network") for (_, label), o in used.items()}
         shares = {part.plan.label: part.share for part in job.deployment.plans["picture"]}
         evaluation = evaluate(job)
@@ -241,7 +241,7 @@ def test_a_screened_plan_gets_more_replications_too(jobs):
 def test_the_run_behind_an_evaluation_is_the_same(jobs):
     """`simulated` gives the records over as many replications, and the same evaluation."""
     for job in (jobs[6], hard(jobs[6])):
-        result, evaluation = simulated(job)
+        result, evaluation = evaluate_with_records(job)
         assert shown(evaluation) == shown(evaluate(job))
         assert len(result.replications) == evaluation.replications
 
@@ -325,21 +325,21 @@ def test_a_warm_store_gives_the_answers_of_a_cold_one(jobs, store, runs):
     cold = [shown(evaluation) for evaluation in map(Evaluator(store), tried)]
     runs.clear()
     warm = [shown(evaluation) for evaluation in map(Evaluator(store), tried)]
-    assert fresh == cold == warm == [shown(kept(job, store)) for job in tried]
+    assert fresh == cold == warm == [shown(find_evaluation(job, store)) for job in tried]
     assert runs == []
 
 
 def test_the_figures_of_a_run_with_records_are_kept_too(jobs, store, runs):
     """`simulated` runs whatever is kept, and leaves its figures; a job that has more to run is not kept."""
-    assert kept(jobs[6], store) is None
-    _, evaluation = simulated(jobs[6], store)
-    assert shown(kept(jobs[6], store)) == shown(evaluation)
+    assert find_evaluation(jobs[6], store) is None
+    _, evaluation = evaluate_with_records(jobs[6], store)
+    assert shown(find_evaluation(jobs[6], store)) == shown(evaluation)
     dear = hard(jobs[6])
     runs.clear()
-    assert kept(dear, store) is None
-    assert len(simulated(dear, store)[0].replications) == 4
+    assert find_evaluation(dear, store) is None
+    assert len(evaluate_with_records(dear, store)[0].replications) == 4
     assert runs == [range(2), range(2, 4)]
-    assert kept(dear, store).replications == 4
+    assert find_evaluation(dear, store).replications == 4
 
 
 def test_a_changed_limit_finds_its_figures_again_and_is_judged_anew(jobs, store, runs):
@@ -401,7 +401,7 @@ def test_a_store_that_cannot_be_written_keeps_nothing_and_says_nothing(jobs, tmp
     assert shown(evaluate(jobs[0], closed)) == shown(evaluate(jobs[0]))
     assert (closed.get("ab12-1"), len(closed)) == (None, 0)
     with pytest.raises(OSError, match="file"):
-        opened(closed.folder)
+        open_store(closed.folder)
 
 
 def test_a_folder_keeps_what_was_used_last(store):

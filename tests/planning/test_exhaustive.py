@@ -26,7 +26,7 @@ import pytest
 from hybridsd_sim import Profiles, Scenario
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.evaluation import MOST_REPLICATIONS, Evaluation, Job, evaluate
+from hybridsd_sim.planning.evaluation import MOST_REPLICATIONS, Evaluation, EvaluationJob, evaluate
 from hybridsd_sim.planning.planner import Planner
 from hybridsd_sim.planning.search import Found
 from hybridsd_sim.pricing import Candidate, CandidateSet, find_candidates
@@ -91,7 +91,7 @@ class Counted:
 
     count: int = 0
 
-    def __call__(self, jobs: Sequence[Job]) -> list[Evaluation]:
+    def __call__(self, jobs: Sequence[EvaluationJob]) -> list[Evaluation]:
         self.count += len(jobs)
         return [evaluate(job) for job in jobs]
 
@@ -115,7 +115,7 @@ class Judge:
         applies = not why_not(self.scenario, deployment, self.longer[0])
         if applies and not any(self._in_time(deployment, inputs) for inputs in self.longer):
             return False
-        return evaluate(Job(self.scenario, self.profiles, deployment)).feasible
+        return evaluate(EvaluationJob(self.scenario, self.profiles, deployment)).feasible
 
     def _in_time(self, deployment: Deployment, inputs: Inputs) -> bool:
         """Whether every class keeps its SLO."""

@@ -9,8 +9,8 @@ import pytest
 
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.alternatives import MOST, NEAR_OPTIMAL, alternatives, distance
-from hybridsd_sim.planning.capacity_plan import dominates, evaluated
-from hybridsd_sim.planning.evaluation import Job, evaluate
+from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, dominates
+from hybridsd_sim.planning.evaluation import EvaluationJob, evaluate
 from hybridsd_sim.planning.frontier import frontier
 from planners import SHORT, hypervolume, planner_of
 
@@ -26,7 +26,7 @@ CASES = {
 def chosen_by(planner):
     """The plan that the search finds, as the recursion sees it."""
     found = planner.search("chosen").run()
-    return evaluated("chosen", found.evaluations[0], found.mixes)
+    return EvaluatedPlan.from_evaluation("chosen", found.evaluations[0], found.mixes)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_every_point_of_the_frontier_holds_by_its_own_evaluation(case):
     planner, _, points = case
     for point in points:
         assert point.feasible
-        again = evaluate(Job(planner.scenario, planner.profiles, point.deployment, "screen"))
+        again = evaluate(EvaluationJob(planner.scenario, planner.profiles, point.deployment, "screen"))
         assert again.feasible
         assert again.rent_usd_per_hour == pytest.approx(point.usd_per_hour)
         if point.name != "chosen":
@@ -91,7 +91,7 @@ def test_the_frontier_covers_more_than_every_unmixed_plan_on_every_fleet(drawn):
     """Its volume of cost, latency and quality is at least that of all plans of one kind, tried one by one."""
     planner, _, points = drawn("as shipped")
     grid = [
-        evaluated("grid", evaluation, {"picture": ((1.0, option),)})
+        EvaluatedPlan.from_evaluation("grid", evaluation, {"picture": ((1.0, option),)})
         for option in planner.condition().plans["picture"]
         for nodes in range(1, 17)
         if (evaluation := tried(planner, option, nodes)).feasible
@@ -104,7 +104,7 @@ def test_the_frontier_covers_more_than_every_unmixed_plan_on_every_fleet(drawn):
 def tried(planner, option, nodes):
     """One plan for everybody on so many nodes, by the recursion."""
     deployment = Deployment.pure({"a100": nodes}, {"picture": option.plan})
-    return evaluate(Job(planner.scenario, planner.profiles, deployment, "screen"))
+    return evaluate(EvaluationJob(planner.scenario, planner.profiles, deployment, "screen"))
 
 
 def test_without_any_plan_the_frontier_is_what_was_chosen_or_empty(drawn, quickstart, profiles):

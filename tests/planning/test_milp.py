@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles, Scenario, load_scenario
 from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.milp import Answer, Condition, Formulation, Goal
+from hybridsd_sim.planning.milp import Condition, Formulation, Goal, Solution
 from hybridsd_sim.planning.planner import prune
 from hybridsd_sim.pricing import find_candidates
 
@@ -41,7 +41,7 @@ def photo(profiles: Profiles) -> Condition:
 
 
 @pytest.fixture(scope="module")
-def solved(photo: Condition) -> Answer:
+def solved(photo: Condition) -> Solution:
     """The cheapest plan of the photo app by formula."""
     answer = Formulation([photo]).solve(Goal())
     assert answer is not None
@@ -106,7 +106,7 @@ def test_more_headroom_never_costs_less(photo: Condition) -> None:
     assert all(a <= b * 1.0005 for a, b in pairwise(dollars))
 
 
-def test_a_refuted_fleet_and_smaller_ones_are_not_proposed_again(photo: Condition, solved: Answer) -> None:
+def test_a_refuted_fleet_and_smaller_ones_are_not_proposed_again(photo: Condition, solved: Solution) -> None:
     """Some pool has more nodes than the refuted fleet."""
     again = Formulation([photo]).solve(Goal(refuted=(solved.replicas,)))
 
@@ -115,7 +115,7 @@ def test_a_refuted_fleet_and_smaller_ones_are_not_proposed_again(photo: Conditio
     assert again.objective >= solved.objective - 1e-6
 
 
-def test_the_calmest_plan_works_its_nodes_least(photo: Condition, solved: Answer) -> None:
+def test_the_calmest_plan_works_its_nodes_least(photo: Condition, solved: Solution) -> None:
     """For next to the same dollars the pools are busy a smaller part of the time."""
     calm = Formulation([photo]).solve(Goal(minimise="load", total_usd_per_hour=solved.objective * 1.002))
 
@@ -125,7 +125,7 @@ def test_the_calmest_plan_works_its_nodes_least(photo: Condition, solved: Answer
     assert photo.sizer.assess(calm.mixes, calm.replicas).usd_per_hour <= solved.objective * 1.003
 
 
-def test_a_quality_asked_in_the_mean_is_met_by_a_mix(photo: Condition, solved: Answer) -> None:
+def test_a_quality_asked_in_the_mean_is_met_by_a_mix(photo: Condition, solved: Solution) -> None:
     """Between two plans' scores lies a mix of both, which costs something between them."""
     before = photo.sizer.assess(solved.mixes, solved.replicas).quality
     assert before is not None

@@ -11,9 +11,9 @@ from hybridsd_sim import InputError, Profiles, Scenario, load_scenario
 from hybridsd_sim.planning.analytic import Sizer
 from hybridsd_sim.planning.evaluation import evaluate
 from hybridsd_sim.planning.milp import Formulation, Goal
-from hybridsd_sim.planning.planner import Planner, prune, quickest
+from hybridsd_sim.planning.planner import Planner, prune, quickest_level
 from hybridsd_sim.planning.robustness import _identity, robust_conditions, robust_obstacles, robust_variations
-from hybridsd_sim.planning.search import Found, Search
+from hybridsd_sim.planning.search import Found, PlanSearch
 from hybridsd_sim.pricing import find_candidates
 
 SMALL = {"horizon_s": 240, "warmup_s": 30, "replications": 2, "search.replications_max": 2}
@@ -42,7 +42,7 @@ def planner(scenario: Scenario, profiles: Profiles) -> Planner:
 def robust(scenario: Scenario, profiles: Profiles, others: Mapping[str, Scenario]) -> Found | None:
     """The plan that holds under a scenario and others."""
     mine = planner(scenario, profiles)
-    return Search(robust_conditions(mine, others), mine.evaluate, quickest, "robust").run()
+    return PlanSearch(robust_conditions(mine, others), mine.evaluate, quickest_level, "robust").run()
 
 
 def rent(found: Found | None) -> float:
@@ -95,8 +95,8 @@ def test_every_scenarios_own_budget_is_kept_at_its_own_prices(two_pools: Scenari
     """Where the cheap pool turns dear under a budget, the plan moves to the other one at once."""
     dear = {"pools.h100.usd_per_gpu_hour": 40.0, "budget.usd_per_hour": 35.0}
     mine = planner(two_pools, profiles)
-    search = Search(
-        robust_conditions(mine, {"dear": two_pools.with_overrides(dear)}), mine.evaluate, quickest, "robust"
+    search = PlanSearch(
+        robust_conditions(mine, {"dear": two_pools.with_overrides(dear)}), mine.evaluate, quickest_level, "robust"
     )
     found = search.run()
 

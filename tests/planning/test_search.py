@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hybridsd_sim import Profiles, Scenario, load_scenario
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.evaluation import Evaluation, Evaluator, Job, evaluate
+from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob, Evaluator, evaluate
 from hybridsd_sim.planning.planner import Planner
-from hybridsd_sim.planning.search import BETTER, ROUNDS, Found, Search
+from hybridsd_sim.planning.search import BETTER, ROUNDS, Found, PlanSearch
 from hybridsd_sim.pricing import find_candidates
 from hybridsd_sim.scenario import ALL
 from random_scenarios import random_scenario
@@ -32,21 +32,21 @@ NODE_USD_PER_HOUR = 3.4309
 class Remembered:
     """Evaluates jobs and keeps them."""
 
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[EvaluationJob] = field(default_factory=list)
 
-    def __call__(self, jobs: Sequence[Job]) -> list[Evaluation]:
+    def __call__(self, jobs: Sequence[EvaluationJob]) -> list[Evaluation]:
         self.jobs += jobs
         return [evaluate(job) for job in jobs]
 
 
-def search_of(scenario: Scenario, profiles: Profiles, evaluate_all: object = None) -> Search:
+def search_of(scenario: Scenario, profiles: Profiles, evaluate_all: object = None) -> PlanSearch:
     """A search over all plans of a scenario."""
     found = find_candidates(scenario, profiles)
     planner = Planner(scenario, profiles, found, Sizer(scenario, profiles), evaluate_all or Remembered())  # type: ignore[arg-type]
     return planner.search("plan")
 
 
-def found_of(search: Search) -> Found | None:
+def found_of(search: PlanSearch) -> Found | None:
     """What it finds; None also where a class has no plan in time on an idle fleet."""
     condition = search.conditions[0]
     if condition.forgiven or any(not options for options in condition.plans.values()):
@@ -80,7 +80,7 @@ def test_what_is_called_feasible_keeps_budget_and_promises(profiles: Profiles, s
     scenario = free.with_overrides({"budget": limits})
     found = found_of(search_of(scenario, profiles))
     if found is not None and found.feasible:
-        again = evaluate(Job(scenario, profiles, found.evaluations[0].deployment))
+        again = evaluate(EvaluationJob(scenario, profiles, found.evaluations[0].deployment))
         everyone = again.classes[ALL]
         assert again.feasible
         assert again.rent_usd_per_hour is not None

@@ -12,9 +12,9 @@ from hybridsd_sim import Profiles, Scenario, load_scenario
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning import Variation
 from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.evaluation import Evaluation, Job, evaluate
+from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob, evaluate
 from hybridsd_sim.planning.planner import Planner
-from hybridsd_sim.planning.robustness import busy_sites, on_networks, sensitivity, traffic
+from hybridsd_sim.planning.robustness import busy_sites, follow_networks, sensitivity, traffic
 from hybridsd_sim.pricing import find_candidates
 from hybridsd_sim.workload import mean_rate_per_s
 
@@ -25,9 +25,9 @@ class Trials:
     """Tries jobs and remembers what it was asked, call by call."""
 
     def __init__(self) -> None:
-        self.calls: list[Sequence[Job]] = []
+        self.calls: list[Sequence[EvaluationJob]] = []
 
-    def __call__(self, jobs: Sequence[Job]) -> list[Evaluation]:
+    def __call__(self, jobs: Sequence[EvaluationJob]) -> list[Evaluation]:
         self.calls.append(jobs)
         return [evaluate(job) for job in jobs]
 
@@ -92,7 +92,9 @@ def test_only_the_network_of_the_plan_follows_the_change(
 
 def test_a_slower_site_is_never_better(mine: Planner, plan: Deployment, found: dict[str, Variation]) -> None:
     """On the same requests, twice as much slower is at least as late, and both later than the plan as it is."""
-    as_it_is = evaluate(Job(mine.scenario, mine.profiles, plan, "screen")).classes["all"]["latency_p95_s"].value
+    as_it_is = (
+        evaluate(EvaluationJob(mine.scenario, mine.profiles, plan, "screen")).classes["all"]["latency_p95_s"].value
+    )
 
     for site in ("phones", "a100"):
         later = [found[f"{site} {more}% slower"].result.latency_p95_s[0] for more in (10, 20)]
@@ -101,7 +103,7 @@ def test_a_slower_site_is_never_better(mine: Planner, plan: Deployment, found: d
 
 def test_a_variation_is_the_evaluation_of_its_job(mine: Planner, plan: Deployment, found: dict[str, Variation]) -> None:
     """What is shown for a slower pool is what the same plan gives when that pool is slower."""
-    direct = evaluate(Job(mine.scenario, mine.profiles, plan, "screen", {"a100": 1.2}))
+    direct = evaluate(EvaluationJob(mine.scenario, mine.profiles, plan, "screen", {"a100": 1.2}))
 
     assert found["a100 20% slower"].result.latency_p95_s == tuple(direct.classes["all"]["latency_p95_s"])
     assert found["a100 20% slower"].result.feasible == direct.feasible
@@ -134,4 +136,4 @@ def test_a_plan_without_a_network_gets_none(mine: Planner, plan: Deployment) -> 
     bare = replace(plan.plans["picture"][0].plan, network=None)
     there = mine.scenario.with_overrides({"edge.phones.network": "lte"})
 
-    assert on_networks(Deployment.pure({}, {"picture": bare}), there).plans["picture"][0].plan == bare
+    assert follow_networks(Deployment.pure({}, {"picture": bare}), there).plans["picture"][0].plan == bare

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from hand_made import BOUND, CONFIDENCE, CONFLICT, MARGINS, RENT, hand_made_plan, hand_made_scenario, handed_over
 from hybridsd_sim.planning import (
     Confidence,
-    bound_of,
-    confidence_in_words,
-    margin_in_words,
+    describe_confidence,
+    describe_margin,
+    describe_relaxation,
+    describe_savings,
+    optimality_gap,
     probability_interval,
-    relaxation_in_words,
-    savings_in_words,
-    turned_away,
+    turned_away_share,
 )
 from hybridsd_sim.planning.capacity_plan import Margin, Relaxation, Saving, saving
 from hybridsd_sim.planning.explanation import explain
@@ -138,7 +138,7 @@ def test_savings_are_the_differences_of_two_plans(plan):
 def test_a_saving_tells_whom_it_leaves_unserved(plan):
     """A plan that turns requests away is not cheaper for the same work, and the sentence says so."""
     kept = Saving("cloud only", True, "", 1.0, 0.1, None, (0.04, 0.6))
-    (said,) = savings_in_words(replace(plan, savings=(kept,)))
+    (said,) = describe_savings(replace(plan, savings=(kept,)))
 
     assert "leaving 4.0% of the requests unserved against 60.0%" in said
 
@@ -155,13 +155,13 @@ def test_a_saving_tells_whom_it_leaves_unserved(plan):
 )
 def test_a_saving_that_is_none_is_told_as_it_is(plan, saving, words):
     """As dear, dearer, dearer than nothing, of unknown price, or against a plan that does not hold."""
-    (said,) = savings_in_words(replace(plan, savings=(saving,)))
+    (said,) = describe_savings(replace(plan, savings=(saving,)))
     assert words in said
 
 
 def test_a_saving_is_told_once(plan, shown):
     """Where the explanation repeats a saving, the page says it under savings and not again among the reasons."""
-    sentence = next(savings_in_words(plan))
+    sentence = next(describe_savings(plan))
     page = shown(replace(plan, explanation=("Rent one node.", sentence)))["page"]
     assert page.count(sentence) == 1
     assert page.count("Rent one node.") == 1
@@ -170,7 +170,7 @@ def test_a_saving_is_told_once(plan, shown):
 def test_the_bound_and_its_gap_are_told(plan, shown):
     """Bound, cost with egress, and the gap between the two as a share of the cost."""
     said = shown(plan)
-    bound, cost, gap = bound_of(plan)
+    bound, cost, gap = optimality_gap(plan)
     assert bound == BOUND
     assert cost == RENT + 0.01
     assert gap == pytest.approx(1 - BOUND / cost)
@@ -181,10 +181,10 @@ def test_the_bound_and_its_gap_are_told(plan, shown):
 
 def test_a_plan_that_does_not_hold_has_no_gap(plan):
     """Neither an infeasible plan nor one of unknown price is held against a bound; a bound above the cost is no gap."""
-    assert bound_of(replace(plan, feasible=False)) is None
-    assert bound_of(replace(plan, bound_usd_per_hour=None)) is None
-    assert bound_of(replace(plan, cost_usd_per_hour=None)) is None
-    assert bound_of(replace(plan, bound_usd_per_hour=100.0))[2] == 0.0
+    assert optimality_gap(replace(plan, feasible=False)) is None
+    assert optimality_gap(replace(plan, bound_usd_per_hour=None)) is None
+    assert optimality_gap(replace(plan, cost_usd_per_hour=None)) is None
+    assert optimality_gap(replace(plan, bound_usd_per_hour=100.0))[2] == 0.0
 
 
 def test_margins_are_told_in_words(plan, shown):
@@ -205,7 +205,7 @@ def test_margins_are_told_in_words(plan, shown):
 @given(st.sampled_from(["usd_per_hour", "latency_p95_s", "quality"]), st.floats(0.01, 900.0), st.floats(0.01, 900.0))
 def test_a_margin_says_the_difference_and_its_direction(figure, before, after):
     """The number told is the difference at the decimals of its unit, and the verb says which way it goes."""
-    said = margin_in_words(Margin("a change", figure, before, after))
+    said = describe_margin(Margin("a change", figure, before, after))
     decimals = 4 if figure == "quality" else 2
     if "buys nothing" in said:
         assert abs(after - before) <= 0.5 * 10**-decimals
@@ -216,10 +216,10 @@ def test_a_margin_says_the_difference_and_its_direction(figure, before, after):
 
 def test_a_margin_from_or_to_nothing():
     """A change that makes a plan possible says so; one without effect on an infeasible scenario does not help."""
-    assert margin_in_words(Margin("a change", "usd_per_hour", None, 3.0)).startswith(
+    assert describe_margin(Margin("a change", "usd_per_hour", None, 3.0)).startswith(
         "A change would make a plan possible"
     )
-    assert margin_in_words(Margin("a change", "usd_per_hour", None, None)) == "A change does not help."
+    assert describe_margin(Margin("a change", "usd_per_hour", None, None)) == "A change does not help."
 
 
 def test_a_conflict_is_told_with_the_least_relaxations(plan, shown):
@@ -241,7 +241,7 @@ def test_the_explanation_of_a_conflict_is_the_conflict(plan, profiles, scenario,
     broken = replace(plan, feasible=False, conflict=CONFLICT)
     told = tuple(explain(broken, find_candidates(scenario, profiles), Sizer(scenario, profiles)))
     assert told[1].startswith("These 3 constraints")
-    assert told[2:5] == tuple(map(relaxation_in_words, CONFLICT))
+    assert told[2:5] == tuple(map(describe_relaxation, CONFLICT))
     said = shown(replace(broken, explanation=told))
     assert all(said[reader].count("These 3 constraints") == 1 for reader in ("page", "markdown", "text"))
 
@@ -249,7 +249,7 @@ def test_the_explanation_of_a_conflict_is_the_conflict(plan, profiles, scenario,
 @given(st.floats(1e-3, 1e6), st.floats(1e-3, 1e6))
 def test_a_relaxation_never_says_the_same_number_twice(asked, needed):
     """Two numbers that differ are told with as many digits as it takes to tell them apart."""
-    said = relaxation_in_words(Relaxation("it", asked, needed, ""))
+    said = describe_relaxation(Relaxation("it", asked, needed, ""))
     if asked != needed:
         one, _, other = said.removeprefix("It: ").partition(" would")[0].partition(" instead of ")
         assert one != other
@@ -286,8 +286,8 @@ def test_the_confidence_is_told_with_its_draws(plan, shown):
     assert everywhere(said, sentence)
     assert row_of(said["html"], "Share of the 200 draws", "laptop")[1] == ["99.0", "%", "▲"]
     assert said["json"]["confidence"]["probability"] == CONFIDENCE.probability
-    assert confidence_in_words(Confidence(1.0, None, 50, {}, "simulate")).endswith("interval 0.93 to 1.00).")
-    assert confidence_in_words(Confidence(0.95, 0.9, 50, {}, "simulate")).endswith("asked 0.9.")
+    assert describe_confidence(Confidence(1.0, None, 50, {}, "simulate")).endswith("interval 0.93 to 1.00).")
+    assert describe_confidence(Confidence(0.95, 0.9, 50, {}, "simulate")).endswith("asked 0.9.")
 
 
 @given(st.integers(0, 500), st.integers(1, 500))
@@ -394,10 +394,10 @@ def test_the_explanation_tells_a_mix(plan, profiles, scenario):
 def test_what_no_plan_serves_is_turned_away(weights, away):
     """Shares and what is turned away sum to 1; rounding turns nobody away."""
     shares = [weight / sum(weights) * (1 - away) for weight in weights]
-    found = turned_away([(share, None) for share in shares])
+    found = turned_away_share([(share, None) for share in shares])
     assert found == pytest.approx(away, abs=1e-6)
-    assert turned_away([(weight / sum(weights), None) for weight in weights]) == 0.0
-    assert turned_away([]) == 0.0
+    assert turned_away_share([(weight / sum(weights), None) for weight in weights]) == 0.0
+    assert turned_away_share([]) == 0.0
 
 
 def test_a_batch_cap_is_told(plan, shown):
