@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridsd_sim.reporting import figure_style as draw_with
 from hybridsd_sim.reporting.blocks import (
@@ -26,11 +26,15 @@ from hybridsd_sim.reporting.blocks import (
     cell,
     write_pages,
 )
-from hybridsd_sim.reporting.figure_style import INK, LINES, PROMISE, Axes, Figure
+from hybridsd_sim.reporting.figure_style import INK, LINES, PROMISE
 from hybridsd_sim.reporting.labels import DASH, MINUS, NAMES, Data, number, percent
 from hybridsd_sim.reporting.pages import cards, shown, words
 from hybridsd_sim.reporting.plan_sections import sentence
 from hybridsd_sim.scenario import ALL
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIDES = ("A", "B")
 

@@ -16,16 +16,13 @@ from itertools import chain, repeat
 from typing import Any, Literal
 
 import matplotlib.style
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
-
-Axes = matplotlib.axes.Axes
-
-Figure = matplotlib.figure.Figure
-
 
 Dashes = Literal["-"] | tuple[float, tuple[float, ...]]
 

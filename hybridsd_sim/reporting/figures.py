@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridsd_sim.reporting import figure_style as draw_with
-from hybridsd_sim.reporting.figure_style import INK, KIND_MARKERS, LINES, MARKERS, PROMISE, SOFT, Axes, Figure
+from hybridsd_sim.reporting.figure_style import INK, KIND_MARKERS, LINES, MARKERS, PROMISE, SOFT
 from hybridsd_sim.reporting.labels import Data, listed, number
 from hybridsd_sim.reporting.run_data import COMPONENTS, HANDOVER, IDLE, TRANSFER, UNSPLIT
 from hybridsd_sim.scenario import ALL
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KIND_FILLS = {"measured": ("#0072b2", ""), "quoted": ("#ffffff", "////"), "modelled": ("#f3c27b", "\\\\")}
 """Fill and hatching of each kind."""

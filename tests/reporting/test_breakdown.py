@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hand_made import A100, PHONE, hand_made_plan, hand_made_scenario, handed_over, in_the_cloud, part
+from hand_made import A100, PHONE, handed_over, in_the_cloud, part
 from hybridsd_sim import price
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.estimate import KIND_ORDER
@@ -34,18 +34,6 @@ KINDS = tuple(KIND_ORDER)
 
 
 @pytest.fixture(scope="module")
-def scenario(tmp_path_factory):
-    """The scenario of the plan made by hand."""
-    return hand_made_scenario(tmp_path_factory.mktemp("scenario"))
-
-
-@pytest.fixture(scope="module")
-def by_hand(scenario, profiles):
-    """The capacity plan made by hand."""
-    return hand_made_plan(scenario, profiles.digest)
-
-
-@pytest.fixture(scope="module")
 def real(quickstart, profiles):
     """The shipped quickstart, planned on a short horizon, as a report's data."""
     from hybridsd_sim import optimize
@@ -55,9 +43,9 @@ def real(quickstart, profiles):
 
 
 @pytest.fixture(scope="module")
-def made(by_hand, profiles):
+def made(plan, profiles):
     """The plan made by hand as a report's data."""
-    return contents(by_hand, profiles)
+    return contents(plan, profiles)
 
 
 @pytest.fixture(scope="module", params=["by hand", "real"])
@@ -67,10 +55,9 @@ def data(request):
 
 
 @pytest.fixture(scope="module")
-def page(by_hand, profiles, tmp_path_factory):
+def page(report):
     """The page of the plan made by hand."""
-    folder = tmp_path_factory.mktemp("reports") / "run"
-    return write_report(by_hand, folder, profiles=profiles).read_text(encoding="utf-8")
+    return (report / "index.html").read_text(encoding="utf-8")
 
 
 def lines(content):
@@ -131,10 +118,10 @@ def test_the_latency_and_its_interval_are_the_sums_of_the_parts(data):
         assert total["kind"] == max(kinds, key=KIND_ORDER.__getitem__)
 
 
-def test_every_plan_that_is_compared_is_broken_down(by_hand, made):
+def test_every_plan_that_is_compared_is_broken_down(plan, made):
     """The chosen plan of every class and every plan of the baselines stand there once, with the runs that follow it."""
-    wanted = {("chosen", name, option.plan.label) for name, option in by_hand.chosen.items()}
-    for run, result in by_hand.baseline_results.items():
+    wanted = {("chosen", name, option.plan.label) for name, option in plan.chosen.items()}
+    for run, result in plan.baseline_results.items():
         wanted |= {(run, *key) for key in result.used}
     found = [(run, plan["request_class"], plan["label"]) for plan in made["plans"] for run in plan["runs"]]
     assert set(found) == wanted
@@ -143,11 +130,11 @@ def test_every_plan_that_is_compared_is_broken_down(by_hand, made):
     assert len(keys) == len(set(keys))
 
 
-def test_an_alternative_by_formula_is_broken_down_too(scenario, by_hand, profiles):
+def test_an_alternative_by_formula_is_broken_down_too(scenario, plan, profiles):
     """The plans of an alternative that nobody simulated are priced, with the parts that `price` gives them."""
     plan = handed_over(15).plan
-    other = replace(by_hand.alternatives[0], deployment=Deployment.pure({"a100": 1}, {"phone": plan}))
-    found = contents(replace(by_hand, alternatives=(other,)), profiles)["plans"]
+    other = replace(plan.alternatives[0], deployment=Deployment.pure({"a100": 1}, {"phone": plan}))
+    found = contents(replace(plan, alternatives=(other,)), profiles)["plans"]
     mine = next(each for each in found if each["runs"] == [other.name])
     expected = price(plan, request_of("phone", scenario.requests["phone"]), profiles)
     assert [part["value"] for part in mine["parts"]] == [part.seconds for part in expected.parts]
@@ -221,10 +208,10 @@ def test_a_price_that_nobody_lists_is_unknown(profiles):
     assert power_of(replace(PHONE, device=unknown), profiles).note == f"no power figure for {unknown}"
 
 
-def test_the_calibration_is_the_fits_own(by_hand, made, profiles):
+def test_the_calibration_is_the_fits_own(plan, made, profiles):
     """Every device, runtime and precision of plans and pools has its fit: the same parameters, rows and residuals."""
-    sites = [site for option in by_hand.chosen.values() for site in option.plan.sites.values()]
-    sites += [pool_site(name, pool) for name, pool in by_hand.scenario.pools.items()]
+    sites = [site for option in plan.chosen.values() for site in option.plan.sites.values()]
+    sites += [pool_site(name, pool) for name, pool in plan.scenario.pools.items()]
     found = {(fit["device"], fit["runtime"], fit["precision"]): fit for fit in made["calibration"]}
     assert set(found) == {(site.device, site.runtime, site.precision) for site in sites}
     for key, shown in found.items():
@@ -298,11 +285,11 @@ def test_the_tables_hold_what_the_page_holds(data):
     assert [(line["device"], float(line["log_ratio"])) for line in written["calibration_rows.csv"]] == rows
 
 
-def test_the_same_data_give_the_same_tables(by_hand, made, profiles):
+def test_the_same_data_give_the_same_tables(plan, made, profiles):
     """Gathered again from profiles read again, every table has the same bytes."""
     from hybridsd_sim import load_profiles
 
-    again = contents(by_hand, load_profiles())
+    again = contents(plan, load_profiles())
     assert tables(again) == tables(made)
     assert json.dumps(again) == json.dumps(made)
 
@@ -379,9 +366,9 @@ def test_the_figure_of_laws_has_a_point_for_every_row(page, made):
     assert all(fit["device"] in svg for fit in fitted)
 
 
-def test_simulations_are_broken_down_too(scenario, by_hand, profiles, tmp_path):
+def test_simulations_are_broken_down_too(scenario, plan, profiles, tmp_path):
     """A report of simulations has the plans of every policy, their parts, and the laws behind them."""
-    runs = [by_hand.chosen_result, by_hand.baseline_results["edge only"]]
+    runs = [plan.chosen_result, plan.baseline_results["edge only"]]
     text = write_report(runs, tmp_path / "run", profiles=profiles).read_text(encoding="utf-8")
     plans = {key for run in runs for key in run.used}
     assert len(list(rows_below(text, "How much of each plan's idle latency"))) == len(plans)
@@ -391,13 +378,13 @@ def test_simulations_are_broken_down_too(scenario, by_hand, profiles, tmp_path):
     assert list(rows_below(text, "What the laws of the plans"))
 
 
-def test_other_profiles_are_refused(by_hand, profiles, tmp_path):
+def test_other_profiles_are_refused(plan, profiles, tmp_path):
     """A result is only reported with the profiles it was made with, given or read again."""
     others = profiles.with_costs([profiles.costs[0]])
     with pytest.raises(InputError, match="the result was made with others"):
-        write_report(by_hand, tmp_path / "run", profiles=others)
+        write_report(plan, tmp_path / "run", profiles=others)
     with pytest.raises(InputError, match="the result was made with others"):
-        write_report(replace(by_hand, profiles_digest="0" * 64), tmp_path / "run")
+        write_report(replace(plan, profiles_digest="0" * 64), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -20,25 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hand_made import hand_made_plan, hand_made_scenario
 from hybridsd_sim.reporting import load_test, write_report
 from hybridsd_sim.reporting.exports import ENOUGH, MOST, MOST_LEAD_IN, load_of
 from hybridsd_sim.workload.arrivals import arrivals
 
 PATIENT = ("--lateness", "1e9")
 """A machine that is busy with other work is no failure of the service."""
-
-
-@pytest.fixture(scope="module")
-def scenario(tmp_path_factory):
-    """The scenario of the plan made by hand."""
-    return hand_made_scenario(tmp_path_factory.mktemp("scenario"))
-
-
-@pytest.fixture(scope="module")
-def plan(scenario, profiles):
-    """The capacity plan made by hand."""
-    return hand_made_plan(scenario, profiles.digest)
 
 
 # ---- What is sent ---------------------------------------------------------------------------------------------------
@@ -109,9 +96,8 @@ def test_what_a_trace_asks_for_goes_along(plan, scenario, tmp_path):
     assert (body["request_class"], body["seed"]) == ("phone", unlike[0]["seed"])
 
 
-def test_the_same_plan_gives_the_same_load(plan, profiles, tmp_path, monkeypatch):
+def test_the_same_plan_gives_the_same_load(plan, profiles, tmp_path, undrawn):
     """Written twice, load_test.json and load_test.py are byte for byte the same; the script is the package's own."""
-    monkeypatch.setattr("hybridsd_sim.reporting.figures.draw", lambda *_: {})
     folders = [write_report(plan, tmp_path / name, profiles=profiles).parent for name in "ab"]
     for name in ("load_test.json", "load_test.py"):
         one, other = ((folder / name).read_bytes() for folder in folders)
@@ -414,9 +400,8 @@ def test_a_class_without_a_body_is_refused(tmp_path, capsys):
     assert "without a body" in capsys.readouterr().err
 
 
-def test_the_script_stands_alone(plan, profiles, tmp_path, monkeypatch):
+def test_the_script_stands_alone(plan, profiles, tmp_path, undrawn):
     """The copy in a report's folder runs without this package and its libraries, on the load beside it."""
-    monkeypatch.setattr("hybridsd_sim.reporting.figures.draw", lambda *_: {})
     report = write_report(plan, tmp_path / "run", profiles=profiles).parent
     folder = tmp_path / "elsewhere"
     folder.mkdir()

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hand_made import RENT, at_the_edge, hand_made_plan, hand_made_scenario, handed_over, in_the_cloud, run
+from hand_made import RENT, at_the_edge, handed_over, in_the_cloud, run
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.plan import Deployment, deployment_from_dict
 from hybridsd_sim.reporting import blocks as markup
@@ -30,30 +30,6 @@ from hybridsd_sim.reporting import compare_reports, draw_report, run_id, write_r
 from hybridsd_sim.reporting import labels as numbers
 from hybridsd_sim.scenario import load_yaml
 from hybridsd_sim.simulation import COLUMNS
-
-
-@pytest.fixture(scope="module")
-def scenario(tmp_path_factory):
-    """The scenario of the plan made by hand."""
-    return hand_made_scenario(tmp_path_factory.mktemp("scenario"))
-
-
-@pytest.fixture(scope="module")
-def plan(scenario, profiles):
-    """The capacity plan made by hand."""
-    return hand_made_plan(scenario, profiles.digest)
-
-
-@pytest.fixture(scope="module")
-def report(plan, tmp_path_factory):
-    """The folder of the plan's report."""
-    return write_report(plan, tmp_path_factory.mktemp("reports") / "run").parent
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Reports without figures, where only the pages matter."""
-    monkeypatch.setattr("hybridsd_sim.reporting.figures.draw", lambda *_: {})
 
 
 def everything(folder):
@@ -621,9 +597,9 @@ def test_text_of_users_cannot_become_markup():
     assert markup.Paragraph("<i>").html() == "<p>&lt;i&gt;</p>"
 
 
-def test_loading_the_room_draws_nothing():
-    """Importing the report loads neither matplotlib nor pandas nor pyarrow."""
-    code = "import sys, hybridsd_sim.report; print(*{'matplotlib', 'pandas', 'pyarrow'} & set(sys.modules))"
+def test_loading_the_package_draws_nothing():
+    """Importing reporting loads neither matplotlib nor pandas nor pyarrow."""
+    code = "import sys, hybridsd_sim.reporting; print(*{'matplotlib', 'pandas', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == ""
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hand_made import BOUND, CONFIDENCE, CONFLICT, MARGINS, RENT, hand_made_plan, hand_made_scenario, handed_over
+from hand_made import BOUND, CONFIDENCE, CONFLICT, MARGINS, RENT, handed_over
 from hybridsd_sim.planning import (
     Confidence,
     describe_confidence,
@@ -30,18 +30,6 @@ from hybridsd_sim.reporting.data import contents
 
 
 @pytest.fixture(scope="module")
-def scenario(tmp_path_factory):
-    """The scenario of the plan made by hand."""
-    return hand_made_scenario(tmp_path_factory.mktemp("scenario"))
-
-
-@pytest.fixture(scope="module")
-def plan(scenario, profiles):
-    """The capacity plan made by hand, with everything that a plan can say of itself."""
-    return hand_made_plan(scenario, profiles.digest)
-
-
-@pytest.fixture(scope="module")
 def bare(plan):
     """The same plan where nothing but its simulations is known."""
     return replace(
@@ -51,9 +39,8 @@ def bare(plan):
 
 
 @pytest.fixture
-def shown(profiles, tmp_path, monkeypatch):
+def shown(profiles, tmp_path, undrawn):
     """A plan as all its readers see it: page, Markdown, terminal and JSON."""
-    monkeypatch.setattr("hybridsd_sim.reporting.figures.draw", lambda *_: {})
 
     def show(plan):
         folder = write_report(plan, tmp_path / "run", profiles=profiles).parent
