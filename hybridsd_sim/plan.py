@@ -1,13 +1,14 @@
-"""Request, Stage, Plan: what is asked for and how it is carried out. Types and their own consistency, nothing else.
+"""Request, Promises, Stage, Plan, Deployment: what is asked for and how it is carried out.
 
 A plan is a tuple of stages; a stage is a half-open run of denoising steps `[start, stop)` done by one model, at one
 site, with one parallel method at one degree. Cloud-only, edge-only, Hybrid SD at switch step k, and any of them with a
-parallel cloud stage are the same type. A plan names everything needed to price it; what it costs and whether it is
-legal are other rooms' business.
+parallel cloud stage are the same type. A plan names everything needed to price it and checks its own consistency; what
+it costs and whether it is legal on a device is for `pricing` to say.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -48,6 +49,64 @@ class Request:
     def unet_batch(self) -> int:
         """Latents per UNet call: images, doubled by classifier-free guidance."""
         return self.num_images * (2 if self.guided else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promises:
+    """What a request class is promised; None is no promise, here as in scenarios, requests and reports.
+
+    `slo_percentile` per cent of the requests have their image `slo_s` seconds after their arrival, of a CLIP score in
+    0..1 of at least `quality_floor`. One image takes at most `edge_energy_j` joules from the user's device and costs at
+    most `usd` dollars. Where a budget limits the same figure, it is the tighter of both. A moment by which something is
+    due is a number: infinite where nothing is promised.
+    """
+
+    slo_s: float | None = None
+    slo_percentile: float = 95.0
+    quality_floor: float | None = None
+    edge_energy_j: float | None = None
+    usd: float | None = None
+
+    @property
+    def slo_share(self) -> float:
+        """The share of the requests that must be in time, 0 to 1."""
+        return self.slo_percentile / 100.0
+
+    def deadline_s(self, arrival_s: float = 0.0) -> float:
+        """When the image of a request that arrives then is due; infinite without an SLO."""
+        return deadline_of(arrival_s, self.slo_s)
+
+    def in_time(self, latency_s: float) -> bool:
+        """Whether a request of this latency keeps the SLO."""
+        return self.slo_s is None or latency_s <= self.slo_s
+
+    def meets_floor(self, quality: float | None) -> bool:
+        """Whether a CLIP score reaches the floor, which an unknown one never does."""
+        return self.quality_floor is None or (quality is not None and quality >= self.quality_floor)
+
+    def within_limits(self, edge_energy_j: float | None, usd: float | None) -> bool:
+        """Whether the joules and dollars of one image keep their limits, which unknown ones never do."""
+        return _at_most(edge_energy_j, self.edge_energy_j) and _at_most(usd, self.usd)
+
+    def asked_by(self, request: Request) -> Promises:
+        """The promises of the class with the request's own SLO and quality floor in place of the class's."""
+        if (self.slo_s, self.quality_floor) == (request.slo_s, request.quality_floor):
+            return self
+        return replace(self, slo_s=request.slo_s, quality_floor=request.quality_floor)
+
+
+def deadline_of(arrival_s: float, slo_s: float | None) -> float:
+    """When an image is due that was asked for at `arrival_s` under an SLO; infinite without one."""
+    return math.inf if slo_s is None else arrival_s + slo_s
+
+
+def tightest(*limits: float | None) -> float | None:
+    """The smallest of some limits, None being no limit; None without any."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _at_most(figure: float | None, limit: float | None) -> bool:
+    return limit is None or (figure is not None and figure <= limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

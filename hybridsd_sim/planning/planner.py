@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from hybridsd_sim.perf import Floats
-from hybridsd_sim.plan import Deployment
+from hybridsd_sim.plan import Deployment, Promises
 from hybridsd_sim.planning.analytic import Mixes, Sizer
 from hybridsd_sim.planning.evaluation import Level
 from hybridsd_sim.planning.milp import Condition, Formulation, Goal, Solution
 from hybridsd_sim.planning.search import Evaluate, PlanSearch
-from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, limits_of, planned_options
+from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, planned_options
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
 
@@ -204,17 +204,16 @@ def _judged(found: CandidateSet, scenario: Scenario) -> CandidateSet:
     """The same candidates, each told anew whether it keeps the floor and the limits of its class."""
     return replace(
         found,
-        by_class={name: tuple(_judge(options, scenario, name)) for name, options in found.by_class.items()},
+        by_class={
+            name: tuple(_judge(option, scenario.promises[name]) for option in options)
+            for name, options in found.by_class.items()
+        },
     )
 
 
-def _judge(options: Sequence[Candidate], scenario: Scenario, name: str) -> list[Candidate]:
-    floor, limits = scenario.requests[name].quality_floor, limits_of(scenario, name)
-    judged = []
-    for option in options:
-        kept = (floor is None or (option.quality is not None and option.quality >= floor)) and limits.hold(option.cost)
-        judged.append(option if kept == option.meets_floor else replace(option, meets_floor=kept))
-    return judged
+def _judge(option: Candidate, promises: Promises) -> Candidate:
+    kept = option.cost.meets_floor(promises)
+    return option if kept == option.meets_floor else replace(option, meets_floor=kept)
 
 
 def strict_condition(planner: Planner) -> Condition | None:

@@ -5,7 +5,6 @@ from .candidates import Pricing as Pricing
 from .candidates import check_names as check_names
 from .candidates import find_candidates as find_candidates
 from .candidates import found_options as found_options
-from .candidates import limits_of as limits_of
 from .candidates import make_candidate as make_candidate
 from .candidates import planned_options as planned_options
 from .candidates import pool_usd_per_gpu_hour as pool_usd_per_gpu_hour

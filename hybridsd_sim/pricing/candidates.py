@@ -18,30 +18,12 @@ from typing import Any
 
 from hybridsd_sim.errors import IllegalPlanError, InputError, MissingDataError, Problem
 from hybridsd_sim.perf import find_method
-from hybridsd_sim.plan import Deployment, Plan, Request
+from hybridsd_sim.plan import Deployment, Plan, Promises, Request
 from hybridsd_sim.pricing.plan_cost import PlanCost
 from hybridsd_sim.pricing.pricer import batch_seconds, price
 from hybridsd_sim.pricing.search_space import enumerate_plans, plan_problems, request_of
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Most joules of the edge device and most dollars that one image may take; None is no limit."""
-
-    edge_energy_j: float | None = None
-    usd: float | None = None
-
-    def hold(self, cost: PlanCost) -> bool:
-        """Whether a price keeps them. An unknown figure meets no limit."""
-        return (self.edge_energy_j is None or _within(cost.edge_energy_j, self.edge_energy_j, cost)) and (
-            self.usd is None or _within(cost.usd, self.usd, cost)
-        )
-
-
-def _within(figure: float | None, limit: float, cost: PlanCost) -> bool:
-    return figure is not None and figure / cost.request.num_images <= limit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,8 +32,8 @@ class Candidate:
 
     `pool_index` and `fleet_index` are positions in the scenario's pools and edge fleets, -1 without. Seconds are at the
     network's median rates and an idle fleet. `batch_s` are the cloud's seconds for 1, 2, ... `plan.batch_cap` requests
-    denoised together; the first is `cloud_s`. `limits` are those that `meets_floor` holds the price against, besides
-    the quality floor.
+    denoised together; the first is `cloud_s`. `meets_slo` and `meets_floor` say whether the price keeps `promises`: the
+    SLO with nobody else there; the quality floor and every limit of an image.
     """
 
     request_class: str
@@ -70,7 +52,7 @@ class Candidate:
     meets_slo: bool
     meets_floor: bool
     batch_s: tuple[float, ...]
-    limits: Limits = Limits()
+    promises: Promises = field(default_factory=Promises)
 
     @property
     def gpu_seconds(self) -> float:
@@ -185,7 +167,8 @@ def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, pla
     pools, fleets = list(scenario.pools), list(scenario.edge)
     spec, cloud_s = scenario.requests[request.request_class], cost.cloud_s
     edge_held = [part.seconds for part in cost.parts if part.tier == "edge" and part.critical]
-    limits, latency_s, usd = limits_of(scenario, request.request_class), cost.latency_s, cost.usd
+    promises = scenario.promises[request.request_class].asked_by(request)
+    latency_s, usd = cost.latency_s, cost.usd
     batched = plan.batch_cap > 1
     return Candidate(
         request_class=request.request_class,
@@ -201,24 +184,11 @@ def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, pla
         quality=cost.quality.clip,
         cloud_steps=sum(stage.num_steps for stage in cloud),
         edge_steps=sum(stage.num_steps for stage in edge),
-        meets_slo=request.slo_s is None or latency_s <= request.slo_s,
-        meets_floor=_meets_floor(cost, limits),
+        meets_slo=promises.in_time(latency_s),
+        meets_floor=cost.meets_floor(promises),
         batch_s=batch_seconds(plan, request, profiles, prefer=prefer) if batched else (cloud_s,),
-        limits=limits,
+        promises=promises,
     )
-
-
-def limits_of(scenario: Scenario, class_name: str) -> Limits:
-    """The per-image limits of a class and of the budget, the tighter of two."""
-    spec = scenario.requests[class_name]
-    energies = (spec.edge_energy_j, scenario.budget.edge_energy_j_per_image)
-    return Limits(min((limit for limit in energies if limit is not None), default=None), spec.usd_per_image)
-
-
-def _meets_floor(cost: PlanCost, limits: Limits) -> bool:
-    """Whether a price meets the quality floor, which unknown quality never does, and every limit of an image."""
-    floor, quality = cost.request.quality_floor, cost.quality.clip
-    return (floor is None or (quality is not None and quality >= floor)) and limits.hold(cost)
 
 
 def slowed(candidate: Candidate, factors: Mapping[str, float]) -> Candidate:
@@ -231,7 +201,7 @@ def slowed(candidate: Candidate, factors: Mapping[str, float]) -> Candidate:
     if all(ours is theirs for ours, theirs in zip(parts, candidate.cost.parts, strict=True)):
         return candidate
     cost = replace(candidate.cost, parts=parts)
-    slo_s, latency_s, usd, cloud_s = cost.request.slo_s, cost.latency_s, cost.usd, cost.cloud_s
+    latency_s, usd, cloud_s = cost.latency_s, cost.usd, cost.cloud_s
     ratio = cloud_s / candidate.cloud_s if candidate.cloud_s else 1.0
     return replace(
         candidate,
@@ -241,8 +211,8 @@ def slowed(candidate: Candidate, factors: Mapping[str, float]) -> Candidate:
         edge_s=sum(part.seconds for part in parts if part.tier == "edge" and part.critical),
         latency_s=latency_s,
         usd_or_inf=float("inf") if usd is None else usd,
-        meets_slo=slo_s is None or latency_s <= slo_s,
-        meets_floor=_meets_floor(cost, candidate.limits),
+        meets_slo=candidate.promises.in_time(latency_s),
+        meets_floor=cost.meets_floor(candidate.promises),
     )
 
 

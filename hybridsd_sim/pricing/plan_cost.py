@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hybridsd_sim.estimate import KIND_ORDER, Kind
-from hybridsd_sim.plan import Plan, Request
+from hybridsd_sim.plan import Plan, Promises, Request
 from hybridsd_sim.pricing.quality import Quality
 
 
@@ -150,6 +150,12 @@ class PlanCost:
         """Why figures are None, for the reader."""
         notes = [part.unknown for part in self.parts if part.unknown]
         return tuple(dict.fromkeys([*notes, *([self.quality.note] if self.quality.clip is None else [])]))
+
+    def meets_floor(self, promises: Promises) -> bool:
+        """Whether the price reaches the quality floor and keeps every limit of an image; unknown figures do neither."""
+        images = self.request.num_images
+        energy_j, usd = (None if total is None else total / images for total in (self.edge_energy_j, self.usd))
+        return promises.meets_floor(self.quality.clip) and promises.within_limits(energy_j, usd)
 
     @property
     def outside(self) -> tuple[str, ...]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
 from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from hybridsd_sim.errors import unknown_name
+from hybridsd_sim.plan import Promises, tightest
 from hybridsd_sim.scenario.overrides import Blocks, apply_changes, entries
 from hybridsd_sim.scenario.yaml_source import (
     Broken,
@@ -265,6 +267,20 @@ class Scenario(Written):
         if self.warmup_s >= self.horizon_s:
             yield "warmup_s", self.warmup_s, f"must be shorter than horizon_s, {self.horizon_s:g}", ""
         yield from class_problems({name: spec.origin for name, spec in self.requests.items()}, self.edge)
+
+    @cached_property
+    def promises(self) -> Mapping[str, Promises]:
+        """What every request class is promised, with the tighter of its own limits and the budget's."""
+        return {
+            name: Promises(
+                slo_s=spec.slo_s,
+                slo_percentile=spec.slo_percentile,
+                quality_floor=spec.quality_floor,
+                edge_energy_j=tightest(spec.edge_energy_j, self.budget.edge_energy_j_per_image),
+                usd=spec.usd_per_image,
+            )
+            for name, spec in self.requests.items()
+        }
 
     @classmethod
     def known_keys(cls) -> list[str]:
