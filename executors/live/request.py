@@ -26,7 +26,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from hybridsd_sim.errors import HybridSDError, InputError, Problem
-from hybridsd_sim.plan import Plan, Request, Stage
+from hybridsd_sim.plan import Plan, Request, Stage, deadline_of
 from hybridsd_sim.pricing import request_of
 from hybridsd_sim.scheduling import CERTAIN_LATE, NO_CANDIDATE, CloudDone, Decision, Outcome, RequestDone, StepDone
 
@@ -101,7 +101,7 @@ class Work:
         self.order, self.request = order, request
         self._roster, self._settings, self._meters = roster, settings, meters
         self.arrival_s = time.monotonic() - order.age_s
-        self.deadline_s = math.inf if request.slo_s is None else self.arrival_s + request.slo_s
+        self.deadline_s = deadline_of(self.arrival_s, request.slo_s)
         self.status: Status = "open"
         self.reason, self.words, self.payload = "", "", b""
         self.cloud: Held | None = None

@@ -71,13 +71,13 @@ def booked(times_s: Mapping[str, Floats], scenario: Scenario, facts: PlanFacts) 
     """
     arrival_s, finish_s = times_s["arrival_s"], times_s["finish_s"]
     held = {side: np.nan_to_num(times_s[f"{side}_stop_s"] - times_s[f"{side}_ready_s"]) for side in ("cloud", "edge")}
-    slo_s = next(iter(scenario.requests.values())).slo_s
+    promises = next(iter(scenario.promises.values()))
     records = Records(tuple(scenario.requests), tuple(scenario.pools), tuple(scenario.edge), (), ())
     book = Book(records, scenario.horizon_s)
     book.add_plan(facts)
     columns: dict[str, Floats | float] = {
         **times_s, "request": np.arange(len(arrival_s), dtype=float), "class_index": 0.0, "plan_index": 0.0,
-        "status": 0.0, "reason": -1.0, "deadline_s": arrival_s + (math.inf if slo_s is None else slo_s),
+        "status": 0.0, "reason": -1.0, "deadline_s": arrival_s + promises.deadline_s(),
         "model_load_s": 0.0, "transfer_s": finish_s - arrival_s - held["cloud"] - held["edge"],
         "node": min(facts.pool_index, 0), "device": min(facts.fleet_index, 0),
     }  # fmt: skip

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hybridsd_sim.plan import tightest
 from hybridsd_sim.pricing import Candidate, rental_usd_per_hour
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Pool, Scenario
@@ -205,13 +206,13 @@ class Sizer:
     @property
     def rent_limit_usd_per_hour(self) -> float | None:
         """The most that the budget lets all nodes cost, images counted at the mean rates; None without a limit."""
-        budget, limits = self.scenario.budget, [self.scenario.budget.usd_per_hour]
-        if budget.usd_per_image is not None:
-            planned, requests = planning_rates(self.scenario), self.scenario.requests
-            each = {name: mean_rate_per_s(spec.arrivals) * 3600 * spec.num_images for name, spec in requests.items()}
-            images = sum(each[name] * self.rates[name][0] / planned[name][0] for name in each)
-            limits.append(budget.usd_per_image * images)
-        return min((limit for limit in limits if limit is not None), default=None)
+        budget = self.scenario.budget
+        if budget.usd_per_image is None:
+            return budget.usd_per_hour
+        planned, requests = planning_rates(self.scenario), self.scenario.requests
+        each = {name: mean_rate_per_s(spec.arrivals) * 3600 * spec.num_images for name, spec in requests.items()}
+        images = sum(each[name] * self.rates[name][0] / planned[name][0] for name in each)
+        return tightest(budget.usd_per_hour, budget.usd_per_image * images)
 
     def latencies(self, candidate: Candidate) -> np.ndarray:
         """Latencies in seconds without queues over the link grid; of a full batch where plans batch."""
@@ -243,8 +244,8 @@ class Sizer:
         return self._slacks[key]
 
     def _find_slacks(self, candidate: Candidate, within_s: float | None) -> tuple[np.ndarray, np.ndarray]:
-        slo = self.scenario.requests[candidate.request_class].slo_s if within_s is None else within_s
-        slack = (math.inf if slo is None else slo) - self.latencies(candidate)
+        due_s = self.scenario.promises[candidate.request_class].deadline_s() if within_s is None else within_s
+        slack = due_s - self.latencies(candidate)
         weights = np.full(LINK_GRID, 1.0 / LINK_GRID)
         if candidate.pool_index < 0 or not (rate := self._preemption_rate(candidate)):
             return slack, weights
@@ -280,7 +281,7 @@ class Sizer:
 
     def wanted(self, class_name: str) -> float:
         """The share of requests that a class wants inside its SLO."""
-        return self.scenario.requests[class_name].slo_percentile / 100.0
+        return self.scenario.promises[class_name].slo_share
 
     def flow(self, candidate: Candidate, share: float = 1.0) -> Flow:
         """What a share of a class brings to the queue of its pool: full batches, work lost with nodes included."""

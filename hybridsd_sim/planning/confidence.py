@@ -178,7 +178,7 @@ def keeps_limits(scenario: Scenario, name: str, mix: Sequence[tuple[float, Candi
 
     An unknown figure keeps no limit.
     """
-    floor = scenario.requests[name].quality_floor
+    floor = scenario.promises[name].quality_floor
     good = floor is None or _mean([(share, o.quality) for share, o in mix], -math.inf) >= floor * (1.0 - SLACK)
     return good and all(
         _mean(figures, math.inf) <= most * (1.0 + SLACK) for most, figures in _limits(scenario, name, mix)
@@ -189,12 +189,11 @@ def _limits(
     scenario: Scenario, name: str, mix: Sequence[tuple[float, Candidate]]
 ) -> Iterator[tuple[float, list[tuple[float, float | None]]]]:
     """Every limit on a class's images, in joules or dollars of a request, and the figures of its plans."""
-    spec = scenario.requests[name]
-    for most in (spec.edge_energy_j, scenario.budget.edge_energy_j_per_image):
-        if most is not None:
-            yield most * spec.num_images, [(share, o.cost.edge_energy_j) for share, o in mix]
-    if spec.usd_per_image is not None:
-        yield spec.usd_per_image * spec.num_images, [(share, o.cost.usd) for share, o in mix]
+    promises, images = scenario.promises[name], scenario.requests[name].num_images
+    if promises.edge_energy_j is not None:
+        yield promises.edge_energy_j * images, [(share, o.cost.edge_energy_j) for share, o in mix]
+    if promises.usd is not None:
+        yield promises.usd * images, [(share, o.cost.usd) for share, o in mix]
 
 
 def _mean(figures: Sequence[tuple[float, float | None]], unknown: float) -> float:

@@ -116,7 +116,7 @@ def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str
     other = max(earlier, key=lambda one: one.cloud_steps)
     name = option.request_class
     if not other.meets_floor and other.quality is not None and option.quality is not None:
-        floor = option.cost.request.quality_floor
+        floor = option.promises.quality_floor
         yield (
             f"{name}: handing over at step {other.cloud_steps} instead of {option.cloud_steps} would need fewer "
             f"GPU-seconds, but its CLIP score of {other.quality:.4f} is under the floor of {floor}."
@@ -124,7 +124,7 @@ def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str
     elif not other.meets_slo:
         yield (
             f"{name}: handing over at step {other.cloud_steps} takes {other.latency_s:.1f} s even on an idle fleet, "
-            f"over the SLO of {option.cost.request.slo_s:g} s."
+            f"over the SLO of {option.promises.slo_s:g} s."
         )
 
 
@@ -149,15 +149,15 @@ def _why_not_edge(name: str, options: Sequence[Candidate], plan: CapacityPlan) -
 
 
 def _edge_fault(best: Candidate, plan: CapacityPlan) -> str:
-    request = best.cost.request
+    promises, images = best.promises, best.cost.request.num_images
     faults = []
-    if request.quality_floor is not None and (best.quality is None or best.quality < request.quality_floor):
+    if not promises.meets_floor(best.quality):
         score = "an unknown CLIP score" if best.quality is None else f"a CLIP score of {best.quality:.4f}"
-        faults.append(f"gives {score}, under the floor of {request.quality_floor}")
+        faults.append(f"gives {score}, under the floor of {promises.quality_floor}")
     if not best.meets_slo:
-        faults.append(f"takes {best.latency_s:.1f} s, over the SLO of {request.slo_s:g} s")
-    limit = _energy_limit(best.request_class, plan)
-    energy = None if best.cost.edge_energy_j is None else best.cost.edge_energy_j / request.num_images
+        faults.append(f"takes {best.latency_s:.1f} s, over the SLO of {promises.slo_s:g} s")
+    limit = plan.scenario.promises[best.request_class].edge_energy_j
+    energy = None if best.cost.edge_energy_j is None else best.cost.edge_energy_j / images
     if limit is not None and (energy is None or energy > limit):
         used = "an unknown energy" if energy is None else f"{energy:.0f} J"
         faults.append(f"uses {used} of {limit:g} J a picture")
@@ -169,7 +169,7 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
     if option.degree <= 1:
         return
     name, pools = option.request_class, list(plan.scenario.pools)
-    slo, method = option.cost.request.slo_s, option.plan.stages[0].method
+    slo, method = option.promises.slo_s, option.plan.stages[0].method
     alone = [
         one
         for one in options
@@ -258,7 +258,8 @@ def _lifts(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[st
 
 def _floor_lifts(name: str, in_time: Sequence[Candidate], plan: CapacityPlan) -> Iterator[str]:
     """A lower quality floor or a higher energy limit under which something in time would do."""
-    floor, limit = plan.scenario.requests[name].quality_floor, _energy_limit(name, plan)
+    promises = plan.scenario.promises[name]
+    floor, limit = promises.quality_floor, promises.edge_energy_j
     scored = [one for one in in_time if one.quality is not None]
     thrifty = [one for one in scored if limit is None or (one.cost.edge_energy_j or 0.0) <= limit]
     if floor is not None and thrifty:
@@ -273,12 +274,6 @@ def _floor_lifts(name: str, in_time: Sequence[Candidate], plan: CapacityPlan) ->
             yield f"{name}: with {used:.0f} J a picture instead of {limit:g} J the {best.plan.label} would do."
     if floor is not None and in_time and not scored:
         yield f"{name}: nobody published a score for these pictures ({in_time[0].cost.quality.note}); drop the floor."
-
-
-def _energy_limit(name: str, plan: CapacityPlan) -> float | None:
-    """The joules a picture that bind a class: its own limit or the budget's, the tighter one."""
-    limits = (plan.scenario.requests[name].edge_energy_j, plan.scenario.budget.edge_energy_j_per_image)
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _budget_lift(plan: CapacityPlan) -> Iterator[str]:

@@ -461,8 +461,7 @@ def _promise(option: Candidate, condition: Condition) -> tuple[float | None, flo
     if option.request_class in condition.forgiven:
         return math.inf, 1.0
     allowed = 1.0 - sizer.wanted(option.request_class)
-    slo = sizer.scenario.requests[option.request_class].slo_s
-    if within_s is not None and (slo is None or within_s < slo):
+    if within_s is not None and within_s < sizer.scenario.promises[option.request_class].deadline_s():
         return within_s, min(allowed, 0.05)
     return None, allowed
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hybridsd_sim.perf import Floats
-from hybridsd_sim.plan import Deployment, Promises
+from hybridsd_sim.plan import Deployment, Promises, tightest
 from hybridsd_sim.planning.analytic import Mixes, Sizer
 from hybridsd_sim.planning.evaluation import Level
 from hybridsd_sim.planning.milp import Condition, Formulation, Goal, Solution
@@ -230,9 +230,8 @@ def solve(planner: Planner, **asked: Any) -> Solution | None:
 
 def budgeted_goal(planner: Planner, **asked: Any) -> Goal:
     """A goal under the scenario's budgets that serves everybody; a limit in `asked` holds besides the budgets."""
-    limits = [planner.sizer.rent_limit_usd_per_hour, asked.pop("usd_per_hour", None)]
-    least = min((limit for limit in limits if limit is not None), default=None)
-    return Goal(usd_per_hour=least, turned_away_per_s=0.0, **asked)
+    most = tightest(planner.sizer.rent_limit_usd_per_hour, asked.pop("usd_per_hour", None))
+    return Goal(usd_per_hour=most, turned_away_per_s=0.0, **asked)
 
 
 def fit_headroom(planner: Planner, condition: Condition, rent_usd_per_hour: float | None) -> float:
@@ -263,7 +262,7 @@ def latency_limits_s(condition: Condition, count: int) -> list[float]:
         for name, options in condition.plans.items()
     }
     fastest = max(min(mine) for mine in slow.values())
-    longest = max(sizer.scenario.requests[name].slo_s or 2.0 * max(mine) for name, mine in slow.items())
+    longest = max(sizer.scenario.promises[name].slo_s or 2.0 * max(mine) for name, mine in slow.items())
     return [float(limit) for limit in np.geomspace(fastest, max(longest, 1.01 * fastest), count)]
 
 

@@ -16,7 +16,7 @@ from threading import RLock
 from typing import Any
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name
-from hybridsd_sim.plan import Deployment, Request
+from hybridsd_sim.plan import Deployment, Request, deadline_of
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
@@ -371,8 +371,7 @@ def _unknown(serving: PlanInUse, now: float) -> Decision:
 
 def _deadline_s(request: Request, own: Request, now: float) -> float:
     """When the image is due. Raises `ValueError` where that, or the time, is no time."""
-    slo_s = own.slo_s if request.slo_s is None else request.slo_s
-    deadline_s = INFINITY if slo_s is None else float(now + slo_s)
+    deadline_s = float(deadline_of(now, own.slo_s if request.slo_s is None else request.slo_s))
     if not (_is_time(now) and deadline_s > -INFINITY):
         msg = f"at {now}, due {deadline_s}"
         raise ValueError(msg)

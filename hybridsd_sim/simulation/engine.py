@@ -163,7 +163,7 @@ class _Run:
         self._view = FleetView([pool.view for pool in self._pools])
         self._draws = Draws(scenario, profiles, replication)
         self._arrivals = iter(self._draws)
-        self._slo_s = [math.inf if spec.slo_s is None else spec.slo_s for spec in self._specs]
+        self._slo_s = [promises.deadline_s() for promises in scenario.promises.values()]
         self._offers = Offers(pricing, options, replicas)
         self._routes: dict[Candidate, _Route] = {}
         self._models = sorted({spec.model for spec in self._specs})

@@ -334,7 +334,7 @@ class Screened:
     @cached_property
     def counts(self) -> dict[str, dict[str, int]]:
         """By request class and "all": how many of each of `COUNTS`."""
-        slo_s = [np.inf if spec.slo_s is None else spec.slo_s for spec in self.scenario.requests.values()]
+        slo_s = [promises.deadline_s() for promises in self.scenario.promises.values()]
         limits_s, by_class = np.array([*slo_s, TOLERANCE_S, self.scenario.horizon_s]), np.zeros((len(slo_s), 6), int)
         for each in self.played:
             requests, played = each.requests, (each.finish_s, each.status)
@@ -448,7 +448,7 @@ def _records(screened: Screened, played: Played) -> Records:
 def _columns(scenario: Scenario, parts: Parts, played: Played, plan_index: Ints) -> dict[str, Any]:
     """The columns of the rows; what lies beyond the horizon did not happen."""
     requests, part, table, horizon_s = played.requests, played.part, parts.table, scenario.horizon_s
-    slo_s = np.array([np.inf if spec.slo_s is None else spec.slo_s for spec in scenario.requests.values()])
+    slo_s = np.array([promises.deadline_s() for promises in scenario.promises.values()])
     in_cloud, at_edge = (table.pool >= 0)[part], (table.fleet >= 0)[part]
     up_s = requests.half_rtt_s + table.up_bytes[part] / requests.up_bytes_per_s
     down_s = requests.half_rtt_s + table.down_bytes[part] / requests.down_bytes_per_s

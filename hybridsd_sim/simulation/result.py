@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hybridsd_sim.plan import Promises
 from hybridsd_sim.pricing import Candidate, pool_usd_per_gpu_hour
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.scenario import ALL, Budget, RequestClass, Scenario
+from hybridsd_sim.scenario import ALL, Scenario
 from hybridsd_sim.simulation.metrics import Estimate, area, student, summarise
 from hybridsd_sim.simulation.records import UNSERVED, PlanFacts, Records, column, to_frame
 
@@ -140,9 +141,9 @@ def feasibility(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]
 
 
 def _promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> Iterator[Promise]:
-    for name, spec in scenario.requests.items():
+    for name, promised in scenario.promises.items():
         got = _let_in(figures[name]) if scenario.search.minimise == "turned_away_per_s" else figures[name]
-        yield from _class_promises(name, spec, scenario.budget, got)
+        yield from _class_promises(name, promised, got)
     everyone, budget = figures[ALL], scenario.budget
     if budget.usd_per_hour is not None:
         rent = everyone["rent_usd_per_hour"]
@@ -160,20 +161,19 @@ def _let_in(got: Mapping[str, Estimate]) -> Mapping[str, Estimate]:
     return {**got, "slo_attainment": Estimate(*(min(1.0, end / served) for end in got["slo_attainment"]))}
 
 
-def _class_promises(name: str, spec: RequestClass, budget: Budget, got: Mapping[str, Estimate]) -> Iterator[Promise]:
-    what = "served" if spec.slo_s is None else f"served within {spec.slo_s:g} s"
+def _class_promises(name: str, promised: Promises, got: Mapping[str, Estimate]) -> Iterator[Promise]:
+    what = "served" if promised.slo_s is None else f"served within {promised.slo_s:g} s"
     attained = got["slo_attainment"]
-    yield Promise(f"{name}: {what}", attained, spec.slo_percentile / 100, at_least=True, form="{:.2%}")
-    if spec.quality_floor is not None:
+    yield Promise(f"{name}: {what}", attained, promised.slo_share, at_least=True, form="{:.2%}")
+    if promised.quality_floor is not None:
         quality = got["quality_mean"]
-        yield Promise(f"{name}: quality", quality, spec.quality_floor, at_least=True, form="{:.4f} CLIP")
-    limits = [limit for limit in (spec.edge_energy_j, budget.edge_energy_j_per_image) if limit is not None]
-    if limits:
+        yield Promise(f"{name}: quality", quality, promised.quality_floor, at_least=True, form="{:.4f} CLIP")
+    if promised.edge_energy_j is not None:
         energy = got["edge_energy_j_per_image"]
-        yield Promise(f"{name}: edge energy", energy, min(limits), at_least=False, form="{:.3g} J/image")
-    if spec.usd_per_image is not None:
+        yield Promise(f"{name}: edge energy", energy, promised.edge_energy_j, at_least=False, form="{:.3g} J/image")
+    if promised.usd is not None:
         usd = got["metered_usd_per_image"]
-        yield Promise(f"{name}: metered price", usd, spec.usd_per_image, at_least=False, form="{:.3g} USD/image")
+        yield Promise(f"{name}: metered price", usd, promised.usd, at_least=False, form="{:.3g} USD/image")
 
 
 def _feasible(asked: Sequence[Promise]) -> Finding:
