@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from hybridsd_sim import Plan, Request, Scenario, Site, Stage, load_scenario
+from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning import CapacityPlan, Confidence, EvaluatedPlan, Variation
 from hybridsd_sim.planning.capacity_plan import Margin, Relaxation, Saving
 from hybridsd_sim.pricing import Candidate, Part, PlanCost
-from hybridsd_sim.pricing.quality import Quality
+from hybridsd_sim.pricing.quality import Quality, with_interval
 from hybridsd_sim.simulation import IN_FLIGHT, SERVED, UNSERVED, Book, PlanFacts, Records, SimResult, check_laws
 
 SCENARIO = """
@@ -149,8 +150,9 @@ def in_the_cloud():
 
 def candidate(request_class, plan, parts, clip):
     """A candidate from its parts."""
-    note = "" if clip else "no published CLIP score for sdxl"
-    quality = Quality(clip, "quoted" if clip else "modelled", ("Hybrid SD (arXiv 2408.06646)",) if clip else (), note)
+    note = "no published CLIP score for sdxl"
+    score = Estimate(clip, kind="quoted", sources=("Hybrid SD (arXiv 2408.06646)",)) if clip else Estimate.unknown(note)
+    quality = Quality(with_interval(score, "clip"))
     cost = PlanCost(
         plan=plan, request=Request(model=plan.stages[0].model, num_inference_steps=25, request_class=request_class),
         parts=tuple(parts), quality=quality, flops=1e13, flops_without_attention_products=9e12,

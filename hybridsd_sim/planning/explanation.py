@@ -273,7 +273,8 @@ def _floor_lifts(name: str, in_time: Sequence[Candidate], plan: CapacityPlan) ->
         if (used := best.cost.edge_energy_j or 0.0) > limit:
             yield f"{name}: with {used:.0f} J a picture instead of {limit:g} J the {best.plan.label} would do."
     if floor is not None and in_time and not scored:
-        yield f"{name}: nobody published a score for these pictures ({in_time[0].cost.quality.note}); drop the floor."
+        why = in_time[0].cost.quality.clip.note
+        yield f"{name}: nobody published a score for these pictures ({why}); drop the floor."
 
 
 def _budget_lift(plan: CapacityPlan) -> Iterator[str]:

@@ -19,7 +19,6 @@ from .plan_file import scenario_beside as scenario_beside
 from .prediction import Ask as Ask
 from .prediction import prediction as prediction
 from .pricer import price as price
-from .quality import score_interval as score_interval
 from .search_space import fleet_site as fleet_site
 from .search_space import pool_site as pool_site
 from .search_space import request_of as request_of

@@ -181,7 +181,7 @@ def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, pla
         edge_s=sum(edge_held),
         latency_s=latency_s,
         usd_or_inf=float("inf") if usd is None else usd,
-        quality=cost.quality.clip,
+        quality=cost.quality.clip.value_or_none,
         cloud_steps=sum(stage.num_steps for stage in cloud),
         edge_steps=sum(stage.num_steps for stage in edge),
         meets_slo=promises.in_time(latency_s),

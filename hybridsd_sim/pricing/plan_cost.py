@@ -143,19 +143,19 @@ class PlanCost:
     @property
     def sources(self) -> tuple[str, ...]:
         found = (source for part in self.parts for source in part.sources)
-        return tuple(dict.fromkeys((*found, *self.quality.sources)))
+        return tuple(dict.fromkeys((*found, *self.quality.clip.sources)))
 
     @property
     def unknowns(self) -> tuple[str, ...]:
         """Why figures are None, for the reader."""
         notes = [part.unknown for part in self.parts if part.unknown]
-        return tuple(dict.fromkeys([*notes, *([self.quality.note] if self.quality.clip is None else [])]))
+        return tuple(dict.fromkeys([*notes, *([] if self.quality.clip.known else [self.quality.clip.note])]))
 
     def meets_floor(self, promises: Promises) -> bool:
         """Whether the price reaches the quality floor and keeps every limit of an image; unknown figures do neither."""
         images = self.request.num_images
         energy_j, usd = (None if total is None else total / images for total in (self.edge_energy_j, self.usd))
-        return promises.meets_floor(self.quality.clip) and promises.within_limits(energy_j, usd)
+        return promises.meets_floor(self.quality.clip.value_or_none) and promises.within_limits(energy_j, usd)
 
     @property
     def outside(self) -> tuple[str, ...]:

@@ -24,7 +24,6 @@ from hybridsd_sim.perf import METHODS, actual_link, find_method
 from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
 from hybridsd_sim.pricing.plan_cost import Part, PlanCost
 from hybridsd_sim.pricing.pricer import price
-from hybridsd_sim.pricing.quality import score_interval
 from hybridsd_sim.pricing.search_space import plan_problems
 from hybridsd_sim.profiles import CostRow, Gpu, Interconnect, Profiles
 
@@ -367,7 +366,7 @@ def to_json(cost: PlanCost) -> dict[str, Any]:
     published as it stands. Where both are unknown for one reason, `unknown` gives it once, under `quality`. `outside`
     lists the parts that lie outside what was timed; `parts` has every component with kind and sources.
     """
-    rounds = sum(stage.num_steps for stage in cost.plan.stages)
+    rounds, clip, fid = sum(stage.num_steps for stage in cost.plan.stages), cost.quality.clip, cost.quality.fid
     return {
         "latency_s": cost.latency_s,
         "latency_interval_s": list(cost.latency_interval_s),
@@ -385,17 +384,17 @@ def to_json(cost: PlanCost) -> dict[str, Any]:
         "gpu_seconds": cost.gpu_seconds,
         "usd": cost.usd,
         "edge_energy_j": cost.edge_energy_j,
-        "quality": cost.quality.clip,
-        "quality_kind": None if cost.quality.clip is None else cost.quality.kind,
-        "quality_interval": score_interval("clip", cost.quality.clip, cost.quality.kind),
-        "quality_note": None if cost.quality.clip is None else cost.quality.note,
-        "quality_fid": cost.quality.fid,
-        "quality_fid_interval": score_interval("fid", cost.quality.fid, cost.quality.fid_score.kind),
-        "quality_fid_kind": None if cost.quality.fid is None else cost.quality.fid_score.kind,
+        "quality": clip.value_or_none,
+        "quality_kind": clip.kind if clip.known else None,
+        "quality_interval": clip.interval_or_none,
+        "quality_note": clip.note if clip.known else None,
+        "quality_fid": fid.value_or_none,
+        "quality_fid_interval": fid.interval_or_none,
+        "quality_fid_kind": fid.kind if fid.known else None,
         "interval_s": list(cost.interval_s),
         "kind": cost.kind,
         "plan": cost.plan.label,
-        "sources": list(dict.fromkeys((*cost.sources, *cost.quality.fid_score.sources))),
+        "sources": list(dict.fromkeys((*cost.sources, *fid.sources))),
         "unknown": _unknown(cost),
         "outside": list(cost.outside),
         "parts": [_part(part) for part in cost.parts],
@@ -403,21 +402,16 @@ def to_json(cost: PlanCost) -> dict[str, Any]:
 
 
 def _unknown(cost: PlanCost) -> dict[str, str]:
-    """Why figures are None. A part says so in the last clause of its note."""
+    """Why figures are None, by figure; the FID's reason only where it is not that of the CLIP score."""
+    clip, fid = cost.quality.clip, cost.quality.fid
+    told = not clip.known and clip.note == fid.note
     reasons = {
         "usd": [part.unknown for part in cost.parts if part.usd is None],
         "edge_energy_j": [part.unknown for part in cost.parts if part.energy_j is None],
-        "quality": [cost.quality.note] if cost.quality.clip is None else [],
-        "quality_fid": _fid_reason(cost),
+        "quality": [] if clip.known else [clip.note],
+        "quality_fid": [] if fid.known or told else [fid.note],
     }
     return {name: "; ".join(dict.fromkeys(why)) for name, why in reasons.items() if why}
-
-
-def _fid_reason(cost: PlanCost) -> list[str]:
-    """Why the FID is unknown, unless the reader knows it from the CLIP score."""
-    quality, fid = cost.quality, cost.quality.fid_score
-    told = quality.clip is None and quality.note == fid.note
-    return [fid.note] if fid.value is None and not told else []
 
 
 def _part(part: Part) -> dict[str, Any]:

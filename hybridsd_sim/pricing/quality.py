@@ -1,23 +1,23 @@
 """What a plan's pictures are worth: CLIP score, FID and LPIPS by switch step and parallel method.
 
 A plan starts from its large model's own published score and loses what the study of its model pair lost at that switch
-step (`losses`), plus what the study of its parallel method lost in that configuration (`method_losses`): losses add up,
-which is conservative and labelled modelled. Whatever no study covers is None with a reason, never zero.
+step (`switch_loss`), plus what the study of its parallel method lost in that configuration (`method_loss`): losses add
+up, which is conservative and labelled modelled. Whatever no study covers is unknown with a reason, never zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from hybridsd_sim.estimate import Kind
+from hybridsd_sim.estimate import Estimate, merged
 from hybridsd_sim.plan import Plan, Stage
 from hybridsd_sim.pricing.quality_losses import (
     DECIMALS,
     MEASURE_NAMES,
     NO_LOSS,
-    Loss,
     Measure,
+    TableValue,
     alone,
     method_loss,
     study,
@@ -42,60 +42,39 @@ SAMPLERS: Mapping[str, tuple[str, ...]] = {
 }
 """The sampler that a table, or else its study, names; "DPM-Solver" is either of diffusers' multistep solvers."""
 
-
-REPEATS: Mapping[str, float] = {"clip": 0.004, "fid": 1.0}
+REPEATS: Mapping[Measure, float] = {"clip": 0.004, "fid": 1.0}
 """By how much printings of one model's score differ: SD 1.4's CLIP score is 0.2958, 0.2993 and 0.3015 in three tables,
 its FID 12.22, 13.05 and 13.86 (Hybrid SD's repository, ObCLIP). No LPIPS was printed twice."""
 
 MODELLED_WIDER = 2.0
 """By how much wider the interval of a score is that no table prints. Modelled."""
 
-
-def score_interval(measure: str, value: float | None, kind: Kind) -> tuple[float, float] | None:
-    """The 90% interval of a score (`clip`, `fid`); None where there is no score or nobody printed one twice."""
-    if value is None or measure not in REPEATS:
-        return None
-    width = REPEATS[measure] * (MODELLED_WIDER if kind == "modelled" else 1.0)
-    return max(0.0, value - width), value + width
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A score with its kind, its sources, and why it is None if it is."""
-
-    value: float | None
-    kind: Kind
-    sources: tuple[str, ...] = ()
-    note: str = ""
-
-
-UNKNOWN = Score(None, "modelled", (), "not asked for")
+UNASKED = Estimate.unknown("not asked for")
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """A plan's CLIP score in 0..1 (higher is better), with its kind, its sources, and why it is None if it is.
+    """The scores of a plan's pictures, each with its 90% interval where somebody printed such a score twice.
 
-    `fid_score` is the Frechet inception distance to real pictures (lower is better). `lpips_score` is the distance in
-    0..1 to the pictures that the large model alone would draw on one GPU; it is unknown for hand-overs.
+    `clip` is the CLIP score in 0..1, higher is better. `fid` is the Frechet inception distance to real pictures, lower
+    is better. `lpips` is the distance in 0..1 to the pictures that the large model alone would draw on one GPU; it is
+    unknown at switch steps.
     """
 
-    clip: float | None
-    kind: Kind
-    sources: tuple[str, ...]
-    note: str = ""
-    fid_score: Score = UNKNOWN
-    lpips_score: Score = UNKNOWN
+    clip: Estimate
+    fid: Estimate = UNASKED
+    lpips: Estimate = UNASKED
 
-    @property
-    def fid(self) -> float | None:
-        """The FID, lower is better; None where nobody knows."""
-        return self.fid_score.value
 
-    @property
-    def lpips(self) -> float | None:
-        """The LPIPS to one GPU's pictures, lower is better; None where nobody knows."""
-        return self.lpips_score.value
+def with_interval(score: Estimate, measure: Measure) -> Estimate:
+    """A score with its 90% interval: as far as printings of one score differ, further where no table prints it.
+
+    Without one where the score is unknown, or where nobody printed such a score twice.
+    """
+    if not score.known or measure not in REPEATS:
+        return score
+    width = REPEATS[measure] * (MODELLED_WIDER if score.kind == "modelled" else 1.0)
+    return replace(score, low=max(0.0, score.value - width), high=score.value + width)
 
 
 def quality_of(
@@ -107,7 +86,7 @@ def quality_of(
     size: tuple[int, int] | None = None,
     sampler: str | None = None,
 ) -> Quality:
-    """The scores of a plan's pictures; each is None with a reason where no published table reaches.
+    """The scores of a plan's pictures; each is unknown, with a reason, where no published table reaches.
 
     `wanted` is the model the user asked for. A small model that does every step is then the pair's switch step 0, so
     that one study's scores are compared; without such a study its own published score counts. All scores were published
@@ -115,10 +94,23 @@ def quality_of(
     the model's native one, or with another `sampler` than a study's (None: the study's own), scores are kept and marked
     as modelled.
     """
+
+    def read() -> Quality:
+        if not guided:
+            unknown = Estimate.unknown("scores were published with guidance only")
+            return Quality(unknown, unknown, unknown)
+        large = plan.stages[0].model
+        if wanted is not None and switch_curve(profiles, wanted, large):
+            large = wanted
+        return Quality(
+            **{
+                measure: _score(list(_values(plan, profiles, large, size, measure)), measure, sampler)
+                for measure in MEASURE_NAMES
+            }
+        )
+
     key = (*(_drawn_by(stage) for stage in plan.stages), plan.vae, wanted, guided, size, sampler)
-    return profiles.memory.recall(
-        "quality", key, lambda: _quality(plan, profiles, wanted=wanted, guided=guided, size=size, sampler=sampler)
-    )
+    return profiles.memory.recall("quality", key, read)
 
 
 def _drawn_by(stage: Stage) -> tuple[object, ...]:
@@ -127,63 +119,31 @@ def _drawn_by(stage: Stage) -> tuple[object, ...]:
     return (*steps, stage.method, stage.degree, stage.options) if stage.site.tier == "cloud" else steps
 
 
-def _quality(
-    plan: Plan,
-    profiles: Profiles,
-    *,
-    wanted: str | None,
-    guided: bool,
-    size: tuple[int, int] | None,
-    sampler: str | None,
-) -> Quality:
-    if not guided:
-        unknown = Score(None, "modelled", (), "scores were published with guidance only")
-        return Quality(unknown.value, unknown.kind, unknown.sources, unknown.note, unknown, unknown)
-    large = plan.stages[0].model
-    if wanted is not None and switch_curve(profiles, wanted, large):
-        large = wanted
-    clip, fid, lpips = (
-        _score([_base(profiles, large, measure), *_losses(plan, profiles, large, size, measure)], measure, sampler)
-        for measure in MEASURE_NAMES
-    )
-    return Quality(clip.value, clip.kind, clip.sources, clip.note, fid, lpips)
+def _values(
+    plan: Plan, profiles: Profiles, large: str, size: tuple[int, int] | None, measure: Measure
+) -> Iterator[TableValue]:
+    """The large model's own score, then all that the plan loses of it."""
+    steps, native = plan.num_inference_steps, profiles.model(large).native_px
+    own = _own_score(profiles, large, measure)
+    if measure == "lpips":  # the distance of its pictures from themselves
+        yield NO_LOSS
+    elif own:
+        row, score = own
+        yield TableValue(Estimate(score, kind="quoted", sources=(row.source,)), (row.table,))
+    else:
+        yield TableValue.unknown(f"no published {MEASURE_NAMES[measure]} for {large}")
+    yield _model_loss(plan, profiles, large, measure)
+    if own and own[0].num_inference_steps != steps:
+        note = f"{large}'s score was published at {own[0].num_inference_steps} steps"
+        yield TableValue(Estimate(0.0, note=note)) if steps >= FEWEST_STEPS else TableValue.unknown(note)
+    if size not in (None, (native, native)):  # no study tells what another size costs
+        yield TableValue(Estimate(0.0, note=f"{large}'s score was published at {native} px"))
+    yield _vae_loss(plan, measure)
+    for stage in plan.cloud_stages:
+        yield method_loss(stage, steps, profiles, measure)
 
 
-def _losses(plan: Plan, profiles: Profiles, large: str, size: tuple[int, int] | None, measure: Measure) -> list[Loss]:
-    steps = plan.num_inference_steps
-    return [
-        _switch_loss(plan, profiles, large, measure),
-        _step_loss(steps, profiles, large, measure),
-        _size_loss(profiles, large, size),
-        _vae_loss(plan, measure),
-        *(method_loss(stage, steps, profiles, measure) for stage in plan.cloud_stages),
-    ]
-
-
-def _score(parts: Sequence[Loss], measure: Measure, sampler: str | None) -> Score:
-    """The first part is the base, the others are what it loses; one that is unknown makes the score so."""
-    base, *losses = parts
-    missing = [part.note for part in parts if part.value is None]
-    sources = tuple(dict.fromkeys(source for part in parts for source in part.sources))
-    if missing:
-        return Score(None, "modelled", sources, "; ".join(dict.fromkeys(missing)))
-    lost = sum(loss.value or 0.0 for loss in losses)
-    value = round((base.value or 0.0) + (-lost if measure == "clip" else lost), DECIMALS)
-    notes = [*(part.note for part in parts if part.note), *_other_samplers(parts, sampler)]
-    several = sum(bool(loss.value) for loss in losses) > 1
-    modelled = several or bool(notes) or any(part.kind == "modelled" for part in parts)
-    return Score(value, "modelled" if modelled else "quoted", sources, "; ".join(dict.fromkeys(notes)))
-
-
-def _other_samplers(parts: Iterable[Loss], sampler: str | None) -> list[str]:
-    """Which samplers were published, where the request's is another one."""
-    tables = dict.fromkeys(table for part in parts for table in part.tables)
-    known = (SAMPLERS.get(table) or SAMPLERS.get(study(table), ()) for table in tables)
-    others = dict.fromkeys(names[-1] for names in known if names and sampler not in (None, *names))
-    return [f"published with {' and '.join(others)}, not {sampler}"] if others else []
-
-
-def _own(profiles: Profiles, model: str, measure: Measure) -> tuple[QualityRow, float] | None:
+def _own_score(profiles: Profiles, model: str, measure: Measure) -> tuple[QualityRow, float] | None:
     """The first row that scores a model, with its score; one with a CLIP score goes before others."""
     found = profiles.memory.recall(
         "scores", (model, measure), lambda: tuple(alone(profiles.quality, model, measure)), most=1024
@@ -191,47 +151,48 @@ def _own(profiles: Profiles, model: str, measure: Measure) -> tuple[QualityRow, 
     return min(found, key=lambda one: one[0].clip is None, default=None)
 
 
-def _base(profiles: Profiles, model: str, measure: Measure) -> Loss:
-    """The model's own score; its distance from its own pictures is 0."""
-    if measure == "lpips":
-        return NO_LOSS
-    if not (own := _own(profiles, model, measure)):
-        return Loss(None, note=f"no published {MEASURE_NAMES[measure]} for {model}")
-    row, score = own
-    return Loss(score, "quoted", (row.source,), tables=(row.table,))
-
-
-def _switch_loss(plan: Plan, profiles: Profiles, large: str, measure: Measure) -> Loss:
+def _model_loss(plan: Plan, profiles: Profiles, large: str, measure: Measure) -> TableValue:
+    """What the small model's steps lose; unknown for more than two models."""
     models = tuple(dict.fromkeys((large, *(stage.model for stage in plan.stages))))
     if len(models) == 1:
         return NO_LOSS
     if len(models) > 2:
-        return Loss(None, note=f"no table covers the chain {' -> '.join(models)}")
+        return TableValue.unknown(f"no table covers the chain {' -> '.join(models)}")
     boundary = next(stage.start for stage in plan.stages if stage.model == models[1])
     return switch_loss(profiles, large, models[1], boundary / plan.num_inference_steps, measure)
 
 
-def _step_loss(steps: int, profiles: Profiles, large: str, measure: Measure) -> Loss:
-    """What another number of steps than the published one costs: nothing from `FEWEST_STEPS` on, unknown below."""
-    own = _own(profiles, large, measure)
-    if not own or own[0].num_inference_steps == steps:
-        return NO_LOSS
-    note = f"{large}'s score was published at {own[0].num_inference_steps} steps"
-    return Loss(0.0 if steps >= FEWEST_STEPS else None, note=note)
-
-
-def _size_loss(profiles: Profiles, large: str, size: tuple[int, int] | None) -> Loss:
-    """No study tells what another size costs: the score is kept, and marked."""
-    native = profiles.model(large).native_px
-    if size is None or size == (native, native):
-        return NO_LOSS
-    return Loss(0.0, note=f"{large}'s score was published at {native} px")
-
-
-def _vae_loss(plan: Plan, measure: Measure) -> Loss:
+def _vae_loss(plan: Plan, measure: Measure) -> TableValue:
     if plan.vae == "autoencoder-kl":
         return NO_LOSS
     if measure == "lpips":
-        return Loss(None, note=f"{plan.vae}: its LPIPS was not published")
+        return TableValue.unknown(f"{plan.vae}: its LPIPS was not published")
     note = f"{plan.vae}: its CLIP score was not published; its FID was no worse (15.79 against 16.19)"
-    return Loss(0.0, "modelled", ("Hybrid SD table H2",), note)
+    return TableValue(Estimate(0.0, sources=("Hybrid SD table H2",), note=note))
+
+
+def _score(values: Sequence[TableValue], measure: Measure, sampler: str | None) -> Estimate:
+    """The first value less the others, which it loses; one that is unknown makes the score so."""
+    base, *losses = (value.estimate for value in values)
+    sources = merged(base.sources, *(loss.sources for loss in losses))
+    if missing := [figure.note for figure in (base, *losses) if not figure.known]:
+        return Estimate.unknown("; ".join(dict.fromkeys(missing)), sources=sources)
+    lost = sum(loss.value for loss in losses)
+    notes = [*(figure.note for figure in (base, *losses) if figure.note), *_other_samplers(values, sampler)]
+    several = sum(loss.value != 0.0 for loss in losses) > 1
+    modelled = several or bool(notes) or any(figure.kind == "modelled" for figure in (base, *losses))
+    score = Estimate(
+        round(base.value + (-lost if measure == "clip" else lost), DECIMALS),
+        kind="modelled" if modelled else "quoted",
+        sources=sources,
+        note="; ".join(dict.fromkeys(notes)),
+    )
+    return with_interval(score, measure)
+
+
+def _other_samplers(values: Iterable[TableValue], sampler: str | None) -> list[str]:
+    """Which samplers were published, where the request's is another one."""
+    tables = merged(*(value.tables for value in values))
+    known = (SAMPLERS.get(table) or SAMPLERS.get(study(table), ()) for table in tables)
+    others = dict.fromkeys(names[-1] for names in known if names and sampler not in (None, *names))
+    return [f"published with {' and '.join(others)}, not {sampler}"] if others else []

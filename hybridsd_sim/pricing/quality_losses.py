@@ -1,41 +1,35 @@
-"""What pictures lose, read off published tables: the scores of models alone, and the loss by switch step of a pair.
+"""What pictures lose by a switch step and by a parallel method, read off published tables.
 
 A loss is how much worse a score is than the large model's own in the same study: CLIP lost, FID gained, LPIPS away from
-the pictures of one GPU. It is never negative, and it is None with a reason where no study reaches. A loss is `quoted`
-where a published row has precisely these settings and says precisely this, else `modelled`.
+the pictures of one GPU. It is never negative, and unknown, with a reason, where no study reaches. It is `quoted` where
+a published row has precisely these settings and says precisely this, else `modelled`.
 
-Published losses are made monotone by the largest loss that was printed further along: a later switch step never loses
-more. Between published settings the loss is linear. Against a monotone cubic (scipy's PCHIP), with each inner point of
-the published curves left out in turn, the straight line misses by 5.7% of the full loss instead of 4.5%, but it makes
-the loss too small at 26% of the points instead of 46%: most curves are convex, so that a chord lies above them, and a
-quality floor is a promise.
+Switch steps. A later one never loses more: losses are made monotone by the largest one printed further along. Between
+published ones the loss is linear. Against a monotone cubic (scipy's PCHIP), with each inner point of the published
+curves left out in turn, the straight line misses by 5.7% of the full loss instead of 4.5%, but it makes the loss too
+small at 26% of the points instead of 46%: most curves are convex, so that a chord lies above them, and a quality floor
+is a promise. Sources: Hybrid SD (arXiv 2408.06646, repository tables), ObCLIP (arXiv 2510.04153).
 
-Sources: Hybrid SD (arXiv 2408.06646, repository tables), ObCLIP (arXiv 2510.04153).
-
-What a parallel method loses, by configuration, synchronous steps and number of GPUs, read off published tables.
-
-More GPUs never lose less: the largest loss printed for as many or fewer counts, and between printed numbers of GPUs the
-next larger one. More synchronous steps never lose more: a loss is scaled by the share that was left of it in the one
-configuration of its model that was published under several numbers of them (for AsyncDiff three components at stride 2
-under 1 to 11 of 50; FID, which that table leaves out, goes with CLIP). Beyond the last published number the line leads
-to nothing lost at all steps; fewer than the first may lose more, and the note says so. At another number of steps the
-nearest published one counts, and of synchronous steps the smaller of number and share.
-
-AsyncDiff's table 3 checks this, as it prints no warm-up and is not read: under 9 synchronous steps, which its row for
-four GPUs shares with table 2, CLIP comes out within 0.0003, LPIPS within 0.04, and FID 0.08 to 0.64 worse than printed.
-
-Sources: AsyncDiff (arXiv 2406.06911, tables 1 to 3, 6 and 7), DistriFusion (arXiv 2402.19481, table 1).
+Parallel methods. More GPUs never lose less: the largest loss printed for as many or fewer counts, and between printed
+numbers of GPUs the next larger one. More synchronous steps never lose more: a loss is scaled by the share that was left
+of it in the one configuration of its model that was published under several numbers of them (for AsyncDiff three
+components at stride 2 under 1 to 11 of 50; FID, which that table leaves out, goes with CLIP). Beyond the last published
+number the line leads to nothing lost at all steps; fewer than the first may lose more, and the note says so. At another
+number of steps the nearest published one counts, and of synchronous steps the smaller of number and share. Sources:
+AsyncDiff (arXiv 2406.06911, tables 1, 2, 6 and 7), DistriFusion (arXiv 2402.19481, table 1). AsyncDiff's table 3 is a
+check, as it prints no warm-up and is not read: under 9 synchronous steps, which its row for four GPUs shares with table
+2, CLIP comes out within 0.0003, LPIPS within 0.04, and FID 0.08 to 0.64 worse than printed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from hybridsd_sim.estimate import Kind
+from hybridsd_sim.estimate import Estimate, merged
 from hybridsd_sim.perf import find_method
 from hybridsd_sim.plan import Stage
 from hybridsd_sim.profiles import Profiles, QualityRow
@@ -47,7 +41,6 @@ Curve = Sequence[tuple[float, float]]
 Points = list[tuple[float, float, str]]
 """Share of steps by the large model, loss, source."""
 
-
 MEASURE_NAMES: Mapping[Measure, str] = {"clip": "CLIP score", "fid": "FID", "lpips": "LPIPS"}
 
 DECIMALS = 6
@@ -56,19 +49,32 @@ DECIMALS = 6
 EXACT_METHODS = ("single", "cfg_parallel")
 """Methods that compute what one GPU computes, so that they lose nothing."""
 
+DEFAULT_SYNC_MODE = "corrected_async_gn"
+
+PUBLISHED_SYNC_MODES: Mapping[str, str] = {
+    DEFAULT_SYNC_MODE: "",
+    "sync_gn": "sync_gn counted as corrected_async_gn (LPIPS 0.207 against 0.211: DistriFusion, figure 9)",
+}
+"""GroupNorm modes whose loss is known, with what there is to say about them."""
+
 
 @dataclass(frozen=True, slots=True)
-class Loss:
-    """A loss, or a score, in the units of its measure, and why it is None if it is. `tables` are where it was read."""
+class TableValue:
+    """A score or a loss in the units of its measure, and the tables of `quality.csv` that it was read from.
 
-    value: float | None
-    kind: Kind = "modelled"
-    sources: tuple[str, ...] = ()
-    note: str = ""
+    The estimate has no interval: tables print none.
+    """
+
+    estimate: Estimate
     tables: tuple[str, ...] = ()
 
+    @classmethod
+    def unknown(cls, note: str, sources: tuple[str, ...] = ()) -> TableValue:
+        """What no table tells, and why."""
+        return cls(Estimate.unknown(note, sources=sources))
 
-NO_LOSS = Loss(0.0, "quoted")
+
+NO_LOSS = TableValue(Estimate(0.0, kind="quoted"))
 
 
 def study(table: str) -> str:
@@ -130,24 +136,24 @@ def between(points: Curve, at: float) -> float | None:
 # ---- Switch steps ---------------------------------------------------------------------------------------------------
 
 
-def switch_loss(profiles: Profiles, large: str, small: str, share: float, measure: Measure) -> Loss:
-    """What handing over to the small model loses after the large one did this share of the steps."""
-    key = (large, small, share, measure)
-    return profiles.memory.recall("switch_losses", key, lambda: _switch_loss(profiles, large, small, share, measure))
+def switch_loss(profiles: Profiles, large: str, small: str, share: float, measure: Measure) -> TableValue:
+    """What handing over to the small model loses after the large one did this `share` of the steps, 0 to 1."""
 
+    def read() -> TableValue:
+        printed, table = _best_table(profiles, large, small, measure)
+        if len(printed) < 2:
+            return TableValue.unknown(f"no published quality for {large} followed by {small}")
+        sources = merged(source for _, _, source in printed if source)
+        value = between(_falling(printed), share)
+        if value is None:
+            return TableValue.unknown(f"switch share {share:.2f} lies outside the published ones", sources)
+        value = round(value, DECIMALS)
+        if any(abs(at - share) < 1e-9 and abs(loss - value) < 1e-9 for at, loss, _ in printed):
+            return TableValue(Estimate(value, kind="quoted", sources=sources), (table,))
+        note = "interpolated between published switch steps"
+        return TableValue(Estimate(value, kind="modelled", sources=sources, note=note), (table,))
 
-def _switch_loss(profiles: Profiles, large: str, small: str, share: float, measure: Measure) -> Loss:
-    printed, table = _best_table(profiles, large, small, measure)
-    if len(printed) < 2:
-        return Loss(None, note=f"no published quality for {large} followed by {small}")
-    sources = tuple(dict.fromkeys(source for _, _, source in printed if source))
-    value = between(_falling(printed), share)
-    if value is None:
-        return Loss(None, "modelled", sources, f"switch share {share:.2f} lies outside the published ones")
-    value = round(value, DECIMALS)
-    if any(abs(at - share) < 1e-9 and abs(loss - value) < 1e-9 for at, loss, _ in printed):
-        return Loss(value, "quoted", sources, tables=(table,))
-    return Loss(value, "modelled", sources, "interpolated between published switch steps", (table,))
+    return profiles.memory.recall("switch_losses", (large, small, share, measure), read)
 
 
 def switch_curve(profiles: Profiles, large: str, small: str, measure: Measure = "clip") -> Points:
@@ -166,15 +172,16 @@ def _falling(printed: Points) -> list[tuple[float, float]]:
 
 def _best_table(profiles: Profiles, large: str, small: str, measure: Measure) -> tuple[Points, str]:
     """What the best table prints of a pair, and the table's name; nothing where no table has it."""
-    key = (large, small, measure)
-    return profiles.memory.recall("best_tables", key, lambda: _find_table(profiles, large, small, measure))
 
+    def find() -> tuple[Points, str]:
+        names = dict.fromkeys(
+            row.table for row in profiles.quality if (row.large_model, row.small_model) == (large, small)
+        )
+        printed = {name: _printed(profiles, name, large, small, measure) for name in names}
+        best = max(names, key=lambda name: (_decimals(profiles, name, large, measure), len(printed[name])), default="")
+        return printed.get(best, []), best
 
-def _find_table(profiles: Profiles, large: str, small: str, measure: Measure) -> tuple[Points, str]:
-    names = {row.table: row for row in profiles.quality if (row.large_model, row.small_model) == (large, small)}
-    found = [(_printed(profiles, name, large, small, measure), name) for name in names]
-    decimals = {name: _decimals(profiles, name, large, measure) for name in names}
-    return max(found, key=lambda one: (decimals[one[1]], len(one[0])), default=([], ""))
+    return profiles.memory.recall("best_tables", (large, small, measure), find)
 
 
 def _decimals(profiles: Profiles, table: str, large: str, measure: Measure) -> int:
@@ -200,17 +207,8 @@ def _printed(profiles: Profiles, table: str, large: str, small: str, measure: Me
     return [(share, loss, source) for share, (loss, source) in sorted(points.items())]
 
 
-DEFAULT_SYNC_MODE = "corrected_async_gn"
-
-PUBLISHED_SYNC_MODES: Mapping[str, str] = {
-    DEFAULT_SYNC_MODE: "",
-    "sync_gn": "sync_gn counted as corrected_async_gn (LPIPS 0.207 against 0.211: DistriFusion, figure 9)",
-}
-"""GroupNorm modes whose loss is known, with what there is to say about them."""
-
-
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _Setting:
     """How a stage, or a published row, runs a method: `warmup` synchronous steps of a trajectory of `steps`."""
 
     degree: int
@@ -226,45 +224,41 @@ class _Run:
 class _Point:
     """A published run and its loss in one measure."""
 
-    run: _Run
+    run: _Setting
     loss: float
     row: QualityRow
 
 
-def method_loss(stage: Stage, steps: int, profiles: Profiles, measure: Measure) -> Loss:
-    """What the stage's parallel method loses in a trajectory of `steps` steps; None with a reason where nobody knows.
+def method_loss(stage: Stage, steps: int, profiles: Profiles, measure: Measure) -> TableValue:
+    """What the stage's parallel method loses in a trajectory of `steps` steps; unknown, with a reason, without a study.
 
     It is its own model's published loss, or the largest of the models that were published. A stage that does only some
     of the steps counts in full.
     """
-    run, stripes = _run_of(stage, steps, profiles), _stripes(stage)
-    if _is_exact(stage, run, stripes):
+    warmup = stage.option("warmup_steps", _default_warmup(stage.method, stage.model, profiles))
+    setting = _Setting(stage.degree, int(stage.option("stride", 1)), int(warmup), steps)
+    stripes = stage.degree // 2 if stage.option("guidance_split", default=False) else stage.degree
+    if _is_exact(stage, setting, stripes):
         return NO_LOSS
     key = (stage.model, stage.method, stage.degree, stage.options, steps, measure)
-    return profiles.memory.recall("method_losses", key, lambda: _published(stage, run, stripes, profiles, measure))
+    return profiles.memory.recall(
+        "method_losses", key, lambda: _published_loss(stage, setting, stripes, profiles, measure)
+    )
 
 
-def _published(stage: Stage, run: _Run, stripes: int, profiles: Profiles, measure: Measure) -> Loss:
+def _published_loss(stage: Stage, setting: _Setting, stripes: int, profiles: Profiles, measure: Measure) -> TableValue:
     """What tables say of a stage that is not exact, however many of the steps it does."""
     if reason := _unpublished(stage, stripes):
-        return Loss(None, note=reason)
+        return TableValue.unknown(reason)
     method = "distrifusion" if stage.method == "pcpp" else stage.method
-    if own := _of_model(run, method, stage.model, profiles, measure):
+    if own := _of_model(setting, method, stage.model, profiles, measure):
         return _with_caveats(own, _caveats(stage))
     others = dict.fromkeys(row.large_model for row in profiles.quality if row.method == method)
-    known = [loss for model in others if (loss := _of_model(run, method, model, profiles, measure))]
+    known = [loss for model in others if (loss := _of_model(setting, method, model, profiles, measure))]
     if not known:
-        return Loss(None, note=f"no published {MEASURE_NAMES[measure]} for {method} on {stage.degree} GPUs")
-    worst = max(known, key=lambda loss: loss.value or 0.0)
+        return TableValue.unknown(f"no published {MEASURE_NAMES[measure]} for {method} on {stage.degree} GPUs")
+    worst = max(known, key=lambda loss: loss.estimate.value)
     return _with_caveats(worst, [f"{method} loss taken from other models' table, the largest", *_caveats(stage)])
-
-
-# ---- The stage ------------------------------------------------------------------------------------------------------
-
-
-def _run_of(stage: Stage, steps: int, profiles: Profiles) -> _Run:
-    warmup = stage.option("warmup_steps", _default_warmup(stage.method, stage.model, profiles))
-    return _Run(stage.degree, int(stage.option("stride", 1)), int(warmup), steps)
 
 
 def _default_warmup(method: str, model: str, profiles: Profiles) -> int:
@@ -274,14 +268,9 @@ def _default_warmup(method: str, model: str, profiles: Profiles) -> int:
     return int(find_method(method).defaults.get("warmup_steps", 0))
 
 
-def _stripes(stage: Stage) -> int:
-    """Stripes of one guidance branch."""
-    return stage.degree // 2 if stage.option("guidance_split", default=False) else stage.degree
-
-
-def _is_exact(stage: Stage, run: _Run, stripes: int) -> bool:
-    """Whether every step computes what one GPU computes."""
-    if stage.method in EXACT_METHODS or stage.degree == 1 or run.warmup >= stage.num_steps:
+def _is_exact(stage: Stage, setting: _Setting, stripes: int) -> bool:
+    """Whether every step computes what one GPU computes; `stripes` are those of one guidance branch."""
+    if stage.method in EXACT_METHODS or stage.degree == 1 or setting.warmup >= stage.num_steps:
         return True
     return stage.method != "asyncdiff" and (stripes == 1 or stage.option("sync_mode", "") == "full_sync")
 
@@ -307,17 +296,18 @@ def _caveats(stage: Stage) -> list[str]:
     return [text for text in said if text]
 
 
-def _with_caveats(loss: Loss, caveats: Sequence[str]) -> Loss:
+def _with_caveats(loss: TableValue, caveats: Sequence[str]) -> TableValue:
     if not caveats:
         return loss
-    return Loss(loss.value, "modelled", loss.sources, "; ".join(filter(None, [*caveats, loss.note])), loss.tables)
+    note = "; ".join(filter(None, [*caveats, loss.estimate.note]))
+    return replace(loss, estimate=replace(loss.estimate, kind="modelled", note=note))
 
 
-# ---- The tables -----------------------------------------------------------------------------------------------------
+# ---- Parallel methods: the tables -----------------------------------------------------------------------------------
 
 
-def _of_model(run: _Run, method: str, model: str, profiles: Profiles, measure: Measure) -> Loss | None:
-    """The loss of a run by one model's rows; None where they reach no number of GPUs as large at this stride."""
+def _of_model(run: _Setting, method: str, model: str, profiles: Profiles, measure: Measure) -> TableValue | None:
+    """The loss of a setting by one model's rows; None where they reach no number of GPUs as large at this stride."""
     points = _points(method, model, profiles, measure)
     same = [point for point in points if point.run.stride == run.stride]
     anchor = _anchor(same, run)
@@ -327,51 +317,41 @@ def _of_model(run: _Run, method: str, model: str, profiles: Profiles, measure: M
     value = round(max(0.0, anchor.loss) * share, DECIMALS)
     for point in same:
         if point.run == run and abs(point.loss - value) < 1e-9:
-            return Loss(value, "quoted", (point.row.source,), tables=(point.row.table,))
+            return TableValue(Estimate(value, kind="quoted", sources=(point.row.source,)), (point.row.table,))
     used = [anchor.row, *(point.row for point in sweep)] if share < 1.0 else [anchor.row]
-    sources = tuple(dict.fromkeys(row.source for row in used))
-    return Loss(value, "modelled", sources, _how(run, anchor.run, anchor.row), tuple({row.table: row for row in used}))
-
-
-def _how(run: _Run, anchor: _Run, row: QualityRow) -> str:
-    more = ", and may lose more" if run.warmup < anchor.warmup else ""
-    return f"{row.method} loss on {run} modelled from {row.large_model} on {anchor}{more}"
+    more = ", and may lose more" if run.warmup < anchor.run.warmup else ""
+    note = f"{method} loss on {run} modelled from {model} on {anchor.run}{more}"
+    sources = merged(row.source for row in used)
+    estimate = Estimate(value, kind="modelled", sources=sources, note=note)
+    return TableValue(estimate, merged(row.table for row in used))
 
 
 def _points(method: str, model: str, profiles: Profiles, measure: Measure) -> tuple[_Point, ...]:
-    """A model's runs in catalogue order."""
-    key = (method, model, measure)
-    return profiles.memory.recall("runs", key, lambda: _read_points(method, model, profiles, measure))
-
-
-def _read_points(method: str, model: str, profiles: Profiles, measure: Measure) -> tuple[_Point, ...]:
     """A model's runs in catalogue order. A row that prints no warm-up stands for the method's default.
 
     Where another row of the same configuration prints it, such a row is left out.
     """
-    own = [row for row in profiles.quality if (row.method, row.large_model) == (method, model)]
-    told = {_configuration(row) for row in own if row.warmup_steps is not None}
-    points = []
-    for row in own:
-        warmup, loss = row.warmup_steps, loss_of(row, profiles.quality, measure)
-        if loss is None or (warmup is None and _configuration(row) in told):
-            continue
-        default = _default_warmup(row.method, model, profiles)
-        run = _Run(row.degree, _stride(row), default if warmup is None else warmup, row.num_inference_steps)
-        points.append(_Point(run, loss, row))
-    return tuple(points)
+
+    def read() -> Iterator[_Point]:
+        own = [row for row in profiles.quality if (row.method, row.large_model) == (method, model)]
+        told = {_configuration(row) for row in own if row.warmup_steps is not None}
+        for row in own:
+            warmup, loss = row.warmup_steps, loss_of(row, profiles.quality, measure)
+            if loss is None or (warmup is None and _configuration(row) in told):
+                continue
+            options = dict(item.split("=") for item in row.options.split(";") if "=" in item)
+            synchronous = _default_warmup(row.method, model, profiles) if warmup is None else warmup
+            run = _Setting(row.degree, int(options.get("stride", 1)), synchronous, row.num_inference_steps)
+            yield _Point(run, loss, row)
+
+    return profiles.memory.recall("runs", (method, model, measure), lambda: tuple(read()))
 
 
 def _configuration(row: QualityRow) -> tuple[int, str, int]:
     return row.degree, row.options, row.num_inference_steps
 
 
-def _stride(row: QualityRow) -> int:
-    options = dict(item.split("=") for item in row.options.split(";") if "=" in item)
-    return int(options.get("stride", 1))
-
-
-def _anchor(points: Sequence[_Point], run: _Run) -> _Point | None:
+def _anchor(points: Sequence[_Point], run: _Setting) -> _Point | None:
     """The published run that a run of as many GPUs is modelled from; None where none has as many.
 
     Of a number of GPUs it is the one nearest in steps; runs on more GPUs at that nearest number of steps lose no less.
@@ -384,7 +364,7 @@ def _anchor(points: Sequence[_Point], run: _Run) -> _Point | None:
     return bound if bound and bound.loss < found.loss else found
 
 
-def _largest(points: Sequence[_Point], run: _Run) -> _Point | None:
+def _largest(points: Sequence[_Point], run: _Setting) -> _Point | None:
     """The run that loses most on as many GPUs, or on the next larger published number, or on fewer."""
     upper = min((point.run.degree for point in points if point.run.degree >= run.degree), default=None)
     if upper is None:
@@ -399,7 +379,7 @@ def _nearest(points: Sequence[_Point], steps: int) -> _Point:
     return min(points, key=lambda point: (abs(math.log(point.run.steps / steps)), point.run.warmup))
 
 
-def _share_left(run: _Run, measures: Sequence[Sequence[_Point]]) -> tuple[float, list[_Point]]:
+def _share_left(run: _Setting, measures: Sequence[Sequence[_Point]]) -> tuple[float, list[_Point]]:
     """The share of a loss that is left under so many synchronous steps, and the runs that tell it.
 
     They are the runs of the configuration that was published under most numbers of them; the first measure goes before

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from hybridsd_sim.estimate import KIND_ORDER, Kind
 from hybridsd_sim.plan import Site
-from hybridsd_sim.pricing import score_interval
 from hybridsd_sim.reporting.blocks import MARKS, Block, Cell, Fold, Heading, Paragraph, Picture, Table, ranged
 from hybridsd_sim.reporting.labels import DASH, PARTS, Data, Show, clip, interval, listed, number, percent, reach
 
@@ -199,14 +198,15 @@ def _reach(part: Part, rate: Rate | None) -> tuple[float, float]:
 
 def _scores(cost: PlanCost) -> Iterator[Data]:
     """What the pictures are worth: the CLIP score, or why nobody knows it; other scores where somebody does."""
-    quality = cost.quality
-    ends = score_interval("clip", quality.clip, quality.kind)
-    yield _total("quality_clip", quality.clip, "CLIP", ends, quality.kind, [quality.sources], quality.note)
-    others = (("quality_fid", "FID", quality.fid_score), ("quality_lpips", "LPIPS", quality.lpips_score))
-    for name, unit, score in others:
-        if score.value is not None:
-            ends = score_interval(unit.lower(), score.value, score.kind)
-            yield _total(name, score.value, unit, ends, score.kind, [score.sources], score.note)
+    clip, fid, lpips = cost.quality.clip, cost.quality.fid, cost.quality.lpips
+    for name, unit, score in (
+        ("quality_clip", "CLIP", clip),
+        ("quality_fid", "FID", fid),
+        ("quality_lpips", "LPIPS", lpips),
+    ):
+        if score.known or score is clip:
+            figures = (score.value_or_none, unit, score.interval_or_none, score.kind, [score.sources], score.note)
+            yield _total(name, *figures)
 
 
 def _total(

@@ -76,7 +76,7 @@ def _summary(
     for row in frame.to_dict("records"):
         cls = str(row["request_class"])
         costs = [option.cost for (owner, _), option in known.items() if cls in (ALL, owner)]
-        kinds = {"quality_mean": weakest(cost.quality.kind for cost in costs), "rent_usd_per_hour": rent_kind}
+        kinds = {"quality_mean": weakest(cost.quality.clip.kind for cost in costs), "rent_usd_per_hour": rent_kind}
         served = float(row.get("served", 1))
         rows[cls] = {
             key: _why(key, cls, {**figure, "kind": kinds.get(key, SIMULATED)}, costs, served)
@@ -112,7 +112,7 @@ def _reason(key: str, cls: str, costs: Sequence[PlanCost], served: float) -> str
     if not served:
         return "no request was served"
     if key.startswith("quality"):
-        return _first(cost.quality.note for cost in costs if cost.quality.clip is None)
+        return _first(cost.quality.clip.note for cost in costs if not cost.quality.clip.known)
     if "energy" in key:
         return _first(part.unknown for part in _all_parts(costs) if part.energy_j is None)
     if "usd" in key:

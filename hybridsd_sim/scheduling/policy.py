@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 from hybridsd_sim.plan import Plan
-from hybridsd_sim.pricing import Candidate, score_interval
+from hybridsd_sim.pricing import Candidate
 
 Action = Literal["run", "queue", "degrade", "reject"]
 
@@ -119,7 +119,7 @@ class Decision(NamedTuple):
             "deadline_s": None if self.deadline_s == INFINITY else self.deadline_s,
             "usd": self.usd,
             "quality": self.quality,
-            "quality_interval": None if quality is None else score_interval("clip", quality.clip, quality.kind),
+            "quality_interval": None if quality is None else quality.clip.interval_or_none,
         }
         if with_plan:
             said["plan"] = None if self.plan is None else self.plan.to_dict()

@@ -16,7 +16,7 @@ from re import DOTALL, search
 from typing import Any
 
 from hybridsd_sim.errors import InputError, unknown_name
-from hybridsd_sim.pricing import Candidate, score_interval
+from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.scheduling import (
     CERTAIN_LATE,
     FALLBACK,
@@ -100,7 +100,7 @@ def _option(option: Candidate, wait_s: float, left_s: float) -> dict[str, Any]:
         "latency_interval_s": None if wait_s == inf else [wait_s + end_s for end_s in option.cost.latency_interval_s],
         "usd": option.cost.usd,
         "quality": option.quality,
-        "quality_interval": score_interval("clip", quality.clip, quality.kind),
+        "quality_interval": quality.clip.interval_or_none,
         "misses": misses if option.meets_floor else [*misses, "quality floor or limits"],
     }
 

@@ -66,7 +66,7 @@ def test_a_later_switch_moves_work_to_the_cloud(profiles: Profiles, k: int) -> N
 
     assert later.gpu_seconds > earlier.gpu_seconds
     assert (later.edge_energy_j or 0) < (earlier.edge_energy_j or 0)
-    assert (later.quality.clip or 0) >= (earlier.quality.clip or 0)
+    assert later.quality.clip.value >= earlier.quality.clip.value
 
 
 @pytest.mark.parametrize(("k", "tera_flops"), [(25, 33.89), (10, 22.64), (5, 18.89), (0, 15.14)])

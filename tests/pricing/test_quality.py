@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from builders import CLOUD, REQUEST, hybrid
 from hybridsd_sim import Plan, Profiles, Stage
+from hybridsd_sim.estimate import Estimate, Kind
 from hybridsd_sim.perf import denoising, find_method
-from hybridsd_sim.pricing import Ask, score_interval
+from hybridsd_sim.pricing import Ask
 from hybridsd_sim.pricing.prediction import predict_cost, to_json
-from hybridsd_sim.pricing.quality import Quality, quality_of
+from hybridsd_sim.pricing.quality import Quality, quality_of, with_interval
 from hybridsd_sim.pricing.quality_losses import MEASURE_NAMES, Measure, loss_of, method_loss, switch_curve, switch_loss
 from hybridsd_sim.profiles import QualityRow
 
@@ -37,14 +38,14 @@ def cloud_only(stage: Stage) -> Plan:
 
 def lost(stage: Stage, profiles: Profiles, measure: Measure = "clip", *, steps: int = 50) -> float:
     """The loss of a stage's method, which is known."""
-    value = method_loss(stage, steps, profiles, measure).value
-    assert value is not None
-    return value
+    found = method_loss(stage, steps, profiles, measure).estimate
+    assert found.known
+    return found.value
 
 
 def scores(quality: Quality) -> dict[str, float | None]:
     """The scores of a plan by measure."""
-    return {"clip": quality.clip, "fid": quality.fid, "lpips": quality.lpips}
+    return {measure: getattr(quality, measure).value_or_none for measure in MEASURE_NAMES}
 
 
 @st.composite
@@ -67,9 +68,9 @@ def test_published_switch_steps_give_their_published_score(profiles: Profiles, k
     """SD 1.4 with the 224M model (Hybrid SD, table H1); the ends are the models alone."""
     quality = quality_of(hybrid(k), profiles)
 
-    assert quality.clip == pytest.approx(clip)
-    assert quality.fid == pytest.approx(fid)
-    assert quality.kind == quality.fid_score.kind == "quoted"
+    assert quality.clip.value == pytest.approx(clip)
+    assert quality.fid.value == pytest.approx(fid)
+    assert quality.clip.kind == quality.fid.kind == "quoted"
 
 
 @pytest.mark.parametrize(("k", "fid"), [(25, 12.22), (20, 12.84), (15, 13.55), (10, 14.59), (5, 15.92), (0, 16.85)])
@@ -77,8 +78,8 @@ def test_the_longest_table_tells_the_fid_of_a_pair(profiles: Profiles, k: int, f
     """SD 1.4 with BK-SDM tiny has six FIDs in Hybrid SD's table H3 and four in ObCLIP's, printed as precisely."""
     quality = quality_of(hybrid(k, small="bk-sdm-tiny"), profiles, wanted="sd14")
 
-    assert quality.fid == pytest.approx(fid)
-    assert quality.fid_score.kind == "quoted"
+    assert quality.fid.value == pytest.approx(fid)
+    assert quality.fid.kind == "quoted"
 
 
 @pytest.mark.parametrize(("k", "lost_clip"), [(10, 0.0079), (5, 0.0203), (0, 0.0334)])
@@ -86,7 +87,7 @@ def test_the_most_precise_table_tells_the_clip_of_a_pair(profiles: Profiles, k: 
     """SD 1.4 with BK-SDM tiny has CLIP to four decimals in ObCLIP's tables 3 and 5, to two in Hybrid SD's H3."""
     quality = quality_of(hybrid(k, small="bk-sdm-tiny"), profiles, wanted="sd14")
 
-    assert quality.clip == pytest.approx(0.2993 - lost_clip)
+    assert quality.clip.value == pytest.approx(0.2993 - lost_clip)
 
 
 @given(st.sampled_from(PAIRS), st.sampled_from(["clip", "fid"]), st.integers(1, 60), st.data())
@@ -95,10 +96,8 @@ def test_a_later_switch_never_loses_more(
 ) -> None:
     """For every pair and number of steps the loss falls with the switch step, inside what was published."""
     k = data.draw(st.integers(0, steps - 1))
-    earlier, later = (switch_loss(profiles, *pair, step / steps, measure).value for step in (k, k + 1))
+    earlier, later = (switch_loss(profiles, *pair, step / steps, measure).estimate.value for step in (k, k + 1))
 
-    assert earlier is not None
-    assert later is not None
     assert 0.0 <= later <= earlier <= max(loss for _, loss, _ in switch_curve(profiles, *pair, measure))
 
 
@@ -107,8 +106,8 @@ def test_more_cloud_steps_never_lose_quality(profiles: Profiles, k: int) -> None
     """Between published points scores are interpolated; CLIP rises with the switch step, FID falls."""
     earlier, later = (quality_of(hybrid(step), profiles) for step in (k, k + 1))
 
-    assert (earlier.clip or 0) <= (later.clip or 0) + 1e-12
-    assert (earlier.fid or 0) >= (later.fid or 0) - 1e-12
+    assert earlier.clip.value <= later.clip.value + 1e-12
+    assert earlier.fid.value >= later.fid.value - 1e-12
 
 
 @given(st.lists(st.floats(0.2, 0.3, allow_nan=False).map(lambda score: round(score, 4)), min_size=4, max_size=4))
@@ -124,8 +123,8 @@ def test_noisy_tables_are_made_monotone_upwards(profiles: Profiles, printed: lis
         for k, score in zip(steps, printed, strict=True)
     ]
     noisy = replace(profiles, quality=(base.model_copy(update={"table": "noise", "clip": 0.25}), *rows))
-    losses = [switch_loss(noisy, "sd14", "bk-sdm-base", k / 25, "clip") for k in steps]
-    values = [loss.value or 0.0 for loss in losses]
+    losses = [switch_loss(noisy, "sd14", "bk-sdm-base", k / 25, "clip").estimate for k in steps]
+    values = [loss.value for loss in losses]
 
     assert values == sorted(values, reverse=True)
     for loss, value, score in zip(losses, values, printed, strict=True):
@@ -137,8 +136,8 @@ def test_between_published_points_the_label_says_modelled(profiles: Profiles) ->
     """Nobody published k = 7."""
     quality = quality_of(hybrid(7), profiles)
 
-    assert quality.kind == quality.fid_score.kind == "modelled"
-    assert "interpolated" in quality.note
+    assert quality.clip.kind == quality.fid.kind == "modelled"
+    assert "interpolated" in quality.clip.note
 
 
 @pytest.mark.parametrize(("large", "small"), PAIRS)
@@ -161,8 +160,8 @@ def test_a_pair_without_a_study_has_no_score(profiles: Profiles) -> None:
     quality = quality_of(Plan(stages=stages, text_encode_site="cloud", vae_site="other"), profiles)
 
     assert scores(quality) == {"clip": None, "fid": None, "lpips": None}
-    assert "segmind-vega" in quality.note
-    assert "segmind-vega" in quality.fid_score.note
+    assert "segmind-vega" in quality.clip.note
+    assert "segmind-vega" in quality.fid.note
 
 
 # ---- Parallel methods -----------------------------------------------------------------------------------------------
@@ -205,7 +204,7 @@ def test_published_configurations_give_their_published_loss(profiles: Profiles) 
         options = dict(item.split("=") for item in row.options.split(";") if item)
         typed = {key: int(value) for key, value in options.items()} | {"warmup_steps": row.warmup_steps}
         stage = on_gpus(row.method, row.degree, model=row.large_model, steps=row.num_inference_steps, **typed)
-        found = method_loss(stage, row.num_inference_steps, profiles, measure)
+        found = method_loss(stage, row.num_inference_steps, profiles, measure).estimate
         if contradicts(row, measure, loss, profiles):
             assert found.kind == "modelled"
         else:
@@ -229,7 +228,7 @@ def test_asyncdiff_by_default_gives_the_score_of_its_paper(
     """CLIP of AsyncDiff, table 1, at 50 steps without a word on the warm-up."""
     quality = quality_of(cloud_only(on_gpus("asyncdiff", degree, model=model, stride=stride)), profiles)
 
-    assert (quality.clip, quality.kind) == (pytest.approx(clip), "quoted")
+    assert (quality.clip.value, quality.clip.kind) == (pytest.approx(clip), "quoted")
 
 
 @given(MODELS, settings())
@@ -265,9 +264,9 @@ def test_more_gpus_never_lose_less(
 ) -> None:
     """At the same stride and warm-up; published degrees and those between them."""
     common = {**setting, "model": model, "steps": steps, "warmup_steps": warmup}
-    more = method_loss(on_gpus(**{**common, "degree": setting["degree"] + 1}), steps, profiles, measure)  # type: ignore[operator,arg-type]
+    more = method_loss(on_gpus(**{**common, "degree": setting["degree"] + 1}), steps, profiles, measure).estimate  # type: ignore[operator,arg-type]
 
-    assert more.value is None or lost(on_gpus(**common), profiles, measure, steps=steps) <= more.value  # type: ignore[arg-type]
+    assert not more.known or lost(on_gpus(**common), profiles, measure, steps=steps) <= more.value  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -292,8 +291,11 @@ def test_what_computes_the_same_loses_nothing(
     plans = [cloud_only(on_gpus(method, degree, **options)), cloud_only(on_gpus("single", 1))]
     parallel, one = (quality_of(plan, profiles) for plan in plans)
 
-    assert parallel == one
-    assert parallel.lpips == 0.0
+    assert scores(parallel) == scores(one)
+    assert [getattr(parallel, m).sources for m in MEASURE_NAMES] == [getattr(one, m).sources for m in MEASURE_NAMES]
+    assert [getattr(parallel, m).kind for m in MEASURE_NAMES] == [getattr(one, m).kind for m in MEASURE_NAMES]
+    assert [getattr(parallel, m).note for m in MEASURE_NAMES] == [getattr(one, m).note for m in MEASURE_NAMES]
+    assert parallel.lpips.value == 0.0
 
 
 def test_asyncdiffs_table_of_matched_speedups_is_foreseen(profiles: Profiles) -> None:
@@ -323,12 +325,12 @@ def test_every_configuration_gains_by_warmup_what_the_published_one_did(
 
     share = lost(ours, profiles) / lost(theirs, profiles)
     assert lost(warmed, profiles) == pytest.approx(share * lost(default, profiles), abs=2e-6)
-    assert share == 1.0 or method_loss(warmed, 50, profiles, "clip").kind == "modelled"
+    assert share == 1.0 or method_loss(warmed, 50, profiles, "clip").estimate.kind == "modelled"
 
 
 def test_fewer_synchronous_steps_than_published_are_marked(profiles: Profiles) -> None:
     """SDXL was published from 3 synchronous steps on: one loses at least as much, and says so."""
-    found = method_loss(on_gpus("asyncdiff", 4, model="sdxl", stride=2, warmup_steps=1), 50, profiles, "clip")
+    found = method_loss(on_gpus("asyncdiff", 4, model="sdxl", stride=2, warmup_steps=1), 50, profiles, "clip").estimate
 
     assert (found.value, found.kind) == (pytest.approx(0.0093), "modelled")
     assert "may lose more" in found.note
@@ -350,7 +352,7 @@ def test_distrifusion_loses_what_its_paper_says(
 ) -> None:
     """SDXL, DistriFusion table 1; between published degrees the next larger counts, else the nearest step count."""
     stage = on_gpus("distrifusion", degree, model="sdxl", steps=steps)
-    losses = [method_loss(stage, steps, profiles, measure) for measure in ("fid", "lpips")]
+    losses = [method_loss(stage, steps, profiles, measure).estimate for measure in ("fid", "lpips")]
 
     assert [loss.value for loss in losses] == [pytest.approx(fid), pytest.approx(lpips)]
     assert {loss.kind for loss in losses} == {kind}
@@ -361,10 +363,10 @@ def test_distrifusions_clip_is_known_for_sd21(profiles: Profiles, degree: int, c
     """AsyncDiff's table 3 scored it on SD 2.1; other models take its loss, marked as modelled."""
     own, other = (quality_of(cloud_only(on_gpus("distrifusion", degree, model=m)), profiles) for m in ("sd21", "sdxl"))
 
-    assert (own.clip, own.kind) == (pytest.approx(clip), "quoted")
-    assert other.clip == pytest.approx(0.3464 - (0.3160 - clip))
-    assert other.kind == "modelled"
-    assert "other models" in other.note
+    assert (own.clip.value, own.clip.kind) == (pytest.approx(clip), "quoted")
+    assert other.clip.value == pytest.approx(0.3464 - (0.3160 - clip))
+    assert other.clip.kind == "modelled"
+    assert "other models" in other.clip.note
 
 
 @pytest.mark.parametrize(
@@ -385,15 +387,15 @@ def test_an_unmeasured_setting_has_no_score(
     quality = quality_of(cloud_only(on_gpus(method, degree, **options)), profiles)
 
     assert scores(quality) == {"clip": None, "fid": None, "lpips": None}
-    assert all(reason in note for note in (quality.note, quality.fid_score.note, quality.lpips_score.note))
+    assert all(reason in note for note in (quality.clip.note, quality.fid.note, quality.lpips.note))
 
 
 @pytest.mark.parametrize("degree", [2, 4])
 def test_pcpp_that_sees_the_whole_image_is_distrifusion(profiles: Profiles, degree: int) -> None:
     """On two stripes with all of the neighbour, attention sees the same stale image; the label is modelled."""
     options = {"guidance_split": degree == 4}
-    pcpp = method_loss(on_gpus("pcpp", degree, model="sdxl", partial=1.0, **options), 50, profiles, "fid")
-    distrifusion = method_loss(on_gpus("distrifusion", degree, model="sdxl", **options), 50, profiles, "fid")
+    pcpp = method_loss(on_gpus("pcpp", degree, model="sdxl", partial=1.0, **options), 50, profiles, "fid").estimate
+    distrifusion = method_loss(on_gpus("distrifusion", degree, model="sdxl", **options), 50, profiles, "fid").estimate
 
     assert pcpp.value == distrifusion.value
     assert pcpp.kind == "modelled"
@@ -406,11 +408,11 @@ def test_guidance_split_loses_no_more(profiles: Profiles, degree: int, warmup: i
     split, plain = (
         method_loss(
             on_gpus("distrifusion", degree, model="sdxl", warmup_steps=warmup, guidance_split=how), 50, profiles, "fid"
-        )
+        ).estimate
         for how in (True, False)
     )
 
-    assert (split.value or 0.0) <= (plain.value or 0.0)
+    assert split.value <= plain.value
     assert split.value == 0.0 or split.kind == "modelled"
 
 
@@ -427,13 +429,13 @@ def test_losses_add_up(profiles: Profiles, k: int, setting: dict[str, object], w
     given_options = {key: value for key, value in setting.items() if key not in how} | {"warmup_steps": warmup}
     how["options"] = tuple(sorted(given_options.items()))
     both, handed = quality_of(hybrid(k, **how), profiles), quality_of(hybrid(k), profiles)
-    assert (both.clip or 0) <= (handed.clip or 0)
-    assert (both.fid or 0) >= (handed.fid or 0)
+    assert both.clip.value <= handed.clip.value
+    assert both.fid.value >= handed.fid.value
     if warmup < k < 25:
         spread = quality_of(hybrid(25, **how), profiles)
-        assert (both.clip or 0) <= (spread.clip or 0)
-        assert (both.fid or 0) >= (spread.fid or 0)
-        assert both.kind == "modelled"
+        assert both.clip.value <= spread.clip.value
+        assert both.fid.value >= spread.fid.value
+        assert both.clip.kind == "modelled"
 
 
 @given(MODELS, st.sampled_from([*MEASURE_NAMES]), settings(), st.integers(1, 60), st.integers(1, 60))
@@ -443,20 +445,19 @@ def test_the_unknown_is_none_with_a_reason(
     """Of any plan each score is either a number with its kind and sources, or None with the reason."""
     stage = on_gpus(**setting, model=model, steps=steps, warmup_steps=warmup)  # type: ignore[arg-type]
     quality = quality_of(cloud_only(stage), profiles, size=(768, 768), sampler="euler")
-    note = {"clip": quality.note, "fid": quality.fid_score.note, "lpips": quality.lpips_score.note}[measure]
-    value = scores(quality)[measure]
+    score: Estimate = getattr(quality, measure)
 
-    assert (value is not None) or note
-    assert measure == "lpips" or value is None or value > 0
+    assert score.known or score.note
+    assert measure == "lpips" or not score.known or score.value > 0
 
 
 def test_a_model_that_nobody_scored_has_no_score(profiles: Profiles) -> None:
     """BK-SDM base stands in no table; what it would lose by a method does not help."""
     quality = quality_of(cloud_only(on_gpus("single", 1, model="bk-sdm-base")), profiles)
 
-    assert (quality.clip, quality.fid) == (None, None)
-    assert quality.note == "no published CLIP score for bk-sdm-base"
-    assert quality.fid_score.note == "no published FID for bk-sdm-base"
+    assert (quality.clip.known, quality.fid.known) == (False, False)
+    assert quality.clip.note == "no published CLIP score for bk-sdm-base"
+    assert quality.fid.note == "no published FID for bk-sdm-base"
 
 
 def test_far_fewer_steps_than_published_have_no_score(profiles: Profiles) -> None:
@@ -464,9 +465,9 @@ def test_far_fewer_steps_than_published_have_no_score(profiles: Profiles) -> Non
     plans = [hybrid(steps, steps=steps) for steps in (30, 8)]
     more, fewer = (quality_of(plan, profiles) for plan in plans)
 
-    assert (more.clip, more.kind) == (pytest.approx(0.2993), "modelled")
-    assert (fewer.clip, fewer.fid) == (None, None)
-    assert "25 steps" in fewer.note
+    assert (more.clip.value, more.clip.kind) == (pytest.approx(0.2993), "modelled")
+    assert (fewer.clip.known, fewer.fid.known) == (False, False)
+    assert "25 steps" in fewer.clip.note
     assert scores(quality_of(plans[0], profiles, guided=False)) == {"clip": None, "fid": None, "lpips": None}
 
 
@@ -475,16 +476,16 @@ def test_fewer_steps_make_asyncdiff_lose_more(profiles: Profiles, steps: int, cl
     """SD 2.1 on three components lost 0.0004 CLIP at 50 DDIM steps, 0.0021 at 25 of DPM-Solver (tables 1, 6, 7)."""
     quality = quality_of(cloud_only(on_gpus("asyncdiff", 3, model="sd21", steps=steps)), profiles)
 
-    assert (quality.clip, quality.kind) == (pytest.approx(clip), kind)
+    assert (quality.clip.value, quality.clip.kind) == (pytest.approx(clip), kind)
 
 
 def test_another_size_keeps_the_score_and_loses_the_label(profiles: Profiles) -> None:
     """SD 1.4's score was published at 512 px: there it is quoted, at 768 px it is modelled."""
     here, there = (quality_of(hybrid(25), profiles, size=(px, px)) for px in (512, 768))
 
-    assert (here.kind, there.kind) == ("quoted", "modelled")
+    assert (here.clip.kind, there.clip.kind) == ("quoted", "modelled")
     assert scores(here) == scores(there)
-    assert "512 px" in there.note
+    assert "512 px" in there.clip.note
 
 
 @pytest.mark.parametrize(
@@ -501,9 +502,9 @@ def test_another_sampler_keeps_the_score_and_loses_the_label(
     """Hybrid SD drew with DPM-Solver, AsyncDiff with DDIM: with another sampler nobody knows better, and it says so."""
     here, there = (quality_of(plan, profiles, sampler=sampler) for sampler in (same, other))
 
-    assert (here.kind, there.kind) == ("quoted", "modelled")
+    assert (here.clip.kind, there.clip.kind) == ("quoted", "modelled")
     assert scores(here) == scores(there)
-    assert f"not {other}" in there.note
+    assert f"not {other}" in there.clip.note
 
 
 def test_predict_says_the_fid_beside_the_clip_score(profiles: Profiles) -> None:
@@ -522,16 +523,15 @@ def test_predict_says_the_fid_beside_the_clip_score(profiles: Profiles) -> None:
 
 
 @given(st.sampled_from(["clip", "fid"]), st.floats(0.0, 100.0))
-def test_an_interval_holds_its_score_and_is_wider_where_none_was_printed(measure: str, value: float) -> None:
+def test_an_interval_holds_its_score_and_is_wider_where_none_was_printed(measure: Measure, value: float) -> None:
     """Printed scores reach as far as printings differ, modelled ones further; none goes below 0."""
-    quoted, modelled = (score_interval(measure, value, kind) for kind in ("quoted", "modelled"))
+    kinds: tuple[Kind, ...] = ("quoted", "modelled")
+    quoted, modelled = (with_interval(Estimate(value, kind=kind), measure) for kind in kinds)
 
-    assert quoted is not None
-    assert modelled is not None
-    assert 0.0 <= modelled[0] <= quoted[0] <= value < quoted[1] < modelled[1]
+    assert 0.0 <= modelled.low <= quoted.low <= value < quoted.high < modelled.high
 
 
 def test_no_score_has_no_interval() -> None:
     """What nobody knows, or printed once only, has no width."""
-    assert score_interval("clip", None, "modelled") is None
-    assert score_interval("lpips", 0.2, "quoted") is None
+    assert with_interval(Estimate.unknown("nobody looked"), "clip").interval_or_none is None
+    assert with_interval(Estimate(0.2, kind="quoted"), "lpips").interval_or_none is None
