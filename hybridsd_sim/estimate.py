@@ -16,6 +16,8 @@ Kind = Literal["measured", "quoted", "modelled"]
 KIND_ORDER: Mapping[Kind, int] = {"measured": 0, "quoted": 1, "modelled": 2}
 """The better known first."""
 NAN = math.nan
+Z90 = 1.645
+"""Standard deviations from the middle of a normal distribution to either end of its central 90%."""
 
 
 def weakest(kinds: Iterable[Kind]) -> Kind:
@@ -49,6 +51,24 @@ class Estimate:
     def unknown(cls, note: str, kind: Kind = "modelled", sources: tuple[str, ...] = ()) -> Estimate:
         """A figure that nobody knows, and why."""
         return cls(NAN, NAN, NAN, kind, sources, note)
+
+    @classmethod
+    def by_factor(
+        cls,
+        value: float,
+        factor: float,
+        kind: Kind = "modelled",
+        sources: tuple[str, ...] = (),
+        note: str = "",
+        *,
+        within: bool = True,
+    ) -> Estimate:
+        """A figure that may be too large or too small by up to `factor`, at least 1.
+
+        With `factor = exp(Z90 * s)` that is the 90% interval of a log-normal figure of median `value`, whose logarithm
+        has the standard deviation `s`.
+        """
+        return cls(value, value / factor, value * factor, kind, sources, note, within)
 
     @property
     def known(self) -> bool:

@@ -1,10 +1,11 @@
 from .collectives import CONSTANTS as CONSTANTS
 from .collectives import Constant as Constant
 from .collectives import actual_link as actual_link
-from .device_fit import Z90 as Z90
 from .device_fit import Fit as Fit
-from .device_fit import component_law_s as component_law_s
+from .device_fit import component_time as component_time
 from .device_fit import fit_of as fit_of
+from .device_fit import fitted_component_time as fitted_component_time
+from .device_fit import fitted_step_time as fitted_step_time
 from .parallel_methods import METHODS as METHODS
 from .parallel_methods import Method as Method
 from .parallel_methods import find_method as find_method
@@ -27,7 +28,6 @@ from .roofline import layer_table as layer_table
 from .stage_time import StageTimer as StageTimer
 from .stage_time import denoising as denoising
 from .stage_time import job_of as job_of
-from .stage_time import law_s as law_s
 from .stage_time import timer_of as timer_of
 from .unet_layers import PIXELS_PER_LATENT as PIXELS_PER_LATENT
 from .unet_layers import TEXT_TOKENS as TEXT_TOKENS

@@ -15,7 +15,8 @@ from math import exp, log, sqrt
 
 import numpy as np
 
-from hybridsd_sim.perf.device_fit import Z90, Fit, call_kernels, calls
+from hybridsd_sim.estimate import Z90
+from hybridsd_sim.perf.device_fit import Fit, call_kernels, calls
 from hybridsd_sim.perf.partition import RankWork
 from hybridsd_sim.perf.roofline import Batch, Floats
 from hybridsd_sim.profiles import CostRow, Interconnect, Profiles

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridsd_sim.errors import MissingDataError, Problem
-from hybridsd_sim.estimate import Kind
+from hybridsd_sim.estimate import Z90, Estimate, Kind
 from hybridsd_sim.perf.roofline import (
     ELEMENT_BYTES,
     NO_LIMIT,
@@ -79,8 +79,6 @@ UNKNOWN_PEAK_SPREAD = 1.0
 COMPONENT_SPREAD = 0.5
 """Standard deviation of a component's logarithm around the law of UNet steps before any component row is seen."""
 
-Z90 = 1.645
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prior:
@@ -113,11 +111,13 @@ class Fit:
     sources: tuple[str, ...] = ()
 
     @property
-    def parameters(self) -> dict[str, tuple[float, float, float]]:
-        """Each parameter with the ends of its 90% interval."""
+    def parameters(self) -> dict[str, Estimate]:
+        """Each parameter, by its name in `PARAMETERS`, with its 90% interval."""
         widths = Z90 * np.sqrt(np.diag(self.covariance))
-        bounds = zip(PARAMETERS, self.law, widths, strict=True)
-        return {name: (exp(value), exp(value - width), exp(value + width)) for name, value, width in bounds}
+        return {
+            name: Estimate(exp(value), exp(value - width), exp(value + width), "modelled", self.sources, self.note)
+            for name, value, width in zip(PARAMETERS, self.law, widths, strict=True)
+        }
 
     @property
     def note(self) -> str:
@@ -167,21 +167,49 @@ def _kernels(profiles: Profiles, name: str, height_px: int, width_px: int, laten
     )
 
 
-def component_law_s(
-    profiles: Profiles, device: str, runtime: str, precision: str, component: Component, height_px: int, width_px: int
-) -> tuple[tuple[float, float, float], Fit]:
-    """Seconds of one prompt or image under the device's law of UNet steps, the ends of their 90% interval, and the law.
+def fitted_step_time(row: CostRow, profiles: Profiles) -> Estimate:
+    """Seconds that the device fit gives the step of a one-GPU row, at 90%, whatever the row itself says."""
+    fit, kernels = fit_of(profiles, row.device, row.runtime, row.precision), call_kernels(profiles, row)
+    middle = fit.seconds(kernels) * calls(profiles, row.runtime, row.latents)
+    return Estimate.by_factor(middle, exp(Z90 * fit.log_spread(kernels)), "modelled", fit.sources, fit.note)
+
+
+def component_time(
+    profiles: Profiles,
+    device: str,
+    runtime: str,
+    precision: str,
+    component: Component,
+    size: tuple[int, int],
+    *,
+    prefer: Sequence[str] = (),
+) -> Estimate:
+    """Seconds of one prompt, or of one image of this `size` (height and width in px), on a device, at 90%.
+
+    The component's own row serves where there is one, else the device fit. `prefer` names sources of rows to take
+    before all others. Raises `MissingDataError` where neither a row nor a fit exists.
+    """
+    row = profiles.component_row(device, runtime, component, size, prefer=prefer)
+    return row.seconds if row else fitted_component_time(profiles, device, runtime, precision, component, size)
+
+
+def fitted_component_time(
+    profiles: Profiles, device: str, runtime: str, precision: str, component: Component, size: tuple[int, int]
+) -> Estimate:
+    """Seconds of one prompt or image under the device's fit of UNet steps, at 90%, whatever rows of its own say.
 
     Encoders and decoders run slower than their FLOPs say (small prompts, float32 decoders), by a ratio that all timed
     devices share (`<component>_ratio` of the fitted constants).
     """
+    height_px, width_px = size
     fit, area = fit_of(profiles, device, runtime, precision), component.area(height_px, width_px)
     conv, linear = component.flop_conv_512 * area, component.flop_linear_512 * area
     kernels = plain_kernels(conv, linear, component.flop_attention_512 * area**2, component.ops)
     ratio = profiles.constants.get(f"{component.component}_ratio")
     value, doubt = (ratio.value, ratio.spread) if ratio else (1.0, COMPONENT_SPREAD)
-    middle, width = fit.seconds(kernels) * value, exp(Z90 * sqrt(fit.log_spread(kernels) ** 2 + doubt**2))
-    return (middle, middle / width, middle * width), fit
+    factor = exp(Z90 * sqrt(fit.log_spread(kernels) ** 2 + doubt**2))
+    note = f"{component.name} from the law of UNet steps: {fit.note}"
+    return Estimate.by_factor(fit.seconds(kernels) * value, factor, "modelled", fit.sources, note)
 
 
 @lru_cache(maxsize=512)

@@ -21,8 +21,8 @@ from hybridsd_sim.files import write_atomically
 from hybridsd_sim.perf.collectives import CONSTANTS, Round, constants_of
 from hybridsd_sim.perf.device_fit import (
     Fit,
-    component_law_s,
     fit_of,
+    fitted_component_time,
     memory_bytes_per_s,
     peak_flop_per_s,
     starting_belief,
@@ -275,8 +275,7 @@ def _component_ratios(profiles: Profiles) -> Iterator[MethodConstant]:
 def _component_s(row: CostRow, profiles: Profiles) -> float:
     where = (row.device, row.runtime, row.precision)
     component, plain = profiles.component(row.model), replace(profiles, constants={})
-    times, _ = component_law_s(plain, *where, component, row.height_px, row.width_px)
-    return times[0]
+    return fitted_component_time(plain, *where, component, (row.height_px, row.width_px)).value
 
 
 def _constant(name: str, value: float, spread: float, rows: Sequence[CostRow], meaning: str) -> MethodConstant:
@@ -331,11 +330,12 @@ def _write(path: Path, columns: Sequence[str], lines: Sequence[Mapping[str, obje
 
 def law_lines(fit: Fit) -> Iterator[dict[str, object]]:
     """A law's parameters, a line each."""
-    for name, (value, low, high) in fit.parameters.items():
-        if value < NO_LIMIT / 10:
+    for name, found in fit.parameters.items():
+        if found.value < NO_LIMIT / 10:
             yield {
                 "device": fit.device, "runtime": fit.runtime, "precision": fit.precision, "parameter": name,
-                "value": _rounded(value), "low": _rounded(low), "high": _rounded(high), "rows": len(fit.rows),
+                "value": _rounded(found.value), "low": _rounded(found.low), "high": _rounded(found.high),
+                "rows": len(fit.rows),
             }  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from math import exp, hypot, log, sqrt
 
 from hybridsd_sim.errors import IllegalPlanError
-from hybridsd_sim.estimate import Kind
+from hybridsd_sim.estimate import Z90, Estimate
 from hybridsd_sim.perf.collectives import Round, actual_link
-from hybridsd_sim.perf.device_fit import ROWS_OF_DOUBT, SOURCE_SPREAD, Z90, Fit, call_kernels, calls, fit_of
+from hybridsd_sim.perf.device_fit import ROWS_OF_DOUBT, SOURCE_SPREAD, Fit, calls, fit_of
 from hybridsd_sim.perf.parallel_methods import Count, Option, find_method, heaviest, option_types
 from hybridsd_sim.perf.partition import Denoising, RankWork, elements_of
 from hybridsd_sim.perf.roofline import ELEMENT_BYTES, layer_table
@@ -28,22 +28,16 @@ SIMULTANEOUS = ("gloo", "nccl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseTime:
-    """How long one phase of a stage takes, warm-up or steady, all its rounds together.
+    """How long one phase of a stage takes, warm-up or steady, all its rounds together, at 90%.
 
-    `low_s` and `high_s` bound the seconds at 90%. `comm_bytes` are what one GPU receives, `comm_exposed_s` the seconds
-    of exchange that compute does not hide. `within` is false outside what was timed on the device.
+    `comm_bytes` are what one GPU receives, `comm_exposed_s` the seconds of exchange that compute does not hide. The
+    seconds are `within` as long as the device was timed on calls of about this size.
     """
 
     name: str
-    seconds: float
-    low_s: float
-    high_s: float
-    kind: Kind
-    sources: tuple[str, ...]
-    note: str = ""
+    seconds: Estimate
     comm_bytes: float = 0.0
     comm_exposed_s: float = 0.0
-    within: bool = True
 
 
 def denoising(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
@@ -113,14 +107,6 @@ def stage_rounds(stage: Stage, request: Request, profiles: Profiles) -> list[tup
     return [(rounds * timer.calls, timer.round(name)) for name, _, rounds in timer.counts(stage.num_steps)]
 
 
-def law_s(row: CostRow, profiles: Profiles) -> tuple[float, float, float]:
-    """Seconds that the device's law gives the step of a one-GPU row, and the ends of their 90% interval."""
-    fit, kernels = fit_of(profiles, row.device, row.runtime, row.precision), call_kernels(profiles, row)
-    middle = fit.seconds(kernels) * calls(profiles, row.runtime, row.latents)
-    width = exp(Z90 * fit.log_spread(kernels))
-    return middle, middle / width, middle * width
-
-
 class StageTimer:
     """Times the phases of a stage. All that does not depend on its number of steps is worked out once."""
 
@@ -166,8 +152,7 @@ class StageTimer:
         anchor = self.anchor
         if anchor is None:
             return 0.0
-        low, high = anchor.range_s
-        repetition = log(high / low) / (2 * Z90)
+        repetition = log(anchor.seconds.high / anchor.seconds.low) / (2 * Z90)
         if anchor.kind == "measured":
             return repetition
         gaps = [log(row.seconds_median / anchor.seconds_median) for row in rows if self._timed_the_same(row, anchor)]
@@ -181,13 +166,13 @@ class StageTimer:
     def _time(self, phase: str) -> Callable[[int, int], PhaseTime]:
         calls, row = self.calls, self.row
         if self.stage.degree == 1 and row is not None:
-            width = exp(Z90 * self.level_spread)
-            seconds = row.seconds_median
-            bounds = row.range_s if row.kind == "measured" else (seconds / width, seconds * width)
-            return lambda _, rounds: _timed(phase, row, rounds * calls, bounds=bounds)
+            each = row.seconds
+            if row.kind != "measured":
+                each = Estimate.by_factor(each.value, exp(Z90 * self.level_spread), each.kind, each.sources)
+            return lambda _, rounds: _timed(phase, row, each, rounds * calls)
         if self.stage.degree > 1 and (gang := self._gang_row(phase)) is not None:
-            note, range_s = "measured as a whole, its exchange inside", gang.range_s
-            return lambda steps, _: _timed(phase, gang, steps, bounds=range_s, note=note)
+            whole = replace(gang.seconds, note="measured as a whole, its exchange inside")
+            return lambda steps, _: _timed(phase, gang, whole, steps)
         once, width = self._modelled(phase)
         return lambda _, rounds: _repeated(once, width, rounds * calls)
 
@@ -218,15 +203,15 @@ class StageTimer:
         within = self.row is not None or fit.holds(work.kernels.flops)
         once = PhaseTime(
             name=phase,
-            seconds=seconds,
-            low_s=seconds / width,
-            high_s=seconds * width,
-            kind="modelled",
-            sources=self._sources(fit, round_.link),
-            note=self._note(fit, work, within=within),
+            seconds=Estimate.by_factor(
+                seconds,
+                width,
+                sources=self._sources(fit, round_.link),
+                note=self._note(fit, work, within=within),
+                within=within,
+            ),
             comm_bytes=work.received_bytes,
             comm_exposed_s=exposed,
-            within=within,
         )
         return once, width
 
@@ -288,33 +273,18 @@ def _texts(options: Mapping[str, Option]) -> dict[str, str]:
     return {name: str(value).lower() for name, value in options.items() if name != "warmup_steps"}
 
 
-def _timed(name: str, row: CostRow, count: int, *, bounds: tuple[float, float], note: str = "") -> PhaseTime:
-    """As many of a timed row as the phase has; `bounds` are those of one."""
-    low, high = bounds
-    return PhaseTime(
-        name=name,
-        seconds=row.seconds_median * count,
-        low_s=low * count,
-        high_s=high * count,
-        kind=row.kind,
-        sources=(row.source,),
-        note=note,
-        comm_bytes=float(row.comm_bytes or 0) * count,
-    )
+def _timed(name: str, row: CostRow, each: Estimate, count: int) -> PhaseTime:
+    """As many of a timed row as the phase has, of which one takes `each`."""
+    return PhaseTime(name=name, seconds=count * each, comm_bytes=float(row.comm_bytes or 0) * count)
 
 
 def _repeated(once: PhaseTime, width: float, count: int) -> PhaseTime:
     """As many of a modelled round as the phase has."""
-    seconds = once.seconds * count
+    each = once.seconds
     return PhaseTime(
         name=once.name,
-        seconds=seconds,
-        low_s=seconds / width,
-        high_s=seconds * width,
-        kind=once.kind,
-        sources=once.sources,
-        note=once.note,
+        # from the factor, as the ends of many rounds were always rounded
+        seconds=Estimate.by_factor(each.value * count, width, each.kind, each.sources, each.note, within=each.within),
         comm_bytes=once.comm_bytes * count,
         comm_exposed_s=once.comm_exposed_s * count,
-        within=once.within,
     )

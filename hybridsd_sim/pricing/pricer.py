@@ -21,10 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate
+from operator import add
 
-from hybridsd_sim.estimate import KIND_ORDER, Kind
-from hybridsd_sim.perf import StageTimer, Work, component_law_s, option_types, timer_of, unet_layers, work
+from hybridsd_sim.estimate import Estimate
+from hybridsd_sim.perf import StageTimer, Work, component_time, option_types, timer_of, unet_layers, work
 from hybridsd_sim.plan import Plan, Request, Site, Stage
 from hybridsd_sim.pricing.plan_cost import Part, PlanCost
 from hybridsd_sim.pricing.quality import quality_of
@@ -37,7 +39,7 @@ from hybridsd_sim.pricing.transfers import (
     latent_elements,
     transfer_s,
 )
-from hybridsd_sim.profiles import Component, Network, Profiles, Runtime
+from hybridsd_sim.profiles import Network, Profiles, Runtime
 
 COMPONENTS = ("text_encode", "denoise", "denoise_warmup", "vae_decode")
 """The parts whose sum an edge device exceeds end to end."""
@@ -123,11 +125,10 @@ class _Holder:
     unknown: str
 
     def part(
-        self, name: str, seconds: float, bounds: tuple[float, float], kind: Kind, sources: tuple[str, ...],
-        note: str = "", *, comm_bytes: float = 0.0, comm_exposed_s: float = 0.0, within: bool = True,
-        critical: bool = True,
-    ) -> Part:  # fmt: skip
-        """A part that holds these devices for `seconds`, with its dollars or joules."""
+        self, name: str, time: Estimate, *, comm_bytes: float = 0.0, comm_exposed_s: float = 0.0, critical: bool = True
+    ) -> Part:
+        """A part that holds these devices for a `time` in seconds, with its dollars or joules."""
+        seconds = time.value
         usd: float | None = 0.0
         energy: float | None = 0.0
         if self.site.tier == "edge":
@@ -135,9 +136,10 @@ class _Holder:
         else:
             usd = None if self.rate is None else self.rate * self.devices * seconds / 3600
         return Part(
-            name=name, where=self.site.name, tier=self.site.tier, seconds=seconds, low_s=bounds[0], high_s=bounds[1],
+            name=name, where=self.site.name, tier=self.site.tier, seconds=seconds, low_s=time.low, high_s=time.high,
             devices=self.devices, usd=usd, energy_j=energy, comm_bytes=comm_bytes, comm_exposed_s=comm_exposed_s,
-            kind=kind, sources=sources, note=note, unknown=self.unknown, within=within, critical=critical,
+            kind=time.kind, sources=time.sources, note=time.note, unknown=self.unknown, within=time.within,
+            critical=critical,
         )  # fmt: skip
 
 
@@ -180,7 +182,7 @@ class _Pricer:
                 if item.tier == "cloud":
                     yield item.seconds
             elif (stage := plan.stages[item]).site.tier == "cloud":
-                yield from (phase.seconds for phase in self._timers[item].times(stage.num_steps))
+                yield from (phase.seconds.value for phase in self._timers[item].times(stage.num_steps))
 
     def _walk(self) -> Iterator[Part | int]:
         """The components in order, with the index of a stage in place of its parts."""
@@ -224,7 +226,7 @@ class _Pricer:
             models = [stage.model for stage in self.plan.cloud_stages if stage.site.name == name]
             for model in dict.fromkeys(models or ["*"] * (site.tier == "cloud")):
                 row = self.profiles.model_load(site.device, model)
-                yield self._held(site).part("model_load", row.seconds_median, row.range_s, row.kind, (row.source,))
+                yield self._held(site).part("model_load", row.seconds)
 
     def _handover(self, index: int, sender: Site, stage: Stage, *, with_embedding: bool) -> Iterator[Part]:
         model = self.profiles.model(stage.model)
@@ -244,8 +246,8 @@ class _Pricer:
     def _handled(self, name: str, end: End, site: Site, payload: int) -> Part:
         """One end of a hand-over; in the cloud of all the requests that share the gang."""
         found = handling(self.profiles, site.device, end, payload * self._together(site), prefer=self.prefer)
-        figures = (found.seconds, found.bounds_s, found.kind, found.sources, found.note)
-        return self._held(site).part(f"{name}_{end}", *figures)
+        time = Estimate(found.seconds, *found.bounds_s, found.kind, found.sources, found.note)
+        return self._held(site).part(f"{name}_{end}", time)
 
     def _overheads(self, walked: Sequence[Part]) -> Iterator[Part]:
         """What edge devices take beyond the sum of their components; what runs beside the cloud delays nobody."""
@@ -254,8 +256,10 @@ class _Pricer:
             timed = [part.seconds for part in mine if part.name in COMPONENTS]
             if timed:
                 seconds = sum(timed)
-                figures = (seconds * law.overhead_share, (seconds * law.overhead_low, seconds * law.overhead_high))
-                yield self._held(site).part("device_overhead", *figures, "modelled", (law.overhead_source,), note)
+                share, low, high = law.overhead_share, law.overhead_low, law.overhead_high
+                ends = (seconds * low, seconds * high)
+                time = Estimate(seconds * share, *ends, "modelled", (law.overhead_source,), note)
+                yield self._held(site).part("device_overhead", time)
 
     def _overhead_laws(self) -> Iterator[tuple[Site, Runtime, str]]:
         """The edge devices that take more than the sum of their components, and what to say about it."""
@@ -295,33 +299,25 @@ class _Pricer:
 
     def _component(self, name: str, site: Site, components: Sequence[str], repeats: int) -> Part:
         """Text encoders or a VAE: from their own rows where they fit, else scaled from the device's UNet speed."""
-        seconds = low = high = 0.0
-        found = [self._component_time(component, site) for component in components]
-        for one in found:
-            seconds, low, high = (a + b * repeats for a, b in zip((seconds, low, high), one.times_s, strict=True))
-        kind = max((one.kind for one in found), key=KIND_ORDER.__getitem__)
-        sources = tuple(dict.fromkeys(source for one in found for source in one.sources))
-        notes = "; ".join(one.note for one in found if one.note)
-        return self._held(site).part(name, seconds, (low, high), kind, sources, notes)
+        times = (repeats * self._component_time(component, site) for component in components)
+        return self._held(site).part(name, reduce(add, times))
 
-    def _component_time(self, component: str, site: Site) -> _ComponentTime:
+    def _component_time(self, component: str, site: Site) -> Estimate:
         where = (site.device, site.runtime, site.precision)
         size = (self.request.height_px, self.request.width_px)
         key = (component, *where, *size, self.prefer)
         profiles, prefer = self.profiles, self.prefer
         return profiles.memory.recall(
-            "components", key, lambda: _component_time(profiles, profiles.component(component), where, size, prefer)
+            "components",
+            key,
+            lambda: component_time(profiles, *where, profiles.component(component), size, prefer=prefer),
         )
 
     def _stage(self, stage: Stage, timer: StageTimer) -> Iterator[Part]:
         holder = self._held(stage.site)
         for phase in timer.times(stage.num_steps):
             name = "denoise_warmup" if phase.name == "warmup" else "denoise"
-            bounds = (phase.low_s, phase.high_s)
-            yield holder.part(
-                name, phase.seconds, bounds, phase.kind, phase.sources, phase.note,
-                comm_bytes=phase.comm_bytes, comm_exposed_s=phase.comm_exposed_s, within=phase.within,
-            )  # fmt: skip
+            yield holder.part(name, phase.seconds, comm_bytes=phase.comm_bytes, comm_exposed_s=phase.comm_exposed_s)
 
     def _held(self, site: Site) -> _Holder:
         """The device of the site, or the whole gang."""
@@ -339,25 +335,3 @@ class _Pricer:
             rate = None if row is None else row.usd
         why = f"no {site.purchase} price for {site.device}" if rate is None else ""
         return _Holder(site, self.gang[site.name], rate, 0.0, why)
-
-
-@dataclass(frozen=True, slots=True)
-class _ComponentTime:
-    """Seconds of one prompt or image and the ends of their 90% interval."""
-
-    times_s: tuple[float, float, float]
-    kind: Kind
-    sources: tuple[str, ...]
-    note: str = ""
-
-
-def _component_time(
-    profiles: Profiles, component: Component, where: tuple[str, str, str], size: tuple[int, int], prefer: Sequence[str]
-) -> _ComponentTime:
-    """From the component's own row on the device (device, runtime, precision), else from the law of UNet steps."""
-    row = profiles.component_row(*where[:2], component, size, prefer=prefer)
-    if row is not None:
-        return _ComponentTime((row.seconds_median, *row.range_s), row.kind, (row.source,))
-    times, fit = component_law_s(profiles, *where, component, *size)
-    note = f"{component.name} from the law of UNet steps: {fit.note}"
-    return _ComponentTime(times, "modelled", tuple(fit.sources), note)

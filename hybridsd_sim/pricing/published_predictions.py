@@ -14,7 +14,7 @@ from itertools import product
 from math import exp, hypot, log
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name
-from hybridsd_sim.perf import component_law_s, denoising, find_method, law_s, timed_stage
+from hybridsd_sim.perf import denoising, find_method, fitted_component_time, fitted_step_time, timed_stage
 from hybridsd_sim.plan import Plan, Request, Site, Stage, Tier
 from hybridsd_sim.pricing.plan_cost import PlanCost
 from hybridsd_sim.pricing.pricer import plan_flops, price
@@ -69,10 +69,12 @@ def predict_figure(row: PublishedRow, profiles: Profiles) -> Prediction:
 
 def _by_law(row: CostRow, profiles: Profiles) -> Prediction:
     if row.component == "step":
-        return Prediction(*law_s(row, profiles))
-    where = (profiles, row.device, row.runtime, row.precision)
-    seconds, _ = component_law_s(*where, profiles.component(row.model), row.height_px, row.width_px)
-    return Prediction(*(row.batch_size * bound for bound in seconds))
+        found = fitted_step_time(row, profiles)
+    else:
+        where = (profiles, row.device, row.runtime, row.precision)
+        each = fitted_component_time(*where, profiles.component(row.model), (row.height_px, row.width_px))
+        found = row.batch_size * each
+    return Prediction(found.value, *found.interval)
 
 
 # ---- Cost rows of several devices -----------------------------------------------------------------------------------

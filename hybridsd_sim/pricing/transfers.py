@@ -99,9 +99,9 @@ def _handling(profiles: Profiles, device: str, end: End, payload_bytes: int, pre
 
 def _bounds_s(rows: Sequence[CostRow], payload_bytes: int) -> tuple[float, float]:
     """From the fastest to the slowest rate; a small payload may take as long as the quickest timed one."""
-    lows = [row.range_s[0] / (row.comm_bytes or 1) for row in rows]
-    highs = [row.range_s[1] / (row.comm_bytes or 1) for row in rows]
-    return payload_bytes * min(lows), max(payload_bytes * max(highs), min(row.range_s[1] for row in rows))
+    lows = [row.seconds.low / (row.comm_bytes or 1) for row in rows]
+    highs = [row.seconds.high / (row.comm_bytes or 1) for row in rows]
+    return payload_bytes * min(lows), max(payload_bytes * max(highs), min(row.seconds.high for row in rows))
 
 
 def _best(rows: Sequence[CostRow], device: str, prefer: Sequence[str]) -> list[CostRow]:

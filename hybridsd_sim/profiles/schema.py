@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hybridsd_sim.errors import Problem
-from hybridsd_sim.estimate import Kind
+from hybridsd_sim.estimate import Estimate, Kind
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -405,15 +405,16 @@ class CostRow(Row):
         return self.batch_size * (2 if self.guidance else 1)
 
     @property
-    def range_s(self) -> tuple[float, float]:
-        """The 5th and 95th percentile.
+    def seconds(self) -> Estimate:
+        """The median, between the 5th and the 95th percentile.
 
-        Where the source gives none (modelled): 3.5% to either side, which is what repetition does, and 10% for a row
-        that was derived by a rule.
+        Where the source gives no percentiles (modelled): 3.5% to either side, which is what repetition does, and 10%
+        for a row that was derived by a rule.
         """
         middle, share = self.seconds_median, 0.1 if self.kind == "modelled" else 0.035
-        low, high = self.seconds_p05, self.seconds_p95
-        return (1 - share) * middle if low is None else low, (1 + share) * middle if high is None else high
+        low = (1 - share) * middle if self.seconds_p05 is None else self.seconds_p05
+        high = (1 + share) * middle if self.seconds_p95 is None else self.seconds_p95
+        return Estimate(middle, low, high, self.kind, (self.source,))
 
     @model_validator(mode="after")
     def _percentiles_must_rise(self) -> Self:

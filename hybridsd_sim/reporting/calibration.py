@@ -15,7 +15,8 @@ from math import exp, expm1
 from typing import TYPE_CHECKING
 
 from hybridsd_sim.errors import MissingDataError
-from hybridsd_sim.perf import CONSTANTS, Z90, fit_of
+from hybridsd_sim.estimate import Z90
+from hybridsd_sim.perf import CONSTANTS, fit_of
 from hybridsd_sim.plan import Site
 from hybridsd_sim.profiles import alike
 from hybridsd_sim.reporting.blocks import Block, Cell, Fold, Heading, Paragraph, Picture, Table
@@ -63,9 +64,9 @@ def _fit(site: Site, profiles: Profiles) -> Data:
 def _fit_parameters(fit: Fit, profiles: Profiles) -> Iterator[Data]:
     """The law's parameters; a memory whose bandwidth no datasheet gives is not in it."""
     unbounded = getattr(profiles.device(fit.device), "memory_bandwidth_bytes_per_s", None) is None
-    for name, ends in fit.parameters.items():
+    for name, found in fit.parameters.items():
         unknown = unbounded and name == "memory_bytes_per_s"
-        value, low, high = (None, None, None) if unknown else ends
+        value, low, high = (None, None, None) if unknown else (found.value, found.low, found.high)
         note = "no datasheet gives it" if unknown else ""
         yield {"name": name, "value": value, "low": low, "high": high, "unit": unit_of(name), "note": note}
 

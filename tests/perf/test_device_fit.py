@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles, load_profiles
 from hybridsd_sim.errors import MissingDataError
-from hybridsd_sim.perf import Fit, Floats, component_law_s, fit_of, law_s, own_fits
+from hybridsd_sim.perf import Fit, Floats, fit_of, fitted_component_time, fitted_step_time, own_fits
 from hybridsd_sim.perf.device_fit import (
     ROW_SPREAD,
     SHIFT,
@@ -247,7 +247,7 @@ def test_residuals_are_the_laws_error_in_its_rows() -> None:
     assert fit.rows == tuple(rows)
     assert fit.sources == ("one table",)
     for timed, error in zip(fit.rows, fit.residuals, strict=True):
-        assert log(law_s(timed, known)[0] / timed.seconds_median) == pytest.approx(error)
+        assert log(fitted_step_time(timed, known).value / timed.seconds_median) == pytest.approx(error)
     assert f"{len(rows)} one-GPU rows" in fit.note
     assert f"{fmean(abs(exp(error) - 1) for error in fit.residuals):.1%}" in fit.note
 
@@ -258,9 +258,9 @@ def test_parameters_have_their_interval_and_unit() -> None:
     belief = starting_belief(bare(), RUNTIME, "fp16")
 
     assert tuple(fit.parameters) == PARAMETERS
-    assert all(0 < low < value < high for value, low, high in fit.parameters.values())
-    assert fit.parameters["linear_flop_per_s"][0] == pytest.approx(PEAK * exp(belief.mean[0]))
-    assert fit.parameters["memory_bytes_per_s"][0] == pytest.approx(BANDWIDTH * exp(belief.mean[3]))
+    assert all(0 < found.low < found.value < found.high for found in fit.parameters.values())
+    assert fit.parameters["linear_flop_per_s"].value == pytest.approx(PEAK * exp(belief.mean[0]))
+    assert fit.parameters["memory_bytes_per_s"].value == pytest.approx(BANDWIDTH * exp(belief.mean[3]))
 
 
 # ---- Intervals ------------------------------------------------------------------------------------------------------
@@ -309,10 +309,10 @@ def test_a_device_without_rows_is_less_sure_than_one_with(deviation: Floats) -> 
 def test_an_interval_surrounds_its_middle_evenly_in_logarithms() -> None:
     """Ends are as far from the middle in one direction as in the other, as factors."""
     known = bare().with_costs(rows_of(true_law(np.zeros(len(PARAMETERS)))))
-    middle, low, high = law_s(row(UNTIMED[0]), known)
+    time = fitted_step_time(row(UNTIMED[0]), known)
 
-    assert low < middle < high
-    assert middle / low == pytest.approx(high / middle)
+    assert time.low < time.value < time.high
+    assert time.value / time.low == pytest.approx(time.high / time.value)
 
 
 def test_a_round_lies_inside_what_was_timed_up_to_a_factor_of_two() -> None:
@@ -391,7 +391,8 @@ def test_full_precision_is_slower_on_every_gpu(profiles: Profiles, gpu: str, run
     """With a datasheet, fp32 takes longer than fp16, timed or not."""
     for call in TIMED:
         half, full = (
-            law_s(row(call, device=gpu, runtime=runtime, precision=name), profiles)[0] for name in ("fp16", "fp32")
+            fitted_step_time(row(call, device=gpu, runtime=runtime, precision=name), profiles).value
+            for name in ("fp16", "fp32")
         )
         assert full > half, call
 
@@ -399,7 +400,9 @@ def test_full_precision_is_slower_on_every_gpu(profiles: Profiles, gpu: str, run
 def test_full_precision_is_slower_without_a_datasheet() -> None:
     """A phone that was timed in fp16 takes longer in fp32 as well."""
     known = bare().with_costs([row(call, 0.2, device="phone") for call in TIMED[:1]])
-    half, full = (law_s(row(TIMED[0], device="phone", precision=name), known)[0] for name in ("fp16", "fp32"))
+    half, full = (
+        fitted_step_time(row(TIMED[0], device="phone", precision=name), known).value for name in ("fp16", "fp32")
+    )
 
     assert full > 1.2 * half
 
@@ -447,8 +450,8 @@ def test_guidance_doubles_the_step_of_a_one_latent_runtime() -> None:
     both = row(("sd15", 512, 1), 0.2, device="phone", runtime="qnn")
     known, known_both = bare().with_costs([one]), bare().with_costs([both])
 
-    assert law_s(both, known)[0] == pytest.approx(2 * law_s(one, known)[0])
-    assert law_s(one, known_both)[0] == pytest.approx(law_s(one, known)[0])
+    assert fitted_step_time(both, known).value == pytest.approx(2 * fitted_step_time(one, known).value)
+    assert fitted_step_time(one, known_both).value == pytest.approx(fitted_step_time(one, known).value)
 
 
 # ---- Components -----------------------------------------------------------------------------------------------------
@@ -458,13 +461,13 @@ def test_a_component_takes_its_flops_times_the_shared_ratio(profiles: Profiles) 
     """Decoders are timed by the UNet's law, longer by what all devices share, and less surely."""
     component, where = profiles.component("autoencoder-kl"), ("a100-sxm-80gb", "eager", "fp16")
     ratio = profiles.constants["vae_decode_ratio"].value
-    (middle, low, high), fit = component_law_s(profiles, *where, component, 512, 512)
-    (bare_s, bare_low, _), _ = component_law_s(replace(profiles, constants={}), *where, component, 512, 512)
+    time = fitted_component_time(profiles, *where, component, (512, 512))
+    plain = fitted_component_time(replace(profiles, constants={}), *where, component, (512, 512))
 
-    assert middle == pytest.approx(ratio * bare_s)
-    assert low < middle < high
-    assert bare_low / bare_s < low / middle  # less sure before any component was timed
-    assert fit.device == "a100-sxm-80gb"
+    assert time.value == pytest.approx(ratio * plain.value)
+    assert time.low < time.value < time.high
+    assert plain.low / plain.value < time.low / time.value  # less sure before any component was timed
+    assert "a100-sxm-80gb" in time.note
 
 
 def test_a_prompt_takes_the_same_at_every_size_and_an_image_does_not(profiles: Profiles) -> None:
@@ -472,7 +475,7 @@ def test_a_prompt_takes_the_same_at_every_size_and_an_image_does_not(profiles: P
     where = ("a100-sxm-80gb", "eager", "fp16")
 
     def seconds(name: str, side_px: int) -> float:
-        return component_law_s(profiles, *where, profiles.component(name), side_px, side_px)[0][0]
+        return fitted_component_time(profiles, *where, profiles.component(name), (side_px, side_px)).value
 
     assert seconds("clip-l", 512) == seconds("clip-l", 1024)
     assert seconds("autoencoder-kl", 2048) > 4 * seconds("autoencoder-kl", 1024)

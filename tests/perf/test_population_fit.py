@@ -70,7 +70,7 @@ def changed(profiles: Profiles, chosen: Choice, factor: float) -> Profiles:
 def error(row: CostRow, profiles: Profiles) -> float:
     """Relative error of a predicted step of several GPUs."""
     stage, request = timed_stage(row)
-    predicted = sum(phase.seconds for phase in stage_times(stage, request, profiles)) / stage.num_steps
+    predicted = sum(phase.seconds.value for phase in stage_times(stage, request, profiles)) / stage.num_steps
     return predicted / row.seconds_median - 1
 
 

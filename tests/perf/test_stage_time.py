@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles, Request, Site, Stage
 from hybridsd_sim.errors import IllegalPlanError
-from hybridsd_sim.perf import METHODS, denoising, find_method, fit_of, law_s
+from hybridsd_sim.perf import METHODS, denoising, find_method, fit_of, fitted_step_time
 from hybridsd_sim.perf.collectives import Round
 from hybridsd_sim.perf.stage_time import PhaseTime, stage_rounds, stage_times
 from hybridsd_sim.profiles import CostRow
@@ -56,12 +56,12 @@ def seconds(
     profiles: Profiles, request: Request, site: Site, method: str = "single", degree: int = 1, **options: object
 ) -> float:
     """Seconds of the whole stage."""
-    return sum(phase.seconds for phase in phases(profiles, request, site, method, degree, **options))
+    return sum(phase.seconds.value for phase in phases(profiles, request, site, method, degree, **options))
 
 
 def relative_width(found: list[PhaseTime]) -> float:
     """How far apart the ends of a stage's interval are, as a factor."""
-    return sum(phase.high_s for phase in found) / sum(phase.low_s for phase in found)
+    return sum(phase.seconds.high for phase in found) / sum(phase.seconds.low for phase in found)
 
 
 def never_rises(values: list[float]) -> bool:
@@ -88,48 +88,48 @@ def test_a_timed_step_is_taken_as_it_stands(profiles: Profiles) -> None:
     (row,) = profiles.cost_rows(device="rtx-a5000", model="sd15", degree=1, runtime="eager")
     (found,) = phases(profiles, job("sd15"), A5000)
 
-    assert found.seconds == pytest.approx(50 * row.seconds_median)
-    assert (found.kind, found.sources, found.within) == (row.kind, (row.source,), True)
-    low, high = (50 * bound for bound in row.range_s)
-    assert found.low_s < low < found.seconds < high < found.high_s
+    time, steps = found.seconds, 50 * row.seconds
+    assert time.value == pytest.approx(steps.value)
+    assert (time.kind, time.sources, time.within) == (row.kind, (row.source,), True)
+    assert time.low < steps.low < time.value < steps.high < time.high
 
 
 def test_sources_that_differ_widen_a_quoted_step(profiles: Profiles) -> None:
     """Where several sources timed one step, the interval of the one that is used reaches towards the others."""
-    many = phases(profiles, job("sd15"), replace(A100, runtime="eager"))[0]
-    one = phases(profiles, job("sdxl", 1024), A100)[0]
+    many = phases(profiles, job("sd15"), replace(A100, runtime="eager"))
+    one = phases(profiles, job("sdxl", 1024), A100)
 
-    assert many.high_s / many.low_s > 1.5 * one.high_s / one.low_s
+    assert relative_width(many) > 1.5 * relative_width(one)
 
 
 @given(sites, models, st.integers(1, 100))
 def test_steps_cost_alike_on_one_gpu(profiles: Profiles, site: Site, model: str, steps: int) -> None:
     """A stage of n steps takes n times one of a single step, whatever is known of the device."""
-    (one,), (many,) = (phases(profiles, job(model, steps=count), site) for count in (1, steps))
+    one, many = (phases(profiles, job(model, steps=count), site) for count in (1, steps))
 
-    assert many.seconds == pytest.approx(steps * one.seconds)
-    assert many.high_s / many.low_s == pytest.approx(one.high_s / one.low_s)
+    assert many[0].seconds.value == pytest.approx(steps * one[0].seconds.value)
+    assert relative_width(many) == pytest.approx(relative_width(one))
 
 
 def test_the_law_stands_in_for_a_step_that_nobody_timed(profiles: Profiles) -> None:
     """An untimed size takes what the law says, scaled by how the nearest timed one of the network differs from it."""
     row = profiles.cost_rows(device="rtx-a5000", model="sd15", degree=1, runtime="eager")[0]
     larger = row.model_copy(update={"height_px": 640, "width_px": 640})
-    (law, _, _), (nearest, _, _) = law_s(larger, profiles), law_s(row, profiles)
+    fitted, nearest = (fitted_step_time(one, profiles).value for one in (larger, row))
     (found,) = phases(profiles, job("sd15", 640), A5000)
 
-    assert found.seconds == pytest.approx(50 * law * row.seconds_median / nearest)
-    assert (found.kind, "anchored" in found.note) == ("modelled", True)
+    assert found.seconds.value == pytest.approx(50 * fitted * row.seconds_median / nearest)
+    assert (found.seconds.kind, "anchored" in found.seconds.note) == ("modelled", True)
 
 
 def test_a_network_that_nobody_timed_there_takes_what_the_law_says(profiles: Profiles) -> None:
     """Without any row of the network on the device there is nothing to anchor on."""
     row = profiles.cost_rows(device="rtx-a5000", model="sd15", degree=1, runtime="eager")[0]
-    law = law_s(row.model_copy(update={"model": "bk-sdm-tiny"}), profiles)
+    steps = 50 * fitted_step_time(row.model_copy(update={"model": "bk-sdm-tiny"}), profiles)
     (found,) = phases(profiles, job("bk-sdm-tiny", 512), A5000)
 
-    assert (found.seconds, found.low_s, found.high_s) == pytest.approx([50 * bound for bound in law])
-    assert "anchored" not in found.note
+    assert (found.seconds.value, *found.seconds.interval) == pytest.approx((steps.value, *steps.interval))
+    assert "anchored" not in found.seconds.note
 
 
 @pytest.mark.parametrize("side_px", [512, 448], ids=["timed", "modelled"])
@@ -169,7 +169,7 @@ def test_compute_follows_the_anchor(profiles: Profiles, factor: float, gang: tup
 def test_an_anchor_that_the_law_explains_changes_nothing(profiles: Profiles) -> None:
     """Anchored on what the law says of the whole step, a rank takes what the law says of its share."""
     row = profiles.cost_rows(device="a100-sxm-80gb", model="sdxl", degree=1, runtime="cudagraph")[0]
-    row = row.model_copy(update={"seconds_median": law_s(row, profiles)[0]})
+    row = row.model_copy(update={"seconds_median": fitted_step_time(row, profiles).value})
     anchored, free = (compute_round(profiles, A100, anchor, "distrifusion", 4) for anchor in (row, None))
 
     assert anchored.seconds(anchored.middle)[0] == pytest.approx(free.seconds(free.middle)[0])
@@ -275,7 +275,7 @@ def test_a_synchronous_step_costs_more_than_a_steady_one(
 def test_a_slower_link_takes_longer(profiles: Profiles, gang: tuple[str, int], site: Site) -> None:
     """From NVLink switches over PCIe 5 to PCIe 3 every method slows down, and more of its exchange shows."""
     found = [phases(profiles, job(), replace(site, interconnect=link), *gang) for link in LINKS]
-    totals = [sum(phase.seconds for phase in some) for some in found]
+    totals = [sum(phase.seconds.value for phase in some) for some in found]
     shown = [sum(phase.comm_exposed_s for phase in some) for some in found]
 
     assert never_rises(totals[::-1])
@@ -290,7 +290,7 @@ def test_the_exchange_that_shows_is_part_of_the_time(profiles: Profiles) -> None
     for method, degree in (("distrifusion", 8), ("pcpp", 4), ("asyncdiff", 3), ("cfg_parallel", 2)):
         expected = find_method(method).phases(work, degree, {})
         for phase, timed in zip(expected, phases(profiles, request, A100, method, degree), strict=True):
-            assert 0 <= timed.comm_exposed_s < timed.seconds
+            assert 0 <= timed.comm_exposed_s < timed.seconds.value
             assert timed.comm_bytes == pytest.approx(phase.rounds * phase.work.received_bytes)
 
 
@@ -313,18 +313,18 @@ def test_a_gang_that_was_measured_takes_what_was_measured(profiles: Profiles) ->
         phases(own, job(side_px=2048), A100, "distrifusion", 4)[-1],
     ]
 
-    assert steady.seconds == pytest.approx(45 * 0.123)
-    assert (steady.kind, steady.sources) == ("measured", (row.source,))
-    assert warmup.kind == "modelled"
-    assert {phase.kind for phase in others} == {"modelled"}
+    assert steady.seconds.value == pytest.approx(45 * 0.123)
+    assert (steady.seconds.kind, steady.seconds.sources) == ("measured", (row.source,))
+    assert warmup.seconds.kind == "modelled"
+    assert {phase.seconds.kind for phase in others} == {"modelled"}
 
 
 def test_a_measured_gang_that_does_not_mention_an_option_had_its_default(profiles: Profiles) -> None:
     """A row that says nothing of its synchronisation is none of a run without any."""
     own, _ = with_gang(profiles, "ranks=nccl")
 
-    assert phases(own, job(), A100, "distrifusion", 4)[-1].kind == "measured"
-    assert phases(own, job(), A100, "distrifusion", 4, sync_mode="no_sync")[-1].kind == "modelled"
+    assert phases(own, job(), A100, "distrifusion", 4)[-1].seconds.kind == "measured"
+    assert phases(own, job(), A100, "distrifusion", 4, sync_mode="no_sync")[-1].seconds.kind == "modelled"
 
 
 def test_what_a_method_cannot_run_is_refused(profiles: Profiles) -> None:
@@ -348,9 +348,10 @@ def test_intervals_contain_the_middle(
 ) -> None:
     """Every phase has a middle between its ends, its sources, and a sentence where it is modelled."""
     for phase in phases(profiles, job(model), replace(site, interconnect=link), *gang):
-        assert 0 < phase.low_s < phase.seconds < phase.high_s
-        assert phase.sources
-        assert phase.kind != "modelled" or phase.note
+        time = phase.seconds
+        assert 0 < time.low < time.value < time.high
+        assert time.sources
+        assert time.kind != "modelled" or time.note
 
 
 @pytest.mark.parametrize("gang", [("single", 1), ("distrifusion", 4), ("asyncdiff", 3)])
@@ -360,8 +361,8 @@ def test_a_device_that_was_never_timed_is_less_sure(profiles: Profiles, gang: tu
     known, unknown = (phases(some, job("sdxl", 896), A100, *gang) for some in (profiles, blank))
 
     assert relative_width(unknown) > 1.2 * relative_width(known)
-    assert "never timed" in unknown[-1].note
-    assert not any(phase.within for phase in unknown)
+    assert "never timed" in unknown[-1].seconds.note
+    assert not any(phase.seconds.within for phase in unknown)
 
 
 @given(st.sampled_from([("distrifusion", 8), ("asyncdiff", 3)]))

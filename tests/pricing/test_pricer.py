@@ -143,7 +143,7 @@ def test_an_end_that_was_timed_takes_what_was_timed(profiles: Profiles, end: End
     same, half = (handling(profiles, "cpu-1core", end, size) for size in (payload, payload // 2))
 
     assert (same.seconds, same.kind, same.sources) == (pytest.approx(row.seconds_median), "measured", (row.source,))
-    assert same.bounds_s == pytest.approx(row.range_s)
+    assert same.bounds_s == pytest.approx(row.seconds.interval)
     assert half.seconds == pytest.approx(same.seconds / 2)
     assert half.kind == "modelled"
 

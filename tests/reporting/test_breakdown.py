@@ -223,8 +223,8 @@ def test_the_calibration_is_the_fits_own(plan, made, profiles):
         assert [row["source"] for row in shown["rows"]] == [row.source for row in fit.rows]
         assert [one["name"] for one in shown["parameters"]] == list(fit.parameters)
         for one in shown["parameters"]:
-            ends = (one["value"], one["low"], one["high"])
-            assert ends == fit.parameters[one["name"]] or (ends == (None, None, None) and one["note"])
+            ends, known = (one["value"], one["low"], one["high"]), fit.parameters[one["name"]]
+            assert ends == (known.value, *known.interval) or (ends == (None, None, None) and one["note"])
 
 
 def test_predicted_over_published_is_the_residual(data):
