@@ -130,17 +130,17 @@ def predict(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Price one request under one plan. Time, bytes, dollars, joules and quality, each with its sources."""
-    from hybridsd_sim.pricing import Ask, prediction
+    from hybridsd_sim.pricing import PredictionQuery, predict_plan
     from hybridsd_sim.profiles import load_profiles
     from hybridsd_sim.reporting import prediction_text
 
-    ask = Ask(
+    query = PredictionQuery(
         model=model, gpu=gpu, interconnect=interconnect, method=method, degree=degree, options=options_of(option),
         small_model=small_model, switch_step=switch_step, edge_device=edge_device, network=network,
         height_px=height_px, width_px=width_px, num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, num_images=num_images, measured_step_s=measured_step_s, runtime=runtime,
     )  # fmt: skip
-    figures = prediction(ask, load_profiles())
+    figures = predict_plan(query, load_profiles())
     _print(format_, lambda: figures, lambda width: prediction_text(figures, width))
 
 
@@ -157,7 +157,7 @@ def simulate(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Simulate policies side by side on the same requests and links."""
-    from hybridsd_sim.pricing import check_names, find_candidates, load_deployment, misfits
+    from hybridsd_sim.pricing import check_names, deployment_problems, find_candidates, load_deployment
     from hybridsd_sim.reporting import simulation_data, simulation_text
     from hybridsd_sim.simulation import simulate as run
 
@@ -172,7 +172,7 @@ def simulate(
     profiles = profiles_of(resolved)
     budget = resolved.budget.usd_per_hour
     problems = policy_problems(names, place, planned=deployment is not None, budget=budget)
-    problems += misfits(deployment, resolved, profiles) if deployment else []
+    problems += deployment_problems(deployment, resolved, profiles) if deployment else []
     together(lambda: check_names(resolved, profiles), lambda: refuse(problems))
     with _progress() as say:
         say("pricing candidate plans")
@@ -249,7 +249,7 @@ def verify(
 ) -> None:
     """Hold predictions against every published and measured table. Each is also made without its own group."""
     from hybridsd_sim.perf import fitted, write_fitted
-    from hybridsd_sim.pricing import verification
+    from hybridsd_sim.pricing import verify_tables
     from hybridsd_sim.profiles import load_profiles
     from hybridsd_sim.reporting import verification_text
 
@@ -260,7 +260,7 @@ def verify(
             known = fitted(known)
             with _writing(write_fits):
                 write_fitted(known, write_fits)
-        data = verification(known, progress=say)
+        data = verify_tables(known, progress=say)
     _print(format_, lambda: data, lambda width: verification_text(data, width))
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.evaluation_cache import Store, content_digest
-from hybridsd_sim.pricing import Candidate, Pricing, planned_options
+from hybridsd_sim.pricing import Candidate, Pricing, price_deployment
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.simulation import (
@@ -290,7 +290,7 @@ def _judged(job: EvaluationJob, figures: Mapping[str, Any]) -> Evaluation:
 def _parts(job: EvaluationJob) -> Parts:
     """The deployment's mixes, priced; what leads to a pool without nodes is turned away and left out."""
     rented = {index for index, name in enumerate(job.scenario.pools) if job.deployment.replicas.get(name, 0)} | {-1}
-    options = planned_options(Pricing(job.scenario, job.profiles, job.slowdowns), job.deployment).by_class
+    options = price_deployment(Pricing(job.scenario, job.profiles, job.slowdowns), job.deployment).by_class
     return {
         name: [(p.share, o) for p, o in zip(mix, options[name], strict=True) if o.pool_index in rented]
         for name, mix in job.deployment.plans.items()

@@ -24,7 +24,7 @@ from hybridsd_sim.planning.analytic import Mixes, Sizer
 from hybridsd_sim.planning.evaluation import Level
 from hybridsd_sim.planning.milp import Condition, Formulation, Goal, Solution
 from hybridsd_sim.planning.search import Evaluate, PlanSearch
-from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, planned_options
+from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, price_deployment
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
 
@@ -140,7 +140,7 @@ class Planner:
 
     def priced(self, deployment: Deployment, scenario: Scenario | None = None) -> Mixes:
         """A deployment's mixes with the price of every plan, under the planner's scenario or another."""
-        options = planned_options(Pricing(scenario or self.scenario, self.profiles), deployment).by_class
+        options = price_deployment(Pricing(scenario or self.scenario, self.profiles), deployment).by_class
         return {
             name: tuple((part.share, option) for part, option in zip(mix, options[name], strict=True))
             for name, mix in deployment.plans.items()

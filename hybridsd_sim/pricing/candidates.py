@@ -71,7 +71,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RefusedPlan:
     """A plan that cannot run, and the first reason why."""
 
     request_class: str
@@ -84,7 +84,7 @@ class CandidateSet:
     """Candidates per request class, cheapest first, and what was refused."""
 
     by_class: Mapping[str, tuple[Candidate, ...]]
-    refusals: tuple[Refusal, ...]
+    refusals: tuple[RefusedPlan, ...]
 
     def refusal_counts(self) -> dict[tuple[str, str], int]:
         """How often each (class, reason) refused a plan."""
@@ -127,7 +127,7 @@ def _named(scenario: Scenario, profiles: Profiles) -> Iterator[tuple[str, Any, s
 def find_candidates(scenario: Scenario, profiles: Profiles) -> CandidateSet:
     """Every legal plan of every request class, priced, cheapest first, and every refusal with its reason."""
     check_names(scenario, profiles)
-    refusals: list[Refusal] = []
+    refusals: list[RefusedPlan] = []
     by_class: dict[str, tuple[Candidate, ...]] = {}
     with _collection_paused():
         for name, spec in scenario.requests.items():
@@ -137,7 +137,7 @@ def find_candidates(scenario: Scenario, profiles: Profiles) -> CandidateSet:
                 try:
                     found.append(make_candidate(scenario, profiles, request, plan))
                 except (IllegalPlanError, MissingDataError) as error:
-                    refusals.append(Refusal(name, plan.label, str(error.problems[0])))
+                    refusals.append(RefusedPlan(name, plan.label, str(error.problems[0])))
             by_class[name] = tuple(
                 sorted(found, key=lambda option: (option.usd_or_inf, option.latency_s, option.plan.label))
             )
@@ -251,7 +251,7 @@ class Pricing:
         return slowed(candidate, self.slowdowns) if self.slowdowns else candidate
 
 
-def found_options(pricing: Pricing, known: CandidateSet | None) -> CandidateSet:
+def resolve_candidates(pricing: Pricing, known: CandidateSet | None) -> CandidateSet:
     """The candidates of every class, found anew unless they are `known`."""
     found = known or find_candidates(pricing.scenario, pricing.profiles)
     if not pricing.slowdowns:
@@ -260,7 +260,7 @@ def found_options(pricing: Pricing, known: CandidateSet | None) -> CandidateSet:
     return CandidateSet(by_class, found.refusals)
 
 
-def planned_options(pricing: Pricing, plan: Deployment | None) -> CandidateSet:
+def price_deployment(pricing: Pricing, plan: Deployment | None) -> CandidateSet:
     """The plan's own candidates, one for each part of each class's mix. Raises `InputError` without a plan."""
     if plan is None:
         raise InputError(Problem("policy", "planned", "follows a plan, and none was given", "Pass a plan.yaml."))
@@ -271,7 +271,7 @@ def planned_options(pricing: Pricing, plan: Deployment | None) -> CandidateSet:
     return CandidateSet(by_class, ())
 
 
-class Offers:
+class RentedCandidates:
     """The candidates a policy may choose from: each class's `own` on rented pools, priced anew for other sizes."""
 
     def __init__(self, pricing: Pricing, options: CandidateSet, replicas: Mapping[str, int]) -> None:
@@ -281,7 +281,7 @@ class Offers:
         self.own = [tuple(o for o in options.by_class[name] if o.pool_index in rented) for name, _ in self._specs]
         self._variants: dict[tuple[int, tuple[int, int]], tuple[Candidate, ...]] = {}
 
-    def variant(self, class_index: int, shape: tuple[int, int]) -> tuple[Candidate, ...]:
+    def resized(self, class_index: int, shape: tuple[int, int]) -> tuple[Candidate, ...]:
         """A class's candidates for requests of another `shape`: (steps, images)."""
         key = (class_index, shape)
         if key not in self._variants:

@@ -55,7 +55,7 @@ def read_deployment(data: Any, place: str) -> Deployment:
     return found
 
 
-def scenario_beside(file: Path) -> Scenario:
+def load_plan_scenario(file: Path) -> Scenario:
     """The scenario of the run that wrote a plan.yaml, from the provenance.json beside it.
 
     Raises `InputError` if there is none, or one that cannot be read.
@@ -109,7 +109,9 @@ def _missing(given: Any, known: Any, path: str) -> Iterator[str]:
             yield from _missing(*pair, f"{path}[{index}]")
 
 
-def misfits(found: Deployment, scenario: Scenario, profiles: Profiles, *, complete: bool = True) -> list[Problem]:
+def deployment_problems(
+    found: Deployment, scenario: Scenario, profiles: Profiles, *, complete: bool = True
+) -> list[Problem]:
     """Where a plan names what the scenario does not have, breaks a rule of legality, or leaves a class out.
 
     Without `complete` a class may be left out: its requests are then turned away.

@@ -3,11 +3,9 @@
 What `hybridsd-sim predict` asks. With `--measured-step-s` the user's own one-GPU step joins the profiles as a measured
 row that goes before all others, and everything else is predicted from it.
 
-When several GPUs pay: a plan against the same on one GPU, over its own interconnect and over slower and faster ones.
-
-Exchange takes the longer the slower the interconnect, so that below some bandwidth a gang is slower than one of its
-GPUs (DistriFusion on PCIe may be). That bandwidth is found by bisection over `price`. What every message costs besides
-its bytes stays, so that a gang may also lose at any bandwidth.
+A plan with several GPUs is also compared with the same on one. Exchange takes the longer the slower the interconnect,
+so that below some bandwidth a gang is slower than one of its GPUs (DistriFusion on PCIe may be). That bandwidth is
+found by bisection over `price`. What every message costs besides its bytes stays, so that a gang may also lose at any.
 """
 
 from __future__ import annotations
@@ -27,6 +25,13 @@ from hybridsd_sim.pricing.pricer import price
 from hybridsd_sim.pricing.search_space import plan_problems
 from hybridsd_sim.profiles import CostRow, Gpu, Interconnect, Profiles
 
+CLOUD, EDGE = "cloud", "edge"
+
+OWN_STEP = "--measured-step-s"
+
+MOST_GPUS, MOST_PX, MOST_STEPS, MOST_GUIDANCE, MOST_IMAGES = 64, 16384, 1000, 100, 64
+"""The largest values that a scenario takes too."""
+
 RUNG = 1.01
 """Bandwidths are tried this factor apart, so that the break-even one is known to 1%."""
 
@@ -36,112 +41,8 @@ SLOWEST, FASTEST = 1e-3, 1e6
 Pair = tuple[float, float]
 
 
-@dataclass(frozen=True, slots=True)
-class BreakEven:
-    """A plan against the same on one GPU.
-
-    `speedup` is one GPU's `denoise_s` over the plan's. From `bandwidth_bytes_per_s` up the plan is no slower: 0 where
-    it is the faster even at `SLOWEST` of its interconnect's bandwidth, infinite where it is the slower at any. The 90%
-    intervals are those of the plan's own time; one GPU's is taken as it stands, since both share the device's errors.
-    """
-
-    speedup: float
-    speedup_interval: Pair
-    bandwidth_bytes_per_s: float
-    bandwidth_interval: Pair
-    sentence: str
-
-
-def against_one_gpu(cost: PlanCost, profiles: Profiles, *, prefer: Sequence[str] = ()) -> BreakEven | None:
-    """What the gang of a priced plan is worth; None for a plan of one GPU.
-
-    `profiles` and `prefer` are those that the plan was priced with.
-    """
-    gang = max(cost.plan.stages, key=lambda stage: stage.degree)
-    if gang.degree == 1:
-        return None
-    one_s = price(_on_one_gpu(cost.plan), cost.request, profiles, prefer=prefer).denoise_s
-    name = gang.site.interconnect or profiles.default_interconnect(gang.site.device)
-    link = actual_link(profiles, name, gang.degree)
-    ladder = _Ladder(cost, profiles, prefer, link)
-    even = ladder.first(lambda tried: tried.denoise_s, one_s)
-    interval = (
-        ladder.first(lambda tried: tried.interval_s[0], one_s),
-        ladder.first(lambda tried: tried.interval_s[1], one_s),
-    )
-    low_s, high_s = cost.interval_s
-    return BreakEven(
-        speedup=one_s / cost.denoise_s,
-        speedup_interval=(one_s / high_s, one_s / low_s),
-        bandwidth_bytes_per_s=even,
-        bandwidth_interval=interval,
-        sentence=_sentence(gang, link, one_s / cost.denoise_s, even),
-    )
-
-
-def _sentence(gang: Stage, link: Interconnect, speedup: float, even: float) -> str:
-    how = "slower than one GPU" if speedup < 1 else f"{speedup:.3g} times as fast as one GPU"
-    if even == 0:
-        why = f"it would be the faster even at 1/{1 / SLOWEST:g} of the bandwidth"
-    elif even == inf:
-        why = "no bandwidth would make it the faster"
-    else:
-        why = f"it pays from {even / 1e9:.3g} GB/s up, and {link.name} has {link.bandwidth_bytes_per_s / 1e9:.3g}"
-    return f"On {link.name} {gang.method} x{gang.degree} is {how}; {why}."
-
-
-def _on_one_gpu(plan: Plan) -> Plan:
-    stages = (replace(stage, method="single", degree=1, options=()) for stage in plan.stages)
-    return replace(plan, stages=tuple(stages))
-
-
-class _Ladder:
-    """An interconnect at other bandwidths, slowest first, alike in all else; one set of profiles holds every rung."""
-
-    def __init__(self, cost: PlanCost, profiles: Profiles, prefer: Sequence[str], link: Interconnect) -> None:
-        count = ceil(log(FASTEST / SLOWEST, RUNG)) + 1
-        self._cost, self._prefer = cost, prefer
-        self._rungs = [_at(link, SLOWEST * RUNG**index) for index in range(count)]
-        known = {**profiles.interconnects, **{rung.name: rung for rung in self._rungs}}
-        self._profiles = replace(profiles, interconnects=known)
-        self._tried: dict[str, PlanCost] = {}
-
-    def first(self, seconds: Callable[[PlanCost], float], at_most: float) -> float:
-        """The bandwidth from which a figure that falls with it is at most that: 0 below all rungs, inf above them.
-
-        Where an interval has a kink, because an exchange begins to hide, it is one of the crossings.
-        """
-        index = bisect_left(self._rungs, -at_most, key=lambda rung: -seconds(self._priced(rung)))
-        if index == 0:
-            return 0.0
-        return inf if index == len(self._rungs) else self._rungs[index].bandwidth_bytes_per_s
-
-    def _priced(self, rung: Interconnect) -> PlanCost:
-        if rung.name not in self._tried:
-            stages = (
-                replace(stage, site=replace(stage.site, interconnect=rung.name)) for stage in self._cost.plan.stages
-            )
-            plan = replace(self._cost.plan, stages=tuple(stages))
-            self._tried[rung.name] = price(plan, self._cost.request, self._profiles, prefer=self._prefer)
-        return self._tried[rung.name]
-
-
-def _at(link: Interconnect, share: float) -> Interconnect:
-    keys = ("bandwidth_bytes_per_s", "bandwidth_low", "bandwidth_high")
-    rates = {key: getattr(link, key) * share for key in keys}
-    return link.model_copy(update={"name": f"{link.name} x {share!r}", "beyond_pairs": None, **rates})
-
-
-CLOUD, EDGE = "cloud", "edge"
-
-OWN_STEP = "--measured-step-s"
-
-MOST_GPUS, MOST_PX, MOST_STEPS, MOST_GUIDANCE, MOST_IMAGES = 64, 16384, 1000, 100, 64
-"""The largest values that a scenario takes too."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class PredictionQuery:
     """The question: a model on a GPU, perhaps handed over to a small model on an edge device.
 
     Without an edge device the small model runs on the cloud's GPU, as in the papers; without a network no transfer is
@@ -168,14 +69,30 @@ class Ask:
     runtime: str = "eager"
 
 
-def prediction(ask: Ask, profiles: Profiles) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class BreakEven:
+    """A plan compared with the same on one GPU.
+
+    `speedup` is one GPU's `denoise_s` over the plan's. From `bandwidth_bytes_per_s` up the plan is no slower: 0 where
+    it is the faster even at `SLOWEST` of its interconnect's bandwidth, infinite where it is the slower at any. The 90%
+    intervals are those of the plan's own time; one GPU's is taken as it stands, since both share the device's errors.
+    """
+
+    speedup: float
+    speedup_interval: Pair
+    bandwidth_bytes_per_s: float
+    bandwidth_interval: Pair
+    sentence: str
+
+
+def predict_plan(query: PredictionQuery, profiles: Profiles) -> dict[str, Any]:
     """What `predict` prints: the figures of `to_json`, then the plan against the same on one GPU.
 
     `against_one_gpu` says in words what `speedup` and `break_even_bandwidth_bytes_per_s` are, and why there is no such
     bandwidth where that is None; all of them are None on one GPU. Raises `InputError` as `predict_cost` does.
     """
-    known, cost = _answer(ask, profiles)
-    return to_json(cost) | _compared(against_one_gpu(cost, known, prefer=(OWN_STEP,)))
+    known, cost = _resolve(query, profiles)
+    return to_json(cost) | _compared(compare_with_one_gpu(cost, known, prefer=(OWN_STEP,)))
 
 
 def _compared(found: BreakEven | None) -> dict[str, Any]:
@@ -189,44 +106,44 @@ def _compared(found: BreakEven | None) -> dict[str, Any]:
     return dict(zip(keys, figures, strict=True)) | {"against_one_gpu": found.sentence}
 
 
-def predict_cost(ask: Ask, profiles: Profiles) -> PlanCost:
+def predict_cost(query: PredictionQuery, profiles: Profiles) -> PlanCost:
     """The price of the asked plan. Raises `InputError` with everything that is wrong with the question."""
-    return _answer(ask, profiles)[1]
+    return _resolve(query, profiles)[1]
 
 
-def _answer(ask: Ask, profiles: Profiles) -> tuple[Profiles, PlanCost]:
+def _resolve(query: PredictionQuery, profiles: Profiles) -> tuple[Profiles, PlanCost]:
     """The profiles with the user's own measurement, and the price by them."""
-    profiles = _with_own_gpu(ask, profiles)
-    _check(ask, profiles)
-    native = profiles.model(ask.model).native_px
+    profiles = _with_own_gpu(query, profiles)
+    _check(query, profiles)
+    native = profiles.model(query.model).native_px
     request = Request(
-        model=ask.model,
-        height_px=ask.height_px or ask.width_px or native,
-        width_px=ask.width_px or ask.height_px or native,
-        num_inference_steps=ask.num_inference_steps,
-        guidance_scale=ask.guidance_scale,
-        num_images=ask.num_images,
+        model=query.model,
+        height_px=query.height_px or query.width_px or native,
+        width_px=query.width_px or query.height_px or native,
+        num_inference_steps=query.num_inference_steps,
+        guidance_scale=query.guidance_scale,
+        num_images=query.num_images,
     )
-    if ask.measured_step_s is not None:
-        profiles = profiles.with_costs((_own_row(ask, request, ask.measured_step_s),))
+    if query.measured_step_s is not None:
+        profiles = profiles.with_costs((_own_row(query, request, query.measured_step_s),))
     try:
-        return profiles, _priced(asked_plan(ask, profiles), request, profiles)
+        return profiles, _priced(plan_of(query, profiles), request, profiles)
     except InputError as error:
-        raise type(error)(_of_flag(problem, ask) for problem in error.problems) from None
+        raise type(error)(_of_flag(problem, query) for problem in error.problems) from None
 
 
-def _with_own_gpu(ask: Ask, profiles: Profiles) -> Profiles:
+def _with_own_gpu(query: PredictionQuery, profiles: Profiles) -> Profiles:
     """The profiles and, where a step was measured on a GPU that they lack, that GPU: its memory and price unknown."""
-    if ask.measured_step_s is None or ask.gpu in profiles.gpus:
+    if query.measured_step_s is None or query.gpu in profiles.gpus:
         return profiles
-    if ask.interconnect is None and ask.degree > 1:
-        rule = f"the catalogue does not have {ask.gpu} and what joins several of it"
+    if query.interconnect is None and query.degree > 1:
+        rule = f"the catalogue does not have {query.gpu} and what joins several of it"
         raise InputError(Problem("--interconnect", "not given", rule, f"One of {', '.join(profiles.interconnects)}."))
     own = Gpu(
-        name=ask.gpu, label=ask.gpu, default_interconnect=ask.interconnect or next(iter(profiles.interconnects)),
+        name=query.gpu, label=query.gpu, default_interconnect=query.interconnect or next(iter(profiles.interconnects)),
         usable_memory_fraction=1.0, kind="modelled", source=OWN_STEP, source_date="now",
     )  # fmt: skip
-    return replace(profiles, gpus={**profiles.gpus, ask.gpu: own})
+    return replace(profiles, gpus={**profiles.gpus, query.gpu: own})
 
 
 def _priced(plan: Plan, request: Request, profiles: Profiles) -> PlanCost:
@@ -235,62 +152,50 @@ def _priced(plan: Plan, request: Request, profiles: Profiles) -> PlanCost:
     return price(plan, request, profiles, prefer=(OWN_STEP,))
 
 
-def _of_flag(problem: Problem, ask: Ask) -> Problem:
+def _of_flag(problem: Problem, query: PredictionQuery) -> Problem:
     """The problem at the option of the command line that the rule's place stands for."""
     place = problem.place
-    flags = {ask.small_model: "--small-model", f"memory of {CLOUD}": "--gpu", f"memory of {EDGE}": "--edge-device"}
+    flags = {query.small_model: "--small-model", f"memory of {CLOUD}": "--gpu", f"memory of {EDGE}": "--edge-device"}
     if place in {"degree", "guidance_scale", "height_px", "width_px"}:
         place = f"--{place.replace('_', '-')}"
-    elif place in find_method(ask.method).defaults:
+    elif place in find_method(query.method).defaults:
         place = f"--option {place}"
     elif place == "device":
-        place = "--edge-device" if problem.value == ask.edge_device else "--gpu"
+        place = "--edge-device" if problem.value == query.edge_device else "--gpu"
     place = flags.get(place, place)
     return replace(problem, place=place, remedy=problem.remedy or f"Choose another {place}.")
 
 
-def asked_plan(ask: Ask, profiles: Profiles) -> Plan:
+def plan_of(query: PredictionQuery, profiles: Profiles) -> Plan:
     """The plan in question: cloud-only, hybrid, or edge-only at switch step 0."""
-    steps = ask.num_inference_steps
-    switch = steps if ask.switch_step is None else ask.switch_step
-    cloud = _cloud_site(ask)
+    steps = query.num_inference_steps
+    switch = steps if query.switch_step is None else query.switch_step
+    cloud = Site(
+        name=CLOUD, tier="cloud", device=query.gpu, runtime=query.runtime, gpus_per_node=query.degree,
+        interconnect=query.interconnect,
+    )  # fmt: skip
     stages = []
     if switch > 0:
-        spread = Stage(start=0, stop=switch, model=ask.model, site=cloud, method=ask.method, degree=ask.degree)
-        stages.append(replace(spread, options=ask.options))
+        spread = Stage(start=0, stop=switch, model=query.model, site=cloud, method=query.method, degree=query.degree)
+        stages.append(replace(spread, options=query.options))
     if switch < steps:
-        site = cloud if ask.edge_device is None else _edge_site(ask.edge_device, profiles)
-        stages.append(Stage(start=switch, stop=steps, model=ask.small_model or ask.model, site=site))
+        site = cloud
+        if query.edge_device is not None:
+            device = profiles.edge_device(query.edge_device)
+            runtime, precision = device.default_runtime, device.default_precision
+            site = Site(name=EDGE, tier="edge", device=device.name, runtime=runtime, precision=precision)
+        stages.append(Stage(start=switch, stop=steps, model=query.small_model or query.model, site=site))
     last = stages[-1].site.name
-    return Plan(stages=tuple(stages), text_encode_site=last, vae_site=last, network=ask.network)
+    return Plan(stages=tuple(stages), text_encode_site=last, vae_site=last, network=query.network)
 
 
-def _cloud_site(ask: Ask) -> Site:
-    return Site(
-        name=CLOUD,
-        tier="cloud",
-        device=ask.gpu,
-        runtime=ask.runtime,
-        gpus_per_node=ask.degree,
-        interconnect=ask.interconnect,
-    )
-
-
-def _edge_site(name: str, profiles: Profiles) -> Site:
-    """The edge device under its own runtime."""
-    device = profiles.edge_device(name)
-    return Site(
-        name=EDGE, tier="edge", device=device.name, runtime=device.default_runtime, precision=device.default_precision
-    )
-
-
-def _own_row(ask: Ask, request: Request, seconds: float) -> CostRow:
+def _own_row(query: PredictionQuery, request: Request, seconds: float) -> CostRow:
     """The user's measurement: one guided step of one image, whatever the request's own guidance and images."""
     return CostRow(
-        device=ask.gpu,
-        runtime=ask.runtime,
+        device=query.gpu,
+        runtime=query.runtime,
         precision="fp16",
-        model=ask.model,
+        model=query.model,
         component="step",
         height_px=request.height_px,
         width_px=request.width_px,
@@ -305,18 +210,18 @@ def _own_row(ask: Ask, request: Request, seconds: float) -> CostRow:
     )
 
 
-def _check(ask: Ask, profiles: Profiles) -> None:
+def _check(query: PredictionQuery, profiles: Profiles) -> None:
     """Raise one `InputError` with every unknown name, every number out of range and every option that does not fit."""
     problems: list[Problem] = []
     looked_up = [
-        ("--model", profiles.model, ask.model),
-        ("--gpu", profiles.gpu, ask.gpu),
-        ("--interconnect", profiles.interconnect, ask.interconnect),
-        ("--method", find_method, ask.method),
-        ("--small-model", profiles.model, ask.small_model),
-        ("--edge-device", profiles.edge_device, ask.edge_device),
-        ("--network", profiles.network, ask.network),
-        ("--runtime", profiles.runtime, ask.runtime),
+        ("--model", profiles.model, query.model),
+        ("--gpu", profiles.gpu, query.gpu),
+        ("--interconnect", profiles.interconnect, query.interconnect),
+        ("--method", find_method, query.method),
+        ("--small-model", profiles.model, query.small_model),
+        ("--edge-device", profiles.edge_device, query.edge_device),
+        ("--network", profiles.network, query.network),
+        ("--runtime", profiles.runtime, query.runtime),
     ]
     for flag, look_up, name in looked_up:
         if name is not None:
@@ -324,21 +229,21 @@ def _check(ask: Ask, profiles: Profiles) -> None:
                 look_up(name)
             except InputError as error:
                 problems += [replace(problem, place=flag) for problem in error.problems]
-    problems += [*_number_problems(ask), *_option_problems(ask)]
+    problems += [*_number_problems(query), *_option_problems(query)]
     if problems:
         raise InputError(problems)
 
 
-def _number_problems(ask: Ask) -> Iterator[Problem]:
-    steps, switch, small, own = ask.num_inference_steps, ask.switch_step, ask.small_model, ask.measured_step_s
+def _number_problems(query: PredictionQuery) -> Iterator[Problem]:
+    steps, switch, small, own = query.num_inference_steps, query.switch_step, query.small_model, query.measured_step_s
     default = "Leave it out for the default."
     for flag, value, low, high in (
-        ("--degree", ask.degree, 1, MOST_GPUS),
-        ("--height-px", ask.height_px, 64, MOST_PX),
-        ("--width-px", ask.width_px, 64, MOST_PX),
+        ("--degree", query.degree, 1, MOST_GPUS),
+        ("--height-px", query.height_px, 64, MOST_PX),
+        ("--width-px", query.width_px, 64, MOST_PX),
         ("--num-inference-steps", steps, 1, MOST_STEPS),
-        ("--guidance-scale", ask.guidance_scale, 0, MOST_GUIDANCE),
-        ("--num-images", ask.num_images, 1, MOST_IMAGES),
+        ("--guidance-scale", query.guidance_scale, 0, MOST_GUIDANCE),
+        ("--num-images", query.num_images, 1, MOST_IMAGES),
         ("--switch-step", switch, 0, max(1, steps)),
     ):
         if value is not None and not low <= value <= high:
@@ -351,11 +256,11 @@ def _number_problems(ask: Ask) -> Iterator[Problem]:
         yield Problem("--switch-step", str(switch), "needs a --small-model", "Name the model that goes on.")
 
 
-def _option_problems(ask: Ask) -> Iterator[Problem]:
+def _option_problems(query: PredictionQuery) -> Iterator[Problem]:
     """Options that the method does not have, and values of another type than its default's."""
-    if ask.method in METHODS:
-        for problem in METHODS[ask.method].option_problems(dict(ask.options)):
-            key = problem.place.removeprefix(f"{ask.method} option")
+    if query.method in METHODS:
+        for problem in METHODS[query.method].option_problems(dict(query.options)):
+            key = problem.place.removeprefix(f"{query.method} option")
             yield replace(problem, place=f"--option{key}")
 
 
@@ -432,3 +337,82 @@ def _part(part: Part) -> dict[str, Any]:
         "note": part.note,
         "sources": list(part.sources),
     }
+
+
+# ---- Against one GPU ------------------------------------------------------------------------------------------------
+
+
+def compare_with_one_gpu(cost: PlanCost, profiles: Profiles, *, prefer: Sequence[str] = ()) -> BreakEven | None:
+    """What the gang of a priced plan is worth; None for a plan of one GPU.
+
+    `profiles` and `prefer` are those that the plan was priced with.
+    """
+    gang = max(cost.plan.stages, key=lambda stage: stage.degree)
+    if gang.degree == 1:
+        return None
+    alone = tuple(replace(stage, method="single", degree=1, options=()) for stage in cost.plan.stages)
+    one_s = price(replace(cost.plan, stages=alone), cost.request, profiles, prefer=prefer).denoise_s
+    name = gang.site.interconnect or profiles.default_interconnect(gang.site.device)
+    link = actual_link(profiles, name, gang.degree)
+    bandwidths = _Bandwidths(cost, profiles, prefer, link)
+    even = bandwidths.first_within(lambda tried: tried.denoise_s, one_s)
+    interval = (
+        bandwidths.first_within(lambda tried: tried.interval_s[0], one_s),
+        bandwidths.first_within(lambda tried: tried.interval_s[1], one_s),
+    )
+    low_s, high_s = cost.interval_s
+    return BreakEven(
+        speedup=one_s / cost.denoise_s,
+        speedup_interval=(one_s / high_s, one_s / low_s),
+        bandwidth_bytes_per_s=even,
+        bandwidth_interval=interval,
+        sentence=_sentence(gang, link, one_s / cost.denoise_s, even),
+    )
+
+
+def _sentence(gang: Stage, link: Interconnect, speedup: float, even: float) -> str:
+    how = "slower than one GPU" if speedup < 1 else f"{speedup:.3g} times as fast as one GPU"
+    if even == 0:
+        why = f"it would be the faster even at 1/{1 / SLOWEST:g} of the bandwidth"
+    elif even == inf:
+        why = "no bandwidth would make it the faster"
+    else:
+        why = f"it pays from {even / 1e9:.3g} GB/s up, and {link.name} has {link.bandwidth_bytes_per_s / 1e9:.3g}"
+    return f"On {link.name} {gang.method} x{gang.degree} is {how}; {why}."
+
+
+class _Bandwidths:
+    """An interconnect at other bandwidths, slowest first, alike in all else; one set of profiles holds them all."""
+
+    def __init__(self, cost: PlanCost, profiles: Profiles, prefer: Sequence[str], link: Interconnect) -> None:
+        count = ceil(log(FASTEST / SLOWEST, RUNG)) + 1
+        self._cost, self._prefer = cost, prefer
+        self._links = [_scaled(link, SLOWEST * RUNG**index) for index in range(count)]
+        known = {**profiles.interconnects, **{link.name: link for link in self._links}}
+        self._profiles = replace(profiles, interconnects=known)
+        self._tried: dict[str, PlanCost] = {}
+
+    def first_within(self, seconds: Callable[[PlanCost], float], at_most: float) -> float:
+        """The bandwidth from which a figure that falls with it is at most that: 0 below all of them, inf above.
+
+        Where an interval has a kink, because an exchange begins to hide, it is one of the crossings.
+        """
+        index = bisect_left(self._links, -at_most, key=lambda tried: -seconds(self._priced(tried)))
+        if index == 0:
+            return 0.0
+        return inf if index == len(self._links) else self._links[index].bandwidth_bytes_per_s
+
+    def _priced(self, link: Interconnect) -> PlanCost:
+        if link.name not in self._tried:
+            stages = (
+                replace(stage, site=replace(stage.site, interconnect=link.name)) for stage in self._cost.plan.stages
+            )
+            plan = replace(self._cost.plan, stages=tuple(stages))
+            self._tried[link.name] = price(plan, self._cost.request, self._profiles, prefer=self._prefer)
+        return self._tried[link.name]
+
+
+def _scaled(link: Interconnect, share: float) -> Interconnect:
+    keys = ("bandwidth_bytes_per_s", "bandwidth_low", "bandwidth_high")
+    rates = {key: getattr(link, key) * share for key in keys}
+    return link.model_copy(update={"name": f"{link.name} x {share!r}", "beyond_pairs": None, **rates})

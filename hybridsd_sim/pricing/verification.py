@@ -280,12 +280,12 @@ def _job(row: CostRow) -> tuple[object, ...]:
 # ---- Predicting -----------------------------------------------------------------------------------------------------
 
 
-def verification(profiles: Profiles, *, progress: Progress | None = None) -> dict[str, Any]:
+def verify_tables(profiles: Profiles, *, progress: Progress | None = None) -> dict[str, Any]:
     """The shipped tables, and whatever the profiles measured, checked, as data."""
-    return to_json(verify(profiles, load_published(), progress=progress))
+    return to_json(check_tables(profiles, load_published(), progress=progress))
 
 
-def verify(
+def check_tables(
     profiles: Profiles, published: Published, *, refit: Refit = fit_again, progress: Progress | None = None
 ) -> list[CheckedTable]:
     """Every table checked. `refit(profiles, without=...)` gives the profiles without some cost rows, fitted again.

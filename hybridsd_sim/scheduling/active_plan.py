@@ -23,12 +23,12 @@ from hybridsd_sim.pricing import (
     Candidate,
     CandidateSet,
     Pricing,
-    found_options,
+    deployment_problems,
     load_deployment,
-    misfits,
-    planned_options,
+    load_plan_scenario,
+    price_deployment,
     request_of,
-    scenario_beside,
+    resolve_candidates,
     slowed,
 )
 from hybridsd_sim.profiles import Profiles, load_profiles
@@ -242,7 +242,7 @@ def resolved(plan: AnyPlan, scenario: Scenario | None) -> tuple[Deployment, Scen
         return plan.deployment, scenario or plan.scenario
     path = Path(plan)
     file = path / "plan.yaml" if path.is_dir() else path
-    return load_deployment(file), scenario or scenario_beside(file)
+    return load_deployment(file), scenario or load_plan_scenario(file)
 
 
 def prepared(
@@ -253,14 +253,14 @@ def prepared(
         rule = "would follow the shares that it was made with, whatever the plan"
         raise InputError(Problem("policy", "a Planned object", rule, f'Pass its name, "{Planned.name}", or none.'))
     known = profiles or load_profiles(scenario.search.profiles)
-    if problems := misfits(deployment, scenario, known, complete=False):
+    if problems := deployment_problems(deployment, scenario, known, complete=False):
         raise InputError(problems)
     check_number(sum(deployment.replicas.values()))
     anew = _maker(policy, scenario, deployment)
     decider = policy if isinstance(policy, Policy) else anew()
     pricing = Pricing(scenario, known)
-    own = planned_options(pricing, deployment)
-    found = own if decider.name == Planned.name else found_options(pricing, None)
+    own = price_deployment(pricing, deployment)
+    found = own if decider.name == Planned.name else resolve_candidates(pricing, None)
     fallbacks = {name: next(iter(own.by_class[name]), best_static(found.by_class[name])) for name in scenario.requests}
     nodes = deployment.replicas
     widest = tuple(pool.gpus_per_node if nodes.get(name, 0) else 0 for name, pool in scenario.pools.items())

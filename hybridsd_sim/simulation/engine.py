@@ -20,12 +20,12 @@ from hybridsd_sim.plan import Deployment
 from hybridsd_sim.pricing import (
     Candidate,
     CandidateSet,
-    Offers,
     Pricing,
-    found_options,
-    misfits,
-    planned_options,
+    RentedCandidates,
+    deployment_problems,
+    price_deployment,
     rental_usd_per_hour,
+    resolve_candidates,
 )
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
@@ -65,12 +65,12 @@ def simulate(
     """
     if seed is not None and seed != scenario.seed:
         scenario = scenario.with_overrides({"seed": seed})
-    if plan is not None and (problems := misfits(plan, scenario, profiles, complete=False)):
+    if plan is not None and (problems := deployment_problems(plan, scenario, profiles, complete=False)):
         raise InputError(problems)
     replicas = _replicas(scenario, plan)
     name = policy if isinstance(policy, str) else policy.name
     pricing = Pricing(scenario, profiles, slowdowns or {})
-    found = planned_options(pricing, plan) if name == "planned" else found_options(pricing, options)
+    found = price_deployment(pricing, plan) if name == "planned" else resolve_candidates(pricing, options)
     done, used, timeouts = [], {}, 0
     for replication in range(scenario.replications) if replications is None else replications:
         decider = policy if isinstance(policy, Policy) else policy_for(policy, scenario, plan)
@@ -164,7 +164,7 @@ class _Run:
         self._draws = Draws(scenario, profiles, replication)
         self._arrivals = iter(self._draws)
         self._slo_s = [promises.deadline_s() for promises in scenario.promises.values()]
-        self._offers = Offers(pricing, options, replicas)
+        self._offers = RentedCandidates(pricing, options, replicas)
         self._routes: dict[Candidate, _Route] = {}
         self._models = sorted({spec.model for spec in self._specs})
         self._open: dict[int, _Trip] = {}
@@ -232,7 +232,7 @@ class _Run:
         self._number += 1
         self.timeouts += 1
         job = _Trip(self._number, class_index, now, now + self._slo_s[class_index], draw[2])
-        options = self._offers.own[class_index] if draw[8] is None else self._offers.variant(class_index, draw[8])
+        options = self._offers.own[class_index] if draw[8] is None else self._offers.resized(class_index, draw[8])
         view = self._view if self._telemetry_s == 0.0 else self._fresh_view(now)
         decision = self._policy.decide(options, job.deadline_s, view, now)
         candidate = decision.candidate

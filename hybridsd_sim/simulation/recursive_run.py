@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from hybridsd_sim.errors import InputError, RunError
 from hybridsd_sim.plan import Deployment, Plan
-from hybridsd_sim.pricing import Candidate, make_candidate, misfits, rental_usd_per_hour, request_of, slowed
+from hybridsd_sim.pricing import Candidate, deployment_problems, make_candidate, rental_usd_per_hour, request_of, slowed
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import ALL, Scenario
 from hybridsd_sim.scheduling import ALL_SHARES, NO_CANDIDATE, REASONS, TURNED_AWAY
@@ -424,7 +424,7 @@ def screen(
     if inputs.scenario is not scenario and inputs.scenario != scenario:
         raise ScreenError("these inputs were drawn for another scenario")
     new = {name: mix for name, mix in deployment.plans.items() if any((name, s.plan) not in inputs.priced for s in mix)}
-    if problems := misfits(replace(deployment, plans=new), scenario, inputs.profiles, complete=False):
+    if problems := deployment_problems(replace(deployment, plans=new), scenario, inputs.profiles, complete=False):
         raise InputError(problems)
     if reason := why_not(scenario, deployment, inputs):
         raise ScreenError(f"the recursion does not apply: {reason}")

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles
 from hybridsd_sim.errors import IllegalPlanError
-from hybridsd_sim.pricing import Ask, prediction
+from hybridsd_sim.pricing import PredictionQuery, predict_plan
 from hybridsd_sim.pricing.prediction import RUNG, predict_cost
 from hybridsd_sim.reporting import prediction_text
 
-ONE = Ask(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph")
+ONE = PredictionQuery(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph")
 PAIR = replace(ONE, method="distrifusion", degree=2)
 LINK = "nvlink3-switch"
 
@@ -62,8 +62,8 @@ def test_a_faster_interconnect_takes_no_longer(
 def test_at_the_break_even_bandwidth_a_gang_is_as_fast_as_one_gpu(profiles: Profiles, method: str, degree: int) -> None:
     """There the speed-up is 1 to 1%; with twice the bandwidth the gang wins, with half of it one GPU does."""
     ask = replace(ONE, method=method, degree=degree)
-    even = prediction(ask, profiles)["break_even_bandwidth_bytes_per_s"]
-    half, same, twice = (prediction(ask, at_bandwidth(profiles, even * f))["speedup"] for f in (0.5, 1.0, 2.0))
+    even = predict_plan(ask, profiles)["break_even_bandwidth_bytes_per_s"]
+    half, same, twice = (predict_plan(ask, at_bandwidth(profiles, even * f))["speedup"] for f in (0.5, 1.0, 2.0))
 
     assert 1.0 <= same <= RUNG
     assert half < 1 < twice
@@ -73,7 +73,7 @@ def test_at_the_break_even_bandwidth_a_gang_is_as_fast_as_one_gpu(profiles: Prof
 @pytest.mark.parametrize("degree", [2, 4, 8])
 def test_a_gang_wins_above_its_break_even_bandwidth_and_loses_below(profiles: Profiles, link: str, degree: int) -> None:
     """The speed-up is above 1 exactly where the interconnect is faster than that, and the sentence says which."""
-    figures = prediction(replace(ONE, method="distrifusion", degree=degree, interconnect=link), profiles)
+    figures = predict_plan(replace(ONE, method="distrifusion", degree=degree, interconnect=link), profiles)
     even, interval = figures["break_even_bandwidth_bytes_per_s"], figures["break_even_interval_bytes_per_s"]
     has = profiles.interconnect(link).bandwidth_bytes_per_s
     wins = figures["speedup"] >= 1
@@ -92,15 +92,15 @@ def test_the_speedup_compares_with_the_same_plan_on_one_gpu(profiles: Profiles) 
         one, two = (replace(ask, measured_step_s=own) for ask in (ONE, PAIR))
         alone = predict_cost(one, profiles).denoise_s
 
-        assert prediction(two, profiles)["speedup"] == pytest.approx(alone / predict_cost(two, profiles).denoise_s)
+        assert predict_plan(two, profiles)["speedup"] == pytest.approx(alone / predict_cost(two, profiles).denoise_s)
 
 
 def test_a_handed_over_plan_compares_with_the_same_hand_over_from_one_gpu(profiles: Profiles) -> None:
     """The phone's steps stand on both sides, so that the speed-up is smaller and the break-even bandwidth the same."""
-    alone = Ask(model="sd14", gpu="v100-sxm2-32gb", method="distrifusion", degree=4, height_px=1024)
+    alone = PredictionQuery(model="sd14", gpu="v100-sxm2-32gb", method="distrifusion", degree=4, height_px=1024)
     phone = {"small_model": "hybrid-sd-224m", "switch_step": 40, "edge_device": "snapdragon-8-elite"}
-    handed = prediction(replace(alone, **phone), profiles)  # type: ignore[arg-type]
-    whole = prediction(alone, profiles)
+    handed = predict_plan(replace(alone, **phone), profiles)  # type: ignore[arg-type]
+    whole = predict_plan(alone, profiles)
 
     assert (handed["speedup"] > 1) == (whole["speedup"] > 1)
     assert abs(handed["speedup"] - 1) < abs(whole["speedup"] - 1)
@@ -108,7 +108,7 @@ def test_a_handed_over_plan_compares_with_the_same_hand_over_from_one_gpu(profil
 
 def test_one_gpu_has_nothing_to_compare(profiles: Profiles) -> None:
     """Every figure of the comparison is null, and the text does not mention it."""
-    figures = prediction(ONE, profiles)
+    figures = predict_plan(ONE, profiles)
     compared = ("speedup", "speedup_interval", "break_even_bandwidth_bytes_per_s", "against_one_gpu")
 
     assert [figures[key] for key in compared] == [None] * len(compared)
@@ -117,8 +117,8 @@ def test_one_gpu_has_nothing_to_compare(profiles: Profiles) -> None:
 
 def test_where_no_bandwidth_evens_them_the_sentence_says_who_wins(profiles: Profiles) -> None:
     """Guidance over two GPUs exchanges next to nothing and always pays; stripes of a launch-bound UNet never do."""
-    always = prediction(replace(ONE, method="cfg_parallel", degree=2), profiles)
-    never = prediction(Ask(model="sd15", gpu="a100-sxm-80gb", method="distrifusion", degree=8), profiles)
+    always = predict_plan(replace(ONE, method="cfg_parallel", degree=2), profiles)
+    never = predict_plan(PredictionQuery(model="sd15", gpu="a100-sxm-80gb", method="distrifusion", degree=8), profiles)
 
     assert always["speedup"] > 1 > never["speedup"]
     assert always["break_even_bandwidth_bytes_per_s"] is None
@@ -129,7 +129,7 @@ def test_where_no_bandwidth_evens_them_the_sentence_says_who_wins(profiles: Prof
 
 def test_the_text_says_when_a_gang_pays_and_how_sure_each_part_is(profiles: Profiles) -> None:
     """The sentence stands in the text, and every part has its interval and its kind."""
-    figures = prediction(replace(PAIR, interconnect="pcie3"), profiles)
+    figures = predict_plan(replace(PAIR, interconnect="pcie3"), profiles)
     text = " ".join(prediction_text(figures, 400).split())
 
     assert figures["against_one_gpu"] in text
@@ -149,7 +149,7 @@ def test_an_image_takes_no_longer_in_a_larger_batch(
     profiles: Profiles, one: int, other: int, model: str, gpu: str
 ) -> None:
     """More images together never take longer apiece under one law, nor less altogether."""
-    ask = Ask(model=model, gpu=gpu, runtime="compiled", height_px=512, num_inference_steps=5)
+    ask = PredictionQuery(model=model, gpu=gpu, runtime="compiled", height_px=512, num_inference_steps=5)
     few, many = (predict_cost(replace(ask, num_images=n), profiles) for n in sorted((one, other)))
 
     assert many.latency_s / many.request.num_images <= few.latency_s / few.request.num_images * (1 + 1e-9)
@@ -159,7 +159,7 @@ def test_an_image_takes_no_longer_in_a_larger_batch(
 
 def test_batching_hardly_pays_for_sdxl(profiles: Profiles) -> None:
     """One SDXL image keeps a GPU busy: of eight together each still takes most of the time (DiffServe, Lambda)."""
-    alone, eight = (prediction(replace(ONE, num_images=n), profiles) for n in (1, 8))
+    alone, eight = (predict_plan(replace(ONE, num_images=n), profiles) for n in (1, 8))
 
     assert 0.7 * alone["seconds_per_image"] < eight["seconds_per_image"] <= alone["seconds_per_image"]
     assert (alone["images"], eight["images"]) == (1, 8)
@@ -169,5 +169,5 @@ def test_batching_hardly_pays_for_sdxl(profiles: Profiles) -> None:
 def test_batches_are_bounded_by_memory(profiles: Profiles) -> None:
     """What fits one by one may not fit together, and the refusal names the device."""
     with pytest.raises(IllegalPlanError, match=r"--gpu: t4; needs .* GiB"):
-        predict_cost(Ask(model="sdxl", gpu="t4", num_images=64), profiles)
-    assert predict_cost(Ask(model="sdxl", gpu="t4"), profiles).latency_s > 0
+        predict_cost(PredictionQuery(model="sdxl", gpu="t4", num_images=64), profiles)
+    assert predict_cost(PredictionQuery(model="sdxl", gpu="t4"), profiles).latency_s > 0

@@ -18,7 +18,7 @@ from hybridsd_sim.errors import IllegalPlanError, MissingDataError
 from hybridsd_sim.perf.collectives import constants_of, exchange_s
 from hybridsd_sim.perf.partition import RankWork
 from hybridsd_sim.perf.roofline import plain_kernels
-from hybridsd_sim.pricing import Ask, Candidate, PlanCost, find_candidates
+from hybridsd_sim.pricing import Candidate, PlanCost, PredictionQuery, find_candidates
 from hybridsd_sim.pricing.prediction import predict_cost
 from hybridsd_sim.pricing.pricer import COMPONENTS, batch_seconds
 from hybridsd_sim.pricing.transfers import End, handling, handover_bytes
@@ -304,7 +304,7 @@ def test_hidden_exchange_is_never_more_than_there_is(
 
 def test_a_quoted_step_is_used_as_it_stands(profiles: Profiles) -> None:
     """SDXL at 1024 px on one A100 in CUDA graphs takes 5.02 s for 50 steps (DistriFusion, figure 6)."""
-    cost = predict_cost(Ask(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph"), profiles)
+    cost = predict_cost(PredictionQuery(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph"), profiles)
 
     assert cost.denoise_s == pytest.approx(5.02)
     assert {part.kind for part in cost.denoise_parts} == {"quoted"}
@@ -312,7 +312,7 @@ def test_a_quoted_step_is_used_as_it_stands(profiles: Profiles) -> None:
 
 def test_ones_own_step_replaces_every_other_source(profiles: Profiles) -> None:
     """With --measured-step-s the one-GPU loop is that step times the steps, and more GPUs are predicted from it."""
-    ask = Ask(model="sdxl", gpu="l4", runtime="cudagraph", measured_step_s=0.5)
+    ask = PredictionQuery(model="sdxl", gpu="l4", runtime="cudagraph", measured_step_s=0.5)
     one, two = (
         predict_cost(replace(ask, method=m, degree=d), profiles) for m, d in (("single", 1), ("distrifusion", 2))
     )
@@ -328,7 +328,7 @@ def test_ones_own_step_replaces_every_other_source(profiles: Profiles) -> None:
 )
 def test_distrifusion_is_near_its_paper(profiles: Profiles, px: int, published: dict[int, float]) -> None:
     """Seconds of 50 steps on 2, 4 and 8 A100 (DistriFusion, figure 6): in the published order, each within a fifth."""
-    ask = Ask(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph", method="distrifusion", height_px=px)
+    ask = PredictionQuery(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph", method="distrifusion", height_px=px)
     predicted = {degree: predict_cost(replace(ask, degree=degree), profiles).denoise_s for degree in published}
 
     assert sorted(predicted, key=predicted.__getitem__) == sorted(published, key=published.__getitem__)
@@ -338,7 +338,7 @@ def test_distrifusion_is_near_its_paper(profiles: Profiles, px: int, published: 
 
 def test_a_slow_link_can_make_parallelism_pointless(profiles: Profiles) -> None:
     """The same eight GPUs are slower on PCIe 3 than through an NVLink switch, and more of the exchange shows."""
-    ask = Ask(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph", method="distrifusion", degree=8)
+    ask = PredictionQuery(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph", method="distrifusion", degree=8)
     fast, slow = (predict_cost(replace(ask, interconnect=link), profiles) for link in ("nvlink3-switch", "pcie3"))
 
     assert slow.denoise_s > fast.denoise_s

@@ -12,7 +12,7 @@ from builders import CLOUD, REQUEST, hybrid
 from hybridsd_sim import Plan, Profiles, Stage
 from hybridsd_sim.estimate import Estimate, Kind
 from hybridsd_sim.perf import denoising, find_method
-from hybridsd_sim.pricing import Ask
+from hybridsd_sim.pricing import PredictionQuery
 from hybridsd_sim.pricing.prediction import predict_cost, to_json
 from hybridsd_sim.pricing.quality import Quality, quality_of, with_interval
 from hybridsd_sim.pricing.quality_losses import MEASURE_NAMES, Measure, loss_of, method_loss, switch_curve, switch_loss
@@ -510,7 +510,7 @@ def test_another_sampler_keeps_the_score_and_loses_the_label(
 def test_predict_says_the_fid_beside_the_clip_score(profiles: Profiles) -> None:
     """`quality` stays the CLIP score; what is unknown is null, with its reason once."""
     known, unknown, scored = (
-        to_json(predict_cost(Ask(model=model, gpu="a100-sxm-80gb", **more), profiles))  # type: ignore[arg-type]
+        to_json(predict_cost(PredictionQuery(model=model, gpu="a100-sxm-80gb", **more), profiles))  # type: ignore[arg-type]
         for model, more in (("sdxl", {}), ("bk-sdm-base", {}), ("sdxl", {"method": "pcpp", "degree": 2}))
     )
 

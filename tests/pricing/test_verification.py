@@ -21,11 +21,11 @@ from hybridsd_sim.pricing.verification import (
     CheckedTable,
     GroupKey,
     cases_of,
+    check_tables,
     coverage,
     leaves_out,
     to_json,
     used_in_fits,
-    verify,
 )
 from hybridsd_sim.profiles import Published, PublishedRow, Table, load_published, what_is_timed
 from hybridsd_sim.reporting import verification_text
@@ -113,7 +113,7 @@ def test_the_error_is_what_the_publication_makes_it(few, factor, error, inside):
         for row in several_gpus(few)
     ]
     tables = Published({"t": table_of(takes="multi_gpu")}, ())
-    result = next(t for t in verify(few.with_costs(rows), tables, refit=keep) if t.table.name == "t")
+    result = next(t for t in check_tables(few.with_costs(rows), tables, refit=keep) if t.table.name == "t")
 
     assert len(result.counted) == len(rows)
     assert result.mare == pytest.approx(error)
@@ -154,7 +154,7 @@ def test_a_quantity_without_an_interval_has_no_coverage():
 def test_what_cannot_be_predicted_is_listed_with_the_reason(profiles):
     """An unknown quantity or model is a case without prediction; the rest of the table stands."""
     rows = (figure(), figure(quantity="colour"), figure(model="sd99"))
-    result = verify(profiles.without(lambda _: True), Published({"t": table_of()}, rows))[0]
+    result = check_tables(profiles.without(lambda _: True), Published({"t": table_of()}, rows))[0]
 
     assert [found.predicted is None for found in result.cases] == [False, True, True]
     assert [text in found.why for found, text in zip(result.cases[1:], ("colour", "sd99"), strict=True)] == [True, True]
@@ -176,7 +176,7 @@ def test_a_ratio_is_as_sure_as_its_parts(a, a_width, b, b_width):
 
 def test_the_order_of_configurations(few, distrifusion):
     """Published order is right order; turned around, every pair apart is wrong; equal figures are not ranked."""
-    result = verify(few, distrifusion, refit=keep)[0]
+    result = check_tables(few, distrifusion, refit=keep)[0]
     turned = [replace(found, predicted=Prediction(1 / found.case.published), case=found.case) for found in result.cases]
     right = [replace(found, predicted=Prediction(found.case.published)) for found in result.cases]
     equal = [replace(found, case=replace(found.case, low=0.0, high=1e9)) for found in turned]
@@ -260,7 +260,7 @@ def test_figures_that_shaped_an_overhead_count_as_fitted(profiles, published):
 def test_a_constant_that_stays_when_held_out_is_said_aloud(profiles):
     """Figures from which a constant was derived are counted as fitted, and the text says that it stays."""
     tables = Published({"t": table_of(notes="the overhead stays")}, (figure(fitted=True), figure()))
-    data = to_json(verify(profiles, tables, refit=keep))
+    data = to_json(check_tables(profiles, tables, refit=keep))
     found = next(table for table in data["tables"] if table["name"] == "t")
 
     assert (found["calibration_rows"], found["kept_when_held_out"]) == (1, 1)
@@ -280,7 +280,7 @@ def test_held_out_predictions_come_from_fits_without_the_group(few, distrifusion
         assert all(without(row) == (row.width_px in asked[-1]) for row in profiles.costs)
         return keep(profiles, without=without)
 
-    verify(few, distrifusion, refit=remember)
+    check_tables(few, distrifusion, refit=remember)
 
     assert {1024} in asked
     assert {2048} in asked
@@ -292,7 +292,7 @@ def test_what_a_group_publishes_does_not_change_its_held_out_predictions(few, di
         row.model_copy(update={"seconds_median": row.seconds_median * (3 if row.width_px == 2048 else 1)})
         for row in few.costs
     ]
-    results = [verify(known, distrifusion)[0] for known in (few, few.without(lambda _: True).with_costs(slower))]
+    results = [check_tables(known, distrifusion)[0] for known in (few, few.without(lambda _: True).with_costs(slower))]
     held = [
         {found.case.label: found.held_out.value for found in result.cases if "2048" in found.case.key.name}
         for result in results

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles, Request, Scenario, load_scenario
-from hybridsd_sim.pricing import Candidate, CandidateSet, Offers, Pricing, find_candidates
+from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, RentedCandidates, find_candidates
 from hybridsd_sim.scheduling import active_plan as room
 from hybridsd_sim.scheduling.active_plan import Menu
 from hybridsd_sim.scheduling.feedback import StepKind, kind_of
@@ -51,11 +51,11 @@ def test_other_step_and_picture_counts_cost_what_they_cost_in_simulation(
     menu: Menu, studio: Scenario, profiles: Profiles, found: CandidateSet, steps: int, images: int
 ) -> None:
     """The candidates are those that a simulation prices for such a request of a trace, the cheapest first."""
-    offers = Offers(Pricing(studio, profiles), found, dict.fromkeys(studio.pools, 1))
+    offers = RentedCandidates(Pricing(studio, profiles), found, dict.fromkeys(studio.pools, 1))
     asked = replace(menu.own["draft"], num_inference_steps=steps, num_images=images)
     options = menu.options(asked, WIDE).now
 
-    assert figures(options) == figures(offers.variant(1, (steps, images)))
+    assert figures(options) == figures(offers.resized(1, (steps, images)))
     assert [option.usd_or_inf for option in options] == sorted(option.usd_or_inf for option in options)
 
 
