@@ -25,7 +25,7 @@ from hybridsd_sim.errors import InputError, Problem
 from .cli import read_address, read_loads, read_numbers, read_options, read_sizes, split
 
 if TYPE_CHECKING:
-    from .profiling import Outcome, Progress
+    from .profiling import ProfileResult, Progress
 
 
 app = typer.Typer(
@@ -115,17 +115,18 @@ def profile(
     """Measure seconds, bytes, memory and energy of components and steps; write cost rows. Goes on where it stopped."""
     from hybridsd_sim.profiles import load_profiles
 
-    from .profiling import STEPS, Sweep, find_here
+    from .profiling import STEP_COMPONENTS, Sweep, find_device
     from .profiling import profile as measure_all
 
     sweep = Sweep(
         models=split(models), sizes=read_sizes(sizes), methods=split(methods) or ["single"],
         degrees=read_numbers(degrees, "--degrees"), batch_sizes=read_numbers(batch_sizes, "--batch-sizes"),
-        guidance=_GUIDANCE[guidance], runtime=runtime, precision=precision, components=split(components) or STEPS,
+        guidance=_GUIDANCE[guidance], runtime=runtime, precision=precision,
+        components=split(components) or STEP_COMPONENTS,
         options=read_options(option), ranks=None if ranks is None else ranks.value, warmup_runs=warmup_runs, runs=runs,
     )  # fmt: skip
     catalogue = load_profiles(profiles)
-    here = find_here(catalogue, device, threads)
+    here = find_device(catalogue, device, threads)
     try:
         with _progress() as progress:
             outcome = measure_all(
@@ -307,7 +308,7 @@ def _figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _outcome_data(outcome: Outcome) -> dict[str, Any]:
+def _outcome_data(outcome: ProfileResult) -> dict[str, Any]:
     return {
         "device": outcome.here.name,
         "threads": outcome.here.threads,
@@ -322,7 +323,7 @@ def _outcome_data(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _outcome_text(outcome: Outcome) -> tuple[list[str], list[list[object]]]:
+def _outcome_text(outcome: ProfileResult) -> tuple[list[str], list[list[object]]]:
     """A line for each component; the share is that of the fastest arithmetic measured in the same run."""
     header = [
         "model",

@@ -18,10 +18,10 @@ from hybridsd_sim.errors import InputError, Problem, unknown_name
 from hybridsd_sim.profiles import Profiles, load_profiles
 
 from .hybrid import PRECISIONS as PAYLOADS
-from .hybrid import Address, ImageRun, check_address, check_switch, listen_at, make_picture, serve_unet
-from .models import Model, build_sampler, load_model
-from .parallel import TIMEOUT_S, Carrier, Option, legal_settings
-from .profiling import PRECISIONS, is_first_process, job_at
+from .hybrid import Address, ImageRun, check_address, check_switch, generate_image, open_listener, serve_unet
+from .models import Pipeline, build_sampler, load_pipeline
+from .parallel import TIMEOUT_S, Carrier, Option, resolve_settings
+from .profiling import PRECISIONS, denoising_at, is_first_process
 
 
 def split(values: Sequence[str] | None) -> list[str]:
@@ -133,7 +133,7 @@ def make_image(ask: Ask, out: Path | None, edge: Address | None) -> dict[str, An
         check_address(edge, "--edge")
     profiles = load_profiles(ask.profiles)
     run = _image_run(ask, profiles, edge)
-    picture = make_picture(run)
+    picture = generate_image(run)
     if is_first_process():
         picture.write_png(path)
     return {
@@ -154,7 +154,7 @@ def be_edge(ask: Ask, address: Address, say: Callable[[str], None]) -> None:
     check_words(ask)
     profiles = load_profiles(ask.profiles)
     row, model = profiles.model(ask.model), _model(ask, ask.model, ask.weights, profiles)
-    with listen_at(address) as listener:
+    with open_listener(address) as listener:
         unet = model.unet  # built before anybody is told to call
         host, port = listener.getsockname()
         say(f"{host}:{port}")
@@ -206,7 +206,7 @@ def _image_run(ask: Ask, profiles: Profiles, edge: Address | None) -> ImageRun:
         rule = f"its latent space is {space}, that of {ask.model} is {row.latent_space}"
         raise InputError(Problem("--small-model", small.name, rule, "Choose models of one latent space."))
     size = (ask.height_px or ask.width_px or row.native_px, ask.width_px or ask.height_px or row.native_px)
-    job = job_at(row, size, 1, guided=ask.guidance_scale > 1.0, precision=ask.precision)
+    job = denoising_at(row, size, 1, guided=ask.guidance_scale > 1.0, precision=ask.precision)
     build_sampler(ask.sampler, ask.num_inference_steps)  # refused now rather than after the models are built
     run = ImageRun(
         model=_model(ask, ask.model, ask.weights, profiles),
@@ -214,7 +214,7 @@ def _image_run(ask: Ask, profiles: Profiles, edge: Address | None) -> ImageRun:
         prompt=ask.prompt,
         method=ask.method,
         degree=ask.degree,
-        settings=legal_settings(ask.method, job, ask.degree, ask.options),
+        settings=resolve_settings(ask.method, job, ask.degree, ask.options),
         carrier=_carrier(ask),
         small=small,
         edge=edge,
@@ -233,8 +233,8 @@ def _image_run(ask: Ask, profiles: Profiles, edge: Address | None) -> ImageRun:
     return run
 
 
-def _model(ask: Ask, name: str, weights: Path | None, profiles: Profiles) -> Model:
-    return load_model(
+def _model(ask: Ask, name: str, weights: Path | None, profiles: Profiles) -> Pipeline:
+    return load_pipeline(
         profiles.model(name).name,
         weights=weights,
         device=ask.device,

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from executors.hybrid import Expected, ImageRun, make_picture
+from executors.hybrid import ExpectedTransfer, ImageRun, generate_image
 from executors.live import Crew, Gang, Task
-from executors.models import load_model
-from executors.parallel import job_of, legal_settings
+from executors.models import load_pipeline
+from executors.parallel import denoising_of, resolve_settings
 from executors.validation.rehearse import own_cpus
 from hybridsd_sim.profiles import load_profiles
 from small_models import HEIGHT_PX, WIDTH_PX
@@ -25,7 +25,7 @@ from small_pipelines import small_catalogue, small_pipeline
 STEPS = 4
 LONG_S = 120
 """More than anything here takes on a busy machine."""
-SENDER = Expected(latent_space="sd1", prediction="epsilon")
+SENDER = ExpectedTransfer(latent_space="sd1", prediction="epsilon")
 STALE = {"warmup_steps": 1}
 """Options of the pair's AsyncDiff: from the second step on, what one rank computes rests on the other's last step."""
 ENDLESS = {"num_inference_steps": 900, "stop": 900}
@@ -88,7 +88,7 @@ class Site:
 
     def _model(self, name):
         """The same model in this process."""
-        return load_model(name, weights=self.weights[name], profiles=load_profiles(self.profiles))
+        return load_pipeline(name, weights=self.weights[name], profiles=load_profiles(self.profiles))
 
     def picture(self, wanted, small=None, switch_step=None, **method):
         """The levels of the picture that one process makes of a task without any worker."""
@@ -98,7 +98,7 @@ class Site:
             num_inference_steps=wanted.num_inference_steps, guidance_scale=wanted.guidance_scale,
             height_px=wanted.height_px, width_px=wanted.width_px, **method,
         )  # fmt: skip
-        return (make_picture(run).pixels * 255).round().byte().permute(1, 2, 0).numpy()
+        return (generate_image(run).pixels * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def levels(done):
@@ -109,11 +109,11 @@ def levels(done):
 
 def pair_method(site):
     """The pair's method as a run in one process has it."""
-    job = job_of(
+    job = denoising_of(
         site.model("small").unet, site.model("small").encode(["a"], height_px=64, width_px=64), images=1,
         height_px=HEIGHT_PX, width_px=WIDTH_PX, steps=STEPS,
     )  # fmt: skip
-    return {"method": "asyncdiff", "degree": 2, "settings": legal_settings("asyncdiff", job, 2, STALE)}
+    return {"method": "asyncdiff", "degree": 2, "settings": resolve_settings("asyncdiff", job, 2, STALE)}
 
 
 @contextmanager

@@ -11,12 +11,20 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from executors.models import build_sampler, build_unet, seeded_conditioning, seeded_latents
-from executors.parallel import AsyncDiff, Denoiser, Group, Single, denoise, job_of, legal_settings
-from executors.parallel.asyncdiff import bounds_by_macs
-from executors.parallel.denoiser import CfgParallel
-from executors.parallel.distrifusion import DistriFusion
+from executors.parallel import (
+    AsyncDiffDenoiser,
+    Denoiser,
+    Group,
+    SingleDenoiser,
+    denoise,
+    denoising_of,
+    resolve_settings,
+)
+from executors.parallel.asyncdiff import cut_by_macs
+from executors.parallel.denoiser import CfgParallelDenoiser
+from executors.parallel.distrifusion import DistriFusionDenoiser
 from executors.parallel.group import Traffic
-from executors.parallel.pcpp import Pcpp
+from executors.parallel.pcpp import PcppDenoiser
 from small_models import HEIGHT_PX, SMALL, WIDTH_PX
 
 
@@ -65,15 +73,19 @@ def denoiser_of(group: Group, case: Case) -> Denoiser:
     """The rank's denoiser on a model of its own; AsyncDiff's cut is that of the arithmetic, the same in every run."""
     unet = unet_of(group, case)
     conditioning = seeded_conditioning(unet, guidance_scale=case.guidance_scale)
-    job = job_of(unet, conditioning, images=1, height_px=HEIGHT_PX, width_px=WIDTH_PX, steps=case.steps)
-    settings = legal_settings(case.method, job, group.size, case.options)
+    job = denoising_of(unet, conditioning, images=1, height_px=HEIGHT_PX, width_px=WIDTH_PX, steps=case.steps)
+    settings = resolve_settings(case.method, job, group.size, case.options)
     if case.method == "asyncdiff":
-        bounds = bounds_by_macs(job.units, max(1, group.size - settings["stride"] + 1))
-        return AsyncDiff(unet, conditioning, group, settings=settings, bounds=bounds)
-    patches = {"distrifusion": DistriFusion, "pcpp": Pcpp}
+        bounds = cut_by_macs(job.units, max(1, group.size - settings["stride"] + 1))
+        return AsyncDiffDenoiser(unet, conditioning, group, settings=settings, bounds=bounds)
+    patches = {"distrifusion": DistriFusionDenoiser, "pcpp": PcppDenoiser}
     if case.method in patches:
         return patches[case.method](unet, conditioning, group, settings=settings)
-    return CfgParallel(unet, conditioning, group) if case.method == "cfg_parallel" else Single(unet, conditioning)
+    return (
+        CfgParallelDenoiser(unet, conditioning, group)
+        if case.method == "cfg_parallel"
+        else SingleDenoiser(unet, conditioning)
+    )
 
 
 def run_cases(group: Group, cases: Sequence[Case]) -> list[Trajectory]:

@@ -1,7 +1,7 @@
 """Hybrid SD (arXiv 2408.06646): a large model denoises the first steps, a small one the rest.
 
-Latents cross with the sampler's state as one `Handover`, and the small model goes on with a sampler of its own: in the
-same process with the hand-over as it is, on another machine with what arrives over a TCP connection. That carries
+Latents cross with the sampler's state as one `LatentTransfer`, and the small model goes on with a sampler of its own:
+in the same process with the transfer as it is, on another machine with what arrives over a TCP connection. That carries
 frames of magic, kind, length and payload; nothing in them is ever executed.
 """
 
@@ -25,8 +25,8 @@ from torch import Tensor
 from hybridsd_sim.errors import HybridSDError, InputError, Problem, RunError
 
 from ..models import SamplerState, build_sampler, resume
-from ..parallel import TIMEOUT_S, Denoiser, Single, denoise
-from .payload import Expected, Handover, parse, serialise
+from ..parallel import TIMEOUT_S, Denoiser, SingleDenoiser, denoise
+from .payload import ExpectedTransfer, LatentTransfer, parse, serialise
 
 log = logging.getLogger(__name__)
 
@@ -50,21 +50,21 @@ _MAGIC = b"HSD1"
 _HANDOVER, _PROGRESS, _RESULT, _ERROR = b"H", b"P", b"R", b"E"
 
 
-def go_on(
-    handover: Handover, denoiser: Denoiser, *, device: torch.device | str = "cpu", on_step: OnStep | None = None
+def finish_run(
+    transfer: LatentTransfer, denoiser: Denoiser, *, device: torch.device | str = "cpu", on_step: OnStep | None = None
 ) -> Tensor:
     """Denoise the rest of a run that was handed over, to its end. Raises `InputError` for a state that does not fit."""
     sampler = build_sampler(
-        handover.sampler, handover.num_inference_steps, prediction=handover.prediction, device=device
+        transfer.sampler, transfer.num_inference_steps, prediction=transfer.prediction, device=device
     )
-    resume(sampler, handover.state, handover.step)
-    return denoise(denoiser, sampler, handover.latents.to(device), start=handover.step, on_step=on_step)
+    resume(sampler, transfer.state, transfer.step)
+    return denoise(denoiser, sampler, transfer.latents.to(device), start=transfer.step, on_step=on_step)
 
 
 # ---- Frames ---------------------------------------------------------------------------------------------------------
 
 
-class _Line:
+class _Connection:
     """A connection as both sides use it: whole frames, each within `timeout_s`, or a `RunError` that says why not."""
 
     def __init__(self, connection: socket.socket, peer: str, timeout_s: float, max_bytes: int) -> None:
@@ -74,14 +74,14 @@ class _Line:
         self.max_bytes = max_bytes
 
     def send(self, kind: bytes, payload: bytes) -> None:
-        with _line_errors(self.peer, self.timeout_s):
+        with _connection_errors(self.peer, self.timeout_s):
             self.connection.settimeout(self.timeout_s)
             self.connection.sendall(_HEAD.pack(_MAGIC, kind, len(payload)) + payload)
 
     def receive(self) -> tuple[bytes, bytes]:
         """Kind and payload of the next frame."""
         deadline = time.monotonic() + self.timeout_s
-        with _line_errors(self.peer, self.timeout_s):
+        with _connection_errors(self.peer, self.timeout_s):
             magic, kind, length = _HEAD.unpack(self._exactly(_HEAD.size, deadline))
             if magic != _MAGIC:
                 raise RunError(f"{self.peer} does not speak this protocol: it sent {magic!r}, not {_MAGIC!r}")
@@ -111,7 +111,7 @@ class _Line:
 
 
 @contextmanager
-def _line_errors(peer: str, timeout_s: float) -> Iterator[None]:
+def _connection_errors(peer: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
@@ -125,9 +125,9 @@ def _line_errors(peer: str, timeout_s: float) -> Iterator[None]:
 # ---- The sending side -----------------------------------------------------------------------------------------------
 
 
-def hand_over(
+def finish_at_edge(
     address: Address,
-    handover: Handover,
+    transfer: LatentTransfer,
     *,
     precision: str = "fp32",
     timeout_s: float = TIMEOUT_S,
@@ -139,26 +139,26 @@ def hand_over(
     words if it refuses, and when it cannot be reached, dies or stays silent for longer than `timeout_s`: for a whole
     payload, or for one denoising step.
     """
-    payload = serialise(handover, precision)
+    payload = serialise(transfer, precision)
     peer = f"the edge at {address[0]}:{address[1]}"
     connect_s = min(timeout_s, CONNECT_S)
-    with _line_errors(peer, connect_s):
+    with _connection_errors(peer, connect_s):
         connection = socket.create_connection(address, timeout=connect_s)
     with connection:
-        line = _Line(connection, peer, timeout_s, MAX_BYTES)
+        line = _Connection(connection, peer, timeout_s, MAX_BYTES)
         line.send(_HANDOVER, payload)
         while (frame := line.receive())[0] == _PROGRESS:
             if on_progress:
                 on_progress(int.from_bytes(frame[1], "big"))
-    return _result(*frame, handover, peer).to(handover.latents.device)
+    return _result(*frame, transfer, peer).to(transfer.latents.device)
 
 
-def _result(kind: bytes, payload: bytes, sent: Handover, peer: str) -> Tensor:
+def _result(kind: bytes, payload: bytes, sent: LatentTransfer, peer: str) -> Tensor:
     if kind == _ERROR:
         raise RunError(f"{peer} refused: {payload.decode(errors='replace')}")
     if kind != _RESULT:
         raise RunError(f"{peer} answered with a frame of kind {kind!r}, not with latents")
-    expected = Expected(
+    expected = ExpectedTransfer(
         latent_space=sent.latent_space,
         prediction=sent.prediction,
         sampler=sent.sampler,
@@ -175,7 +175,7 @@ def _result(kind: bytes, payload: bytes, sent: Handover, peer: str) -> Tensor:
 # ---- The edge -------------------------------------------------------------------------------------------------------
 
 
-def parent_lives() -> bool:
+def parent_is_alive() -> bool:
     """Whether the process that started this one is still there; true for one that was started by hand."""
     parent = multiprocessing.parent_process()
     return parent is None or parent.is_alive()
@@ -183,13 +183,13 @@ def parent_lives() -> bool:
 
 def serve_edge(
     listener: socket.socket,
-    make_denoiser: Callable[[Handover], Denoiser],
-    expected: Expected,
+    make_denoiser: Callable[[LatentTransfer], Denoiser],
+    expected: ExpectedTransfer,
     *,
     device: torch.device | str = "cpu",
     timeout_s: float = TIMEOUT_S,
     max_bytes: int = MAX_BYTES,
-    keep_serving: Callable[[], bool] = parent_lives,
+    keep_serving: Callable[[], bool] = parent_is_alive,
 ) -> None:
     """Finish the runs that are handed over on `listener`, one after the other, as long as `keep_serving` says so.
 
@@ -204,12 +204,15 @@ def serve_edge(
         except TimeoutError:
             continue
         with connection:
-            line = _Line(connection, f"the sender at {address[0]}:{address[1]}", timeout_s, max_bytes)
+            line = _Connection(connection, f"the sender at {address[0]}:{address[1]}", timeout_s, max_bytes)
             _serve(line, make_denoiser, expected, device)
 
 
 def _serve(
-    line: _Line, make_denoiser: Callable[[Handover], Denoiser], expected: Expected, device: torch.device | str
+    line: _Connection,
+    make_denoiser: Callable[[LatentTransfer], Denoiser],
+    expected: ExpectedTransfer,
+    device: torch.device | str,
 ) -> None:
     try:
         line.send(_RESULT, _finish(line, make_denoiser, expected, device))
@@ -222,33 +225,36 @@ def _serve(
 
 
 def _finish(
-    line: _Line, make_denoiser: Callable[[Handover], Denoiser], expected: Expected, device: torch.device | str
+    line: _Connection,
+    make_denoiser: Callable[[LatentTransfer], Denoiser],
+    expected: ExpectedTransfer,
+    device: torch.device | str,
 ) -> bytes:
     kind, payload = line.receive()
     if kind != _HANDOVER:
         raise RunError(f"{line.peer} sent a frame of kind {kind!r}, not a hand-over")
-    handover = parse(payload, expected)
-    denoiser = make_denoiser(handover)
-    latents = go_on(
-        handover,
+    transfer = parse(payload, expected)
+    denoiser = make_denoiser(transfer)
+    latents = finish_run(
+        transfer,
         denoiser,
         device=device,
         on_step=lambda step, _: line.send(_PROGRESS, step.to_bytes(4, "big")),
     )
-    end = handover.num_inference_steps
-    return serialise(replace(handover, latents=latents, step=end, state=SamplerState(), embeds=None, added={}))
+    end = transfer.num_inference_steps
+    return serialise(replace(transfer, latents=latents, step=end, state=SamplerState(), embeds=None, added={}))
 
 
-def _refuse(line: _Line, reason: str) -> None:
+def _refuse(line: _Connection, reason: str) -> None:
     with suppress(RunError):  # the sender may be gone; the log has the reason
         line.send(_ERROR, reason.encode())
         line.drain()
 
 
-def expected_by(unet: UNet2DConditionModel, latent_space: str, prediction: str) -> Expected:
+def expected_transfer(unet: UNet2DConditionModel, latent_space: str, prediction: str) -> ExpectedTransfer:
     """What an edge without a text encoder can go on with, given its UNet."""
     width = unet.config.cross_attention_dim
-    return Expected(
+    return ExpectedTransfer(
         latent_space=latent_space,
         prediction=prediction,
         channels=unet.config.in_channels,
@@ -267,13 +273,13 @@ def serve_unet(
 ) -> None:
     """`serve_edge` with one UNet, on the device where it is."""
 
-    def make_denoiser(handover: Handover) -> Denoiser:
-        conditioning = handover.conditioning
+    def make_denoiser(transfer: LatentTransfer) -> Denoiser:
+        conditioning = transfer.conditioning
         if conditioning is None:
             raise RunError("this edge has no text encoder")
-        return Single(unet, conditioning.to(unet.device, unet.dtype))
+        return SingleDenoiser(unet, conditioning.to(unet.device, unet.dtype))
 
-    expected = expected_by(unet, latent_space, prediction)
+    expected = expected_transfer(unet, latent_space, prediction)
     serve_edge(listener, make_denoiser, expected, device=unet.device, timeout_s=timeout_s)
 
 
@@ -287,7 +293,7 @@ def check_address(address: Address, place: str) -> None:
         raise InputError(Problem(place, _written(address), rule, remedy)) from error
 
 
-def listen_at(address: Address) -> socket.socket:
+def open_listener(address: Address) -> socket.socket:
     """A socket that listens; port 0 takes a free one. Raises `InputError` where this machine cannot listen there."""
     check_address(address, "--listen")
     try:

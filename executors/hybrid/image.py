@@ -1,7 +1,7 @@
 """One image from prompt to pixels on real hardware: text encoder, the stages of a plan, VAE decoder, each timed.
 
 A run has one stage, of any parallel method, or two: a large model up to the switch step and a small one from there, in
-this process or at an edge that another process serves. What crosses the switch is the same `Handover` either way.
+this process or at an edge that another process serves. What crosses the switch is the same `LatentTransfer` either way.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from hybridsd_sim.errors import IllegalPlanError, Problem, RunError
 
-from ..models import Conditioning, Model, build_sampler, decode, seeded_latents
+from ..models import Conditioning, Pipeline, build_sampler, decode, seeded_latents
 from ..parallel import (
     TIMEOUT_S,
     Carrier,
     Group,
-    Single,
+    SingleDenoiser,
     build_denoiser,
     denoise,
-    own_unet,
+    rank_unet,
     run_ranks,
     synchronised_clock,
 )
-from .edge import Address, go_on, hand_over
-from .payload import Handover, serialise, take_over
+from .edge import Address, finish_at_edge, finish_run
+from .payload import LatentTransfer, capture_transfer, serialise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +42,14 @@ class ImageRun:
     stage talk to each other. A rank or an edge that is silent for longer than `timeout_s` is lost.
     """
 
-    model: Model
+    model: Pipeline
     latent_space: str
     prompt: str = "a photograph of an astronaut riding a horse"
     method: str = "single"
     degree: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
     carrier: Carrier = "loopback"
-    small: Model | None = None
+    small: Pipeline | None = None
     edge: Address | None = None
     switch_step: int | None = None
     num_inference_steps: int = 50
@@ -69,7 +69,7 @@ class ImageRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class GeneratedImage:
     """The image (3, H, W), values in 0 to 1, and what it took: seconds of each component, bytes of each exchange."""
 
     pixels: Tensor
@@ -87,7 +87,7 @@ class Picture:
             raise RunError(f"{path} cannot be written: {error}") from error
 
 
-def make_picture(run: ImageRun) -> Picture:
+def generate_image(run: ImageRun) -> GeneratedImage:
     """Carry out a run. Raises `IllegalPlanError` for one that breaks a rule and `RunError` where a part of it fails."""
     check_switch(run)
     clock = _Clock(run.model.device)
@@ -108,13 +108,13 @@ def make_picture(run: ImageRun) -> Picture:
     )
     clock.seconds["denoise"] = max(rank.seconds for rank in ranks)
     clock.bytes["received_by_busiest_rank"] = max(rank.received_bytes for rank in ranks)
-    latents = _finish(run, ranks[0].handover, clock)
+    latents = _finish(run, ranks[0].transfer, clock)
     with clock.time("vae_decode"):
         images = decode(run.model.vae, latents.to(run.model.device))
     pixels = (images[0].float().cpu() / 2 + 0.5).clamp(0, 1)
     if not torch.isfinite(pixels).all():
         raise RunError("the image holds NaN or infinite values; run it with fp32")
-    return Picture(pixels, clock.seconds, clock.bytes)
+    return GeneratedImage(pixels, clock.seconds, clock.bytes)
 
 
 def _load(run: ImageRun) -> None:
@@ -149,14 +149,14 @@ def _portable(run: ImageRun) -> ImageRun:
 
 @dataclass(frozen=True, slots=True)
 class _StageDone:
-    handover: Handover | None
+    transfer: LatentTransfer | None
     seconds: float
     received_bytes: int
 
 
 def denoise_stage(group: Group, run: ImageRun, conditioning: Conditioning) -> _StageDone:
     """One rank of the first stage; rank 0 brings back what the next stage needs, on the CPU."""
-    unet = own_unet(run.model, group)
+    unet = rank_unet(run.model, group)
     conditioning = conditioning.to(group.device, unet.dtype)
     sampler = build_sampler(run.sampler, run.num_inference_steps, prediction=run.model.prediction, device=group.device)
     latents = seeded_latents(unet, images=1, height_px=run.height_px, width_px=run.width_px, seed=run.seed)
@@ -165,38 +165,38 @@ def denoise_stage(group: Group, run: ImageRun, conditioning: Conditioning) -> _S
     started_s = group.clock()
     latents = denoise(denoiser, sampler, latents, stop=run.stop)
     seconds = group.clock() - started_s
-    handover = take_over(sampler, latents, run.stop, latent_space=run.latent_space, conditioning=conditioning)
-    return _StageDone(on_cpu(handover) if group.rank == 0 else None, seconds, group.traffic.received_bytes)
+    transfer = capture_transfer(sampler, latents, run.stop, latent_space=run.latent_space, conditioning=conditioning)
+    return _StageDone(to_cpu(transfer) if group.rank == 0 else None, seconds, group.traffic.received_bytes)
 
 
-def on_cpu(handover: Handover) -> Handover:
+def to_cpu(transfer: LatentTransfer) -> LatentTransfer:
     """The same with every tensor in the machine's memory: another process, or another device, goes on from there."""
     return replace(
-        handover,
-        latents=handover.latents.cpu(),
-        state=replace(handover.state, history=tuple(tensor.cpu() for tensor in handover.state.history)),
-        embeds=None if handover.embeds is None else handover.embeds.cpu(),
-        added={name: tensor.cpu() for name, tensor in handover.added.items()},
+        transfer,
+        latents=transfer.latents.cpu(),
+        state=replace(transfer.state, history=tuple(tensor.cpu() for tensor in transfer.state.history)),
+        embeds=None if transfer.embeds is None else transfer.embeds.cpu(),
+        added={name: tensor.cpu() for name, tensor in transfer.added.items()},
     )
 
 
-def _finish(run: ImageRun, handover: Handover | None, clock: _Clock) -> Tensor:
+def _finish(run: ImageRun, transfer: LatentTransfer | None, clock: _Clock) -> Tensor:
     """The final latents: those of the first stage, or of the second one, here or at the edge."""
-    if handover is None:
+    if transfer is None:
         raise RunError("rank 0 brought nothing back")
     if run.stop == run.num_inference_steps:
-        return handover.latents
+        return transfer.latents
     if run.edge is not None:
-        clock.bytes["handover"] = len(serialise(handover, run.payload))
+        clock.bytes["handover"] = len(serialise(transfer, run.payload))
         with clock.time("handover_and_denoise_edge"):
-            return hand_over(run.edge, handover, precision=run.payload, timeout_s=run.timeout_s)
+            return finish_at_edge(run.edge, transfer, precision=run.payload, timeout_s=run.timeout_s)
     small = run.small or run.model
-    conditioning = handover.conditioning
+    conditioning = transfer.conditioning
     if conditioning is None:
         raise RunError("the hand-over has no embeddings")
-    denoiser = Single(small.unet, conditioning.to(small.device, small.dtype))
+    denoiser = SingleDenoiser(small.unet, conditioning.to(small.device, small.dtype))
     with clock.time("denoise_small"):
-        return go_on(handover, denoiser, device=small.device)
+        return finish_run(transfer, denoiser, device=small.device)
 
 
 class _Clock:

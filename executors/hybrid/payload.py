@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name
 
-from ..models import Conditioning, SamplerState, prediction_of, sampler_name, sampler_state
+from ..models import Conditioning, SamplerState, sampler_name, sampler_prediction, sampler_state
 
 FORMAT = "hybridsd-handover"
 
@@ -35,7 +35,7 @@ _AGREED = ("latent_space", "prediction", "sampler", "num_inference_steps", "step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Handover:
+class LatentTransfer:
     """A run stopped before step `step`, with all that another machine needs to go on.
 
     `latents`: (images, C, H, W), float32. `latent_space` and `prediction` are the catalogue's words (`sd1`, `epsilon`).
@@ -62,7 +62,7 @@ class Handover:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
+class ExpectedTransfer:
     """What a receiver can go on with; None accepts anything.
 
     `embeds_width` is the width of the embeddings that its model wants and None when it encodes the prompt itself;
@@ -80,7 +80,7 @@ class Expected:
     added: tuple[str, ...] = ()
 
 
-def take_over(
+def capture_transfer(
     sampler: Any,
     latents: Tensor,
     step: int,
@@ -88,17 +88,17 @@ def take_over(
     latent_space: str,
     conditioning: Conditioning,
     with_embeds: bool = True,
-) -> Handover:
+) -> LatentTransfer:
     """The hand-over of a run whose sampler has done the steps before `step`.
 
     `with_embeds` False leaves the embeddings out, for a receiver that encodes the prompt itself.
     """
-    return Handover(
+    return LatentTransfer(
         latents=latents,
         step=step,
         num_inference_steps=len(sampler.timesteps),
         sampler=sampler_name(sampler),
-        prediction=prediction_of(sampler),
+        prediction=sampler_prediction(sampler),
         latent_space=latent_space,
         guidance_scale=conditioning.guidance_scale,
         state=sampler_state(sampler),
@@ -110,13 +110,13 @@ def take_over(
 # ---- Writing --------------------------------------------------------------------------------------------------------
 
 
-def serialise(handover: Handover, precision: str = "fp32") -> bytes:
+def serialise(transfer: LatentTransfer, precision: str = "fp32") -> bytes:
     """The hand-over as bytes, its tensors in `fp32` or `fp16`. Raises `InputError` for tensors with NaN or infinity."""
     if precision not in PRECISIONS:
         raise InputError(unknown_name("precision", precision, tuple(PRECISIONS)))
-    named = _tensors(handover).items()
+    named = _tensors(transfer).items()
     tensors = {name: _detached(tensor, PRECISIONS[precision]) for name, tensor in named}
-    metadata = _metadata(handover, precision)
+    metadata = _metadata(transfer, precision)
     if problems := list(_not_finite(tensors)):
         raise InputError(problems)
     return save(tensors, {**metadata, "checksum": checksum(tensors, metadata)})
@@ -127,26 +127,26 @@ def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
 
 
-def _tensors(handover: Handover) -> dict[str, Tensor]:
-    history = {f"history.{index}": tensor for index, tensor in enumerate(handover.state.history)}
-    embeds = {} if handover.embeds is None else {"embeds": handover.embeds}
-    added = {f"added.{name}": tensor for name, tensor in handover.added.items()}
-    return {"latents": handover.latents, **history, **embeds, **added}
+def _tensors(transfer: LatentTransfer) -> dict[str, Tensor]:
+    history = {f"history.{index}": tensor for index, tensor in enumerate(transfer.state.history)}
+    embeds = {} if transfer.embeds is None else {"embeds": transfer.embeds}
+    added = {f"added.{name}": tensor for name, tensor in transfer.added.items()}
+    return {"latents": transfer.latents, **history, **embeds, **added}
 
 
-def _metadata(handover: Handover, precision: str) -> dict[str, str]:
+def _metadata(transfer: LatentTransfer, precision: str) -> dict[str, str]:
     return {
         "format": FORMAT,
         "version": VERSION,
         "precision": precision,
-        "step": str(handover.step),
-        "num_inference_steps": str(handover.num_inference_steps),
-        "sampler": handover.sampler,
-        "order": str(handover.state.order),
-        "prediction": handover.prediction,
-        "latent_space": handover.latent_space,
-        "guidance_scale": repr(float(handover.guidance_scale)),
-        "shape": _shape_text(handover.latents.shape),
+        "step": str(transfer.step),
+        "num_inference_steps": str(transfer.num_inference_steps),
+        "sampler": transfer.sampler,
+        "order": str(transfer.state.order),
+        "prediction": transfer.prediction,
+        "latent_space": transfer.latent_space,
+        "guidance_scale": repr(float(transfer.guidance_scale)),
+        "shape": _shape_text(transfer.latents.shape),
     }
 
 
@@ -156,8 +156,8 @@ def _shape_text(shape: tuple[int, ...] | torch.Size) -> str:
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 in hexadecimal over metadata and tensors by name, whatever order a file keeps them in."""
-    described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())}
-    digest = hashlib.sha256(json.dumps([metadata, described], sort_keys=True).encode())
+    plain_config = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())}
+    digest = hashlib.sha256(json.dumps([metadata, plain_config], sort_keys=True).encode())
     for _, tensor in sorted(tensors.items()):
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -173,7 +173,7 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def parse(data: bytes, expected: Expected) -> Handover:
+def parse(data: bytes, expected: ExpectedTransfer) -> LatentTransfer:
     """The hand-over that `serialise` wrote, its tensors in float32 on the CPU.
 
     Raises `InputError` for bytes that are damaged, of another format or version, or no continuation of a run that
@@ -181,11 +181,11 @@ def parse(data: bytes, expected: Expected) -> Handover:
     """
     tensors, metadata = _unpack(data)
     _check_integrity(tensors, metadata)
-    handover = _read(tensors, metadata)
-    own_problems = [*_not_finite(tensors), *_inconsistent(handover, tensors, metadata)]
-    if problems := own_problems or list(_unexpected(handover, expected)):
+    transfer = _read(tensors, metadata)
+    own_problems = [*_not_finite(tensors), *_inconsistent(transfer, tensors, metadata)]
+    if problems := own_problems or list(_unexpected(transfer, expected)):
         raise InputError(problems)
-    return handover
+    return transfer
 
 
 def _unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -215,13 +215,13 @@ def _check_integrity(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         raise _damaged(f"checksum {metadata.get('checksum')}", f"its contents have {actual}")
 
 
-def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Handover:
+def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LatentTransfer:
     """Tensors are copied to memory of their own: a view into the bytes is aligned otherwise, which can change sums."""
     own = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     history = tuple(own[name] for name in sorted(own) if name.startswith("history."))
     try:
         step = int(metadata["step"])
-        return Handover(
+        return LatentTransfer(
             latents=own["latents"],
             step=step,
             num_inference_steps=int(metadata["num_inference_steps"]),
@@ -237,44 +237,46 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Handove
         raise _damaged(f"no valid entry {error}", "must have every entry of its format") from error
 
 
-def _inconsistent(handover: Handover, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Problem]:
+def _inconsistent(
+    transfer: LatentTransfer, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[Problem]:
     """Entries that contradict one another, from a writer that did not use `serialise`."""
     wanted = PRECISIONS.get(metadata.get("precision", ""))
     for name, tensor in tensors.items():
         if tensor.dtype != wanted:
             rule = f"must have the precision announced, {metadata.get('precision')}"
             yield Problem(f"{_PLACE} {name}", str(tensor.dtype), rule)
-    if not math.isfinite(handover.guidance_scale):
-        yield Problem(f"{_PLACE} guidance_scale", str(handover.guidance_scale), "must be finite")
-    shape = _shape_text(handover.latents.shape)
-    if metadata.get("shape") != shape or handover.latents.ndim != 4:
+    if not math.isfinite(transfer.guidance_scale):
+        yield Problem(f"{_PLACE} guidance_scale", str(transfer.guidance_scale), "must be finite")
+    shape = _shape_text(transfer.latents.shape)
+    if metadata.get("shape") != shape or transfer.latents.ndim != 4:
         yield Problem(f"{_PLACE} latents", shape, f"must be images x C x H x W as announced: {metadata.get('shape')}")
-    for tensor in handover.state.history:
-        if tensor.shape != handover.latents.shape:
+    for tensor in transfer.state.history:
+        if tensor.shape != transfer.latents.shape:
             yield Problem(f"{_PLACE} history", _shape_text(tensor.shape), f"must have the latents' shape, {shape}")
-    if not 0 <= handover.step <= handover.num_inference_steps:
-        yield Problem(f"{_PLACE} step", str(handover.step), f"must lie in 0 to {handover.num_inference_steps}")
+    if not 0 <= transfer.step <= transfer.num_inference_steps:
+        yield Problem(f"{_PLACE} step", str(transfer.step), f"must lie in 0 to {transfer.num_inference_steps}")
 
 
-def _unexpected(handover: Handover, expected: Expected) -> Iterator[Problem]:
+def _unexpected(transfer: LatentTransfer, expected: ExpectedTransfer) -> Iterator[Problem]:
     remedy = "Both sides must run the same job with models of one latent space."
-    pairs = [(name, getattr(handover, name), getattr(expected, name)) for name in _AGREED]
-    shape = tuple(handover.latents.shape)
+    pairs = [(name, getattr(transfer, name), getattr(expected, name)) for name in _AGREED]
+    shape = tuple(transfer.latents.shape)
     pairs += [("shape", shape, expected.shape), ("channels", shape[1], expected.channels)]
     for name, given, wanted in pairs:
         if wanted not in (None, given):
             yield Problem(f"{_PLACE} {name}", str(given), f"this side runs {wanted}", remedy)
     if expected.embeds_width is not None:
-        yield from _unfit_conditioning(handover, expected)
+        yield from _unfit_conditioning(transfer, expected)
 
 
-def _unfit_conditioning(handover: Handover, expected: Expected) -> Iterator[Problem]:
-    given = handover.conditioning
+def _unfit_conditioning(transfer: LatentTransfer, expected: ExpectedTransfer) -> Iterator[Problem]:
+    given = transfer.conditioning
     if given is None:
         remedy = "Send them along."
         yield Problem(f"{_PLACE} embeds", "none", "this side has no text encoder, so it needs the embeddings", remedy)
         return
-    wanted = (given.branches * len(handover.latents), expected.embeds_width)
+    wanted = (given.branches * len(transfer.latents), expected.embeds_width)
     if (shape := given.embeds.shape)[::2] != wanted:
         rule = f"must be {wanted[0]} (branches x images) times tokens times a width of {wanted[1]}"
         yield Problem(f"{_PLACE} embeds", _shape_text(shape), rule, "Both models must share a text encoder.")

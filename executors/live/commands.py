@@ -18,7 +18,7 @@ from hybridsd_sim.profiles import load_profiles
 from hybridsd_sim.scheduling import Scheduler, Worker
 from hybridsd_sim.serving import is_loopback, names_of
 
-from ..hybrid import listen_at
+from ..hybrid import open_listener
 from .client import Ask, Client, Outcome
 from .messages import EdgePart, Link
 from .request import Settings
@@ -52,7 +52,7 @@ def serve(serving: Serving, say: Say) -> None:
     workers = [Worker(gang.name, gang.pool, gang.degree) for gang in gangs]
     folder = serving.here.profiles
     scheduler = Scheduler.from_plan(file, workers=workers, profiles=None if folder is None else load_profiles(folder))
-    with listen_at((serving.host, serving.port)) as listener:
+    with open_listener((serving.host, serving.port)) as listener:
         asyncio.run(_serve(serving, scheduler, gangs, listener, say))
 
 

@@ -31,9 +31,17 @@ from torch import Tensor
 
 from hybridsd_sim.errors import InputError, Problem
 
-from ..hybrid import Handover, on_cpu, parse, serialise, take_over
+from ..hybrid import LatentTransfer, capture_transfer, parse, serialise, to_cpu
 from ..models import sampler_state
-from ..parallel import Alone, Failure, Group, last_words, meet, meeting_place, synchronised_clock
+from ..parallel import (
+    Alone,
+    Group,
+    RankFailure,
+    describe_exit,
+    join_rendezvous,
+    open_rendezvous,
+    synchronised_clock,
+)
 from .tasks import Done, Gang, Inbox, Kind, Line, Task
 from .worker_stage import Stage, png
 
@@ -64,7 +72,7 @@ def live(gang: Gang, rank: int, port: int, ends: Sequence[Connection], crew: soc
         else:
             _follow(gang, rank, port, ends[0])
     except Exception as error:
-        if not isinstance(error, EOFError) and not Failure.of(error).lost_another:
+        if not isinstance(error, EOFError) and not RankFailure.of(error).lost_another:
             raise
     sys.exit(1)  # the crew or another rank has gone, and whoever noticed said so
 
@@ -81,7 +89,7 @@ def _lead(gang: Gang, port: int, followers: Sequence[Connection], line: Line) ->
         stage.load_ends()
         stage.group.barrier()
     except Exception as error:  # noqa: BLE001 -- raised again by the crew
-        line.send(Kind.failed, 0, Failure.of(error))
+        line.send(Kind.failed, 0, RankFailure.of(error))
         return
     line.send(Kind.up)
     Leader(stage, line, followers).serve()
@@ -109,7 +117,7 @@ def _heed(leader: Connection) -> None:
 def _group(gang: Gang, rank: int, port: int) -> Group:
     if gang.degree == 1:
         return Alone(gang.device)
-    return meet(rank, gang.degree, kind="nccl" if gang.device.startswith("cuda") else "gloo", port=port)
+    return join_rendezvous(rank, gang.degree, kind="nccl" if gang.device.startswith("cuda") else "gloo", port=port)
 
 
 @dataclass(slots=True)
@@ -173,7 +181,7 @@ class Leader:
             except _CalledOff:
                 self.line.send(Kind.cancelled, ticket)
             except Exception as error:  # noqa: BLE001 -- raised again by the crew
-                failure = Failure.of(error)
+                failure = RankFailure.of(error)
                 if not failure.lost_another:
                     self.line.send(Kind.failed, ticket, failure)
                 if self._in_steps and self.followers:
@@ -197,14 +205,14 @@ class Leader:
             image = png(pixels)
         return watch.done(image, is_image=True)
 
-    def _from_noise(self, task: Task, sampler: Any, watch: _Stopwatch) -> Handover:
+    def _from_noise(self, task: Task, sampler: Any, watch: _Stopwatch) -> LatentTransfer:
         latents = self.stage.noise(task) * sampler.init_noise_sigma
         with watch.time("text_encode_s"):
             conditioning = self.stage.encode(task)
         space = self.stage.latent_space(task)
-        return on_cpu(take_over(sampler, latents, 0, latent_space=space, conditioning=conditioning))
+        return to_cpu(capture_transfer(sampler, latents, 0, latent_space=space, conditioning=conditioning))
 
-    def _handed_over(self, task: Task, watch: _Stopwatch) -> Handover:
+    def _handed_over(self, task: Task, watch: _Stopwatch) -> LatentTransfer:
         with watch.time("parse_s"):
             begun = parse(task.begun or b"", self.stage.expected(task))
         if begun.guidance_scale != task.guidance_scale:
@@ -214,7 +222,7 @@ class Leader:
             raise InputError(Problem("hand-over step", str(begun.step), f"this task stops before step {task.stop}"))
         return begun
 
-    def _steps(self, ticket: int, task: Task, begun: Handover, sampler: Any, watch: _Stopwatch) -> Tensor:
+    def _steps(self, ticket: int, task: Task, begun: LatentTransfer, sampler: Any, watch: _Stopwatch) -> Tensor:
         def on_step(step: int, latents: Tensor) -> None:
             self.line.send(Kind.step, ticket, (step, watch.end_step()))
             if task.checkpoint_every and (step + 1) % task.checkpoint_every == 0 and step + 1 < task.stop:
@@ -244,7 +252,7 @@ class Leader:
             follower.send_bytes(said)
 
     def _written(
-        self, task: Task, begun: Handover, sampler: Any, latents: Tensor, step: int, watch: _Stopwatch
+        self, task: Task, begun: LatentTransfer, sampler: Any, latents: Tensor, step: int, watch: _Stopwatch
     ) -> bytes:
         """The state before `step` as a hand-over of the task's precision."""
         with watch.time("serialise_s"):
@@ -265,7 +273,7 @@ class Processes:
 
     def __init__(self, gang: Gang, start_method: StartMethod = "spawn") -> None:
         self._gang, self._start_method = gang, start_method
-        self._store = meeting_place() if gang.degree > 1 else None  # the ranks meet there as long as they live
+        self._store = open_rendezvous() if gang.degree > 1 else None  # the ranks meet there as long as they live
         self._ours, theirs = socket.socketpair()
         self._ranks: list[BaseProcess] = []
         self._ended: list[int] = []
@@ -317,7 +325,7 @@ class Processes:
         for process in self._ranks:
             process.close()
         which = f"rank {rank} of {self._gang.degree} " if self._gang.degree > 1 else ""
-        return f"worker {self._gang.name} died: {which}{last_words(code)}"
+        return f"worker {self._gang.name} died: {which}{describe_exit(code)}"
 
     def _note_end(self, rank: int) -> None:
         """A rank has ended: note it with those that ended just before it, and take the others along."""

@@ -27,7 +27,7 @@ from hybridsd_sim.errors import HybridSDError, InputError, Problem, RunError, un
 from hybridsd_sim.plan import Deployment, Plan, Request, Stage
 from hybridsd_sim.scheduling import Decision, Scheduler, WorkerDown, WorkerUp
 
-from ..parallel import Failure
+from ..parallel import RankFailure
 from .tasks import Cancelled, Done, Gang, Kind, Task, WorkerLost, read, written
 from .worker import Processes, StartMethod
 
@@ -240,7 +240,7 @@ class _Job:
             self.outcome.set_exception(WorkerLost(reason, checkpoint=self.checkpoint, step=self.step))
 
 
-def _refusal(failure: Failure, task: Task) -> RunError:
+def _refusal(failure: RankFailure, task: Task) -> RunError:
     """The worker's own words; wrong input is the cause of the error."""
     error = failure.error(f"task {task.key} failed")
     if isinstance(error, RunError):

@@ -18,9 +18,9 @@ from hybridsd_sim.perf import PIXELS_PER_LATENT
 from hybridsd_sim.profiles import load_profiles
 
 from ..hybrid import PRECISIONS as PAYLOADS
-from ..hybrid import Expected, Handover, OnStep, expected_by
-from ..models import Conditioning, Model, build_sampler, decode, load_model, resume, seeded_latents
-from ..parallel import Denoiser, Group, build_denoiser, denoise, job_of, legal_settings, own_unet
+from ..hybrid import ExpectedTransfer, LatentTransfer, OnStep, expected_transfer
+from ..models import Conditioning, Pipeline, build_sampler, decode, load_pipeline, resume, seeded_latents
+from ..parallel import Denoiser, Group, build_denoiser, denoise, denoising_of, rank_unet, resolve_settings
 from ..profiling import PRECISIONS
 from .tasks import Gang, Task
 
@@ -55,8 +55,8 @@ class Stage:
         self.gang, self.group = gang, group
         profiles = load_profiles(gang.profiles)
         self._latent_spaces = {name: profiles.model(name).latent_space for name in gang.models}
-        self.models: Mapping[str, Model] = {
-            name: load_model(
+        self.models: Mapping[str, Pipeline] = {
+            name: load_pipeline(
                 profiles.model(name).name,
                 weights=gang.weights.get(name),
                 vae=gang.vae,
@@ -98,13 +98,13 @@ class Stage:
     def _legal_settings(self, model: str, height_px: int, width_px: int, guidance_scale: float) -> Mapping[str, Any]:
         unprompted = Conditioning(embeds=torch.empty(0), guidance_scale=guidance_scale)
         unet = self.models[model].unet
-        job = job_of(unet, unprompted, images=1, height_px=height_px, width_px=width_px, steps=1)
-        return legal_settings(self.gang.method, job, self.gang.degree, self.gang.options)
+        job = denoising_of(unet, unprompted, images=1, height_px=height_px, width_px=width_px, steps=1)
+        return resolve_settings(self.gang.method, job, self.gang.degree, self.gang.options)
 
-    def expected(self, task: Task) -> Expected:
+    def expected(self, task: Task) -> ExpectedTransfer:
         """What a hand-over must be for the task to go on from it."""
         model = self.models[task.model]
-        own = expected_by(model.unet, self.latent_space(task), model.prediction)
+        own = expected_transfer(model.unet, self.latent_space(task), model.prediction)
         shape = (1, own.channels or 0, task.height_px // PIXELS_PER_LATENT, task.width_px // PIXELS_PER_LATENT)
         return replace(own, sampler=task.sampler, num_inference_steps=task.num_inference_steps, shape=shape)
 
@@ -130,7 +130,7 @@ class Stage:
         prediction = self.models[task.model].prediction
         return build_sampler(task.sampler, task.num_inference_steps, prediction=prediction, device=self.group.device)
 
-    def steps(self, task: Task, begun: Handover, sampler: Any) -> Callable[[OnStep], Tensor]:
+    def steps(self, task: Task, begun: LatentTransfer, sampler: Any) -> Callable[[OnStep], Tensor]:
         """What does the task's steps from where `begun` stands, with all ranks of the gang, and returns the latents."""
         resume(sampler, begun.state, begun.step)
         denoiser, latents = self._denoiser(task, begun), begun.latents.to(self.group.device)
@@ -144,7 +144,7 @@ class Stage:
             raise RunError("the image holds NaN or infinite values; run it with fp32")
         return pixels
 
-    def _denoiser(self, task: Task, begun: Handover) -> Denoiser:
+    def _denoiser(self, task: Task, begun: LatentTransfer) -> Denoiser:
         unet = self.models[task.model].unet
         if begun.conditioning is None:
             raise RunError("the hand-over has no embeddings")
@@ -158,11 +158,11 @@ class Stage:
             self._seats[key] = self._seat(task, begun, conditioning)
         return self._seats[key].take(conditioning)
 
-    def _seat(self, task: Task, begun: Handover, conditioning: Conditioning) -> _Seat:
+    def _seat(self, task: Task, begun: LatentTransfer, conditioning: Conditioning) -> _Seat:
         added = {name: tensor.clone() for name, tensor in conditioning.added.items()}
         held = replace(conditioning, embeds=conditioning.embeds.clone(), added=added)
         settings = self._settings(task.model, task.height_px, task.width_px, task.guidance_scale)
-        unet = own_unet(self.models[task.model], self.group)
+        unet = rank_unet(self.models[task.model], self.group)
         return _Seat(build_denoiser(self.gang.method, unet, held, self.group, settings, latents=begun.latents), held)
 
 

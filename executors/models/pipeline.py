@@ -33,7 +33,7 @@ from .encoders import (
     load_vae,
     time_ids,
 )
-from .unet import added_width, build_unet, described, load_unet
+from .unet import added_width, build_unet, load_unet, plain_config
 from .weights import PLACE, read_config, read_json
 
 _LATENT_SCALE = {False: 0.18215, True: 0.13025}
@@ -41,7 +41,7 @@ _LATENT_SCALE = {False: 0.18215, True: 0.13025}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Pipeline:
     """A UNet and what belongs to it; every part is built when it is first asked for.
 
     `prediction` is what the UNet predicts: `epsilon` or `v`. With `weights` every part comes from that folder, and a
@@ -111,7 +111,7 @@ class Model:
                 yield self.weights / f"{part}_2"
 
 
-def load_model(
+def load_pipeline(
     name: str,
     *,
     weights: Path | None = None,
@@ -120,7 +120,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     profiles: Profiles | None = None,
-) -> Model:
+) -> Pipeline:
     """The model of a catalogue name, or of a path to a config.json or to the folder that holds it.
 
     `weights` is a diffusers pipeline folder (unet/, and where they are needed vae/, text_encoder/, tokenizer/ and their
@@ -132,10 +132,10 @@ def load_model(
     if weights is not None:
         folder_config = read_config(weights / "unet")
         _refuse_other_network(parts["name"], parts["config"], folder_config, weights / "unet")
-        parts |= {"config": described(folder_config), **_said_prediction(weights)}
+        parts |= {"config": plain_config(folder_config), **_said_prediction(weights)}
     unet_params(parts["config"])
     parts["vae_name"] = vae or parts["vae_name"]
-    return Model(**parts, weights=weights, seed=seed, device=device, dtype=dtype)
+    return Pipeline(**parts, weights=weights, seed=seed, device=device, dtype=dtype)
 
 
 def _is_path(name: str, profiles: Profiles) -> bool:
@@ -147,7 +147,7 @@ def _from_catalogue(name: str, profiles: Profiles) -> dict[str, Any]:
     row = profiles.model(name)
     return {
         "name": row.name,
-        "config": described(row.config),
+        "config": plain_config(row.config),
         "prediction": row.prediction,
         "encoder_names": row.text_encoders,
         "vae_name": row.vae,
@@ -158,7 +158,7 @@ def _from_path(name: str) -> dict[str, Any]:
     """A config.json, the folder around it, or a pipeline folder with unet/config.json."""
     path = Path(name).resolve()
     file = path if path.suffix == ".json" else (path / "unet" if (path / "unet").is_dir() else path) / "config.json"
-    config = described(read_json(file))
+    config = plain_config(read_json(file))
     folder = file.parent.parent if file.parent.name == "unet" else file.parent
     return {
         "name": folder.name if file.stem == "config" else file.stem,
@@ -171,7 +171,7 @@ def _from_path(name: str) -> dict[str, Any]:
 
 def _refuse_other_network(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:
     """Weights under another model's name would put that name on their times and images."""
-    fields = described(found)
+    fields = plain_config(found)
     size = PIXELS_PER_LATENT << (len(fields.get("block_out_channels", "1234")) + 2)
     if unet_layers(fields, size, size) != unet_layers(wanted, size, size):
         rule = f"the UNet in this folder has {unet_params(fields):,} parameters in other layers than {name}"
@@ -196,7 +196,7 @@ def seeded_conditioning(
     Embeddings are (branches x images, 77, cross_attention_dim), two branches under guidance; UNets of SDXL's kind get
     pooled embeddings and the time ids of a 1024 x 1024 px image. Drawn on the CPU: the same on every device.
     """
-    config = described(unet.config)
+    config = plain_config(unet.config)
     generator = torch.Generator().manual_seed(seed)
     rows = images * (2 if guidance_scale > 1.0 else 1)
     embeds = torch.randn((rows, TEXT_TOKENS, config["cross_attention_dim"]), generator=generator)
@@ -213,7 +213,7 @@ def seeded_latents(unet: UNet2DConditionModel, *, images: int, height_px: int, w
 
     Drawn on the CPU: the same on every device. Raises `InputError` for sizes that this UNet cannot halve often enough.
     """
-    config = described(unet.config)
+    config = plain_config(unet.config)
     unet_layers(config, height_px, width_px)
     shape = (images, config["in_channels"], height_px // PIXELS_PER_LATENT, width_px // PIXELS_PER_LATENT)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(unet.device)

@@ -93,7 +93,7 @@ def sampler_name(sampler: Any) -> str:
     raise InputError(unknown_name("sampler", type(sampler).__name__, SAMPLERS))
 
 
-def prediction_of(sampler: Any) -> str:
+def sampler_prediction(sampler: Any) -> str:
     """What the sampler takes a UNet to predict, in the catalogue's words."""
     return next(ours for ours, theirs in PREDICTIONS.items() if theirs == sampler.config.prediction_type)
 

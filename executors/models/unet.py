@@ -47,7 +47,7 @@ def build_unet(
     return fill(_skeleton(config), seed=seed, device=device, dtype=dtype)
 
 
-def described(config: Mapping[str, Any]) -> dict[str, Any]:
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A UNet's config as plain JSON values, without diffusers' private fields."""
     plain: dict[str, Any] = json.loads(json.dumps({k: v for k, v in config.items() if not k.startswith("_")}))
     return plain
@@ -55,7 +55,7 @@ def described(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _skeleton(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """The network on the meta device."""
-    fields = described(config)
+    fields = plain_config(config)
     unet_params(fields)
     added_width(fields)
     pruning = {name: fields.pop(name) for name in PRUNING if name in fields}
@@ -133,7 +133,7 @@ def load_unet(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> UNet2DConditionModel:
     """The UNet of a folder with config.json and safetensors. Raises `InputError` for anything missing or broken."""
-    config = described(read_config(folder))
+    config = plain_config(read_config(folder))
     skeleton = _skeleton(config)
     if not any(config.get(name) for name in PRUNING):
         unet: UNet2DConditionModel = load(UNet2DConditionModel, folder, device=device, dtype=dtype)

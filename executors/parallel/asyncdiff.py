@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.perf import PIXELS_PER_LATENT, Unit, balanced_cut, unet_units
 
-from ..models import Conditioning, described, replica
-from .denoiser import Denoiser, guide, laid_out_like, predict
+from ..models import Conditioning, plain_config, replica
+from .denoiser import Denoiser, apply_guidance, match_memory_format, predict_noise
 from .group import Group, Pending, synchronised_clock
 
 TIME_EMBEDDING = "time_embedding"
@@ -42,9 +42,9 @@ EVALUATIONS = 5
 """Whole evaluations behind a measured cost; its median is not moved by one slow one."""
 
 
-def units_of(unet: UNet2DConditionModel) -> tuple[Unit, ...]:
+def list_units(unet: UNet2DConditionModel) -> tuple[Unit, ...]:
     """The units of a UNet, with the work of the smallest image: names and connections depend on no size."""
-    config = described(unet.config)
+    config = plain_config(unet.config)
     smallest_px = PIXELS_PER_LATENT << (len(config["block_out_channels"]) - 1)
     return unet_units(config, smallest_px, smallest_px)
 
@@ -69,47 +69,47 @@ def _kind_and_number(text: str) -> tuple[str, int]:
     return kind, int(number or 0)
 
 
-def bounds_by_macs(units: Sequence[Unit], components: int) -> list[int]:
+def cut_by_macs(units: Sequence[Unit], components: int) -> list[int]:
     """The cut whose heaviest component has the fewest multiply-accumulates, as the planner cuts."""
     return balanced_cut([unit.macs for unit in units], components)
 
 
-def balanced_bounds(
+def cut_by_time(
     unet: UNet2DConditionModel, conditioning: Conditioning, group: Group, latents: Tensor, components: int
 ) -> list[int]:
     """The cut whose slowest component is fastest, by the time of every unit on rank 0's device; the same on every rank.
 
     `latents` (images, C, H, W) give the size; their values do not matter.
     """
-    count = len(units_of(unet))
+    count = len(list_units(unet))
     nanoseconds = torch.zeros(count, dtype=torch.int64, device=group.device)
     if group.rank == 0:
-        measured = [round(seconds * 1e9) for seconds in unit_seconds(unet, conditioning, latents)]
+        measured = [round(seconds * 1e9) for seconds in time_units(unet, conditioning, latents)]
         nanoseconds = torch.tensor(measured, dtype=torch.int64, device=group.device)
     return balanced_cut(group.broadcast(nanoseconds, 0).tolist(), components)
 
 
 @torch.inference_mode()
-def unit_seconds(unet: UNet2DConditionModel, conditioning: Conditioning, latents: Tensor) -> list[float]:
+def time_units(unet: UNet2DConditionModel, conditioning: Conditioning, latents: Tensor) -> list[float]:
     """Seconds of every unit in a whole evaluation, the median of several; 0 for the time embedding.
 
     The device is synchronised around every unit, so that launches do not hide behind the work of the unit before. The
     UNet must carry no hooks yet and gets none.
     """
-    names = [unit.name for unit in units_of(unet)]
+    names = [unit.name for unit in list_units(unet)]
     own = replica(unet)
-    watches = {name: _Stopwatch(latents.device) for name in names if name != TIME_EMBEDDING}
+    watches = {name: _UnitTimer(latents.device) for name in names if name != TIME_EMBEDDING}
     for name, watch in watches.items():
         for module in unit_modules(own, name):
             HookRegistry.check_if_exists_or_initialize(module).register_hook(watch, "hybridsd-stopwatch")
     runs = []
     for _ in range(1 + EVALUATIONS):
-        predict(own, latents, torch.tensor(1), conditioning)
+        predict_noise(own, latents, torch.tensor(1), conditioning)
         runs.append([watches[name].read() if name in watches else 0.0 for name in names])
     return [median(seconds) for seconds in zip(*runs[1:], strict=True)]  # the first evaluation prepares kernels
 
 
-class _Stopwatch(ModelHook):
+class _UnitTimer(ModelHook):
     """Sums the seconds of a unit's modules."""
 
     def __init__(self, device: torch.device) -> None:
@@ -138,7 +138,7 @@ def check_bounds(bounds: Sequence[int], units: Sequence[Unit], components: int) 
         raise InputError(Problem("bounds", str([*bounds]), rule))
 
 
-def arrivals(units: Sequence[Unit], bounds: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def incoming_units(units: Sequence[Unit], bounds: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """For each component the units of earlier ones whose outputs it reads, as input or over a skip connection."""
     readers = _readers(units)
     return tuple(
@@ -158,7 +158,7 @@ def _readers(units: Sequence[Unit]) -> list[list[int]]:
 
 def incoming_elements(units: Sequence[Unit], bounds: Sequence[int]) -> tuple[int, ...]:
     """For each component the elements per latent that arrive from other components in every round."""
-    return tuple(sum(units[unit].out_elements for unit in arriving) for arriving in arrivals(units, bounds))
+    return tuple(sum(units[unit].out_elements for unit in arriving) for arriving in incoming_units(units, bounds))
 
 
 HOOK = "hybridsd-component"
@@ -226,7 +226,7 @@ class Boundaries:
 
     def __init__(self, group: Group, units: Sequence[Unit], bounds: Sequence[int]) -> None:
         last = len(bounds) - 2
-        reads = arrivals(units, bounds)
+        reads = incoming_units(units, bounds)
         by_rank = [reads[min(rank, last)] for rank in range(group.size)]  # an extra rank reads what the last one reads
 
         def message(sender: int, receiver: int) -> list[int]:
@@ -261,10 +261,10 @@ class Boundaries:
             shapes = {unit: held[unit].shape for unit in self.incoming[rank]}
             pieces = message.split([shape.numel() for shape in shapes.values()])
             for (unit, shape), piece in zip(shapes.items(), pieces, strict=True):
-                held[unit] = laid_out_like(piece.view(shape), held[unit])
+                held[unit] = match_memory_format(piece.view(shape), held[unit])
 
 
-class AsyncDiff(Denoiser):
+class AsyncDiffDenoiser(Denoiser):
     """One rank of AsyncDiff, on a UNet whose modules are its own.
 
     `settings` are the method's with their defaults: `stride` and `warmup_steps`, the synchronous steps at the start of
@@ -284,7 +284,7 @@ class AsyncDiff(Denoiser):
         self.unet, self.conditioning, self.group = unet, conditioning, group
         self.stride: int = settings["stride"] if group.size > 1 else 1
         self.warmup_steps: int = settings["warmup_steps"]
-        units = units_of(unet)
+        units = list_units(unet)
         components = group.size - self.stride + 1
         check_bounds(bounds, units, components)
         self.bounds = tuple(bounds)
@@ -312,7 +312,7 @@ class AsyncDiff(Denoiser):
             if place == 0:
                 self._round_noise = self._round(latents, step)
             noise = self._share(self._round_noise, source=self.group.size - 1 - place)
-        return guide(noise, self.conditioning.guidance_scale, latents.dtype)
+        return apply_guidance(noise, self.conditioning.guidance_scale, latents.dtype)
 
     def _hook_units(self, names: Sequence[str]) -> None:
         for index, name in enumerate(names):
@@ -342,7 +342,7 @@ class AsyncDiff(Denoiser):
     def _evaluate(self, latents: Tensor, timestep: Tensor, units: range) -> Tensor:
         """The noise of every branch in the UNet's precision, of which only these units are computed."""
         self.outputs.computing = units
-        return predict(self.unet, latents, timestep, self.conditioning)
+        return predict_noise(self.unet, latents, timestep, self.conditioning)
 
     def _share(self, noise: Tensor, source: int) -> Tensor:
         """The noise of rank `source`, on every rank; the own one stays as it is for the round's other step."""

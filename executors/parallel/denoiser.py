@@ -27,7 +27,7 @@ from .group import Group
 
 Option = bool | int | float | str
 
-EXECUTED: Mapping[str, Option] = MappingProxyType({"public_cut": False})
+FIXED_OPTIONS: Mapping[str, Option] = MappingProxyType({"public_cut": False})
 """Options of which the executors know one value only."""
 
 
@@ -48,7 +48,7 @@ class Denoiser(ABC):
         """
 
 
-def predict(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
     """The UNet's noise for every branch: (branches x images, C, H, W), in the UNet's precision."""
     batch = torch.cat([latents] * conditioning.branches).to(unet.dtype)
     added = dict(conditioning.added) or None
@@ -56,7 +56,7 @@ def predict(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, condi
     return noise
 
 
-def guide(noise: Tensor, guidance_scale: float, precision: torch.dtype) -> Tensor:
+def apply_guidance(noise: Tensor, guidance_scale: float, precision: torch.dtype) -> Tensor:
     """The noise of each image, in this precision, from that of every branch.
 
     Above 1 the scale is that of classifier-free guidance over two branches, the empty prompts first.
@@ -68,7 +68,7 @@ def guide(noise: Tensor, guidance_scale: float, precision: torch.dtype) -> Tenso
     return empty + guidance_scale * (prompted - empty)
 
 
-def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
+def match_memory_format(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor in the other's memory layout: what arrived from a rank is flat, and layers want channels last."""
     channels_last = other.dim() == 4 and not other.is_contiguous() and tensor.dim() == 4
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
@@ -100,7 +100,7 @@ def denoise(
     return latents
 
 
-def job_of(
+def denoising_of(
     unet: UNet2DConditionModel, conditioning: Conditioning, *, images: int, height_px: int, width_px: int, steps: int
 ) -> Denoising:
     """The same UNet evaluations as the planner sees them. Raises `InputError` for a UNet that it cannot count."""
@@ -119,31 +119,31 @@ def job_of(
     )
 
 
-def legal_settings(method: str, job: Denoising, degree: int, options: Mapping[str, Option]) -> dict[str, Any]:
+def resolve_settings(method: str, job: Denoising, degree: int, options: Mapping[str, Option]) -> dict[str, Any]:
     """The method's options with its defaults filled in. Raises `IllegalPlanError` with every rule that is broken."""
     rules = find_method(method)
-    problems = [*executed_problems(options), *rules.problems(job, degree, options)]
+    problems = [*fixed_option_problems(options), *rules.problems(job, degree, options)]
     if problems:
         raise IllegalPlanError(problems)
-    return rules.settings(job, executed(rules, options))
+    return rules.settings(job, with_fixed_options(rules, options))
 
 
-def executed(rules: Method, options: Mapping[str, Option]) -> dict[str, Option]:
-    """The options with those filled in of which the executors know one value only (`EXECUTED`)."""
-    return {**options, **{key: value for key, value in EXECUTED.items() if key in rules.defaults}}
+def with_fixed_options(rules: Method, options: Mapping[str, Option]) -> dict[str, Option]:
+    """The options with those filled in of which the executors know one value only (`FIXED_OPTIONS`)."""
+    return {**options, **{key: value for key, value in FIXED_OPTIONS.items() if key in rules.defaults}}
 
 
-def executed_problems(options: Mapping[str, Option]) -> list[Problem]:
+def fixed_option_problems(options: Mapping[str, Option]) -> list[Problem]:
     """Options that ask for what the executors do not do."""
     return [
         Problem(f"option {key}", str(options[key]).lower(), why, f"Leave it out, or say {str(value).lower()}.")
-        for key, value in EXECUTED.items()
+        for key, value in FIXED_OPTIONS.items()
         if options.get(key, value) != value
         for why in ["the executors cut AsyncDiff's components by their cost, for any network"]
     ]
 
 
-class Single(Denoiser):
+class SingleDenoiser(Denoiser):
     """One device does everything; every other method is held against it."""
 
     def __init__(self, unet: UNet2DConditionModel, conditioning: Conditioning) -> None:
@@ -151,11 +151,11 @@ class Single(Denoiser):
         self.conditioning = conditioning
 
     def noise(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
-        noise = predict(self.unet, latents, timestep, self.conditioning)
-        return guide(noise, self.conditioning.guidance_scale, latents.dtype)
+        noise = predict_noise(self.unet, latents, timestep, self.conditioning)
+        return apply_guidance(noise, self.conditioning.guidance_scale, latents.dtype)
 
 
-class CfgParallel(Denoiser):
+class CfgParallelDenoiser(Denoiser):
     """One rank of two: rank 0 holds the empty prompt, rank 1 the prompt. Alone, a rank does both."""
 
     def __init__(self, unet: UNet2DConditionModel, conditioning: Conditioning, group: Group) -> None:
@@ -164,5 +164,5 @@ class CfgParallel(Denoiser):
         self.conditioning = conditioning.branch(group.rank) if group.size > 1 else conditioning
 
     def noise(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
-        own = predict(self.unet, latents, timestep, self.conditioning)
-        return guide(torch.cat(self.group.all_gather(own)), self.guidance_scale, latents.dtype)
+        own = predict_noise(self.unet, latents, timestep, self.conditioning)
+        return apply_guidance(torch.cat(self.group.all_gather(own)), self.guidance_scale, latents.dtype)

@@ -30,17 +30,17 @@ from torch import Tensor, nn
 from hybridsd_sim.errors import InputError, Problem
 
 from ..models import Conditioning
-from .denoiser import Denoiser, guide, laid_out_like, predict
+from .denoiser import Denoiser, apply_guidance, match_memory_format, predict_noise
 from .group import Group, Pending
 
-BUCKET_TENSORS = 60
+TENSORS_PER_MESSAGE = 60
 """Tensors that travel as one message after the warm-up, as in the public code."""
 
 HOOK = "hybridsd-stripe"
 
 
 @dataclass(slots=True)
-class Bucket:
+class TensorBucket:
     """Tensors of one precision that will travel, or travel already, as one message."""
 
     shapes: dict[str, torch.Size] = field(default_factory=dict)
@@ -73,8 +73,8 @@ class StaleExchange:
     def __init__(self, group: Group, *, frozen: bool = False) -> None:
         self.group, self.frozen, self.synchronous = group, frozen, True
         self._held: dict[str, list[Tensor]] = {}
-        self._packing: dict[torch.dtype, Bucket] = {}
-        self._travelling: dict[str, Bucket] = {}
+        self._packing: dict[torch.dtype, TensorBucket] = {}
+        self._travelling: dict[str, TensorBucket] = {}
 
     def forget(self) -> None:
         """Drop everything that is held, as before a run; what still travels is awaited first."""
@@ -111,16 +111,16 @@ class StaleExchange:
         self._packing.clear()
 
     def _post(self, name: str, tensor: Tensor) -> None:
-        bucket = self._packing.setdefault(tensor.dtype, Bucket())
+        bucket = self._packing.setdefault(tensor.dtype, TensorBucket())
         bucket.add(name, tensor)
-        if len(bucket.shapes) == BUCKET_TENSORS:
+        if len(bucket.shapes) == TENSORS_PER_MESSAGE:
             self._send(self._packing.pop(tensor.dtype))
 
-    def _send(self, bucket: Bucket) -> None:
+    def _send(self, bucket: TensorBucket) -> None:
         bucket.pending = self.group.start_all_gather(bucket.packed())
         self._travelling |= dict.fromkeys(bucket.shapes, bucket)
 
-    def _arrive(self, bucket: Bucket) -> None:
+    def _arrive(self, bucket: TensorBucket) -> None:
         by_rank = [bucket.unpacked(flat) for flat in bucket.pending.wait()] if bucket.pending else []
         for name in bucket.shapes:
             self._held[name] = [tensors[name] for tensors in by_rank]
@@ -158,7 +158,7 @@ class Convolution(ModelHook):
         beyond = torch.zeros_like(edges[:, :, :margin])
         above = everyone[rank - 1][:, :, margin:] if rank > 0 else beyond
         below = everyone[rank + 1][:, :, :margin] if rank + 1 < len(everyone) else beyond
-        pieces = [laid_out_like(above, stripe), stripe, laid_out_like(below, stripe)]
+        pieces = [match_memory_format(above, stripe), stripe, match_memory_format(below, stripe)]
         return _convolve(module, torch.cat(pieces, dim=2))
 
 
@@ -295,10 +295,10 @@ class StripeDenoiser(Denoiser):
 
     def noise(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
         self.begin_step(synchronous=self._is_synchronous())
-        stripe = predict(self.unet, latents, timestep, self.conditioning)
+        stripe = predict_noise(self.unet, latents, timestep, self.conditioning)
         self.end_step()
         self.steps_done += 1
-        return guide(self._whole(self.group.all_gather(stripe)), self.guidance_scale, latents.dtype)
+        return apply_guidance(self._whole(self.group.all_gather(stripe)), self.guidance_scale, latents.dtype)
 
     def begin_step(self, *, synchronous: bool) -> None:
         self.exchange.synchronous = synchronous
@@ -320,5 +320,5 @@ def _halves(size: int) -> tuple[range, range]:
     return range(size // 2), range(size // 2, size)
 
 
-class DistriFusion(StripeDenoiser):
+class DistriFusionDenoiser(StripeDenoiser):
     """One rank of DistriFusion: self-attention sees the whole image."""

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hybridsd_sim.perf import PIXELS_PER_LATENT, Denoising
 
-from ..models import Conditioning, Model, replica
-from .asyncdiff import AsyncDiff, balanced_bounds, bounds_by_macs
-from .denoiser import CfgParallel, Denoiser, Single, job_of
-from .distrifusion import DistriFusion
+from ..models import Conditioning, Pipeline, replica
+from .asyncdiff import AsyncDiffDenoiser, cut_by_macs, cut_by_time
+from .denoiser import CfgParallelDenoiser, Denoiser, SingleDenoiser, denoising_of
+from .distrifusion import DistriFusionDenoiser
 from .group import Group
-from .pcpp import Pcpp
+from .pcpp import PcppDenoiser
 
 
 def build_denoiser(
@@ -36,22 +36,22 @@ def build_denoiser(
     (images, C, H, W), the same in every run; `timed_cut` cuts by the time of every unit on this device instead.
     """
     if group.size == 1:
-        return Single(unet, conditioning)
+        return SingleDenoiser(unet, conditioning)
     if method == "cfg_parallel":
-        return CfgParallel(unet, conditioning, group)
+        return CfgParallelDenoiser(unet, conditioning, group)
     if method == "asyncdiff":
         components = group.size - int(settings["stride"]) + 1
         bounds = (
-            balanced_bounds(unet, conditioning, group, latents, components)
+            cut_by_time(unet, conditioning, group, latents, components)
             if timed_cut
-            else bounds_by_macs(_job(unet, conditioning, latents).units, components)
+            else cut_by_macs(_job(unet, conditioning, latents).units, components)
         )
-        return AsyncDiff(unet, conditioning, group, settings=settings, bounds=bounds)
-    kind = {"distrifusion": DistriFusion, "pcpp": Pcpp}[method]
+        return AsyncDiffDenoiser(unet, conditioning, group, settings=settings, bounds=bounds)
+    kind = {"distrifusion": DistriFusionDenoiser, "pcpp": PcppDenoiser}[method]
     return kind(unet, conditioning, group, settings=settings)
 
 
-def own_unet(model: Model, group: Group) -> UNet2DConditionModel:
+def rank_unet(model: Pipeline, group: Group) -> UNet2DConditionModel:
     """The UNet for one rank: modules of its own, on its device. Ranks in one process share the weights."""
     here = model if torch.device(model.device) == group.device else replace(model, device=group.device)
     unet: UNet2DConditionModel = replica(here.unet)
@@ -61,4 +61,4 @@ def own_unet(model: Model, group: Group) -> UNet2DConditionModel:
 def _job(unet: UNet2DConditionModel, conditioning: Conditioning, latents: Tensor) -> Denoising:
     images, _, rows, columns = latents.shape
     height_px, width_px = rows * PIXELS_PER_LATENT, columns * PIXELS_PER_LATENT
-    return job_of(unet, conditioning, images=images, height_px=height_px, width_px=width_px, steps=1)
+    return denoising_of(unet, conditioning, images=images, height_px=height_px, width_px=width_px, steps=1)

@@ -90,15 +90,15 @@ def _device_of(rank: int, kind: Carrier) -> torch.device:
 # ---- Where ranks meet -----------------------------------------------------------------------------------------------
 
 
-def meeting_place() -> dist.TCPStore:
+def open_rendezvous() -> dist.TCPStore:
     """Where processes of this machine meet, by its `port`; whoever starts them keeps it for as long as they live."""
     listener = socket.create_server(("127.0.0.1", 0))  # of its own accord a store listens to the whole network
     port = listener.getsockname()[1]
     return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def meet(rank: int, size: int, *, kind: Carrier, port: int, timeout_s: float = TIMEOUT_S) -> Distributed:
-    """Become a rank of the group whose processes meet at this port of `meeting_place`; gloo works on the CPU."""
+def join_rendezvous(rank: int, size: int, *, kind: Carrier, port: int, timeout_s: float = TIMEOUT_S) -> Distributed:
+    """Become a rank of the group whose processes meet at this port of `open_rendezvous`; gloo works on the CPU."""
     if sys.platform == "linux":  # the host's own name need not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -111,7 +111,7 @@ def meet(rank: int, size: int, *, kind: Carrier, port: int, timeout_s: float = T
 def _run_processes(
     work: Callable[..., T], size: int, kind: Carrier, args: Sequence[Any], threads: int, timeout_s: float
 ) -> list[T]:
-    store = meeting_place()
+    store = open_rendezvous()
     with tempfile.TemporaryDirectory(prefix="hybridsd-ranks-") as name:
         folder = Path(name)
         job = (work, size, kind, args, threads, timeout_s, store.port, folder)
@@ -148,12 +148,12 @@ def _what_went_wrong(codes: Sequence[int | None], folder: Path) -> HybridSDError
             return failure.error(f"rank {rank} of {size} failed")
     for rank, code in enumerate(codes):
         if code and rank not in told:
-            return RunError(f"rank {rank} of {size} died: {last_words(code)}")
+            return RunError(f"rank {rank} of {size} died: {describe_exit(code)}")
     rank, failure = next(iter(told.items()))
     return failure.error(f"rank {rank} of {size} lost another rank")
 
 
-def last_words(code: int) -> str:
+def describe_exit(code: int) -> str:
     """What an exit code says: the number, or the signal that killed the process."""
     if code > 0:
         return f"exit code {code}"
@@ -176,7 +176,7 @@ class RankTraceback(Exception):  # noqa: N818 -- no error of its own; it is the 
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class RankFailure:
     """An exception as it crosses to the process that started the rank.
 
     `own` is what to raise again there: the type and the argument of a `HybridSDError`; None for other exceptions.
@@ -189,7 +189,7 @@ class Failure:
     lost_another: bool
 
     @classmethod
-    def of(cls, error: Exception) -> Failure:
+    def of(cls, error: Exception) -> RankFailure:
         own: tuple[type[HybridSDError], Any] | None = None
         if isinstance(error, HybridSDError):
             own = (type(error), error.problems if isinstance(error, InputError) else str(error))
@@ -216,8 +216,8 @@ def _failure(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.failed"
 
 
-def _read_failure(folder: Path, rank: int) -> Failure:
-    failure: Failure = torch.load(_failure(folder, rank), weights_only=False)
+def _read_failure(folder: Path, rank: int) -> RankFailure:
+    failure: RankFailure = torch.load(_failure(folder, rank), weights_only=False)
     return failure
 
 
@@ -238,12 +238,12 @@ def _live(
     """A rank's whole life, in its own process."""
     torch.set_num_threads(threads)
     try:
-        group = meet(rank, size, kind=kind, port=port, timeout_s=timeout_s)
+        group = join_rendezvous(rank, size, kind=kind, port=port, timeout_s=timeout_s)
         torch.save(work(group, *args), _result(folder, rank))
         group.barrier()  # nobody leaves while another still reads from it
     except Exception as error:  # noqa: BLE001 -- raised again by the process that started this one
         part = folder / f"rank{rank}.part"
-        torch.save(Failure.of(error), part)
+        torch.save(RankFailure.of(error), part)
         part.rename(_failure(folder, rank))  # whole, or not there
         sys.exit(1)
     dist.destroy_process_group()

@@ -13,7 +13,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from .distrifusion import BUCKET_TENSORS, Bucket, StaleExchange, StripeDenoiser, register, self_attentions
+from .distrifusion import TENSORS_PER_MESSAGE, StaleExchange, StripeDenoiser, TensorBucket, register, self_attentions
 from .group import Group
 
 
@@ -34,8 +34,8 @@ class NeighbourExchange:
         self.above = group.rank - 1 if group.rank > 0 else None
         self.below = group.rank + 1 if group.rank + 1 < group.size else None
         self._held: dict[str, dict[int, Tensor]] = {}
-        self._packing: tuple[Bucket, Bucket] = Bucket(), Bucket()
-        self._travelling: dict[str, tuple[Bucket, Bucket]] = {}
+        self._packing: tuple[TensorBucket, TensorBucket] = TensorBucket(), TensorBucket()
+        self._travelling: dict[str, tuple[TensorBucket, TensorBucket]] = {}
 
     @property
     def neighbours(self) -> list[int]:
@@ -61,7 +61,7 @@ class NeighbourExchange:
         up, down = self._packing
         up.add(name, head)
         down.add(name, tail)
-        if len(up.shapes) == BUCKET_TENSORS:
+        if len(up.shapes) == TENSORS_PER_MESSAGE:
             self.flush()
 
     def flush(self) -> None:
@@ -73,9 +73,9 @@ class NeighbourExchange:
             incoming = {rank: torch.empty_like(tensor) for rank, tensor in outgoing.items()}
             up.pending = self.group.start_exchange(outgoing, incoming)
             self._travelling |= dict.fromkeys(up.shapes, self._packing)
-        self._packing = Bucket(), Bucket()
+        self._packing = TensorBucket(), TensorBucket()
 
-    def _arrive(self, buckets: tuple[Bucket, Bucket]) -> None:
+    def _arrive(self, buckets: tuple[TensorBucket, TensorBucket]) -> None:
         up, _ = buckets
         arrived = up.pending.wait() if up.pending else {}
         by_rank = {rank: up.unpacked(flat) for rank, flat in arrived.items()}
@@ -87,7 +87,7 @@ class NeighbourExchange:
 class KeysOfNeighbours(ModelHook):
     """Lets a stripe's queries see its own keys (or values) and the near ends of the neighbours' stale ones."""
 
-    def __init__(self, name: str, everyone: StaleExchange, ends: NeighbourExchange, denoiser: Pcpp) -> None:
+    def __init__(self, name: str, everyone: StaleExchange, ends: NeighbourExchange, denoiser: PcppDenoiser) -> None:
         super().__init__()
         self.name, self.everyone, self.ends, self.denoiser = name, everyone, ends, denoiser
 
@@ -113,7 +113,7 @@ class KeysOfNeighbours(ModelHook):
         return torch.cat([*before, own, *after], dim=1)
 
 
-class Pcpp(StripeDenoiser):
+class PcppDenoiser(StripeDenoiser):
     """One rank of PCPP: self-attention sees its own stripe and `partial` of each neighbour's."""
 
     @property

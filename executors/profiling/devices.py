@@ -28,7 +28,7 @@ PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 )
 
-LEAST_METERED_S = 1.0
+MIN_METERED_S = 1.0
 """NVML's energy counter moves only every few tens of milliseconds: shorter spans would be mostly rounding."""
 
 _GIB = 2**30
@@ -43,7 +43,7 @@ _SILENT_CPU_WORDS = {"cpu", "processor", "desktop", "laptop", "server"}
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
+class LocalDevice:
     """The device that rows are measured on: `name` in the catalogue, torch's device, CPU threads of a rank."""
 
     name: str
@@ -51,7 +51,7 @@ class Here:
     threads: int
 
 
-def find_here(profiles: Profiles, name: str | None = None, threads: int | None = None) -> Here:
+def find_device(profiles: Profiles, name: str | None = None, threads: int | None = None) -> LocalDevice:
     """The device `name`, or the one that is here where none is named: a GPU before the CPU.
 
     Raises `InputError` for a name that is not in the catalogue or is not that of this machine, and where nothing in the
@@ -66,14 +66,14 @@ def find_here(profiles: Profiles, name: str | None = None, threads: int | None =
     device = known[name]
     if isinstance(device, EdgeDevice) and device.device_class != "gpu":
         _refuse_other_processor(device, threads)
-        return Here(name, "cpu", threads)
+        return LocalDevice(name, "cpu", threads)
     if not torch.cuda.is_available():
         remedy = "Run on a machine that has it, or name a CPU of the catalogue."
         raise InputError(Problem("--device", repr(name), "no CUDA device is here", remedy))
-    if name not in (there := gpus_called(profiles, *_card())):
+    if name not in (there := matching_gpus(profiles, *_card())):
         rule = f"the GPU here is {_card()[0]!r}, which the catalogue knows as {' or '.join(there) or 'nothing'}"
         raise InputError(Problem("--device", repr(name), rule))
-    return Here(name, "cuda", threads)
+    return LocalDevice(name, "cuda", threads)
 
 
 def _refuse_other_processor(device: EdgeDevice, threads: int) -> None:
@@ -87,12 +87,12 @@ def _refuse_other_processor(device: EdgeDevice, threads: int) -> None:
         remedy = f"Add --threads {cores[1]}, or name another device."
         raise InputError(Problem("--device", repr(device.name), rule, remedy))
     called = _cpu_called()
-    if not cores and not is_cpu_called(device, called):
+    if not cores and not matches_cpu(device, called):
         remedy = f"Name cpu-{threads}core, or add this chip to a catalogue of yours."
         raise InputError(Problem("--device", repr(device.name), f"the processor here is {called!r}", remedy))
 
 
-def is_cpu_called(device: EdgeDevice, called: str) -> bool:
+def matches_cpu(device: EdgeDevice, called: str) -> bool:
     """Whether a system that names its processor so, such as `12th Gen Intel(R) Core(TM) i7-12700`, is this CPU.
 
     The words that say the model must be the same; clock, cores and generation, which only some systems tell, are not
@@ -116,7 +116,7 @@ def _cpu_here(profiles: Profiles, threads: int) -> str:
 
 def _gpu_here(profiles: Profiles) -> str:
     called, memory_gib = _card()
-    names = gpus_called(profiles, called, memory_gib)
+    names = matching_gpus(profiles, called, memory_gib)
     if len(names) != 1:
         rule = f"{'no row' if not names else ', '.join(names)} of the catalogue has {memory_gib:.0f} GiB and this name"
         raise InputError(Problem("--device", repr(called), rule, "Name its row: --device."))
@@ -128,7 +128,7 @@ def _card() -> tuple[str, float]:
     return properties.name, properties.total_memory / _GIB
 
 
-def gpus_called(profiles: Profiles, called: str, memory_gib: float) -> list[str]:
+def matching_gpus(profiles: Profiles, called: str, memory_gib: float) -> list[str]:
     """Names of the catalogue's GPUs that a driver calls so, such as `NVIDIA A100-SXM4-80GB`, with about this memory.
 
     Model words must be the same, a form factor (SXM, PCIe, NVL) where the driver says one, memory within 15 %: drivers
@@ -158,7 +158,7 @@ class DeviceMeter(Meter):
     """Peak memory and energy of a device that this process has to itself.
 
     On CUDA the most bytes that torch held and NVML's energy counter; on a CPU the process's resident set, where Linux
-    lets its high-water mark be reset, and no energy. Spans shorter than `LEAST_METERED_S` have no energy: more timed
+    lets its high-water mark be reset, and no energy. Spans shorter than `MIN_METERED_S` have no energy: more timed
     runs (`--runs`) make a span longer.
 
     The peak is that since `start`; with `peak_from_now`, that since the meter was made. A replayed CUDA graph allocates
@@ -192,7 +192,7 @@ class DeviceMeter(Meter):
         now_j = _energy_j(self._device)
         if self._energy_mark_j is None or now_j is None:
             return None
-        long_enough = synchronised_clock(self._device) - self._time_mark_s >= LEAST_METERED_S
+        long_enough = synchronised_clock(self._device) - self._time_mark_s >= MIN_METERED_S
         return now_j - self._energy_mark_j if long_enough else None
 
 
@@ -244,7 +244,7 @@ def _nvml_handle(index: int) -> Any:
 # ---- The machine ----------------------------------------------------------------------------------------------------
 
 
-def ceilings(here: Here, precision: str) -> dict[str, float]:
+def ceilings(here: LocalDevice, precision: str) -> dict[str, float]:
     """What this device does at best, measured now: the fastest of thirty runs of each.
 
     `matmul_<precision>_flop_per_s`: a matrix product, of 8192 x 8192 on a GPU and of 1024 x 1024 on a CPU.
@@ -261,7 +261,7 @@ def ceilings(here: Here, precision: str) -> dict[str, float]:
     return found | {"copy_bytes_per_s": 2.0 * source.nbytes / _fastest_s(lambda: copied.copy_(source), here)}
 
 
-def _arithmetic(here: Here, precision: str) -> dict[str, float]:
+def _arithmetic(here: LocalDevice, precision: str) -> dict[str, float]:
     """FLOPs a second of a product and of a convolution, large enough for the device."""
     size, images, channels, side = (8192, 8, 640, 64) if here.device == "cuda" else (1024, 1, 320, 32)
     draw = partial(torch.randn, generator=torch.Generator(here.device).manual_seed(0), device=here.device)
@@ -279,11 +279,11 @@ def _arithmetic(here: Here, precision: str) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def _fastest_s(action: Callable[[], object], here: Here) -> float:
+def _fastest_s(action: Callable[[], object], here: LocalDevice) -> float:
     return min(measure(action, clock=partial(synchronised_clock, torch.device(here.device)), runs=30).samples_s)
 
 
-def driver(here: Here) -> str:
+def driver(here: LocalDevice) -> str:
     """The GPU driver's version; empty on a CPU and where the system does not say."""
     with suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8") if here.device == "cuda" else ""
@@ -292,7 +292,7 @@ def driver(here: Here) -> str:
     return ""
 
 
-def processor(here: Here) -> str:
+def processor(here: LocalDevice) -> str:
     """What the chip calls itself."""
     return _card()[0] if here.device == "cuda" else _cpu_called()
 

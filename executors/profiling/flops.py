@@ -45,7 +45,15 @@ from hybridsd_sim.perf import (
 )
 from hybridsd_sim.profiles import Profiles, load_profiles
 
-from ..models import ENCODERS, build_text_encoder, build_unet, build_vae, described, load_model, seeded_conditioning
+from ..models import (
+    ENCODERS,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    load_pipeline,
+    plain_config,
+    seeded_conditioning,
+)
 
 _VIEWS = (
     *("view", "reshape", "permute", "transpose", "expand", "slice", "select", "split", "chunk", "unsqueeze"),
@@ -278,9 +286,9 @@ def count_model(
 
 def _named(model: str | Mapping[str, Any], profiles: Profiles | None) -> tuple[str, dict[str, Any]]:
     if isinstance(model, str):
-        found = load_model(model, profiles=profiles)
+        found = load_pipeline(model, profiles=profiles)
         return found.name, dict(found.config)
-    return "config", described(model)
+    return "config", plain_config(model)
 
 
 def _unet_call(unet: UNet2DConditionModel, height_px: int, width_px: int) -> Callable[[], object]:

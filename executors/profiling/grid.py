@@ -20,14 +20,14 @@ from hybridsd_sim.perf import METHODS, Denoising, Method, find_method
 from hybridsd_sim.profiles import Model, Profiles
 
 from ..models import Conditioning, build_unet
-from ..parallel import Option, executed, executed_problems, job_of
+from ..parallel import Option, denoising_of, fixed_option_problems, with_fixed_options
 from .devices import PRECISIONS
 from .timing import check_runs
 
-STEPS = ("step", "step_warmup")
+STEP_COMPONENTS = ("step", "step_warmup")
 
 COMPONENTS = (
-    *STEPS, "vae_decode", "text_encode", "model_load", "handover_serialise", "handover_parse", "exchange",
+    *STEP_COMPONENTS, "vae_decode", "text_encode", "model_load", "handover_serialise", "handover_parse", "exchange",
 )  # fmt: skip
 
 RUNTIMES = ("eager", "compiled")
@@ -60,7 +60,7 @@ class Sweep:
     guidance: Sequence[bool] = (True,)
     runtime: str = "eager"
     precision: str = "fp32"
-    components: Sequence[str] = STEPS
+    components: Sequence[str] = STEP_COMPONENTS
     options: Mapping[str, Option] = field(default_factory=dict)
     ranks: Ranks | None = None
     warmup_runs: int = 3
@@ -68,7 +68,7 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class ProfileTarget:
     """One measurement: a single component of a model, or the steps of a method at one degree.
 
     `table` is the model's name, or the component's own for text encoders and autoencoders. `flop` is the work of one
@@ -104,15 +104,15 @@ class Target:
         said = {key: value for key, value in self.settings.items() if key != "warmup_steps"}
         if self.degree > 1:
             said["ranks"] = ranks
-        return ";".join(f"{key}={written(value)}" for key, value in sorted(said.items()))
+        return ";".join(f"{key}={option_text(value)}" for key, value in sorted(said.items()))
 
 
-def written(value: Option) -> str:
+def option_text(value: Option) -> str:
     """An option's value as it stands in a row."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def find_targets(sweep: Sweep, profiles: Profiles) -> tuple[list[Target], list[Problem]]:
+def find_targets(sweep: Sweep, profiles: Profiles) -> tuple[list[ProfileTarget], list[Problem]]:
     """What of the grid is legal, in the order of measuring, and why the rest is not.
 
     Raises `InputError` for names nobody knows, for options that no method of the grid has, and for a method that is
@@ -121,7 +121,7 @@ def find_targets(sweep: Sweep, profiles: Profiles) -> tuple[list[Target], list[P
     check_runs(sweep.warmup_runs, sweep.runs)
     if problems := [*_unknown(sweep, profiles), *_option_problems(sweep), *_compiled_problems(sweep)]:
         raise InputError(problems)
-    targets: dict[str, Target] = {}
+    targets: dict[str, ProfileTarget] = {}
     refused: list[Problem] = []
     for name in sweep.models:
         model = profiles.model(name)
@@ -151,14 +151,14 @@ def _option_problems(sweep: Sweep) -> Iterator[Problem]:
     for key, value in sweep.options.items():
         if key == "warmup_steps":
             rule = "synchronous and steady steps are timed apart, so their number changes no row"
-            yield Problem(f"--option {key}", written(value), rule, "Leave it out.")
+            yield Problem(f"--option {key}", option_text(value), rule, "Leave it out.")
         elif key not in own:
-            yield Problem(f"--option {key}", written(value), "no method of the grid has this option")
+            yield Problem(f"--option {key}", option_text(value), "no method of the grid has this option")
 
 
 def _compiled_problems(sweep: Sweep) -> Iterator[Problem]:
     parallel = [name for name in sweep.methods if name != "single"]
-    if sweep.runtime == "compiled" and parallel and set(STEPS) & {*sweep.components}:
+    if sweep.runtime == "compiled" and parallel and set(STEP_COMPONENTS) & {*sweep.components}:
         rule = "the exchanges between ranks stand inside the UNet, where a compiled graph cannot wait for them"
         yield Problem("--runtime compiled", ", ".join(parallel), rule, "Measure parallel methods with --runtime eager.")
 
@@ -166,10 +166,10 @@ def _compiled_problems(sweep: Sweep) -> Iterator[Problem]:
 # ---- Denoising steps ------------------------------------------------------------------------------------------------
 
 
-def _step_targets(sweep: Sweep, model: Model) -> tuple[list[Target], list[Problem]]:
-    if not set(STEPS) & {*sweep.components}:
+def _step_targets(sweep: Sweep, model: Model) -> tuple[list[ProfileTarget], list[Problem]]:
+    if not set(STEP_COMPONENTS) & {*sweep.components}:
         return [], []
-    found: list[Target] = []
+    found: list[ProfileTarget] = []
     refused: list[Problem] = []
     for method in sweep.methods:
         legal, problems = _of_method(sweep, model, method)
@@ -180,13 +180,13 @@ def _step_targets(sweep: Sweep, model: Model) -> tuple[list[Target], list[Proble
     return found, refused
 
 
-def _of_method(sweep: Sweep, model: Model, method: str) -> tuple[list[Target], list[Problem]]:
+def _of_method(sweep: Sweep, model: Model, method: str) -> tuple[list[ProfileTarget], list[Problem]]:
     """The targets of one method. Degree 1 of any method is `single`, so parallel methods begin at 2."""
     degrees = [degree for degree in sweep.degrees if (degree == 1) == (method == "single")]
     if not degrees:
         rule = f"{method} runs {'at degree 1' if method == 'single' else 'from degree 2'}"
         return [], [Problem("--degrees", ", ".join(map(str, sweep.degrees)), rule)]
-    legal: list[Target] = []
+    legal: list[ProfileTarget] = []
     refused: list[Problem] = []
     for case in product(sweep.sizes, sweep.batch_sizes, sweep.guidance, degrees):
         try:
@@ -204,20 +204,20 @@ def _step_target(
     batch_size: int,
     guided: bool,  # noqa: FBT001 a place in the grid
     degree: int,
-) -> Target:
-    job = job_at(model, size, batch_size, guided=guided, precision=sweep.precision)
+) -> ProfileTarget:
+    job = denoising_at(model, size, batch_size, guided=guided, precision=sweep.precision)
     rules = find_method(method)
     asked = {key: value for key, value in sweep.options.items() if key in rules.defaults}
-    options = executed(rules, asked)
-    problems = [*executed_problems(asked), *rules.problems(job, degree, options)]
+    options = with_fixed_options(rules, asked)
+    problems = [*fixed_option_problems(asked), *rules.problems(job, degree, options)]
     flop = {} if problems else _step_flop(rules, job, degree, options)
-    components = tuple(name for name in STEPS if name in flop and name in sweep.components)
+    components = tuple(name for name in STEP_COMPONENTS if name in flop and name in sweep.components)
     if not components and not problems:
         problems = [Problem("--components", ", ".join(sweep.components), f"{method} has no such steps")]
     if problems:
         where = f"{model.name} {size[0]}x{size[1]} {method} x{degree}: "
         raise InputError(Problem(where + p.place, p.value, p.rule, p.remedy) for p in problems)
-    return Target(
+    return ProfileTarget(
         model=model.name, table=model.name, components=components, height_px=size[0], width_px=size[1],
         batch_size=batch_size, guidance=guided, method=method, degree=degree,
         settings=rules.settings(job, options), flop={name: flop[name] for name in components},
@@ -232,12 +232,14 @@ def _step_flop(rules: Method, job: Denoising, degree: int, options: Mapping[str,
     return {"step": steady, **synchronous}
 
 
-def job_at(model: Model, size: tuple[int, int], batch_size: int, *, guided: bool, precision: str) -> Denoising:
+def denoising_at(model: Model, size: tuple[int, int], batch_size: int, *, guided: bool, precision: str) -> Denoising:
     """The UNet evaluations of a model at a size (height_px, width_px), as `methods` asks for them."""
     conditioning = Conditioning(embeds=torch.empty(0), guidance_scale=GUIDANCE_SCALE if guided else 1.0)
     unet = _shapes(json.dumps(dict(model.config), sort_keys=True), precision)
     height_px, width_px = size
-    return job_of(unet, conditioning, images=batch_size, height_px=height_px, width_px=width_px, steps=_COUNTED_STEPS)
+    return denoising_of(
+        unet, conditioning, images=batch_size, height_px=height_px, width_px=width_px, steps=_COUNTED_STEPS
+    )
 
 
 @lru_cache(maxsize=16)
@@ -248,12 +250,12 @@ def _shapes(config: str, precision: str) -> UNet2DConditionModel:
 # ---- Everything else ------------------------------------------------------------------------------------------------
 
 
-def _part_targets(sweep: Sweep, model: Model, profiles: Profiles) -> Iterator[Target]:
+def _part_targets(sweep: Sweep, model: Model, profiles: Profiles) -> Iterator[ProfileTarget]:
     for component in sweep.components:
         if component == "text_encode":
             for name in model.text_encoders:
                 flop = profiles.component(name).flop(512, 512)
-                yield Target(model=model.name, table=name, components=(component,), flop={component: flop})
+                yield ProfileTarget(model=model.name, table=name, components=(component,), flop={component: flop})
         elif component == "vae_decode":
             for name, size, batch in product(
                 dict.fromkeys((model.vae, model.small_vae)), sweep.sizes, sweep.batch_sizes
@@ -261,16 +263,16 @@ def _part_targets(sweep: Sweep, model: Model, profiles: Profiles) -> Iterator[Ta
                 flop = profiles.component(name).flop(*size) * batch
                 yield _sized(model, name, component, size, batch, guided=False, flop=flop)
         elif component == "model_load":
-            yield Target(model=model.name, table=model.name, components=(component,), flop={component: 0.0})
-        elif component not in STEPS:
+            yield ProfileTarget(model=model.name, table=model.name, components=(component,), flop={component: 0.0})
+        elif component not in STEP_COMPONENTS:
             for size, batch, guided in product(sweep.sizes, sweep.batch_sizes, sweep.guidance):
                 yield _sized(model, model.name, component, size, batch, guided=guided, flop=0.0)
 
 
 def _sized(
     model: Model, table: str, component: str, size: tuple[int, int], batch: int, *, guided: bool, flop: float
-) -> Target:
-    return Target(
+) -> ProfileTarget:
+    return ProfileTarget(
         model=model.name, table=table, components=(component,), height_px=size[0], width_px=size[1],
         batch_size=batch, guidance=guided, flop={component: flop},
     )  # fmt: skip

@@ -21,9 +21,9 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
-from ..hybrid import Expected, Handover, parse, serialise, take_over
+from ..hybrid import ExpectedTransfer, LatentTransfer, capture_transfer, parse, serialise
 from ..models import (
-    Model,
+    Pipeline,
     build_sampler,
     build_text_encoder,
     build_vae,
@@ -34,9 +34,18 @@ from ..models import (
     seeded_latents,
     token_ids,
 )
-from ..parallel import AsyncDiff, Denoiser, Distributed, Group, build_denoiser, denoise, own_unet, synchronised_clock
-from .devices import DeviceMeter, Here
-from .grid import GUIDANCE_SCALE, Target
+from ..parallel import (
+    AsyncDiffDenoiser,
+    Denoiser,
+    Distributed,
+    Group,
+    build_denoiser,
+    denoise,
+    rank_unet,
+    synchronised_clock,
+)
+from .devices import DeviceMeter, LocalDevice
+from .grid import GUIDANCE_SCALE, ProfileTarget
 from .timing import Meter, Stopwatch, Timing, measure
 
 METERED = ("text_encode", "vae_decode", "model_load")
@@ -48,7 +57,7 @@ _ACKNOWLEDGED = b"\x06"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Protocol:
+class TimingProtocol:
     """Untimed runs, timed runs, and how the UNet runs."""
 
     warmup_runs: int = 3
@@ -82,7 +91,9 @@ class Span:
         return self.start + self.laps * self.steps_a_lap
 
 
-def time_steps(group: Group, model: Model, target: Target, protocol: Protocol, threads: int) -> dict[str, Measured]:
+def time_steps(
+    group: Group, model: Pipeline, target: ProfileTarget, protocol: TimingProtocol, threads: int
+) -> dict[str, Measured]:
     """One rank's times of a steady step and of a synchronous one, by component, as far as the target asks for them.
 
     A round of AsyncDiff with stride 2 serves two steps; each is given half of it.
@@ -90,7 +101,7 @@ def time_steps(group: Group, model: Model, target: Target, protocol: Protocol, t
     if group.device.type == "cpu":
         torch.set_num_threads(threads)  # which every thread has to be told
     spans, settings = _spans(target, protocol)
-    unet = prepared(own_unet(model, group), protocol.runtime)
+    unet = prepared(rank_unet(model, group), protocol.runtime)
     conditioning = seeded_conditioning(
         unet, images=target.batch_size, guidance_scale=GUIDANCE_SCALE if target.guidance else 1.0
     )
@@ -105,10 +116,10 @@ def time_steps(group: Group, model: Model, target: Target, protocol: Protocol, t
 
 def _note(denoiser: Denoiser) -> str:
     """What a row cannot be made again without: where measured times cut the UNet."""
-    return f"cut at units {', '.join(map(str, denoiser.bounds))}" if isinstance(denoiser, AsyncDiff) else ""
+    return f"cut at units {', '.join(map(str, denoiser.bounds))}" if isinstance(denoiser, AsyncDiffDenoiser) else ""
 
 
-def _spans(target: Target, protocol: Protocol) -> tuple[list[Span], dict[str, Any]]:
+def _spans(target: ProfileTarget, protocol: TimingProtocol) -> tuple[list[Span], dict[str, Any]]:
     """Which steps are timed, and the method's settings with as many synchronous steps as that takes."""
     settings, stride = dict(target.settings), int(target.settings.get("stride", 1))
     spans, synchronous = [], int(settings.get("warmup_steps", 0))
@@ -191,7 +202,7 @@ def slowest(ranks: Sequence[Measured]) -> Measured:
 # ---- Everything else ------------------------------------------------------------------------------------------------
 
 
-def time_part(model: Model, target: Target, protocol: Protocol, here: Here) -> Measured:
+def time_part(model: Pipeline, target: ProfileTarget, protocol: TimingProtocol, here: LocalDevice) -> Measured:
     """The time of a component that is no denoising step: one prompt, a batch of images, one load, one payload."""
     with _PARTS[target.components[0]](model, target) as (action, comm_bytes):
         timing = measure(
@@ -208,7 +219,7 @@ _Part = Iterator[tuple[Callable[[], object], int | None]]
 
 
 @contextmanager
-def _text_encode(model: Model, target: Target) -> _Part:
+def _text_encode(model: Pipeline, target: ProfileTarget) -> _Part:
     if model.weights:
         encoder = model.text_encoders[model.encoder_names.index(target.table)]
     else:
@@ -218,7 +229,7 @@ def _text_encode(model: Model, target: Target) -> _Part:
 
 
 @contextmanager
-def _vae_decode(model: Model, target: Target) -> _Part:
+def _vae_decode(model: Pipeline, target: ProfileTarget) -> _Part:
     vae = model.vae if model.weights else build_vae(target.table, device=model.device, dtype=model.dtype)
     shape = (target.batch_size, vae.config.latent_channels, target.height_px // 8, target.width_px // 8)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -226,7 +237,7 @@ def _vae_decode(model: Model, target: Target) -> _Part:
 
 
 @contextmanager
-def _model_load(model: Model, _: Target) -> _Part:
+def _model_load(model: Pipeline, _: ProfileTarget) -> _Part:
     """From safetensors that the system's file cache holds, as for a server that switches between models."""
     with tempfile.TemporaryDirectory(prefix="hybridsd-load-") as temporary:
         folder = Path(temporary)
@@ -244,23 +255,23 @@ def _read(unet: UNet2DConditionModel) -> None:
 
 
 @contextmanager
-def _serialise(model: Model, target: Target) -> _Part:
-    handover, precision = _handover(model, target)
-    yield lambda: serialise(handover, precision), len(serialise(handover, precision))
+def _serialise(model: Pipeline, target: ProfileTarget) -> _Part:
+    transfer, precision = _sample_transfer(model, target)
+    yield lambda: serialise(transfer, precision), len(serialise(transfer, precision))
 
 
 @contextmanager
-def _parse(model: Model, target: Target) -> _Part:
-    handover, precision = _handover(model, target)
-    payload = serialise(handover, precision)
-    expected = Expected(latent_space=handover.latent_space, prediction=handover.prediction)
+def _parse(model: Pipeline, target: ProfileTarget) -> _Part:
+    transfer, precision = _sample_transfer(model, target)
+    payload = serialise(transfer, precision)
+    expected = ExpectedTransfer(latent_space=transfer.latent_space, prediction=transfer.prediction)
     yield lambda: parse(payload, expected), len(payload)
 
 
 @contextmanager
-def _exchange(model: Model, target: Target) -> _Part:
+def _exchange(model: Pipeline, target: ProfileTarget) -> _Part:
     """One round over a TCP connection of this host: the payload there, one byte back."""
-    payload = serialise(*_handover(model, target))
+    payload = serialise(*_sample_transfer(model, target))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         receiver = threading.Thread(target=_receive, args=(listener, len(payload)), daemon=True)
         receiver.start()
@@ -287,14 +298,14 @@ def _receive(listener: socket.socket, size: int) -> None:
                 left = size
 
 
-def _handover(model: Model, target: Target) -> tuple[Handover, str]:
+def _sample_transfer(model: Pipeline, target: ProfileTarget) -> tuple[LatentTransfer, str]:
     """A hand-over in the middle of a run with embeddings, on the model's device, and the payload's precision."""
     scale = GUIDANCE_SCALE if target.guidance else 1.0
     conditioning = seeded_conditioning(model.unet, images=target.batch_size, guidance_scale=scale)
     latents = seeded_latents(model.unet, images=target.batch_size, height_px=target.height_px, width_px=target.width_px)
     sampler = build_sampler("ddim", _HANDOVER_STEPS, prediction=model.prediction)
-    handover = take_over(sampler, latents, _HANDOVER_STEP, latent_space="profiled", conditioning=conditioning)
-    return handover, "fp32" if model.dtype == torch.float32 else "fp16"
+    transfer = capture_transfer(sampler, latents, _HANDOVER_STEP, latent_space="profiled", conditioning=conditioning)
+    return transfer, "fp32" if model.dtype == torch.float32 else "fp16"
 
 
 _PARTS = {

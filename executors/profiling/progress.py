@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from .grid import Target
+from .grid import ProfileTarget
 
 
 class Progress:
@@ -18,10 +18,10 @@ class Progress:
     def begin(self, total: float) -> None:
         """Work ahead: the sum of the targets' weights."""
 
-    def doing(self, target: Target) -> None:
+    def doing(self, target: ProfileTarget) -> None:
         """What is measured now."""
 
-    def done(self, target: Target) -> None:
+    def done(self, target: ProfileTarget) -> None:
         """What was measured: its rows are written, unless it failed."""
 
 
@@ -34,10 +34,10 @@ class Lines(Progress):
     def begin(self, total: float) -> None:
         self._total = total
 
-    def doing(self, target: Target) -> None:
+    def doing(self, target: ProfileTarget) -> None:
         sys.stderr.write(f"{self._done / self._total:4.0%} {target}\n")
 
-    def done(self, target: Target) -> None:
+    def done(self, target: ProfileTarget) -> None:
         self._done += target.weight
 
 
@@ -59,8 +59,8 @@ class Bar(Progress):
     def begin(self, total: float) -> None:
         self._bar.update(self._task, total=total)
 
-    def doing(self, target: Target) -> None:
+    def doing(self, target: ProfileTarget) -> None:
         self._bar.update(self._task, description=str(target))
 
-    def done(self, target: Target) -> None:
+    def done(self, target: ProfileTarget) -> None:
         self._bar.advance(self._task, target.weight)

@@ -41,7 +41,7 @@ def key_of(row: CostRow) -> Key:
     return tuple(getattr(row, name) for name in KEYS)
 
 
-class Table:
+class MeasuredFile:
     """One measured file: the rows that it has, by what they measured, how they were made, and those put in now.
 
     Raises `InputError` for a file that is there and is not what the executors write.
@@ -58,7 +58,7 @@ class Table:
     def put(self, rows: Iterable[CostRow], meta: Meta) -> None:
         """Add rows, or renew those that measured the same, and write the file. `meta` must suit the rows there."""
         self.rows |= {key_of(row): row for row in rows}
-        self.meta = joined(self.meta, meta) if self.meta else meta
+        self.meta = merged_meta(self.meta, meta) if self.meta else meta
         if not is_first_process():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def _circumstances(meta: Meta) -> dict[str, object]:
     return {**machine, **meta.libraries, **meta.protocol.model_dump()}
 
 
-def joined(old: Meta, new: Meta) -> Meta:
+def merged_meta(old: Meta, new: Meta) -> Meta:
     """The meta of rows of several runs: all commits, of each ceiling the largest that was seen, the newest date."""
     commits = dict.fromkeys([*old.commit.split(", "), new.commit])
     ceilings = {**old.ceilings, **new.ceilings}

@@ -28,30 +28,30 @@ from hybridsd_sim.errors import HybridSDError, InputError, Problem
 from hybridsd_sim.profiles import CostRow, Meta, Profiles
 from hybridsd_sim.version import __version__
 
-from ..models import Model, load_model
+from ..models import Pipeline, load_pipeline
 from ..parallel import Carrier, run_ranks
-from .devices import PRECISIONS, Here, driver, library_versions, processor
+from .devices import PRECISIONS, LocalDevice, driver, library_versions, processor
 from .devices import ceilings as measure_ceilings
-from .grid import STEPS, Sweep, Target, find_targets
-from .measure import METERED, Measured, Protocol, slowest, time_part, time_steps
+from .grid import STEP_COMPONENTS, ProfileTarget, Sweep, find_targets
+from .measure import METERED, Measured, TimingProtocol, slowest, time_part, time_steps
 from .progress import Progress
-from .rows_file import KEYS, Key, Table
+from .rows_file import KEYS, Key, MeasuredFile
 
 RANK_TIMEOUT_S = 1800.0
 """A rank may wait that long for another: the first one times every unit of a large UNet before AsyncDiff begins."""
 
-LEAST_GRAPH_WARMUP_RUNS = 3
+MIN_GRAPH_WARMUP_RUNS = 3
 """A step compiled into CUDA graphs is first run, then recorded; only then it is replayed."""
 
 
 class Bench:
     """Measures targets on one device and writes their rows into a profiles folder."""
 
-    def __init__(self, sweep: Sweep, profiles: Profiles, here: Here, out: Path, weights: Path | None) -> None:
+    def __init__(self, sweep: Sweep, profiles: Profiles, here: LocalDevice, out: Path, weights: Path | None) -> None:
         self.sweep, self.profiles, self.here, self.out, self.weights = sweep, profiles, here, out, weights
         self.ceilings: Mapping[str, float] = {}
-        self._tables: dict[str, Table] = {}
-        self._model: Model | None = None
+        self._tables: dict[str, MeasuredFile] = {}
+        self._model: Pipeline | None = None
         self._now = datetime.now(tz=UTC).date().isoformat()
         self._versions = library_versions()
 
@@ -63,7 +63,7 @@ class Bench:
             return "loopback"
         return "nccl" if self.here.device == "cuda" else "gloo"
 
-    def check(self, targets: Sequence[Target]) -> None:
+    def check(self, targets: Sequence[ProfileTarget]) -> None:
         """Raises `InputError` where this machine, the weights or the protocol cannot give these targets their rows."""
         if problems := [*self._device_problems({target.degree for target in targets}), *self._protocol_problems()]:
             raise InputError(problems)
@@ -92,12 +92,12 @@ class Bench:
         return torch.cuda.device_count() if self.here.device == "cuda" else usable_cores() // self.here.threads
 
     def _protocol_problems(self) -> Iterator[Problem]:
-        few = self.sweep.warmup_runs < LEAST_GRAPH_WARMUP_RUNS
+        few = self.sweep.warmup_runs < MIN_GRAPH_WARMUP_RUNS
         if few and self.sweep.runtime == "compiled" and self.here.device == "cuda":
-            rule = f"a compiled step is a replayed CUDA graph only after {LEAST_GRAPH_WARMUP_RUNS} runs"
-            yield Problem("--warmup-runs", str(self.sweep.warmup_runs), rule, f"Use {LEAST_GRAPH_WARMUP_RUNS} or more.")
+            rule = f"a compiled step is a replayed CUDA graph only after {MIN_GRAPH_WARMUP_RUNS} runs"
+            yield Problem("--warmup-runs", str(self.sweep.warmup_runs), rule, f"Use {MIN_GRAPH_WARMUP_RUNS} or more.")
 
-    def check_files(self, targets: Iterable[Target]) -> None:
+    def check_files(self, targets: Iterable[ProfileTarget]) -> None:
         """Raises `InputError` where the rows of these targets cannot be added to what the folder has."""
         tables = {target.table: self.table(target) for target in targets}
         meta = self._meta() if tables else None
@@ -106,30 +106,30 @@ class Bench:
 
     # -- files
 
-    def table(self, target: Target) -> Table:
+    def table(self, target: ProfileTarget) -> MeasuredFile:
         """The file of a target's rows."""
         if target.table not in self._tables:
-            self._tables[target.table] = Table(self.out, self.here.name, target.table)
+            self._tables[target.table] = MeasuredFile(self.out, self.here.name, target.table)
         return self._tables[target.table]
 
-    def has(self, target: Target) -> bool:
+    def has(self, target: ProfileTarget) -> bool:
         """Whether all rows of a target are written."""
         table = self.table(target)
         return all(key in table for component in target.components for key in self.keys(target, component))
 
-    def keys(self, target: Target, component: str) -> list[Key]:
+    def keys(self, target: ProfileTarget, component: str) -> list[Key]:
         """What the rows of one component measure; that of the whole step first, where there is one."""
         whats = (self._what(target, component, rank) for rank in self._ranks(target))
         return [tuple(what[name] for name in KEYS) for what in whats]
 
-    def _ranks(self, target: Target) -> list[int | None]:
+    def _ranks(self, target: ProfileTarget) -> list[int | None]:
         """The ranks that get a row; None is the step as a whole, which only devices that ran together have."""
         if target.degree == 1:
             return [None]
         whole = [] if self.carrier(target.degree) == "loopback" else [None]
         return [*whole, *range(target.degree)]
 
-    def _what(self, target: Target, component: str, rank: int | None) -> dict[str, Any]:
+    def _what(self, target: ProfileTarget, component: str, rank: int | None) -> dict[str, Any]:
         """What a row measures: its columns of these names."""
         return {
             "device": self.here.name,
@@ -147,7 +147,7 @@ class Bench:
             "options": target.options(self.carrier(target.degree)),
         }
 
-    def _row(self, target: Target, component: str, rank: int | None, measured: Measured) -> CostRow:
+    def _row(self, target: ProfileTarget, component: str, rank: int | None, measured: Measured) -> CostRow:
         timing = measured.timing
         return CostRow(
             **self._what(target, component, rank),
@@ -169,7 +169,7 @@ class Bench:
         libraries = ", ".join(f"{name} {self._versions[name]}" for name in ("torch", "diffusers"))
         return f"hybridsd_sim executors {__version__} ({libraries})"
 
-    def _notes(self, target: Target, component: str, rank: int | None) -> Iterator[str]:
+    def _notes(self, target: ProfileTarget, component: str, rank: int | None) -> Iterator[str]:
         if component == "step" and target.settings.get("stride") == 2:
             yield "half of a round of two steps"
         if rank is not None:
@@ -197,9 +197,9 @@ class Bench:
 
     # -- measuring
 
-    def measure(self, target: Target) -> list[CostRow]:
+    def measure(self, target: ProfileTarget) -> list[CostRow]:
         """Measure a target and write its rows."""
-        by_component = self._steps(target) if target.components[0] in STEPS else self._part(target)
+        by_component = self._steps(target) if target.components[0] in STEP_COMPONENTS else self._part(target)
         rows = [
             self._row(target, component, rank, measured)
             for component, ranks in by_component.items()
@@ -208,7 +208,7 @@ class Bench:
         self.table(target).put(rows, self._meta())
         return rows
 
-    def _steps(self, target: Target) -> dict[str, dict[int | None, Measured]]:
+    def _steps(self, target: ProfileTarget) -> dict[str, dict[int | None, Measured]]:
         carrier = self.carrier(target.degree)
         model = self._loaded(target)
         ranks = run_ranks(
@@ -228,23 +228,23 @@ class Bench:
             found[component] = {rank: rows[rank] for rank in self._ranks(target)}
         return found
 
-    def _part(self, target: Target) -> dict[str, dict[int | None, Measured]]:
+    def _part(self, target: ProfileTarget) -> dict[str, dict[int | None, Measured]]:
         model = self._loaded(target)
         return {target.components[0]: {None: time_part(model, target, self._protocol, self.here)}}
 
     @property
-    def _protocol(self) -> Protocol:
-        return Protocol(warmup_runs=self.sweep.warmup_runs, runs=self.sweep.runs, runtime=self.sweep.runtime)
+    def _protocol(self) -> TimingProtocol:
+        return TimingProtocol(warmup_runs=self.sweep.warmup_runs, runs=self.sweep.runs, runtime=self.sweep.runtime)
 
-    def _loaded(self, target: Target) -> Model:
+    def _loaded(self, target: ProfileTarget) -> Pipeline:
         """The model, kept for the next target; what needs no UNet is measured with none in memory."""
         if self._model is None or self._model.name != target.model or target.components[0] in METERED:
             self._model = None
             self._model = self._load(target.model)
         return self._model
 
-    def _load(self, name: str) -> Model:
-        return load_model(
+    def _load(self, name: str) -> Pipeline:
+        return load_pipeline(
             name,
             weights=self.weights,
             device=self.here.device,
@@ -284,18 +284,18 @@ def commit() -> str:
 
 
 @dataclass(slots=True)
-class Outcome:
+class ProfileResult:
     """What a profile measured: new rows, targets whose rows were there, targets left for want of time, and refusals.
 
     `failed` are targets that were begun and could not be finished; why is among the refusals. `summary` has an entry
     for each component of each target whose rows are there.
     """
 
-    here: Here
+    here: LocalDevice
     rows: list[CostRow] = field(default_factory=list)
-    kept: list[Target] = field(default_factory=list)
-    left: list[Target] = field(default_factory=list)
-    failed: list[Target] = field(default_factory=list)
+    kept: list[ProfileTarget] = field(default_factory=list)
+    left: list[ProfileTarget] = field(default_factory=list)
+    failed: list[ProfileTarget] = field(default_factory=list)
     refused: list[Problem] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     ceilings: Mapping[str, float] = field(default_factory=dict)
@@ -305,13 +305,13 @@ class Outcome:
 def profile(
     sweep: Sweep,
     profiles: Profiles,
-    here: Here,
+    here: LocalDevice,
     out: Path,
     *,
     weights: Path | None = None,
     time_budget_s: float | None = None,
     progress: Progress | None = None,
-) -> Outcome:
+) -> ProfileResult:
     """Measure what is legal of a grid and not yet in `out`, a profiles folder, and write it there.
 
     A target that would go beyond the time budget, judged by those before it, is left; one that fails is passed over.
@@ -321,7 +321,7 @@ def profile(
     targets, refused = find_targets(sweep, profiles)
     bench = Bench(sweep, profiles, here, out, weights)
     bench.check(targets)
-    outcome = Outcome(here, refused=refused)
+    outcome = ProfileResult(here, refused=refused)
     todo = [target for target in targets if not bench.has(target)]
     outcome.kept = [target for target in targets if target not in todo]
     bench.check_files(todo)
@@ -347,7 +347,7 @@ def _check_budget(time_budget_s: float | None) -> None:
 
 
 def _measure_all(
-    todo: Sequence[Target], bench: Bench, outcome: Outcome, progress: Progress, time_budget_s: float | None
+    todo: Sequence[ProfileTarget], bench: Bench, outcome: ProfileResult, progress: Progress, time_budget_s: float | None
 ) -> None:
     if not todo:
         return
@@ -367,7 +367,7 @@ def _measure_all(
         progress.done(target)
 
 
-def _is_measured(target: Target, bench: Bench, outcome: Outcome) -> bool:
+def _is_measured(target: ProfileTarget, bench: Bench, outcome: ProfileResult) -> bool:
     """Measure a target; where that fails, note why and make room for the next one."""
     try:
         outcome.rows += bench.measure(target)
@@ -383,7 +383,7 @@ def _is_measured(target: Target, bench: Bench, outcome: Outcome) -> bool:
     return False
 
 
-def _summary(bench: Bench, target: Target) -> Iterator[dict[str, object]]:
+def _summary(bench: Bench, target: ProfileTarget) -> Iterator[dict[str, object]]:
     """An entry for each component of a target whose rows are there: the whole step's, else its slowest rank's."""
     table = bench.table(target)
     for component in target.components:
@@ -393,7 +393,7 @@ def _summary(bench: Bench, target: Target) -> Iterator[dict[str, object]]:
             yield _entry(target, component, row, bench.ceilings)
 
 
-def _entry(target: Target, component: str, row: CostRow, ceilings: Mapping[str, float]) -> dict[str, object]:
+def _entry(target: ProfileTarget, component: str, row: CostRow, ceilings: Mapping[str, float]) -> dict[str, object]:
     flop = target.flop[component]
     rate = flop / row.seconds_median if flop else None
     own = f"_{row.precision}_flop_per_s"

@@ -15,7 +15,7 @@ from hybridsd_sim.errors import InputError, Problem
 
 Clock = Callable[[], float]
 
-LEAST_RUNS = 10
+MIN_RUNS = 10
 """Fewer samples have no 5th and 95th percentile worth writing down."""
 
 
@@ -109,8 +109,8 @@ def measure(
 def check_runs(warmup_runs: int, runs: int) -> None:
     """Raises `InputError` where the protocol would not give a median and percentiles of a warm device."""
     problems = []
-    if runs < LEAST_RUNS:
-        problems.append(Problem("runs", str(runs), f"percentiles need at least {LEAST_RUNS} runs"))
+    if runs < MIN_RUNS:
+        problems.append(Problem("runs", str(runs), f"percentiles need at least {MIN_RUNS} runs"))
     if warmup_runs < 1:
         problems.append(Problem("warm-up runs", str(warmup_runs), "the first run prepares kernels: at least 1"))
     if problems:

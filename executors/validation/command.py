@@ -24,7 +24,7 @@ from hybridsd_sim.simulation import Records, column
 from hybridsd_sim.version import __version__
 from hybridsd_sim.workload import import_trace
 
-from ..profiling import Here, commit, library_versions, processor
+from ..profiling import LocalDevice, commit, library_versions, processor
 from . import recording as kept
 from .compare import Comparison, Pair, compare
 from .observe import Protocol, observe
@@ -152,7 +152,7 @@ def _row(parts: Sequence[Observed], comparison: Comparison | None) -> dict[str, 
 
 def _made_by() -> list[tuple[str, str]]:
     libraries = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    here = processor(Here("", "cpu", 1))
+    here = processor(LocalDevice("", "cpu", 1))
     return [("Made by", f"hybridsd_sim {__version__} ({commit() or 'no checkout'}) with {libraries}"), ("On", here)]
 
 

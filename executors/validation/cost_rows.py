@@ -20,7 +20,7 @@ from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.version import __version__
 
 from ..live import Done
-from ..profiling import Here, Table, Timing, commit, library_versions, processor
+from ..profiling import LocalDevice, MeasuredFile, Timing, commit, library_versions, processor
 from .setting import REQUEST_CLASS
 from .testbed import CLOUD, EDGE, TEXT_ENCODER
 
@@ -145,11 +145,11 @@ def write_profile(rows: Sequence[CostRow], folder: Path, *, warmup_runs: int) ->
     """The rows as measured files of a profiles folder, in the place of those that timed the same."""
     for device, model in dict.fromkeys((row.device, row.model) for row in rows):
         mine = [row for row in rows if (row.device, row.model) == (device, model)]
-        Table(folder, device, model).put(mine, _meta(mine, warmup_runs))
+        MeasuredFile(folder, device, model).put(mine, _meta(mine, warmup_runs))
 
 
 def _meta(rows: Sequence[CostRow], warmup_runs: int) -> Meta:
-    here = Here(rows[0].device, "cpu", 1)
+    here = LocalDevice(rows[0].device, "cpu", 1)
     protocol = {"warmup_runs": warmup_runs, "runs": rows[0].num_samples, "trimming": "none"}
     return Meta.model_validate(
         {

@@ -39,7 +39,7 @@ from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.scheduling import Scheduler, Worker
 
-from ..hybrid import listen_at
+from ..hybrid import open_listener
 from ..live import (
     Ask,
     Client,
@@ -57,7 +57,7 @@ from ..live import (
     edge_gang,
     served,
 )
-from ..profiling import LEAST_RUNS
+from ..profiling import MIN_RUNS
 from .cost_rows import Held, Profile, device_of, profile_of
 from .load import replay_trace
 from .setting import REQUEST_CLASS, plan_of
@@ -144,7 +144,7 @@ async def alone(crews: Crews, scenario: Scenario, deployment: Deployment, settin
     for stage in plan.stages:
         crew, worker = crews.of(stage)
         task = _task(scenario, stage, begun, settings)
-        tasks = (replace(task, key=f"alone/{number}", seed=number) for number in range(WARMUP_RUNS + LEAST_RUNS))
+        tasks = (replace(task, key=f"alone/{number}", seed=number) for number in range(WARMUP_RUNS + MIN_RUNS))
         done = [await crew.run(worker, one) for one in tasks][WARMUP_RUNS:]
         held.append([Held(one, one.stop_s - one.start_s) for one in done])
         begun = done[0].payload
@@ -281,7 +281,7 @@ async def serving(
     workers = [Worker(gang.name, gang.pool, gang.degree) for gang in crews.gangs]
     scheduler = Scheduler.from_plan(deployment, policy=POLICY, scenario=scenario, profiles=profiles, workers=workers)
     service = build_service(scheduler, crews.cloud, gangs=crews.gangs, settings=settings)
-    with listen_at(("127.0.0.1", 0)) as listener:
+    with open_listener(("127.0.0.1", 0)) as listener:
         host, port = listener.getsockname()
         async with served(service, listener), Client(f"http://{host}:{port}", crews.edge) as client:
             yield client

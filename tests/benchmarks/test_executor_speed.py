@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from executors.models import build_sampler, build_unet, seeded_conditioning, seeded_latents
-from executors.parallel import Single, denoise
+from executors.parallel import SingleDenoiser, denoise
 from hybridsd_sim import Profiles
 
 MOST_OVERHEAD = 1.02
@@ -36,7 +36,7 @@ def loops(profiles: Profiles) -> tuple[Callable[[], Tensor], Callable[[], Tensor
             latents = sampler.step(empty + GUIDANCE_SCALE * (prompted - empty), timestep, latents).prev_sample
         return latents
 
-    return lambda: denoise(Single(unet, conditioning), build_sampler("ddim", STEPS), noise), by_hand
+    return lambda: denoise(SingleDenoiser(unet, conditioning), build_sampler("ddim", STEPS), noise), by_hand
 
 
 def test_a_step_costs_what_diffusers_costs(

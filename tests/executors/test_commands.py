@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from executors.__main__ import main
-from executors.profiling import Outcome
-from executors.profiling.grid import Target
+from executors.profiling import ProfileResult
+from executors.profiling.grid import ProfileTarget
 from hybridsd_sim.errors import Problem
 from own_catalogue import own_catalogue
 
-STEPS = ["--num-inference-steps", "4", "--height-px", "64", "--threads", "1"]
+STEP_COMPONENTS = ["--num-inference-steps", "4", "--height-px", "64", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +130,8 @@ def test_a_target_that_failed_ends_the_profile_with_code_1(command, folder, tmp_
     """The rest is measured and the summary printed; the exit code says that something is missing."""
 
     def measure(sweep, catalogue, here, out, **settings):
-        target = Target(model="small", table="small", components=("step",), flop={})
-        return Outcome(here, failed=[target], refused=[Problem("small step", "256 px", "out of memory")])
+        target = ProfileTarget(model="small", table="small", components=("step",), flop={})
+        return ProfileResult(here, failed=[target], refused=[Problem("small step", "256 px", "out of memory")])
 
     monkeypatch.setattr("executors.profiling.runner.profile", measure)
     asked = ["profile", "--models", "small", "--device", "cpu-1core", "--threads", "1", "--profiles", folder]
@@ -167,7 +167,7 @@ def image(command, folder, tmp_path):
     def make(*arguments):
         path = tmp_path / "image.png"
         code, out, err = command(
-            "run", "--profiles", folder, "--out", path, "--format", "json", *STEPS, *arguments
+            "run", "--profiles", folder, "--out", path, "--format", "json", *STEP_COMPONENTS, *arguments
         )  # fmt: skip
         assert code == 0, err
         with Image.open(path) as picture:
@@ -229,7 +229,19 @@ def test_ranks_of_torchrun_paint_what_ranks_in_turn_do(image, folder, tmp_path) 
     in_turn, _ = image(*PARALLEL)
     path = tmp_path / "torchrun.png"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-    asked = ["run", *PARALLEL, "--ranks", "process", "--profiles", folder, "--out", path, "--format", "json", *STEPS]
+    asked = [
+        "run",
+        *PARALLEL,
+        "--ranks",
+        "process",
+        "--profiles",
+        folder,
+        "--out",
+        path,
+        "--format",
+        "json",
+        *STEP_COMPONENTS,
+    ]
     said = subprocess.run(
         [sys.executable, *torchrun, "-m", "executors", *map(str, asked)],
         capture_output=True, text=True, check=False, timeout=300, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
@@ -245,7 +257,7 @@ def test_a_silent_edge_is_given_up_after_the_time_allowed(command, folder, tmp_p
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         code, _, err = command(
             "run", "--model", "small", "--switch-step", "0", "--edge", address, "--timeout-s", "0.5",
-            "--profiles", folder, "--out", tmp_path / "image.png", *STEPS,
+            "--profiles", folder, "--out", tmp_path / "image.png", *STEP_COMPONENTS,
         )  # fmt: skip
     assert code == 1
     assert "silent or too slow for 0.5 s" in err
@@ -280,7 +292,7 @@ def test_a_silent_edge_is_given_up_after_the_time_allowed(command, folder, tmp_p
 def test_wrong_input_stops_with_a_message_and_code_2(command, folder, tmp_path, arguments, message) -> None:
     """Place, value, rule and remedy go to standard error, nothing to standard output, and no file is made."""
     path = tmp_path / "image.png"
-    code, out, err = command("run", "--profiles", folder, "--out", path, *STEPS, *arguments)
+    code, out, err = command("run", "--profiles", folder, "--out", path, *STEP_COMPONENTS, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert message in err
@@ -291,7 +303,7 @@ def test_wrong_input_stops_with_a_message_and_code_2(command, folder, tmp_path, 
 def test_an_edge_that_is_not_there_stops_the_run_with_code_1(command, folder, tmp_path) -> None:
     """A run that began and cannot finish says whom it did not reach."""
     arguments = ["--model", "small", "--switch-step", "0", "--edge", "127.0.0.1:9"]
-    code, out, err = command("run", "--profiles", folder, "--out", tmp_path / "image.png", *STEPS, *arguments)
+    code, out, err = command("run", "--profiles", folder, "--out", tmp_path / "image.png", *STEP_COMPONENTS, *arguments)
     assert (code, out) == (1, "")
     assert "127.0.0.1:9" in err
 

@@ -20,17 +20,17 @@ from hypothesis import given, settings
 from safetensors.torch import load, save
 
 from executors.hybrid import (
-    Expected,
-    Handover,
+    ExpectedTransfer,
     ImageRun,
+    LatentTransfer,
+    capture_transfer,
     check_address,
-    expected_by,
-    listen_at,
+    expected_transfer,
+    open_listener,
     parse,
     serialise,
-    take_over,
 )
-from executors.hybrid.edge import edge_process, go_on, hand_over, serve_edge
+from executors.hybrid.edge import edge_process, finish_at_edge, finish_run, serve_edge
 from executors.hybrid.image import denoise_stage
 from executors.hybrid.payload import checksum
 from executors.models import (
@@ -43,7 +43,7 @@ from executors.models import (
     seeded_latents,
 )
 from executors.models.samplers import SAMPLERS, history_size
-from executors.parallel import Alone, Denoiser, Single, denoise, job_of, legal_settings, run_ranks
+from executors.parallel import Alone, Denoiser, SingleDenoiser, denoise, denoising_of, resolve_settings, run_ranks
 from hybridsd_sim.errors import InputError, RunError
 from hybridsd_sim.plan import Request
 from hybridsd_sim.pricing.transfers import handover_bytes
@@ -79,7 +79,7 @@ def conditioning():
 
 def single(size):
     """The whole model on one device."""
-    return Single(unet(size), conditioning())
+    return SingleDenoiser(unet(size), conditioning())
 
 
 def start(sampler):
@@ -91,21 +91,21 @@ def start(sampler):
 @cache
 def images(name, switch, cloud="cloud", edge="edge"):
     """What one process makes of it: `switch` steps of the cloud's model, the rest of the edge's."""
-    return go_on(handed_over(name, switch, cloud), single(edge))
+    return finish_run(handed_over(name, switch, cloud), single(edge))
 
 
 def handed_over(name="dpmsolver++", switch=2, size="cloud", steps=STEPS):
     """The hand-over after `switch` steps of a model."""
     sampler = build_sampler(name, steps)
     latents = denoise(single(size), sampler, start(sampler), stop=switch)
-    return take_over(sampler, latents, switch, latent_space="sd1", conditioning=conditioning())
+    return capture_transfer(sampler, latents, switch, latent_space="sd1", conditioning=conditioning())
 
 
 @pytest.fixture(scope="module")
 def edge():
     """The address of an edge with the small model, in a process of its own."""
     with edge_process(partial(build_unet, SMALLER, seed=2), threads=1, latent_space="sd1") as (address, _):
-        hand_over(address, handed_over(), timeout_s=LONG_S)  # it is up
+        finish_at_edge(address, handed_over(), timeout_s=LONG_S)  # it is up
         yield address
 
 
@@ -146,19 +146,19 @@ def test_switch_step_says_which_model_does_the_steps(name):
 def test_every_step_after_the_switch_is_reported_once():
     """`on_step` hears every step that is left, in order, and the last latents are the result."""
     heard = []
-    result = go_on(handed_over(switch=1), single("edge"), on_step=lambda *step: heard.append(step))
+    result = finish_run(handed_over(switch=1), single("edge"), on_step=lambda *step: heard.append(step))
     assert [step for step, _ in heard] == list(range(1, STEPS))
     assert torch.equal(heard[-1][1], result)
 
 
 # ---- The payload ----------------------------------------------------------------------------------------------------
 
-SENDER = Expected(latent_space="sd1", prediction="epsilon")
+SENDER = ExpectedTransfer(latent_space="sd1", prediction="epsilon")
 
 
 def assert_same(left, right):
     """Equal in every field, tensors to the bit."""
-    for name in Handover.__slots__:
+    for name in LatentTransfer.__slots__:
         ours, theirs = getattr(left, name), getattr(right, name)
         if name == "state":
             assert (ours.order, len(ours.history)) == (theirs.order, len(theirs.history))
@@ -201,7 +201,7 @@ def test_payload_bytes_follow_the_formula(name, switch, images, with_embeds, gui
     latents = torch.zeros(images, 4, 64, 64)
     history = (latents,) * history_size(name, switch)
     embeds = torch.zeros(request.unet_batch, 77, 768) if with_embeds else None
-    sent = Handover(
+    sent = LatentTransfer(
         latents=latents,
         step=switch,
         num_inference_steps=25,
@@ -366,14 +366,14 @@ def test_equal_models_over_tcp_reproduce_single_to_the_bit(edge, name, switch):
     """With the edge's model on both machines, a hand-over after any step changes no bit of the result."""
     sampler = build_sampler(name, STEPS)
     whole = denoise(single("edge"), sampler, start(sampler))
-    assert torch.equal(hand_over(edge, handed_over(name, switch, "edge")), whole)
+    assert torch.equal(finish_at_edge(edge, handed_over(name, switch, "edge")), whole)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_hybrid_over_tcp_equals_hybrid_in_one_process(edge, name):
     """Large model here, small model in another process: the same bits as both in one process."""
     heard = []
-    assert torch.equal(hand_over(edge, handed_over(name, 2), on_progress=heard.append), images(name, 2))
+    assert torch.equal(finish_at_edge(edge, handed_over(name, 2), on_progress=heard.append), images(name, 2))
     assert heard == [2, 3]
 
 
@@ -381,7 +381,7 @@ def test_hybrid_over_tcp_equals_hybrid_in_one_process(edge, name):
 def test_fp16_payload_is_close(edge, name):
     """Half precision on the way moves the result by a few of its rounding units, 2**-11, of the largest value."""
     exact = images(name, 2)
-    error = (hand_over(edge, handed_over(name, 2), precision="fp16") - exact).abs().max() / exact.abs().max()
+    error = (finish_at_edge(edge, handed_over(name, 2), precision="fp16") - exact).abs().max() / exact.abs().max()
     assert 0 < error < 4 * 2**-11
 
 
@@ -402,8 +402,8 @@ def test_fp16_payload_is_close(edge, name):
 def test_edge_refuses_what_it_cannot_run_and_says_why(edge, change, message):
     """The sender learns in the edge's own words what does not fit, and the edge goes on serving."""
     with pytest.raises(RunError, match=message):
-        hand_over(edge, replace(handed_over(), **change))
-    assert torch.equal(hand_over(edge, handed_over()), images("dpmsolver++", 2))
+        finish_at_edge(edge, replace(handed_over(), **change))
+    assert torch.equal(finish_at_edge(edge, handed_over()), images("dpmsolver++", 2))
 
 
 def framed(data, kind=b"H", magic=b"HSD1"):
@@ -431,7 +431,7 @@ def test_edge_survives_a_bad_client_and_serves_the_next(edge, sent, answer):
         reply = b"".join(iter(lambda: client.recv(4096), b""))
     assert HEAD.unpack(reply[:13]) == (b"HSD1", b"E", len(reply) - 13)
     assert answer in reply
-    assert torch.equal(hand_over(edge, handed_over()), images("dpmsolver++", 2))
+    assert torch.equal(finish_at_edge(edge, handed_over()), images("dpmsolver++", 2))
 
 
 def test_edge_refuses_a_frame_with_any_flipped_bit_in_its_head(edge):
@@ -444,7 +444,7 @@ def test_edge_refuses_a_frame_with_any_flipped_bit_in_its_head(edge):
             client.sendall(altered)
             client.shutdown(socket.SHUT_WR)
             assert client.recv(5, socket.MSG_WAITALL) == b"HSD1E", f"bit {bit}"
-    assert torch.equal(hand_over(edge, handed_over()), images("dpmsolver++", 2))
+    assert torch.equal(finish_at_edge(edge, handed_over()), images("dpmsolver++", 2))
 
 
 PARALLEL = {"cfg_parallel": {}, "distrifusion": {"warmup_steps": 1}, "asyncdiff": {"warmup_steps": 1}}
@@ -452,10 +452,10 @@ PARALLEL = {"cfg_parallel": {}, "distrifusion": {"warmup_steps": 1}, "asyncdiff"
 
 def cloud_run(method, model):
     """A run whose first three steps two ranks do; the second and third with what is one step old."""
-    job = job_of(unet("cloud"), conditioning(), images=1, height_px=HEIGHT_PX, width_px=WIDTH_PX, steps=STEPS)
+    job = denoising_of(unet("cloud"), conditioning(), images=1, height_px=HEIGHT_PX, width_px=WIDTH_PX, steps=STEPS)
     return ImageRun(
         model=model, latent_space="sd1", method=method, degree=2, switch_step=3,
-        settings=legal_settings(method, job, 2, PARALLEL[method]), num_inference_steps=STEPS, sampler="dpmsolver++",
+        settings=resolve_settings(method, job, 2, PARALLEL[method]), num_inference_steps=STEPS, sampler="dpmsolver++",
         guidance_scale=conditioning().guidance_scale, height_px=HEIGHT_PX, width_px=WIDTH_PX,
     )  # fmt: skip
 
@@ -480,9 +480,9 @@ def test_parallel_cloud_stage_hands_over_to_the_edge(edge, method):
 
     wanted = run_ranks(by_hand, 2)[0]
     first, second = run_ranks(denoise_stage, 2, args=(cloud_run(method, small_model()), conditioning()))
-    assert second.handover is None
-    assert torch.equal(go_on(first.handover, single("edge")), wanted)
-    assert torch.equal(hand_over(edge, first.handover, timeout_s=LONG_S), wanted)
+    assert second.transfer is None
+    assert torch.equal(finish_run(first.transfer, single("edge")), wanted)
+    assert torch.equal(finish_at_edge(edge, first.transfer, timeout_s=LONG_S), wanted)
     if method != "cfg_parallel":
         assert not torch.equal(wanted, images("dpmsolver++", 3)), "what is one step old must show"
 
@@ -495,16 +495,16 @@ def test_killed_edge_is_noticed_at_once():
         edge_process(build, threads=1, latent_space="sd1") as (address, process),
         pytest.raises(RunError, match=message),
     ):
-        hand_over(address, handed_over(steps=900), on_progress=lambda _: process.kill(), timeout_s=LONG_S)
+        finish_at_edge(address, handed_over(steps=900), on_progress=lambda _: process.kill(), timeout_s=LONG_S)
     assert not process.is_alive()
     with pytest.raises(RunError, match=r"connection with the edge .* lost"):
-        hand_over(address, handed_over(), timeout_s=5)
+        finish_at_edge(address, handed_over(), timeout_s=5)
 
 
 ORPHANING = """
 import sys, time
 from functools import partial
-from executors.hybrid import edge_process
+from executors.hybrid.edge import edge_process
 from executors.models import build_unet
 
 if __name__ == "__main__":
@@ -523,7 +523,7 @@ def test_edge_does_not_outlive_the_process_that_started_it(tmp_path):
     with parent:
         address = ("127.0.0.1", int(parent.stdout.readline()))
         try:
-            hand_over(address, handed_over(), timeout_s=LONG_S)
+            finish_at_edge(address, handed_over(), timeout_s=LONG_S)
         finally:
             parent.kill()
     deadline = time.monotonic() + LONG_S
@@ -594,7 +594,7 @@ def flipped(frame, position):
 def test_sender_refuses_a_bad_answer(answer, message):
     """A cut, altered, unfitting or foreign answer never passes for latents."""
     with background(answering(answer)) as address, pytest.raises(RunError, match=message):
-        hand_over(address, handed_over(), timeout_s=LONG_S)
+        finish_at_edge(address, handed_over(), timeout_s=LONG_S)
 
 
 def test_silent_edge_is_given_up():
@@ -608,7 +608,7 @@ def test_silent_edge_is_given_up():
 
     with background(work) as address:
         with pytest.raises(RunError, match=r"was silent or too slow for 0.3 s; is it alive, and the network up\?"):
-            hand_over(address, handed_over(), timeout_s=0.3)
+            finish_at_edge(address, handed_over(), timeout_s=0.3)
         done.set()
 
 
@@ -644,7 +644,7 @@ def test_edge_gives_up_a_silent_client():
         with socket.create_connection(address, timeout=LONG_S) as client:
             client.sendall(framed(b"x" * 1000)[:500])
             assert b"was silent or too slow for 2 s" in client.recv(4096)
-        assert hand_over(address, handed_over()).shape == (1, 4, 24, 8)
+        assert finish_at_edge(address, handed_over()).shape == (1, 4, 24, 8)
 
 
 def test_edge_tells_of_a_run_that_fails():
@@ -652,8 +652,8 @@ def test_edge_tells_of_a_run_that_fails():
     denoisers = iter([Still(fails=True), Still()])
     with serving(lambda _: next(denoisers)) as address:
         with pytest.raises(RunError, match="refused: the run failed there: ValueError: no such device"):
-            hand_over(address, handed_over())
-        assert hand_over(address, handed_over()).shape == (1, 4, 24, 8)
+            finish_at_edge(address, handed_over())
+        assert finish_at_edge(address, handed_over()).shape == (1, 4, 24, 8)
 
 
 def test_edge_stops_working_for_a_sender_that_left():
@@ -670,7 +670,7 @@ def test_edge_stops_working_for_a_sender_that_left():
         with socket.create_connection(address, timeout=LONG_S) as client:
             client.sendall(framed(serialise(handed_over(steps=900))))
             client.recv(13, socket.MSG_WAITALL)
-        assert hand_over(address, handed_over("ddim", 3)).shape == (1, 4, 24, 8)
+        assert finish_at_edge(address, handed_over("ddim", 3)).shape == (1, 4, 24, 8)
     assert len(steps) < 450
 
 
@@ -678,19 +678,21 @@ def test_edge_with_an_encoder_needs_no_embeddings():
     """What conditions the edge's model is the edge's business: its denoiser is built for the hand-over."""
     prompts = []
 
-    def make_denoiser(handover):
-        prompts.append(handover.conditioning)
-        return Single(unet("edge"), Conditioning(embeds=conditioning().embeds, guidance_scale=handover.guidance_scale))
+    def make_denoiser(transfer):
+        prompts.append(transfer.conditioning)
+        return SingleDenoiser(
+            unet("edge"), Conditioning(embeds=conditioning().embeds, guidance_scale=transfer.guidance_scale)
+        )
 
     with serving(make_denoiser) as address:
         bare = replace(handed_over(), embeds=None)
-        assert torch.equal(hand_over(address, bare), images("dpmsolver++", 2))
+        assert torch.equal(finish_at_edge(address, bare), images("dpmsolver++", 2))
     assert prompts == [None]
 
 
 def test_an_edge_listens_where_it_was_told():
     """Port 0 takes a free port, at the address that was asked for."""
-    with listen_at(("127.0.0.1", 0)) as listener:
+    with open_listener(("127.0.0.1", 0)) as listener:
         host, port = listener.getsockname()
         with socket.create_connection((host, port), timeout=LONG_S):
             assert (host, port > 0) == ("127.0.0.1", True)
@@ -701,9 +703,9 @@ def test_an_address_that_cannot_be_used_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"^--listen: 127.0.0.1:{port}; .* Address already in use. Choose a free"):
-            listen_at(("127.0.0.1", port))
+            open_listener(("127.0.0.1", port))
     with pytest.raises(InputError, match=r"^--listen: 192.0.2.1:0; this machine cannot listen there: .* Choose"):
-        listen_at(("192.0.2.1", 0))
+        open_listener(("192.0.2.1", 0))
     for nobody in ("a..b", "x" * 300):
         with pytest.raises(InputError, match=rf"^--edge: {nobody}:80; the host is not known here: .* Give"):
             check_address((nobody, 80), "--edge")
@@ -716,16 +718,16 @@ def test_sdxl_edge_expects_added_conditions():
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 64,
     }
-    expected = expected_by(build_unet(SMALL | added), "sdxl", "epsilon")
+    expected = expected_transfer(build_unet(SMALL | added), "sdxl", "epsilon")
     assert (expected.channels, expected.embeds_width, expected.added) == (4, 16, ("text_embeds", "time_ids"))
-    assert expected_by(unet("edge"), "sd1", "epsilon").added == ()
+    assert expected_transfer(unet("edge"), "sd1", "epsilon").added == ()
 
 
 @pytest.mark.gpu
 def test_what_a_gpu_hands_over_is_in_the_machines_memory():
     """Another process or device goes on from there: nothing of the hand-over is left on the GPU."""
     run = replace(cloud_run("cfg_parallel", small_model("cuda")), method="single", degree=1, settings={})
-    sent = denoise_stage(Alone("cuda"), run, conditioning()).handover
+    sent = denoise_stage(Alone("cuda"), run, conditioning()).transfer
     tensors = [sent.latents, *sent.state.history, sent.embeds, *sent.added.values()]
     assert len(tensors) == 3
     assert {tensor.device.type for tensor in tensors} == {"cpu"}
@@ -736,11 +738,11 @@ def test_what_a_gpu_hands_over_is_in_the_machines_memory():
 def test_hand_over_between_gpu_models_changes_no_bit(name):
     """On one GPU, a run that crosses as fp32 payload to an edge with the same model ends with the bits of `single`."""
     model = build_unet(SMALL, seed=1, device="cuda")
-    denoiser = Single(model, seeded_conditioning(model))
+    denoiser = SingleDenoiser(model, seeded_conditioning(model))
     sampler = build_sampler(name, STEPS, device="cuda")
     whole = denoise(denoiser, sampler, start(sampler).cuda())
     sampler = build_sampler(name, STEPS, device="cuda")
     latents = denoise(denoiser, sampler, start(sampler).cuda(), stop=2)
-    sent = take_over(sampler, latents, 2, latent_space="sd1", conditioning=denoiser.conditioning)
+    sent = capture_transfer(sampler, latents, 2, latent_space="sd1", conditioning=denoiser.conditioning)
     with serving(lambda _: denoiser, device="cuda") as address:
-        assert torch.equal(hand_over(address, sent), whole)
+        assert torch.equal(finish_at_edge(address, sent), whole)

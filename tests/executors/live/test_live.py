@@ -15,11 +15,11 @@ import torch
 from hypothesis import given, settings
 from PIL import Image
 
-from executors.hybrid import ImageRun, make_picture
+from executors.hybrid import ImageRun, generate_image
 from executors.live import Ask, Client, Link, cloud_gangs, edge_gang
 from executors.live.client import _shift_s
 from executors.live.messages import Answer, Order
-from executors.models import load_model
+from executors.models import load_pipeline
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.scheduling import CloudDone, RequestDone, StepDone
@@ -79,12 +79,12 @@ def test_every_share_of_an_image_is_served(town, url, name):
 
 def test_the_image_is_that_of_the_same_plan_in_one_process(town, url):
     """What cloud and edge make together over HTTP has the pixels of both models run here, one after the other."""
-    large, small = (load_model(name, vae="taesd", profiles=town.profiles) for name in ("small", "smaller"))
+    large, small = (load_pipeline(name, vae="taesd", profiles=town.profiles) for name in ("small", "smaller"))
     run = ImageRun(
         model=large, small=small, latent_space="sd1", prompt=PROMPT, switch_step=3, num_inference_steps=6,
         guidance_scale=1.0, height_px=64, width_px=64, sampler="dpmsolver++", seed=5,
     )  # fmt: skip
-    here = (make_picture(run).pixels * 255).round().to(torch.uint8).permute(1, 2, 0).reshape(-1)
+    here = (generate_image(run).pixels * 255).round().to(torch.uint8).permute(1, 2, 0).reshape(-1)
     [outcome] = town.ask(url, town.edge, Ask(id="same", request_class="hybrid", prompt=PROMPT, seed=5))
     assert torch.equal(pixels(outcome.image), here)
 

@@ -16,7 +16,7 @@ from executors.live.request import Desk, Meters
 from executors.live.service import _answered
 from executors.live.tasks import Inbox, Kind, Line, written
 from executors.live.worker_pool import Roster, placed
-from executors.parallel import meeting_place
+from executors.parallel import open_rendezvous
 from hybridsd_sim.errors import InputError
 from live_plans import LONG_S, Town, served
 
@@ -185,7 +185,7 @@ def test_gpus_that_are_not_there_are_refused(degrees, num_gpus, message):
 
 def test_ranks_meet_where_no_other_machine_can():
     """The meeting place answers on its own address of this machine, and on no other one."""
-    store = meeting_place()
+    store = open_rendezvous()
     socket.create_connection(("127.0.0.1", store.port), timeout=LONG_S).close()
     with pytest.raises(OSError, match=r"."):
         socket.create_connection(("127.0.0.2", store.port), timeout=1.0)

@@ -21,14 +21,14 @@ from executors.models import (
     build_vae,
     decode,
     fill,
-    load_model,
+    load_pipeline,
     replica,
     seeded_conditioning,
     seeded_latents,
     token_ids,
 )
 from executors.models.encoders import FIRST_TOKEN, LAST_TOKEN
-from executors.parallel.denoiser import predict
+from executors.parallel.denoiser import predict_noise
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.perf import unet_layers, unet_params
 from small_models import HEIGHT_PX, SMALL, SMALLER, WIDTH_PX
@@ -60,7 +60,7 @@ def noise(unet: UNet2DConditionModel, conditioning: Conditioning | None = None, 
     """The noise of both branches for one seeded latent at step 500."""
     latents = seeded_latents(unet, images=1, **(size or {"height_px": HEIGHT_PX, "width_px": WIDTH_PX}))
     with torch.inference_mode():
-        return predict(unet, latents, torch.tensor(500), conditioning or seeded_conditioning(unet))
+        return predict_noise(unet, latents, torch.tensor(500), conditioning or seeded_conditioning(unet))
 
 
 def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
@@ -94,8 +94,8 @@ def test_a_pruned_unet_runs_with_the_layers_that_are_counted():
 def test_the_config_of_a_unet_still_describes_it():
     """`dict(unet.config)` counts as the config did, the fields of pruned models included."""
     unet = build_unet(PRUNED, device="meta")
-    described = {key: value for key, value in dict(unet.config).items() if not key.startswith("_")}
-    assert unet_layers(described, HEIGHT_PX, WIDTH_PX) == unet_layers(PRUNED, HEIGHT_PX, WIDTH_PX)
+    plain_config = {key: value for key, value in dict(unet.config).items() if not key.startswith("_")}
+    assert unet_layers(plain_config, HEIGHT_PX, WIDTH_PX) == unet_layers(PRUNED, HEIGHT_PX, WIDTH_PX)
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALLER, SMALL_XL], ids=["small", "smaller", "small-xl"])
@@ -238,7 +238,8 @@ def test_autoencoders_decode_eight_pixels_from_each_latent(name, scale):
 def test_sdxl_has_its_own_latent_scale(profiles):
     """Latents of SDXL are scaled by 0.13025, those of Stable Diffusion 1 and 2 by 0.18215."""
     scales = {
-        name: load_model(name, device="meta", profiles=profiles).vae.config.scaling_factor for name in ("sd21", "sdxl")
+        name: load_pipeline(name, device="meta", profiles=profiles).vae.config.scaling_factor
+        for name in ("sd21", "sdxl")
     }
     assert scales == {"sd21": 0.18215, "sdxl": 0.13025}
 
@@ -246,7 +247,7 @@ def test_sdxl_has_its_own_latent_scale(profiles):
 def test_unknown_names_are_refused_with_the_nearest(profiles):
     """An unknown model, encoder or autoencoder is refused with names that exist."""
     with pytest.raises(InputError, match="sd15"):
-        load_model("sd-15", profiles=profiles)
+        load_pipeline("sd-15", profiles=profiles)
     with pytest.raises(InputError, match="clip-l"):
         build_text_encoder("clip-xl")
     with pytest.raises(InputError, match="taesd"):
@@ -301,7 +302,7 @@ def pipeline(tmp_path_factory) -> Path:
 def test_a_folder_of_weights_gives_the_same_outputs_to_the_bit(pipeline):
     """A UNet and an autoencoder saved by diffusers come back as the networks that were saved, by name of the folder."""
     before = torch.get_rng_state()
-    model = load_model(str(pipeline), weights=pipeline)
+    model = load_pipeline(str(pipeline), weights=pipeline)
     assert (model.name, model.prediction) == ("small-xl", "v")
     assert torch.equal(noise(model.unet), noise(build_unet(SMALL_XL, seed=11)))
     latents = torch.ones(1, 4, 4, 4)
@@ -311,7 +312,7 @@ def test_a_folder_of_weights_gives_the_same_outputs_to_the_bit(pipeline):
 
 def test_a_folder_reads_prompts_with_its_own_tokenizers(pipeline):
     """Two encoders give their last states but one side by side, and the second's projection, as SDXL wants them."""
-    model = load_model(str(pipeline), weights=pipeline)
+    model = load_pipeline(str(pipeline), weights=pipeline)
     conditioning = model.encode(["a b"], height_px=64, width_px=128)
     ids = torch.tensor([[FIRST_TOKEN, 2, 3, *[LAST_TOKEN] * 74]])
     assert torch.equal(token_ids(["a b"], model.tokenizers[0]), ids)
@@ -330,7 +331,7 @@ def test_a_folder_reads_prompts_with_its_own_tokenizers(pipeline):
 def test_a_pruned_unet_can_be_saved_and_loaded(tmp_path):
     """A pruned network, which diffusers alone cannot load, comes back from its folder."""
     build_unet(PRUNED, seed=5).save_pretrained(tmp_path / "unet")
-    model = load_model(str(tmp_path / "unet" / "config.json"), weights=tmp_path)
+    model = load_pipeline(str(tmp_path / "unet" / "config.json"), weights=tmp_path)
     assert same(model.unet, build_unet(PRUNED, seed=5))
     assert model.name == tmp_path.name
 
@@ -339,7 +340,7 @@ def test_any_config_file_is_a_model(tmp_path):
     """A config.json alone, plain or pruned, is built with seeded weights under its own name."""
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(PRUNED), encoding="utf-8")
-    model = load_model(str(path), seed=2)
+    model = load_pipeline(str(path), seed=2)
     assert model.name == "mine"
     assert same(model.unet, build_unet(PRUNED, seed=2))
     with pytest.raises(InputError, match="no text encoder of this width"):
@@ -350,11 +351,11 @@ def test_the_tiny_autoencoder_of_a_folder_is_known_by_its_class(tmp_path):
     """The folder's config says which autoencoder it holds, and other classes are refused."""
     build_unet(SMALL).save_pretrained(tmp_path / "unet")
     build_vae("taesd", seed=1).save_pretrained(tmp_path / "vae")
-    model = load_model(str(tmp_path), weights=tmp_path)
+    model = load_pipeline(str(tmp_path), weights=tmp_path)
     assert isinstance(model.vae, AutoencoderTiny)
     (tmp_path / "vae" / "config.json").write_text('{"_class_name": "VQModel"}', encoding="utf-8")
     with pytest.raises(InputError, match="VQModel"):
-        _ = load_model(str(tmp_path), weights=tmp_path).vae
+        _ = load_pipeline(str(tmp_path), weights=tmp_path).vae
 
 
 def _cut_short(folder: Path) -> None:
@@ -385,7 +386,7 @@ def test_broken_weights_are_refused(tmp_path, config, harm, said):
     build_unet(config).save_pretrained(tmp_path / "unet")
     harm(tmp_path / "unet")
     with pytest.raises(InputError) as refusal:
-        _ = load_model(str(tmp_path), weights=tmp_path).unet
+        _ = load_pipeline(str(tmp_path), weights=tmp_path).unet
     assert said in str(refusal.value)
     assert str(tmp_path / "unet") in str(refusal.value)
 
@@ -393,7 +394,7 @@ def test_broken_weights_are_refused(tmp_path, config, harm, said):
 def test_a_missing_part_is_refused_when_it_is_asked_for(tmp_path):
     """A folder with a UNet alone serves for the UNet; what else it lacks is named when it is needed."""
     build_unet(SMALL, seed=9).save_pretrained(tmp_path / "unet")
-    model = load_model(str(tmp_path), weights=tmp_path)
+    model = load_pipeline(str(tmp_path), weights=tmp_path)
     assert same(model.unet, build_unet(SMALL, seed=9))
     for part in ("vae", "text_encoders", "tokenizers"):
         with pytest.raises(InputError, match=f"{part.rstrip('s')}"):
@@ -404,4 +405,4 @@ def test_weights_of_another_network_are_refused(tmp_path, profiles):
     """A folder cannot pass for a model that it does not hold."""
     build_unet(SMALL).save_pretrained(tmp_path / "unet")
     with pytest.raises(InputError, match=rf"{unet_params(SMALL):,} parameters in other layers than sd15"):
-        load_model("sd15", weights=tmp_path, profiles=profiles)
+        load_pipeline("sd15", weights=tmp_path, profiles=profiles)

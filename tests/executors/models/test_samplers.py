@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from executors.models import SamplerState, build_sampler, prediction_of, resume, sampler_name, sampler_state
+from executors.models import SamplerState, build_sampler, resume, sampler_name, sampler_prediction, sampler_state
 from executors.models.samplers import MAX_STEPS, SAMPLERS, history_size
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.pricing.transfers import SOLVER_HISTORY
@@ -115,7 +115,7 @@ def test_history_is_what_the_planner_counts(name):
 def test_sampler_knows_its_name_and_prediction(name):
     """Name and prediction of a sampler come back in the words it was built with."""
     sampler = build_sampler(name, STEPS, prediction="v")
-    assert (sampler_name(sampler), prediction_of(sampler)) == (name, "v")
+    assert (sampler_name(sampler), sampler_prediction(sampler)) == (name, "v")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,20 @@ import torch
 from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
-from executors.models import build_sampler, build_unet, described, replica, seeded_conditioning, seeded_latents
-from executors.parallel import Alone, AsyncDiff, Denoiser, Single, denoise, job_of, legal_settings, run_ranks
+from executors.models import build_sampler, build_unet, plain_config, replica, seeded_conditioning, seeded_latents
+from executors.parallel import (
+    Alone,
+    AsyncDiffDenoiser,
+    Denoiser,
+    SingleDenoiser,
+    denoise,
+    denoising_of,
+    resolve_settings,
+    run_ranks,
+)
 from executors.parallel import asyncdiff as components
-from executors.parallel.asyncdiff import balanced_bounds, bounds_by_macs, incoming_elements, unit_modules, unit_seconds
-from executors.parallel.denoiser import guide, predict
+from executors.parallel.asyncdiff import cut_by_macs, cut_by_time, incoming_elements, time_units, unit_modules
+from executors.parallel.denoiser import apply_guidance, predict_noise
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.perf import unet_units
 from small_models import SMALL, SMALLER
@@ -46,9 +55,9 @@ def unet_of(name="small", dtype=torch.float32):
     return build_unet(CONFIGS[name], seed=5, dtype=dtype)
 
 
-def units_of(unet):
+def list_units(unet):
     """The units at the size of the tests."""
-    return unet_units(described(unet.config), HEIGHT_PX, WIDTH_PX)
+    return unet_units(plain_config(unet.config), HEIGHT_PX, WIDTH_PX)
 
 
 def latents_of(unet, seed=0):
@@ -68,7 +77,7 @@ def options(stride=1, warmup_steps=1):
 
 def cut_of(unet, degree, stride=1):
     """The planner's cut for so many ranks."""
-    return bounds_by_macs(units_of(unet), degree - stride + 1)
+    return cut_by_macs(list_units(unet), degree - stride + 1)
 
 
 class LinearSampler:
@@ -87,7 +96,7 @@ class LinearSampler:
 def run_rank(group, name, settings, bounds, start, stop, dtype=torch.float32):
     """One rank's latents after every step, and the bytes that it had sent and received by then."""
     unet = replica(unet_of(name, dtype))
-    denoiser = AsyncDiff(unet, conditioning_of(unet).to("cpu", dtype), group, settings=settings, bounds=bounds)
+    denoiser = AsyncDiffDenoiser(unet, conditioning_of(unet).to("cpu", dtype), group, settings=settings, bounds=bounds)
     latents, traffic = [], []
 
     def on_step(step, after):
@@ -123,7 +132,7 @@ def run_alone(denoiser, unet, *, start=0, stop=STEPS):
 def run_single(name="small"):
     """The latents after every step of one device."""
     unet = unet_of(name)
-    return run_alone(Single(unet, conditioning_of(unet)), unet)
+    return run_alone(SingleDenoiser(unet, conditioning_of(unet)), unet)
 
 
 def assert_close(ours, theirs):
@@ -170,7 +179,7 @@ def activations(unet, conditioning, latents, timestep, given):
         return hook
 
     handles = [module.register_forward_hook(substitute(name)) for name, module in walk(unet)]
-    predict(unet, latents, timestep, conditioning)
+    predict_noise(unet, latents, timestep, conditioning)
     for handle in handles:
         handle.remove()
     return seen
@@ -220,9 +229,9 @@ class Reenactment(Denoiser):
         if self.synchronous_left:
             self.synchronous_left -= 1
             self.before = activations(self.unet, self.conditioning, latents, timestep, {})
-            return guide(self.before["conv_out"], self.conditioning.guidance_scale, torch.float32)
+            return apply_guidance(self.before["conv_out"], self.conditioning.guidance_scale, torch.float32)
         self.noises = self.noises or self.round(latents, step)
-        return guide(self.noises.pop(0), self.conditioning.guidance_scale, torch.float32)
+        return apply_guidance(self.noises.pop(0), self.conditioning.guidance_scale, torch.float32)
 
 
 def reenact(name, bounds, *, stride, warmup_steps, start=0, stop=STEPS):
@@ -247,7 +256,7 @@ def test_a_run_of_synchronous_steps_only_is_single(degree, stride):
 def test_degree_1_is_single(stride):
     """A rank alone has the whole UNet, whatever the stride: to the bit the same latents and no traffic."""
     unet = unet_of()
-    [(latents, traffic)] = run_asyncdiff(1, stride=stride, bounds=[0, len(units_of(unet))])
+    [(latents, traffic)] = run_asyncdiff(1, stride=stride, bounds=[0, len(list_units(unet))])
     assert torch.equal(latents, run_single())
     assert traffic[-1] == (0, 0)
 
@@ -278,7 +287,7 @@ def test_a_stage_has_its_own_synchronous_steps_and_its_own_end(stride, start, st
 def constant_noises(group, bounds, stride):
     """The last of many noises of the same latents and timestep, after a synchronous step with others."""
     unet = replica(unet_of())
-    denoiser = AsyncDiff(unet, conditioning_of(unet, 1.0), group, settings=options(stride), bounds=bounds)
+    denoiser = AsyncDiffDenoiser(unet, conditioning_of(unet, 1.0), group, settings=options(stride), bounds=bounds)
     rounds = len(bounds)  # the pipeline is full once the first component's output has passed through all
     timesteps = torch.tensor([900, *[300] * rounds * stride])
     denoiser.begin(timesteps)
@@ -290,7 +299,7 @@ def constant_noises(group, bounds, stride):
 @st.composite
 def cuts(draw):
     """Bounds of any cut into two to four components."""
-    count = len(units_of(unet_of()))
+    count = len(list_units(unet_of()))
     inner = draw(st.lists(st.integers(1, count - 1), min_size=1, max_size=3, unique=True))
     return [0, *sorted(inner), count]
 
@@ -301,7 +310,7 @@ def test_components_are_together_the_whole_wherever_the_cuts_are(bounds, stride)
     """Once nothing that is stale differs from what is fresh, the noise is that of the whole UNet."""
     unet = unet_of()
     with torch.inference_mode():
-        expected = predict(unet, latents_of(unet, seed=1), torch.tensor(300), conditioning_of(unet, 1.0))
+        expected = predict_noise(unet, latents_of(unet, seed=1), torch.tensor(300), conditioning_of(unet, 1.0))
     for noise in run_ranks(constant_noises, len(bounds) - 2 + stride, args=(bounds, stride)):
         assert_close(noise, expected)
 
@@ -321,7 +330,7 @@ def test_more_synchronous_steps_bring_the_result_closer_to_single(degree, stride
 def twice(group, bounds, first_steps):
     """The latents of a run that follows another one of another size, given up after some steps."""
     unet = replica(unet_of())
-    denoiser = AsyncDiff(unet, conditioning_of(unet), group, settings=options(), bounds=bounds)
+    denoiser = AsyncDiffDenoiser(unet, conditioning_of(unet), group, settings=options(), bounds=bounds)
     denoiser.begin(TIMESTEPS)
     with torch.inference_mode():
         for step, timestep in enumerate(TIMESTEPS[:first_steps]):
@@ -351,7 +360,9 @@ def macs_of_a_step(denoiser, latents, step):
 def macs_of_steps(group, bounds, stride, warmup_steps=1):
     """The multiply-accumulates of every step of a rank."""
     unet = replica(unet_of())
-    denoiser = AsyncDiff(unet, conditioning_of(unet), group, settings=options(stride, warmup_steps), bounds=bounds)
+    denoiser = AsyncDiffDenoiser(
+        unet, conditioning_of(unet), group, settings=options(stride, warmup_steps), bounds=bounds
+    )
     denoiser.begin(TIMESTEPS)
     return [macs_of_a_step(denoiser, latents_of(unet), step) for step in range(STEPS)]
 
@@ -363,8 +374,8 @@ def test_a_round_computes_every_unit_once(degree, stride):
     With stride 2 the extra rank repeats the last component, and nobody computes in the second step of a pair.
     """
     unet = unet_of()
-    whole = macs_of_a_step(Single(unet, conditioning_of(unet)), latents_of(unet), 0)
-    embedding = units_of(unet)[0].macs * 2  # of both branches
+    whole = macs_of_a_step(SingleDenoiser(unet, conditioning_of(unet)), latents_of(unet), 0)
+    embedding = list_units(unet)[0].macs * 2  # of both branches
     ranks = run_ranks(macs_of_steps, degree, args=(cut_of(unet, degree, stride), stride))
     components = ranks[: degree - stride + 1]
     assert all(rank[0] == whole for rank in ranks)
@@ -394,7 +405,7 @@ def test_the_bytes_are_those_of_the_formula(degree, stride, dtype):
     """
     unet = unet_of()
     bounds, warmup_steps = cut_of(unet, degree, stride), 2
-    incoming = incoming_elements(units_of(unet), bounds)
+    incoming = incoming_elements(list_units(unet), bounds)
     noise = 2 * latents_of(unet).numel() * dtype.itemsize
     steps = STEPS - warmup_steps
     exchanges = -(-steps // stride) - 1
@@ -411,7 +422,7 @@ def test_the_bytes_are_those_of_the_formula(degree, stride, dtype):
 
 def test_what_arrives_is_the_activation_and_the_open_skip_connections():
     """Cut in the middle, the second half of the small UNet reads the mid block's output and every skip."""
-    units = units_of(unet_of())
+    units = list_units(unet_of())
     by_name = {unit.name: unit.out_elements for unit in units}
     bounds = [0, [*by_name].index("up0.resnet0"), len(units)]
     skips = ["conv_in", "down0.attention0", "down0.downsampler", "down1.resnet0"]
@@ -421,7 +432,7 @@ def test_what_arrives_is_the_activation_and_the_open_skip_connections():
 @given(bounds=cuts())
 def test_a_component_receives_less_than_everything_before_it(bounds):
     """The first component receives nothing; each later one at least the activation at its cut, none a tensor twice."""
-    units = units_of(unet_of())
+    units = list_units(unet_of())
     first, *later = incoming_elements(units, bounds)
     assert first == 0
     for cut, elements in zip(bounds[1:-1], later, strict=True):
@@ -439,7 +450,7 @@ def params(modules):
 
 def assert_units_are_the_modules(unet):
     """Unit by unit the parameters are the modules', and no module is left over."""
-    units = unet_units(described(unet.config), 512, 512)
+    units = unet_units(plain_config(unet.config), 512, 512)
     modules = {unit.name: unit_modules(unet, unit.name) for unit in units}
     assert {name: params(parts) for name, parts in modules.items()} == {unit.name: unit.params for unit in units}
     assert params(chain(*modules.values())) == params([unet])
@@ -450,7 +461,7 @@ def test_units_are_modules_of_diffusers(name):
     """Every unit has the modules with its parameters and its output, in execution order; none is left over."""
     unet = replica(unet_of(name))
     assert_units_are_the_modules(unet)
-    units = units_of(unet)[1:]
+    units = list_units(unet)[1:]
     with torch.inference_mode():
         seen = activations(unet, conditioning_of(unet, 1.0), latents_of(unet), torch.tensor(5), {})
     assert [(unit.name, unit.out_elements) for unit in units] == [(name, out.numel()) for name, out in seen.items()]
@@ -470,26 +481,26 @@ def test_bounds_that_do_not_cut_the_units_are_refused(bounds):
     """Three components need four bounds that rise from 0 to the number of units."""
 
     def build(group):
-        AsyncDiff(replica(unet_of()), conditioning_of(unet_of()), group, settings=options(), bounds=bounds)
+        AsyncDiffDenoiser(replica(unet_of()), conditioning_of(unet_of()), group, settings=options(), bounds=bounds)
 
     with pytest.raises(InputError, match="must rise from 0 to 17"):
         run_ranks(build, 3)
 
 
 def test_the_settings_are_those_of_the_method():
-    """What `legal_settings` makes of no options at all is enough to build a rank."""
+    """What `resolve_settings` makes of no options at all is enough to build a rank."""
     unet = replica(unet_of())
     conditioning = conditioning_of(unet)
-    job = job_of(unet, conditioning, images=1, height_px=HEIGHT_PX, width_px=WIDTH_PX, steps=STEPS)
-    legal = legal_settings("asyncdiff", job, 1, {})
-    denoiser = AsyncDiff(unet, conditioning, Alone(), settings=legal, bounds=[0, len(job.units)])
+    job = denoising_of(unet, conditioning, images=1, height_px=HEIGHT_PX, width_px=WIDTH_PX, steps=STEPS)
+    legal = resolve_settings("asyncdiff", job, 1, {})
+    denoiser = AsyncDiffDenoiser(unet, conditioning, Alone(), settings=legal, bounds=[0, len(job.units)])
     assert (denoiser.stride, denoiser.warmup_steps) == (1, 1)
 
 
 def measured_bounds(group, name):
     """One rank's bounds from measured cost."""
     unet = unet_of(name)
-    return balanced_bounds(unet, conditioning_of(unet), group, latents_of(unet), group.size)
+    return cut_by_time(unet, conditioning_of(unet), group, latents_of(unet), group.size)
 
 
 def test_every_rank_cuts_by_what_rank_0_measured(monkeypatch):
@@ -510,9 +521,9 @@ def test_every_rank_cuts_by_what_rank_0_measured(monkeypatch):
 def test_every_unit_but_the_time_embedding_costs_time(name):
     """Costs are measured unit by unit, on a copy: the UNet is left without hooks."""
     unet = unet_of(name)
-    embedding, *others = unit_seconds(unet, conditioning_of(unet), latents_of(unet))
+    embedding, *others = time_units(unet, conditioning_of(unet), latents_of(unet))
     assert embedding == 0.0
-    assert len(others) == len(units_of(unet)) - 1
+    assert len(others) == len(list_units(unet)) - 1
     assert all(seconds > 0.0 for seconds in others)
     replica(unet)
 
@@ -536,6 +547,6 @@ def test_real_samplers_step_alike_on_all_ranks(sampler):
 def run_with_sampler(group, name):
     """One rank's latents at the end of a run with stride 2."""
     unet = replica(unet_of())
-    denoiser = AsyncDiff(unet, conditioning_of(unet), group, settings=options(2), bounds=cut_of(unet, 3, 2))
+    denoiser = AsyncDiffDenoiser(unet, conditioning_of(unet), group, settings=options(2), bounds=cut_of(unet, 3, 2))
     sampler = build_sampler(name, 6)
     return denoise(denoiser, sampler, latents_of(unet) * sampler.init_noise_sigma)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from executors.models import build_sampler, build_unet, seeded_conditioning, seeded_latents
-from executors.parallel import Alone, Single, denoise, run_ranks
+from executors.parallel import Alone, SingleDenoiser, denoise, run_ranks
 from executors.profiling.measure import prepared
 from hybridsd_sim.perf.parallel_methods import SYNC_MODES
 from hybridsd_sim.profiles import load_profiles
@@ -62,9 +62,9 @@ def test_a_gpu_goes_stale_as_a_cpu_does(method, options):
     """The same weights on both devices: after every step the same latents, and the same bytes between the ranks."""
     degree = 3
     case = Case(method, options, steps=STEPS)
-    on_cpu = run_ranks(run_case, degree, args=(case,))
+    to_cpu = run_ranks(run_case, degree, args=(case,))
     on_gpu = run_ranks(run_case, degree, args=(case,), device=DEVICE)
-    for there, here in zip(on_cpu, on_gpu, strict=True):
+    for there, here in zip(to_cpu, on_gpu, strict=True):
         assert max(error(a, b) for a, b in zip(here.latents, there.latents, strict=True)) < TOLERANCE[torch.float32]
         assert here.traffic == there.traffic
 
@@ -75,8 +75,8 @@ def test_a_compiled_step_is_an_eager_step(name):
     unet = build_unet(load_profiles().model(name).config, device=DEVICE, dtype=torch.bfloat16)
     conditioning = seeded_conditioning(unet, guidance_scale=5.0)
     latents = seeded_latents(unet, images=1, height_px=512, width_px=512)
-    eager = denoise(Single(unet, conditioning), build_sampler("ddim", STEPS, device=DEVICE), latents)
-    compiled = Single(prepared(unet, "compiled"), conditioning)
+    eager = denoise(SingleDenoiser(unet, conditioning), build_sampler("ddim", STEPS, device=DEVICE), latents)
+    compiled = SingleDenoiser(prepared(unet, "compiled"), conditioning)
     for _ in range(2):
         ours = denoise(compiled, build_sampler("ddim", STEPS, device=DEVICE), latents)
         assert error(ours, eager) < TOLERANCE[torch.bfloat16]

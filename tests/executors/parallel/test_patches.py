@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from executors.models import build_unet, replica, seeded_conditioning, seeded_latents
-from executors.parallel import Group, Single, job_of, legal_settings, run_ranks
+from executors.parallel import Group, SingleDenoiser, denoising_of, resolve_settings, run_ranks
 from executors.parallel.pcpp import used_tokens
 from hybridsd_sim.errors import IllegalPlanError, InputError
 from hybridsd_sim.perf.parallel_methods import SYNC_MODES
@@ -190,7 +190,7 @@ def job(steps: int = STEPS):
     """The small run as the planner counts it."""
     unet = build_unet(SMALL, seed=1)
     conditioning = seeded_conditioning(unet, guidance_scale=5.0)
-    return job_of(unet, conditioning, images=1, height_px=HEIGHT_PX, width_px=WIDTH_PX, steps=steps)
+    return denoising_of(unet, conditioning, images=1, height_px=HEIGHT_PX, width_px=WIDTH_PX, steps=steps)
 
 
 def moments_bytes(layers) -> float:
@@ -258,7 +258,7 @@ NO_SYNC: Mapping[str, object] = {"sync_mode": "no_sync", "warmup_steps": 2}
 def test_sizes_that_do_not_divide_are_refused_with_those_that_would():
     """24 rows, halved once, divide by 2, 3, 4, 6 and 12; five stripes are refused and these are named."""
     with pytest.raises(IllegalPlanError, match="Stripe counts that fit this size: 1, 2, 3, 4, 6, 12"):
-        legal_settings("distrifusion", job(), 5, {})
+        resolve_settings("distrifusion", job(), 5, {})
 
 
 def test_fused_projections_are_refused():
@@ -271,10 +271,12 @@ def test_fused_projections_are_refused():
 
 def denoise_fused(group: Group, unet) -> None:
     """Try to put hooks on a UNet with fused projections."""
-    from executors.parallel.distrifusion import DistriFusion
+    from executors.parallel.distrifusion import DistriFusionDenoiser
 
     conditioning = seeded_conditioning(unet, guidance_scale=5.0)
-    DistriFusion(replica(unet), conditioning, group, settings=legal_settings("distrifusion", job(), group.size, {}))
+    DistriFusionDenoiser(
+        replica(unet), conditioning, group, settings=resolve_settings("distrifusion", job(), group.size, {})
+    )
 
 
 def test_single_evaluates_one_branch_without_guidance():
@@ -283,6 +285,6 @@ def test_single_evaluates_one_branch_without_guidance():
     conditioning = seeded_conditioning(unet, guidance_scale=1.0)
     latents = seeded_latents(unet, images=1, height_px=64, width_px=64)
     with torch.inference_mode():
-        ours = Single(unet, conditioning).noise(latents, 0, torch.tensor(500))
+        ours = SingleDenoiser(unet, conditioning).noise(latents, 0, torch.tensor(500))
         theirs = unet(latents, 500, conditioning.embeds).sample
     assert torch.equal(ours, theirs)

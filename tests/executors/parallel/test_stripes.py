@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from executors.parallel import Group, run_ranks
 from executors.parallel.distrifusion import (
-    BUCKET_TENSORS,
+    TENSORS_PER_MESSAGE,
     Convolution,
     KeysOfAll,
     Normalisation,
@@ -219,7 +219,7 @@ def swap_steps(group: Group, tensors: int, steps: int, synchronous: int, frozen:
 
 @settings(max_examples=25)
 @given(
-    tensors=st.integers(1, 2 * BUCKET_TENSORS + 3),
+    tensors=st.integers(1, 2 * TENSORS_PER_MESSAGE + 3),
     size=st.integers(2, 4),
     synchronous=st.integers(1, 3),
     frozen=st.booleans(),

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from executors.profiling import Here, find_here
-from executors.profiling.devices import ceilings, gpus_called, is_cpu_called
+from executors.profiling import LocalDevice, find_device
+from executors.profiling.devices import ceilings, matches_cpu, matching_gpus
 from hybridsd_sim import load_profiles
 from hybridsd_sim.errors import InputError
 
@@ -40,7 +40,7 @@ PROFILES = load_profiles()
 )
 def test_a_gpu_is_known_by_what_its_driver_calls_it(called, memory_gib, name) -> None:
     """A driver's name and the memory that it reports lead to one GPU of the catalogue."""
-    assert gpus_called(PROFILES, called, memory_gib) == [name]
+    assert matching_gpus(PROFILES, called, memory_gib) == [name]
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_a_gpu_is_known_by_what_its_driver_calls_it(called, memory_gib, name) ->
 )
 def test_a_gpu_that_only_resembles_one_is_not_taken_for_it(called, memory_gib) -> None:
     """Another variant, form factor or memory is another device."""
-    assert gpus_called(PROFILES, called, memory_gib) == []
+    assert matching_gpus(PROFILES, called, memory_gib) == []
 
 
 def test_an_unknown_device_is_refused_with_the_names_that_are_near() -> None:
     """A device that the catalogue lacks is named with the closest ones."""
     with pytest.raises(InputError, match="rtx-4090"):
-        find_here(PROFILES, "rtx-4091")
+        find_device(PROFILES, "rtx-4091")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
@@ -69,29 +69,29 @@ def test_an_unknown_device_is_refused_with_the_names_that_are_near() -> None:
 def test_no_rows_are_written_for_a_gpu_that_is_not_here(name) -> None:
     """On a machine without CUDA the name of a GPU is refused, also where the catalogue has it as an edge device."""
     with pytest.raises(InputError, match="no CUDA device is here"):
-        find_here(PROFILES, name)
+        find_device(PROFILES, name)
 
 
 def test_a_device_named_by_its_cores_wants_as_many_threads() -> None:
     """One thread does not make a computer with two cores, and two do."""
     with pytest.raises(InputError, match="--threads 2"):
-        find_here(PROFILES, "cpu-2core", threads=1)
-    assert find_here(PROFILES, "cpu-2core", threads=2) == Here("cpu-2core", "cpu", 2)
+        find_device(PROFILES, "cpu-2core", threads=1)
+    assert find_device(PROFILES, "cpu-2core", threads=2) == LocalDevice("cpu-2core", "cpu", 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CUDA device would be found")
 def test_a_cpu_is_named_by_its_threads() -> None:
     """Two threads of a CPU are the catalogue's computer with two cores; a number that it lacks must be named."""
-    assert find_here(PROFILES, threads=2).name == "cpu-2core"
+    assert find_device(PROFILES, threads=2).name == "cpu-2core"
     with pytest.raises(InputError, match="--device"):
-        find_here(PROFILES, threads=61)
+        find_device(PROFILES, threads=61)
 
 
 @pytest.mark.parametrize("name", ["iphone-14-pro-max", "snapdragon-x-elite", "mac-studio-m2-ultra", "jetson-agx-orin"])
 def test_no_rows_are_written_for_a_phone_or_a_computer_that_is_not_here(name) -> None:
     """This machine's CPU measures nothing under another device's name, whatever the threads; it is told its own."""
     with pytest.raises(InputError, match=r"the processor here is .*\. Name cpu-2core"):
-        find_here(PROFILES, name, threads=2)
+        find_device(PROFILES, name, threads=2)
 
 
 @pytest.mark.parametrize(
@@ -108,24 +108,24 @@ def test_no_rows_are_written_for_a_phone_or_a_computer_that_is_not_here(name) ->
 )
 def test_a_cpu_is_known_by_what_the_system_calls_it(called, fits) -> None:
     """The model must be the same to the letter; generation, clock and cores do not matter."""
-    assert is_cpu_called(PROFILES.edge_devices["core-i7-12700"], called) is fits
+    assert matches_cpu(PROFILES.edge_devices["core-i7-12700"], called) is fits
 
 
 def test_a_phone_is_no_cpu_though_it_were_called_so() -> None:
     """Only devices of the class `cpu` are processors."""
     phone = PROFILES.edge_devices["iphone-13"]
-    assert not is_cpu_called(phone, phone.label)
+    assert not matches_cpu(phone, phone.label)
 
 
 def test_ceilings_say_what_they_are() -> None:
     """A CPU's ceilings are FLOPs of fp32 products and convolutions and bytes of copies, a second; all are positive."""
-    measured = ceilings(Here("cpu-1core", "cpu", 1), "fp32")
+    measured = ceilings(LocalDevice("cpu-1core", "cpu", 1), "fp32")
     assert list(measured) == ["matmul_fp32_flop_per_s", "conv_fp32_flop_per_s", "copy_bytes_per_s"]
     assert min(measured.values()) > 1e6
 
 
 def test_ceilings_are_those_of_the_precision_and_of_the_usual_one() -> None:
     """A sweep in bf16 is compared with bf16 arithmetic; fp32 is measured all the same."""
-    measured = ceilings(Here("cpu-1core", "cpu", 1), "bf16")
+    measured = ceilings(LocalDevice("cpu-1core", "cpu", 1), "bf16")
     arithmetic = [f"{kind}_{precision}_flop_per_s" for precision in ("bf16", "fp32") for kind in ("matmul", "conv")]
     assert list(measured) == [*arithmetic, "copy_bytes_per_s"]

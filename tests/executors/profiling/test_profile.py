@@ -10,7 +10,7 @@ import torch
 
 from executors.models import pipeline as models
 from executors.parallel import Alone
-from executors.profiling import Here, Progress, Sweep, Timing, commit, is_first_process, profile
+from executors.profiling import LocalDevice, Progress, Sweep, Timing, commit, is_first_process, profile
 from executors.profiling import measure as measurements
 from executors.profiling.grid import RUNTIMES, find_targets
 from executors.profiling.measure import Measured, Recorder, Span, slowest
@@ -21,7 +21,7 @@ from hybridsd_sim.errors import InputError, RunError
 from own_catalogue import own_catalogue
 
 SIZE = (192, 64)
-HERE = Here("cpu-1core", "cpu", 1)
+HERE = LocalDevice("cpu-1core", "cpu", 1)
 SWEEP = Sweep(models=["small"], sizes=[SIZE], warmup_runs=1)
 LOOPBACK = replace(SWEEP, methods=["distrifusion"], degrees=[2], ranks="loopback")
 TWO_CORES = pytest.mark.skipif(usable_cores() < 2, reason="two processes of one thread need two cores")
@@ -355,7 +355,7 @@ def test_a_compiled_step_on_a_gpu_is_warmed_up_until_it_is_replayed(folder) -> N
     """With two runs before the clock counts, the first timed one might record the graph: refused before anything."""
     sweep = replace(SWEEP, runtime="compiled", warmup_runs=2)
     with pytest.raises(InputError, match=r"--warmup-runs: 2; .*Use 3 or more"):
-        profile(sweep, load_profiles(folder), Here("h200-sxm", "cuda", 1), folder)
+        profile(sweep, load_profiles(folder), LocalDevice("h200-sxm", "cuda", 1), folder)
 
 
 @pytest.mark.parametrize("ranks", ["process", None])
@@ -458,10 +458,10 @@ def test_models_with_one_autoencoder_measure_it_once() -> None:
 @pytest.mark.gpu
 def test_a_gpu_profile_has_memory_and_a_share_of_its_ceiling(folder) -> None:
     """On CUDA a compiled bf16 step holds about what an eager one does, and is no faster than the fastest arithmetic."""
-    from executors.profiling import find_here
+    from executors.profiling import find_device
 
     profiles = load_profiles(folder)
-    sweep, here = replace(SWEEP, runtime="compiled", precision="bf16", warmup_runs=3), find_here(profiles)
+    sweep, here = replace(SWEEP, runtime="compiled", precision="bf16", warmup_runs=3), find_device(profiles)
     compiled, eager = (profile(replace(sweep, runtime=runtime), profiles, here, folder) for runtime in RUNTIMES[::-1])
     assert compiled.rows[0].peak_memory_bytes > 0.8 * eager.rows[0].peak_memory_bytes
     assert 0 < compiled.summary[0]["share_of_ceiling"] < 1
@@ -470,9 +470,9 @@ def test_a_gpu_profile_has_memory_and_a_share_of_its_ceiling(folder) -> None:
 @pytest.mark.gpu
 def test_a_gpu_profile_in_another_precision_has_its_own_ceilings(folder) -> None:
     """An fp16 step is compared with fp16 arithmetic; bf16 is measured beside it."""
-    from executors.profiling import find_here
+    from executors.profiling import find_device
 
     profiles = load_profiles(folder)
-    outcome = profile(replace(SWEEP, precision="fp16"), profiles, find_here(profiles), folder)
+    outcome = profile(replace(SWEEP, precision="fp16"), profiles, find_device(profiles), folder)
     assert {f"matmul_{name}_flop_per_s" for name in ("fp16", "bf16")} < set(outcome.ceilings)
     assert 0 < outcome.summary[0]["share_of_ceiling"] < 1

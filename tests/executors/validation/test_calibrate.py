@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from calibration_runs import observed_of, outcomes_of, rows, run_of, set_up
 from executors.live import Done
-from executors.models import load_model
+from executors.models import load_pipeline
 from executors.validation import KINDS
 from executors.validation import recording as kept
 from executors.validation.compare import compare
@@ -126,7 +126,7 @@ def test_the_pipelines_on_disk_are_those_of_the_catalogue(tmp_path):
     testbed = build_testbed(tmp_path)
     profiles = load_profiles(testbed.profiles)
     for name in CONFIGS:
-        model = load_model(name, weights=testbed.weights[name], profiles=profiles)
+        model = load_pipeline(name, weights=testbed.weights[name], profiles=profiles)
         assert sum(part.numel() for part in model.unet.parameters()) == profiles.model(name).params
         embeds = model.encode(["a fox", "é"], height_px=SIZE_PX, width_px=SIZE_PX).embeds
         assert embeds.shape == (4, 77, profiles.model(name).cross_attention_dim)
