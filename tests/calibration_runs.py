@@ -81,7 +81,7 @@ def run_of(kind: Kind, profiles: Profiles, tmp_path: Path, count: int = 100) -> 
 def slower(run: Records, factor: float) -> Records:
     """The same run on a slower clock: every time is `factor` times as late, what was promised too."""
     frame = run.rows().copy()
-    for name in (*kept.TIMES, "deadline_s", "transfer_s"):
+    for name in (*kept.TIME_COLUMNS, "deadline_s", "transfer_s"):
         column(frame, name)[:] *= factor
     return replace(run, table=frame)
 
@@ -98,7 +98,7 @@ def outcomes_of(run: Records, *, at_s: float = 1000.0) -> list[Sent[Outcome]]:
                 request_class=REQUEST_CLASS,
                 status="served",
                 bytes_down=81_000,
-                **{name: float(column(frame, name)[number]) + at_s for name in kept.TIMES},
+                **{name: float(column(frame, name)[number]) + at_s for name in kept.TIME_COLUMNS},
             ),
         )
         for number, row in enumerate(frame)

@@ -19,7 +19,7 @@ from hybridsd_sim.planning import CapacityPlan, Confidence, EvaluatedPlan, Varia
 from hybridsd_sim.planning.capacity_plan import Margin, Relaxation, Saving
 from hybridsd_sim.pricing import Candidate, Part, PlanCost
 from hybridsd_sim.pricing.quality import Quality, with_interval
-from hybridsd_sim.simulation import IN_FLIGHT, SERVED, UNSERVED, Book, PlanFacts, Records, SimResult, check_laws
+from hybridsd_sim.simulation import IN_FLIGHT, SERVED, UNSERVED, PlanFacts, Records, RunRecorder, SimResult, check_laws
 
 SCENARIO = """
 name: by-hand
@@ -182,19 +182,21 @@ def records(scenario, options, replication, nodes, *, refuse=0.0):
     """One replication of the plans on `nodes` nodes of four GPUs, first come first served, checked against the laws."""
     random = np.random.default_rng(replication)
     names = tuple(scenario.requests)
-    book = Book(Records(names, ("a100", "l40s"), ("phones", "laptops"), (), ("no_candidate",), replication), 600.0)
-    plans = {name: book.add_plan(facts(option)) for name, option in options.items()}
+    recorder = RunRecorder(
+        Records(names, ("a100", "l40s"), ("phones", "laptops"), (), ("no_candidate",), replication), 600.0
+    )
+    plans = {name: recorder.add_plan(facts(option)) for name, option in options.items()}
     free = np.zeros((nodes, 4))
     for number, arrival in enumerate(np.sort(random.uniform(0.0, 600.0, 400))):
         name = names[int(random.integers(len(names)))]
         deadline = arrival + (scenario.requests[name].slo_s or inf)
         if name not in options or random.random() < refuse:
             times = (nan,) * 7
-            book.write((number, names.index(name), -1, UNSERVED, 0, arrival, *times, deadline, 0.0, 0.0, -1, -1))
+            recorder.write((number, names.index(name), -1, UNSERVED, 0, arrival, *times, deadline, 0.0, 0.0, -1, -1))
         else:
             index = names.index(name)
-            book.write((number, index, plans[name], *served(options[name], arrival, deadline, free, number)))
-    done = book.close()
+            recorder.write((number, index, plans[name], *served(options[name], arrival, deadline, free, number)))
+    done = recorder.close()
     check_laws(done, {"a100": 4 * nodes, "l40s": 0}, {"phones": 5000, "laptops": 5000})
     return done
 

@@ -413,7 +413,7 @@ class Roster:
     def weigh(self, request: Request, now: float) -> Decision:
         """What `decide` would answer; changes nothing in the ledger."""
         self._tell(now)
-        return self.scheduler.weigh(request, None, now).decision
+        return self.scheduler.preview(request, None, now).decision
 
     def _tell(self, now: float) -> None:
         up = set(self.crew.up())

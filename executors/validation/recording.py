@@ -26,7 +26,16 @@ from hybridsd_sim.files import write_atomically
 from hybridsd_sim.plan import Deployment, deployment_from_dict
 from hybridsd_sim.profiles import CostRow, Profiles, Quantiles
 from hybridsd_sim.scenario import Scenario
-from hybridsd_sim.simulation import TIMES, Book, PlanFacts, Records, check_laws, column, plan_facts, simulate
+from hybridsd_sim.simulation import (
+    TIME_COLUMNS,
+    PlanFacts,
+    Records,
+    RunRecorder,
+    check_laws,
+    column,
+    plan_facts,
+    simulate,
+)
 from hybridsd_sim.workload import Draws
 
 from ..live import Link, Outcome
@@ -54,7 +63,9 @@ def times_of(sent: Sequence[Sent[Outcome]]) -> dict[str, Floats]:
         raise RunError(f"requests of the live run were not served: {', '.join(reasons)}")
     if lost := sum(one.restarts + one.retries for one in outcomes):
         raise RunError(f"workers or answers were lost {lost} times in the live run")
-    return {name: rounded(np.array([getattr(one, name) for one in outcomes]) - sent[0].arrival_s) for name in TIMES}
+    return {
+        name: rounded(np.array([getattr(one, name) for one in outcomes]) - sent[0].arrival_s) for name in TIME_COLUMNS
+    }
 
 
 def rounded(times_s: Floats) -> Floats:
@@ -73,16 +84,16 @@ def booked(times_s: Mapping[str, Floats], scenario: Scenario, facts: PlanFacts) 
     held = {side: np.nan_to_num(times_s[f"{side}_stop_s"] - times_s[f"{side}_ready_s"]) for side in ("cloud", "edge")}
     promises = next(iter(scenario.promises.values()))
     records = Records(tuple(scenario.requests), tuple(scenario.pools), tuple(scenario.edge), (), ())
-    book = Book(records, scenario.horizon_s)
-    book.add_plan(facts)
+    recorder = RunRecorder(records, scenario.horizon_s)
+    recorder.add_plan(facts)
     columns: dict[str, Floats | float] = {
         **times_s, "request": np.arange(len(arrival_s), dtype=float), "class_index": 0.0, "plan_index": 0.0,
         "status": 0.0, "reason": -1.0, "deadline_s": arrival_s + promises.deadline_s(),
         "model_load_s": 0.0, "transfer_s": finish_s - arrival_s - held["cloud"] - held["edge"],
         "node": min(facts.pool_index, 0), "device": min(facts.fleet_index, 0),
     }  # fmt: skip
-    book.write_all(len(arrival_s), columns)
-    done = book.close()
+    recorder.write_all(len(arrival_s), columns)
+    done = recorder.close()
     gpus = scenario.pools[POOL].gpus_per_node
     check_laws(done, {POOL: gpus}, {name: fleet.replicas for name, fleet in scenario.edge.items()})
     return done
@@ -209,7 +220,7 @@ def _known(value: Any) -> Any:
 
 def of_records(records: Records) -> dict[str, Floats]:
     """The times of records, as they are kept."""
-    return {name: rounded(column(records.rows(), name)) for name in TIMES}
+    return {name: rounded(column(records.rows(), name)) for name in TIME_COLUMNS}
 
 
 def write_times(path: Path, times_s: Mapping[str, Floats]) -> None:
@@ -229,7 +240,7 @@ def read_times(path: Path) -> dict[str, Floats]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    nothing = dict.fromkeys(TIMES, np.full(table.num_rows, np.nan))
+    nothing = dict.fromkeys(TIME_COLUMNS, np.full(table.num_rows, np.nan))
     return nothing | {name: table[name].to_numpy() for name in table.column_names}
 
 
@@ -252,7 +263,7 @@ def replay(observed: Observed, catalogue: Profiles, folder: Path) -> Records:
 def _later(records: Records, seconds: float) -> Records:
     """The same requests, each in nobody's hands for so long before anything else happens to it."""
     rows = records.rows().copy()
-    for name in TIMES:
+    for name in TIME_COLUMNS:
         if name != "arrival_s":
             column(rows, name)[:] += seconds
     column(rows, "transfer_s")[:] += seconds

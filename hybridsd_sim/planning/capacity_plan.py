@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.plan import Deployment, Share
 from hybridsd_sim.planning.analytic import Mixes, Sizer, Sizing
 from hybridsd_sim.planning.evaluation import Evaluation
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.scenario import ALL, Scenario
-from hybridsd_sim.simulation import Estimate, SimResult, Verdict
+from hybridsd_sim.simulation import SimResult, Verdict
 
 Interval = tuple[float, float, float]
 """A value with the ends of its 95% interval."""

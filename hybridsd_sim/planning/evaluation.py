@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.evaluation_cache import Store, content_digest
 from hybridsd_sim.pricing import Candidate, Pricing, price_deployment
@@ -28,7 +29,6 @@ from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.simulation import (
     SERVED,
     UNITS,
-    Estimate,
     Finding,
     Records,
     SimResult,
@@ -176,12 +176,8 @@ def undecided(evaluation: Evaluation, scenario: Scenario) -> bool:
     the deployment is out, whatever becomes of the rest. A figure that nobody knows stays unknown.
     """
     asked = promises(scenario, evaluation.classes)
-    lost = any(not promise.kept and not (promise.undecided and _known(promise.got)) for promise in asked)
+    lost = any(not promise.kept and not (promise.undecided and promise.got.known) for promise in asked)
     return not lost and any(promise.undecided for promise in asked)
-
-
-def _known(figure: Estimate) -> bool:
-    return not math.isnan(figure.value)
 
 
 def _most(job: EvaluationJob) -> int:
@@ -248,7 +244,8 @@ def _figures(job: EvaluationJob, result: SimResult, store: Store | None) -> dict
     """Everything that an evaluation says, as plain data, put into the store; by pool only those that are rented."""
     parts = _parts(job)
     classes = {
-        name: {figure: list(row[figure]) for figure in UNITS} for name, row in figures_of(result.summary).items()
+        name: {figure: [row[figure].value, *row[figure].interval] for figure in UNITS}
+        for name, row in figures_of(result.summary).items()
     }
     rented = [name for name, nodes in result.replicas.items() if nodes]
     verdict = result.verdict

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from hybridsd_sim.reporting.labels import Data
 from hybridsd_sim.reporting.load_test import FORMAT
 from hybridsd_sim.scenario import ALL
-from hybridsd_sim.simulation import COLUMNS, STATUS_NAMES, WHOLE, Records, column
+from hybridsd_sim.simulation import COLUMNS, INTEGER_COLUMNS, STATUS_NAMES, Records, column
 from hybridsd_sim.workload import ArrivalChunk, arrival_chunks, stream
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _table(records: Records, rows: np.ndarray, policy: str) -> Any:
     for name, meaning in COLUMNS:
         values = column(rows, name)
         label, known = names.get(name, (name, ()))
-        plain = pa.array(values.astype(np.int64) if name in WHOLE else values)
+        plain = pa.array(values.astype(np.int64) if name in INTEGER_COLUMNS else values)
         columns[label] = _named(values, known) if name in names else plain
         fields.append(pa.field(label, columns[label].type, metadata={"meaning": meaning}))
     return pa.table(columns, schema=pa.schema(fields))

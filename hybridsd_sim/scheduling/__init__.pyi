@@ -26,6 +26,6 @@ from .policy import Policy as Policy
 from .policy import PoolView as PoolView
 from .policy import Rank as Rank
 from .scheduler import FALLBACK as FALLBACK
-from .scheduler import MOST_OPEN as MOST_OPEN
+from .scheduler import MAX_OPEN as MAX_OPEN
 from .scheduler import UNKNOWN_CLASS as UNKNOWN_CLASS
 from .scheduler import Scheduler as Scheduler

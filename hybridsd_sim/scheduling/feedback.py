@@ -1,14 +1,12 @@
-"""What a serving system tells the scheduler after a decision: steps, parts and requests done, workers up and down.
+"""Feedback from a serving system: the events that it tells the scheduler, and the step times that these teach.
 
 Events may come late, twice, or name what the scheduler has forgotten: then they change nothing. Times are seconds on
 the clock that `decide` is given.
 
-What a running fleet teaches about step times: a factor on the predicted seconds, for each kind of step.
-
-A factor is the median of the last `WINDOW` ratios of observed to predicted seconds. It follows a lasting change once
-the change fills half of the window, `WINDOW // 2 + 1` steps, and outliers never move it beyond the ordinary ratios,
-whatever their size, while they are fewer than half of the ratios that count. Factors and the number of kinds are
-bounded.
+`Corrections` learns a factor on the predicted seconds for each kind of step: the median of the last `WINDOW` ratios of
+observed to predicted seconds. It follows a lasting change once the change fills half of the window, `WINDOW // 2 + 1`
+steps, and outliers, whatever their size, never move it beyond the ordinary ratios while they are fewer than half of the
+ratios that count. Factors and the number of kinds are bounded.
 """
 
 from __future__ import annotations
@@ -24,7 +22,24 @@ from hybridsd_sim.plan import Stage
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.profiles import Profiles
 
+WINDOW = 41
+"""Ratios that count. Half of them make a lasting change; the median of 41 has a fifth of the scatter of one."""
+
+MIN_RATIOS = 5
+"""With fewer ratios than this the prediction stands."""
+
+MIN_FACTOR, MAX_FACTOR = 0.1, 10.0
+"""Bounds of a factor: beyond them something else is wrong than the speed of a device."""
+
+WORTH_CORRECTING = 0.02
+"""By how much a factor must differ from the one in use to take its place: every change prices candidates anew, and the
+median of steps that scatter by 3% differs by so much once in a thousand steps."""
+
+MAX_KINDS = 4096
+"""Kinds of steps remembered; of more, those that were told of least recently are forgotten."""
+
 Outcome = Literal["served", "failed", "cancelled"]
+"""How a request ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +87,14 @@ class WorkerDown:
 
 
 Event = StepDone | CloudDone | RequestDone | WorkerUp | WorkerDown
-
-
-WINDOW = 41
-"""Ratios that count. Half of them make a lasting change; the median of 41 has a fifth of the scatter of one."""
-
-FEWEST = 5
-"""With fewer ratios than this the prediction stands."""
-
-LOWEST, HIGHEST = 0.1, 10.0
-"""Bounds of a factor: beyond them something else is wrong than the speed of a device."""
-
-WORTH_CORRECTING = 0.02
-"""By how much a factor must differ from the one in use to take its place: every change prices candidates anew, and the
-median of steps that scatter by 3% differs by so much once in a thousand steps."""
-
-MOST_KINDS = 4096
-"""Kinds of steps remembered; of more, those that were told of least recently are forgotten."""
+"""What `Scheduler.observe` takes in."""
 
 
 class StepKind(NamedTuple):
-    """Steps that differ from what was predicted by the same factor: one device and runtime, model, shape and gang."""
+    """What steps share that differ from their prediction by the same factor: device, runtime, model, shape and gang.
+
+    `unet_batch` is the batch of one denoiser call: images, doubled by guidance.
+    """
 
     device: str
     runtime: str
@@ -146,7 +148,7 @@ class Corrections:
         ratios = self._ratios.setdefault(kind, deque(maxlen=WINDOW))
         self._ratios.move_to_end(kind)
         ratios.append(observed_s / predicted_s)
-        if len(self._ratios) > MOST_KINDS:
+        if len(self._ratios) > MAX_KINDS:
             forgotten, _ = self._ratios.popitem(last=False)
             self.factors = {other: factor for other, factor in self.factors.items() if other != forgotten}
         factor = self.factor(kind)
@@ -154,6 +156,6 @@ class Corrections:
             self.factors = {**self.factors, kind: factor}
 
     def factor(self, kind: StepKind) -> float:
-        """How many times the predicted seconds a step of this kind takes, within `LOWEST` to `HIGHEST`."""
+        """How many times the predicted seconds a step of this kind takes, within `MIN_FACTOR` to `MAX_FACTOR`."""
         ratios = self._ratios.get(kind, ())
-        return 1.0 if len(ratios) < FEWEST else min(max(median(ratios), LOWEST), HIGHEST)
+        return 1.0 if len(ratios) < MIN_RATIOS else min(max(median(ratios), MIN_FACTOR), MAX_FACTOR)

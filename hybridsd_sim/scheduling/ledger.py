@@ -1,10 +1,10 @@
 """The scheduler's ledger: which workers there are, what each was given, and when a gang could start on it.
 
 A worker is one node, or one gang of GPUs, with a queue of its own in order of arrival: its head waits for its GPUs and
-everybody behind it waits too. Who runs and who waits follows from what is told; when GPUs will be free is predicted.
-Who is overdue is expected to take as long again as it is late: a worker that hangs looks busier and busier instead of
-free, and so does the queue behind it. Who is overdue beyond hope is taken for done, and its end for not told, so that
-no event that got lost keeps a worker busy for ever.
+everybody behind it waits too. Which jobs run and which wait follows from the events that are told; when GPUs will be
+free is predicted. An overdue job is expected to take as long again as it is late: a worker that hangs looks busier and
+busier instead of free, and so does the queue behind it. A job overdue by far is taken for done and its end for not
+told, so that no event that got lost keeps a worker busy for ever.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.perf import Floats
 from hybridsd_sim.scheduling.policy import AnyPool, FleetView
 
-MOST_WORKERS = 16_384
+MAX_WORKERS = 16_384
 """Workers that are kept at a time; a plan that rents more, or a worker that comes on top, is refused."""
 
 LEAST_LATE = 0.1
 """Share of its predicted seconds that an overdue job is expected to take at least: it was late by a moment only."""
 
 LOST_S = 600.0
-
 LOST_TIMES = 20.0
-"""A job overdue by more than so many seconds, and so many times those that were predicted, is taken for lost."""
+"""A job overdue by more than `LOST_S` seconds, and `LOST_TIMES` times those that were predicted, is taken for lost."""
 
 IDLE, NEVER = -np.inf, np.inf
+"""Since when a GPU is free that nobody uses, and a GPU that a worker does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,11 @@ class WorkerState:
 
 
 @dataclass(slots=True)
-class Job:
-    """Work that a worker was given: GPUs, predicted seconds, declared work; and, once it runs, when it will be done.
+class WorkerJob:
+    """A request's part on a worker: GPUs, predicted seconds, declared work (steps x pixels x images).
 
-    `due_s` is when it should be, `stop_s` when it is expected to be, `again_s` when that is to be looked at again.
+    Once it runs, `due_s` is when it should be done, `stop_s` when it is expected to be, and `again_s` when that
+    expectation is to be revised. All times are seconds on the caller's clock.
     """
 
     number: int
@@ -71,7 +72,7 @@ class Job:
 
     @property
     def lost_s(self) -> float:
-        """From when on one that runs is taken for lost."""
+        """From when on it is taken for lost if it still runs."""
         return self.due_s + max(LOST_S, LOST_TIMES * self.hold_s)
 
     def expect(self, now: float) -> None:
@@ -81,8 +82,11 @@ class Job:
             self.stop_s, self.again_s = now + late_s, min(now + late_s / 2, self.lost_s)
 
 
-class Queue:
-    """What one worker was given: who runs on its GPUs, and who waits, in order of arrival."""
+class WorkerQueue:
+    """What one worker was given: the jobs that run on its GPUs, and those that wait, in order of arrival.
+
+    `spare` are its free GPUs, `since_s` is when it came, and `index` its column in the pool's table.
+    """
 
     __slots__ = ("index", "running", "since_s", "spare", "waiting", "worker")
 
@@ -91,14 +95,14 @@ class Queue:
         self.index = index
         self.since_s = since_s
         self.spare = worker.gpus
-        self.running: dict[int, Job] = {}
-        self.waiting: OrderedDict[int, Job] = OrderedDict()
+        self.running: dict[int, WorkerJob] = {}
+        self.waiting: OrderedDict[int, WorkerJob] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.running) + len(self.waiting)
 
-    def add(self, job: Job) -> bool:
-        """Whether the job can begin at once."""
+    def add(self, job: WorkerJob) -> bool:
+        """Take a job; whether it begins at once."""
         begins = not self.waiting and job.degree <= self.spare
         if begins:
             self._begin(job, job.given_s)
@@ -106,8 +110,8 @@ class Queue:
             self.waiting[job.number] = job
         return begins
 
-    def remove(self, number: int, now: float) -> Job | None:
-        """Take out who is done, or never will be; whoever can begin then does."""
+    def remove(self, number: int, now: float) -> WorkerJob | None:
+        """Take out a job that is done, or never will be, and start those behind it that can; None if it is gone."""
         gone = self.waiting.pop(number, None)
         if gone is None and (gone := self.running.pop(number, None)) is not None:
             self.spare += gone.degree
@@ -116,13 +120,13 @@ class Queue:
             self._begin(head, now)
         return gone
 
-    def _begin(self, job: Job, now: float) -> None:
+    def _begin(self, job: WorkerJob, now: float) -> None:
         self.running[job.number] = job
         self.spare -= job.degree
         job.due_s = job.stop_s = job.again_s = max(job.given_s, now) + job.hold_s
 
     def outlook(self) -> tuple[list[float], float]:
-        """When one, two, ... of its GPUs will be free for somebody new, and when somebody is overdue next."""
+        """When one, two, ... of its GPUs will be free for a new job, and when the next job becomes overdue."""
         stops: list[float] = []
         again_s = NEVER
         for job in self.running.values():
@@ -131,31 +135,31 @@ class Queue:
         stops.sort()
         free_s = [IDLE] * self.spare + stops
         for job in self.waiting.values():
-            free_s = behind(free_s, job)
+            free_s = after_waiting(free_s, job)
         return free_s, again_s
 
 
-def behind(free_s: list[float], job: Job) -> list[float]:
-    """When GPUs are free once a job that waits for its own has had them; nobody behind it starts before it."""
+def after_waiting(free_s: list[float], job: WorkerJob) -> list[float]:
+    """When one, two, ... GPUs are free once a waiting job has had its own; nobody behind it starts before it."""
     stop_s = free_s[job.degree - 1] + job.hold_s
     return sorted([stop_s] * job.degree + free_s[job.degree :])
 
 
 class WorkerPool(AnyPool):
-    """The workers of one pool as policies see a pool (`queued`, `declared_work`, `wait_s`), and as they are placed on.
+    """The workers of one pool: what policies see of them (`queued`, `declared_work`, `wait_s`), and their queues.
 
     `free_s[g, w]` is when worker w has g + 1 GPUs free: `IDLE` for GPUs that nobody uses, `NEVER` beyond its own. It is
-    right after `look`, which every question of a new moment begins with.
+    right after `look`, with which every question at a new moment begins. `widest` is the largest worker's GPUs.
     """
 
     def __init__(self) -> None:
-        self.queues: list[Queue] = []
+        self.queues: list[WorkerQueue] = []
         self.widest = 0
         self.queued = 0
         self.declared_work = 0.0
         self.free_s: Floats = np.empty((0, 0))
         self._again_s: Floats = np.empty(0)
-        self._changed: dict[Queue, None] = {}
+        self._changed: dict[WorkerQueue, None] = {}
         self._soonest: dict[int, tuple[int, float]] = {}
 
     def settle(self) -> None:
@@ -172,8 +176,8 @@ class WorkerPool(AnyPool):
             for index in np.flatnonzero(self._again_s < now).tolist():
                 self._expect(self.queues[index], now)
 
-    def _expect(self, queue: Queue, now: float) -> None:
-        """Believe who is overdue to be later still. Behind one that runs alone, everybody moves with it."""
+    def _expect(self, queue: WorkerQueue, now: float) -> None:
+        """Put off the ends of a worker's overdue jobs. Behind one that runs alone, the whole queue moves with it."""
         lost = self._lose(queue, now)
         jobs = list(queue.running.values())
         stops_s = [job.stop_s for job in jobs]
@@ -186,21 +190,21 @@ class WorkerPool(AnyPool):
         self._again_s[queue.index] = jobs[0].again_s
         self._soonest = {}
 
-    def _lose(self, queue: Queue, now: float) -> bool:
-        """Take out who is lost. Those behind it began when it was due, and so may be lost as well."""
+    def _lose(self, queue: WorkerQueue, now: float) -> bool:
+        """Take out lost jobs; whether there were any. Those behind began when it was due, and may be lost as well."""
         lost = False
         while job := next((job for job in queue.running.values() if job.lost_s < now), None):
             self.remove(queue, job.number, job.due_s)
             lost = True
         return lost
 
-    def _write(self, queue: Queue) -> None:
+    def _write(self, queue: WorkerQueue) -> None:
         free_s, self._again_s[queue.index] = queue.outlook()
         self.free_s[: len(free_s), queue.index] = free_s
         self._soonest = {}
 
     def wait_s(self, degree: int, now: float) -> float:
-        soonest = self._soonest  # who looks while others write leaves its finding in a table that is gone
+        soonest = self._soonest  # a thread that looks while another writes puts its finding into a dropped table
         _, free_s = soonest.get(degree) or soonest.setdefault(degree, self._find(degree))
         return free_s - now if free_s > now else 0.0
 
@@ -219,7 +223,7 @@ class WorkerPool(AnyPool):
         index = int(row.argmin())
         return index, float(row[index])
 
-    def add(self, index: int, job: Job) -> None:
+    def add(self, index: int, job: WorkerJob) -> None:
         """Give a worker a job that it begins once it can."""
         queue = self.queues[index]
         self.declared_work += job.work
@@ -228,10 +232,10 @@ class WorkerPool(AnyPool):
             return
         self.queued += 1
         row = self.free_s[: queue.worker.gpus, index]
-        row[:] = behind(row.tolist(), job)
+        row[:] = after_waiting(row.tolist(), job)
         self._soonest = {}
 
-    def remove(self, queue: Queue, number: int, now: float) -> None:
+    def remove(self, queue: WorkerQueue, number: int, now: float) -> None:
         """A worker has done a job, or will never do it: those behind it move up."""
         waiting = len(queue.waiting)
         gone = queue.remove(number, now)
@@ -240,10 +244,10 @@ class WorkerPool(AnyPool):
             self.declared_work -= gone.work
             self._changed[queue] = None
 
-    def join(self, workers: Sequence[Worker], now: float) -> list[Queue]:
+    def join(self, workers: Sequence[Worker], now: float) -> list[WorkerQueue]:
         """Add idle workers."""
         before = len(self.queues)
-        new = [Queue(worker, before + place, now) for place, worker in enumerate(workers)]
+        new = [WorkerQueue(worker, before + place, now) for place, worker in enumerate(workers)]
         self.queues += new
         self.widest = max(queue.worker.gpus for queue in self.queues)
         free_s = np.full((max(self.widest, len(self.free_s)), len(self.queues)), NEVER)
@@ -254,7 +258,7 @@ class WorkerPool(AnyPool):
         self._soonest = {}
         return new
 
-    def leave(self, gone: Collection[Queue]) -> None:
+    def leave(self, gone: Collection[WorkerQueue]) -> None:
         """Remove workers and forget what they were given; the others keep what they have."""
         places = [queue.index for queue in gone]
         self.free_s, self._again_s = (np.delete(array, places, -1) for array in (self.free_s, self._again_s))
@@ -268,19 +272,19 @@ class WorkerPool(AnyPool):
             self.queued -= len(queue.waiting)
             self.declared_work -= sum(job.work for jobs in (queue.running, queue.waiting) for job in jobs.values())
 
-    def state(self, queue: Queue, now: float) -> WorkerState:
+    def state(self, queue: WorkerQueue, now: float) -> WorkerState:
         worker, last_s = queue.worker, float(self.free_s[queue.worker.gpus - 1, queue.index])
         return WorkerState(worker.name, worker.pool, worker.gpus, len(queue), max(0.0, last_s - now))
 
 
-class Workers:
-    """All workers by pool, in the scenario's order of pools.
+class Ledger:
+    """All workers with what they were given, by pool, in the scenario's order of pools.
 
     Queues go in order of arrival, whatever deadlines and priorities say: those order only queues of the caller's own.
     """
 
     def __init__(self, pools: Sequence[str], workers: Iterable[Worker]) -> None:
-        self._where: dict[str, Queue] = {}
+        self._where: dict[str, WorkerQueue] = {}
         self._pools: dict[str, WorkerPool] = {}
         self.keep(pools)
         self.exchange([], workers, IDLE)
@@ -316,7 +320,7 @@ class Workers:
         self.view(now)
         return tuple(pool.state(queue, now) for pool in self._by_index for queue in pool.queues)
 
-    def place(self, pool_index: int, job: Job, now: float) -> tuple[str | None, float]:
+    def place(self, pool_index: int, job: WorkerJob, now: float) -> tuple[str | None, float]:
         """Give a job to the worker of the pool that can begin soonest: its name, and in how many seconds.
 
         None and infinite seconds where no worker of the pool has so many GPUs.
@@ -351,7 +355,7 @@ class Workers:
     def exchange(self, gone: Iterable[str], come: Iterable[Worker], now: float) -> None:
         """Remove and add workers as `leave` and `join` do, all at once: many take hardly longer than one."""
         names = set(gone)
-        new = [worker for worker in come if worker.name in names or not self._has(worker)]
+        new = [w for w in come if w.name in names or not (w.name in self and self._where[w.name].worker == w)]
         names.update(worker.name for worker in new)
         left = {queue for name in names if (queue := self._where.pop(name, None)) is not None}
         for pool in {queue.worker.pool for queue in left}:
@@ -362,12 +366,8 @@ class Workers:
         if left or new:
             self._measure()
 
-    def _has(self, worker: Worker) -> bool:
-        known = self._where.get(worker.name)
-        return known is not None and known.worker == worker
 
-
-def rented(replicas: Mapping[str, int], gpus_per_node: Mapping[str, int]) -> frozenset[Worker]:
+def rented_workers(replicas: Mapping[str, int], gpus_per_node: Mapping[str, int]) -> frozenset[Worker]:
     """A worker for each node that is rented, called `<pool>/<number>`."""
     return frozenset(
         Worker(f"{pool}/{index}", pool, gpus)
@@ -376,13 +376,13 @@ def rented(replicas: Mapping[str, int], gpus_per_node: Mapping[str, int]) -> fro
     )
 
 
-def by_number(worker: Worker) -> tuple[str, int]:
+def worker_number(worker: Worker) -> tuple[str, int]:
     """The order of rented workers."""
     return worker.pool, int(worker.name.rpartition("/")[2])
 
 
 def check_number(workers: int) -> None:
     """Raise `InputError` for more workers than are kept."""
-    if workers > MOST_WORKERS:
-        rule = f"a scheduler keeps at most {MOST_WORKERS}"
+    if workers > MAX_WORKERS:
+        rule = f"a scheduler keeps at most {MAX_WORKERS}"
         raise InputError(Problem("workers", str(workers), rule, "Give each part of the fleet a scheduler of its own."))

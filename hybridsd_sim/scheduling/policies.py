@@ -1,9 +1,9 @@
-"""Who decides: the policies, by the name that a scenario or a command gives them.
+"""The policies, by the name that a scenario or a command gives them.
 
-To add a policy, write one class with `decide` and decorate it with `@register`. Those that answer to queues, deadlines
-and budgets have a room of their own, `adaptive`, and are entered below.
-
-Policies that answer to queues, deadlines and money: `edf_reject`, `switch_by_queue`, `budgeted`.
+To add one, write a class with `decide`, `name` and `summary`, and decorate it with `@register`: it is then offered
+wherever policies are named. Static ones (`cloud_only`, `edge_only`, `static_switch`) always take the same plan, simple
+ones (`least_work`, `cost_aware`) look at the pools, `planned` follows a capacity plan, and adaptive ones (`edf_reject`,
+`switch_by_queue`, `budgeted`) answer to queues, deadlines and money.
 
 A request is predicted to be in time if its pool's wait and the plan's own latency end by the deadline. A pool whose
 queue goes by deadline counts only what is due before as its wait. What runs at the edge waits for nobody.
@@ -25,10 +25,10 @@ from hybridsd_sim.scheduling.policy import (
     TURN_AWAY,
     AnyPool,
     Decision,
-    Fixed,
     FleetView,
-    PerOptions,
+    PerCandidates,
     Policy,
+    StaticPolicy,
     above_floor,
     best_static,
 )
@@ -36,18 +36,191 @@ from hybridsd_sim.scheduling.policy import (
 LATE = "late"
 """Reason code of a request that is served although it is predicted to be late."""
 
-TOO_LATE = Decision("reject", None, 0.0, CERTAIN_LATE)
+ALL_SHARES = 1.0 - 1e-9
+"""A sum of shares above this is the whole class."""
 
+TOO_LATE = Decision("reject", None, 0.0, CERTAIN_LATE)
 OVERSPENT = Decision("reject", None, 0.0, OVER_BUDGET)
 
-
 POLICIES: dict[str, type[Policy]] = {}
+"""Every registered policy by its name, the static ones first; commands list them in this order."""
 
 
 def register(policy: type[Policy]) -> type[Policy]:
-    """Enter a policy under its name."""
+    """Enter a policy under its name; a class decorator."""
     POLICIES[policy.name] = policy
     return policy
+
+
+def make_policy(name: str, **settings: object) -> Policy:
+    """The registered policy of that name; `settings` it does not take are left out. Raises `InputError` if unknown."""
+    if name not in POLICIES:
+        raise InputError(unknown_name("policy", name, list(POLICIES)))
+    policy = POLICIES[name]
+    return policy(**{key: settings[key] for key in policy.settings if key in settings})
+
+
+def policy_for(name: str, scenario: Scenario, plan: Deployment | None) -> Policy:
+    """The policy of that name with the settings of a scenario, and the plan that `planned` follows."""
+    return make_policy(
+        name,
+        static_switch=scenario.search.static_switch,
+        chosen=plan.plans if plan else {},
+        budget_usd_per_hour=scenario.budget.usd_per_hour,
+    )
+
+
+@register
+class CloudOnly(StaticPolicy):
+    """Every step in the cloud, on the cheapest plan that meets the SLO on an idle pool."""
+
+    name = "cloud_only"
+    summary = "every step in the cloud"
+
+    def choose(self, options: Sequence[Candidate]) -> Candidate | None:
+        return best_static([option for option in options if option.edge_steps == 0])
+
+
+@register
+class EdgeOnly(StaticPolicy):
+    """Every step on the user's device."""
+
+    name = "edge_only"
+    summary = "every step at the edge"
+
+    def choose(self, options: Sequence[Candidate]) -> Candidate | None:
+        return best_static([option for option in options if option.cloud_steps == 0])
+
+
+@register
+class StaticSwitch(StaticPolicy):
+    """Hand over at one fixed share of the steps: 0.4 is Hybrid SD's published 10 of 25 (arXiv 2408.06646)."""
+
+    name = "static_switch"
+    summary = "hand over at a fixed step"
+    settings = ("static_switch",)
+
+    def __init__(self, static_switch: float = 0.4) -> None:
+        super().__init__()
+        self.share = static_switch
+
+    def choose(self, options: Sequence[Candidate]) -> Candidate | None:
+        hybrids = [option for option in options if option.cloud_steps and option.edge_steps]
+        if not hybrids:
+            return best_static([option for option in options if option.edge_steps == 0])
+        nearest = min(abs(option.switch_share - self.share) for option in hybrids)
+        return best_static([option for option in hybrids if abs(option.switch_share - self.share) <= nearest + 1e-9])
+
+
+@register
+class LeastWork(Policy):
+    """The pool with the least declared work outstanding (steps x pixels x images), each pool on its best cloud plan."""
+
+    name = "least_work"
+    summary = "cloud pool with least steps x pixels x images outstanding"
+
+    def __init__(self) -> None:
+        self._per_pool = PerCandidates(_cloud_plan_of_each_pool)
+
+    def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
+        pools = view.pools
+        best = min(self._per_pool.of(options), key=lambda option: pools[option.pool_index].declared_work, default=None)
+        if best is None:
+            return REJECT
+        return Decision("run", best, pools[best.pool_index].wait_s(best.degree, now), self.name)
+
+
+def _cloud_plan_of_each_pool(options: Sequence[Candidate]) -> list[Candidate]:
+    pools = sorted({option.pool_index for option in options if option.edge_steps == 0})
+    chosen = [best_static([o for o in options if o.pool_index == pool and o.edge_steps == 0]) for pool in pools]
+    return [option for option in chosen if option is not None]
+
+
+@register
+class CostAware(Policy):
+    """The cheapest plan whose predicted latency meets the deadline and whose quality meets the floor.
+
+    Falls back to the plan predicted to finish first when nothing meets the deadline.
+    """
+
+    name = "cost_aware"
+    summary = "cheapest plan predicted to meet deadline and floor"
+
+    def __init__(self) -> None:
+        self._above_floor: PerCandidates[list[Candidate]] = PerCandidates(above_floor)
+
+    def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
+        # The hot path of most simulations: one loop, and no object for the waits.
+        left_s, pools = deadline_s - now, view.pools
+        best: Candidate | None = None
+        best_wait_s, soonest_s = 0.0, INFINITY
+        for option in self._above_floor.of(options):
+            wait_s = pools[option.pool_index].wait_s(option.degree, now) if option.pool_index >= 0 else 0.0
+            total_s = wait_s + option.latency_s
+            if total_s <= left_s:
+                return Decision("run", option, wait_s, self.name)
+            if total_s < soonest_s:
+                soonest_s, best, best_wait_s = total_s, option, wait_s
+        return REJECT if best is None else Decision("run", best, best_wait_s, LATE)
+
+
+class _Turns:
+    """Takes the parts of a mix in turns: always the one that is furthest behind its share, the first among equals.
+
+    What the shares leave over is a last part of its own. After n turns the count of a part differs from share times n
+    by less than the number of parts.
+    """
+
+    __slots__ = ("_behind", "_shares")
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        left = 1.0 - sum(shares)
+        self._shares = [*shares, left] if sum(shares) <= ALL_SHARES else list(shares)
+        self._behind = [0.0] * len(self._shares)
+
+    def next_index(self) -> int:
+        """The position in the mix of the part whose turn it is."""
+        behind = self._behind
+        for index, share in enumerate(self._shares):
+            behind[index] += share
+        first = max(range(len(behind)), key=behind.__getitem__)
+        behind[first] -= 1.0
+        return first
+
+
+@register
+class Planned(Policy):
+    """Follows a capacity plan: each request class is shared out over its mix of plans, as evenly as shares allow.
+
+    Each request takes the plan that is furthest behind its share, so that every pool gets its part without bursts; what
+    the shares leave over is turned away.
+    """
+
+    name = "planned"
+    summary = "follows the capacity plan"
+    settings = ("chosen",)
+
+    def __init__(self, chosen: Mapping[str, Sequence[Share]] | None = None) -> None:
+        self.chosen = dict(chosen or {})
+        self._turns = {name: _Turns([part.share for part in mix]) for name, mix in self.chosen.items()}
+        self._decisions: PerCandidates[list[Decision]] = PerCandidates(self._decide_parts)
+
+    def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
+        decisions = self._decisions.of(options)
+        if len(decisions) <= 1:  # the whole class on one plan, or nowhere
+            return decisions[0] if decisions else REJECT
+        return decisions[self._turns[options[0].request_class].next_index()]
+
+    def _decide_parts(self, options: Sequence[Candidate]) -> list[Decision]:
+        """A decision for each part of the class's mix, and one for what is turned away; one alone if that is all."""
+        mix = self.chosen.get(options[0].request_class, ()) if options else ()
+        decisions = [self._take(part.plan, options) for part in mix]
+        return decisions if sum(part.share for part in mix) > ALL_SHARES else [*decisions, TURN_AWAY]
+
+    def _take(self, wanted: Plan, options: Sequence[Candidate]) -> Decision:
+        """The option that is the plan, or what becomes of the plan for a request of another number of steps."""
+        found = next((o for o in options if o.plan == wanted.rescaled(o.plan.num_inference_steps)), None)
+        return REJECT if found is None else Decision("run", found, 0.0, self.name)
 
 
 class _Waits:
@@ -64,12 +237,12 @@ class _Waits:
         key = option.pool_index, option.degree
         wait_s = self._known.get(key)
         if wait_s is None:
-            wait_s = self._known[key] = self._asked(option) if option.pool_index >= 0 else 0.0
+            wait_s = 0.0
+            if option.pool_index >= 0:
+                pool, priority = self._pools[option.pool_index], option.cost.request.priority
+                wait_s = pool.wait_before_s(option.degree, self._now, self._deadline_s, priority)
+            self._known[key] = wait_s
         return wait_s
-
-    def _asked(self, option: Candidate) -> float:
-        priority = option.cost.request.priority
-        return self._pools[option.pool_index].wait_before_s(option.degree, self._now, self._deadline_s, priority)
 
     def total_s(self, option: Candidate) -> float:
         """Seconds until the image is there."""
@@ -87,14 +260,15 @@ class _Waits:
         return option.degree * option.cloud_s <= pool.spare_gpu_s(self._now, self._deadline_s, priority)
 
 
+@register
 class EdfReject(Policy):
     """The cheapest plan above the floor that is predicted to be in time, by earliest deadline; else rejection.
 
-    Each pool, and the edge, offers the cheapest plan that it would do in time if it were idle. The cheapest offer is
-    taken that is in time as things are and makes nobody of its priority late who waits already and is due after it. If
-    the queues leave none, the request is rejected at once (as Clockwork does, OSDI 2020), so that it delays nobody. A
-    queue never moves a request to a faster plan that holds the same pool longer: in overload such plans are the last
-    that seem in time, and with them the pool serves a fraction of what it could.
+    The candidate of each pool, and of the edge, is the cheapest plan that it would do in time if it were idle. Of these
+    the cheapest is taken that is in time as things are and makes no waiting request of its priority late that is due
+    after it. If the queues leave none, the request is rejected at once (as Clockwork does, OSDI 2020), so that it
+    delays nobody. A queue never moves a request to a faster plan that holds the same pool longer: in overload such
+    plans are the last that seem in time, and with them the pool serves a fraction of what it could.
 
     Queues go by priority and deadline whatever the scenario says. One that was accepted may still be late: predictions
     err, and a higher priority takes precedence over the promises made to lower ones.
@@ -105,26 +279,22 @@ class EdfReject(Policy):
     discipline = "edf"
 
     def __init__(self) -> None:
-        self._keeping: PerOptions[list[Candidate]] = PerOptions(above_floor)
+        self._above_floor: PerCandidates[list[Candidate]] = PerCandidates(above_floor)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
-        keeping = self._keeping.of(options)
+        accepted = self._above_floor.of(options)
         left_s, waits = deadline_s - now, _Waits(view.pools, deadline_s, now)
-        asked: set[int] = set()
-        for option in keeping:
-            if option.latency_s > left_s or option.pool_index in asked:
+        seen: set[int] = set()
+        for option in accepted:
+            if option.latency_s > left_s or option.pool_index in seen:
                 continue
             if waits.total_s(option) <= left_s and waits.harmless(option):
                 return Decision("run", option, waits.of(option), self.name)
-            asked.add(option.pool_index)
-        return TOO_LATE if keeping else REJECT
+            seen.add(option.pool_index)
+        return TOO_LATE if accepted else REJECT
 
 
-def _best_pictures_first(options: Sequence[Candidate]) -> list[Candidate]:
-    """Options above the floor, all if there are none: most cloud steps, then best quality, then cheapest, first."""
-    return sorted(above_floor(options) or options, key=lambda option: (-option.cloud_steps, -(option.quality or 0.0)))
-
-
+@register
 class SwitchByQueue(Policy):
     """The switch step follows the queue: the longer the wait, the fewer steps stay in the cloud.
 
@@ -150,7 +320,7 @@ class SwitchByQueue(Policy):
 
     def __init__(self, gain: float = 3.0) -> None:
         self.gain = gain
-        self._ranked: PerOptions[list[Candidate]] = PerOptions(_best_pictures_first)
+        self._ranked: PerCandidates[list[Candidate]] = PerCandidates(_best_pictures_first)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         ranked = self._ranked.of(options)
@@ -170,6 +340,12 @@ class SwitchByQueue(Policy):
         return Decision("degrade" if option.cloud_steps < most else "run", option, waits.of(option), reason)
 
 
+def _best_pictures_first(options: Sequence[Candidate]) -> list[Candidate]:
+    """Options above the floor, all if there are none: most cloud steps, then best quality, then cheapest, first."""
+    return sorted(above_floor(options) or options, key=lambda option: (-option.cloud_steps, -(option.quality or 0.0)))
+
+
+@register
 class Budgeted(Policy):
     """The best pictures that a running budget of dollars allows, by a virtual queue (Neely: drift plus penalty).
 
@@ -214,20 +390,22 @@ class Budgeted(Policy):
         """The virtual queue Z."""
         self._v = usd_per_clip * self.cap_usd
         self.as_of_s = -INFINITY
-        self._keeping: PerOptions[list[Candidate]] = PerOptions(above_floor)
+        self._above_floor: PerCandidates[list[Candidate]] = PerCandidates(above_floor)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
-        self._drain(now)
-        keeping = self._keeping.of(options)
+        if self.as_of_s < now < INFINITY:
+            self.ahead_usd = max(0.0, self.ahead_usd - self.budget_usd_per_s * (now - self.as_of_s))
+            self.as_of_s = now
+        accepted = self._above_floor.of(options)
         left_s, waits = deadline_s - now, _Waits(view.pools, deadline_s, now)
-        in_time = [option for option in keeping if waits.total_s(option) <= left_s]
+        in_time = [option for option in accepted if waits.total_s(option) <= left_s]
         found = min(filter(self._affords, in_time), key=self._objective, default=None)
         reason = self.name
         if found is None:
-            found = min(filter(self._affords, keeping), key=lambda o: (o.usd_or_inf, waits.total_s(o)), default=None)
+            found = min(filter(self._affords, accepted), key=lambda o: (o.usd_or_inf, waits.total_s(o)), default=None)
             reason = LATE
         if found is None:
-            return OVERSPENT if keeping else REJECT
+            return OVERSPENT if accepted else REJECT
         self.ahead_usd += found.usd_or_inf
         degraded = any((option.quality or 0.0) > (found.quality or 0.0) for option in in_time)
         return Decision("degrade" if degraded else "run", found, waits.of(found), reason)
@@ -236,194 +414,9 @@ class Budgeted(Policy):
         if isinstance(other, Budgeted):
             self.ahead_usd, self.as_of_s = other.ahead_usd, other.as_of_s
 
-    def _drain(self, now: float) -> None:
-        if self.as_of_s < now < INFINITY:
-            self.ahead_usd = max(0.0, self.ahead_usd - self.budget_usd_per_s * (now - self.as_of_s))
-            self.as_of_s = now
-
     def _affords(self, option: Candidate) -> bool:
         return self.ahead_usd + option.usd_or_inf <= self.cap_usd
 
     def _objective(self, option: Candidate) -> float:
         """Drift plus penalty, but for what is the same for every option."""
         return self.ahead_usd * option.usd_or_inf - self._v * (option.quality or 0.0)
-
-
-ALL_SHARES = 1.0 - 1e-9
-"""A sum of shares above this is the whole class."""
-
-
-def make_policy(name: str, **settings: object) -> Policy:
-    """The registered policy of that name; `settings` it does not take are left out. Raises `InputError` if unknown."""
-    if name not in POLICIES:
-        raise InputError(unknown_name("policy", name, list(POLICIES)))
-    policy = POLICIES[name]
-    return policy(**{key: settings[key] for key in policy.settings if key in settings})
-
-
-def policy_for(name: str, scenario: Scenario, plan: Deployment | None) -> Policy:
-    """The policy of that name with the settings of a scenario, and the plan that `planned` follows."""
-    return make_policy(
-        name,
-        static_switch=scenario.search.static_switch,
-        chosen=plan.plans if plan else {},
-        budget_usd_per_hour=scenario.budget.usd_per_hour,
-    )
-
-
-@register
-class CloudOnly(Fixed):
-    """Every step in the cloud, on the cheapest plan that meets the SLO on an idle pool."""
-
-    name = "cloud_only"
-    summary = "every step in the cloud"
-
-    def choose(self, options: Sequence[Candidate]) -> Candidate | None:
-        return best_static([option for option in options if option.edge_steps == 0])
-
-
-@register
-class EdgeOnly(Fixed):
-    """Every step on the user's device."""
-
-    name = "edge_only"
-    summary = "every step at the edge"
-
-    def choose(self, options: Sequence[Candidate]) -> Candidate | None:
-        return best_static([option for option in options if option.cloud_steps == 0])
-
-
-@register
-class StaticSwitch(Fixed):
-    """Hand over at one fixed share of the steps: 0.4 is Hybrid SD's published 10 of 25 (arXiv 2408.06646)."""
-
-    name = "static_switch"
-    summary = "hand over at a fixed step"
-    settings = ("static_switch",)
-
-    def __init__(self, static_switch: float = 0.4) -> None:
-        super().__init__()
-        self.share = static_switch
-
-    def choose(self, options: Sequence[Candidate]) -> Candidate | None:
-        hybrids = [option for option in options if option.cloud_steps and option.edge_steps]
-        if not hybrids:
-            return best_static([option for option in options if option.edge_steps == 0])
-        nearest = min(abs(option.switch_share - self.share) for option in hybrids)
-        return best_static([option for option in hybrids if abs(option.switch_share - self.share) <= nearest + 1e-9])
-
-
-@register
-class LeastWork(Policy):
-    """The pool with the least declared work outstanding (steps x pixels x images), each pool on its best cloud plan."""
-
-    name = "least_work"
-    summary = "cloud pool with least steps x pixels x images outstanding"
-
-    def __init__(self) -> None:
-        self._per_pool = PerOptions(self._best_of_each_pool)
-
-    def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
-        pools = view.pools
-        best = min(self._per_pool.of(options), key=lambda option: pools[option.pool_index].declared_work, default=None)
-        if best is None:
-            return REJECT
-        return Decision("run", best, pools[best.pool_index].wait_s(best.degree, now), self.name)
-
-    @staticmethod
-    def _best_of_each_pool(options: Sequence[Candidate]) -> list[Candidate]:
-        pools = sorted({option.pool_index for option in options if option.edge_steps == 0})
-        chosen = [best_static([o for o in options if o.pool_index == pool and o.edge_steps == 0]) for pool in pools]
-        return [option for option in chosen if option is not None]
-
-
-@register
-class CostAware(Policy):
-    """The cheapest plan whose predicted latency meets the deadline and whose quality meets the floor.
-
-    Falls back to the plan predicted to finish first when nothing meets the deadline.
-    """
-
-    name = "cost_aware"
-    summary = "cheapest plan predicted to meet deadline and floor"
-
-    def __init__(self) -> None:
-        self._keeping: PerOptions[list[Candidate]] = PerOptions(above_floor)
-
-    def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
-        budget = deadline_s - now
-        pools = view.pools
-        best: Candidate | None = None
-        best_wait = 0.0
-        soonest = float("inf")
-        for option in self._keeping.of(options):
-            wait = pools[option.pool_index].wait_s(option.degree, now) if option.pool_index >= 0 else 0.0
-            total = wait + option.latency_s
-            if total <= budget:
-                return Decision("run", option, wait, self.name)
-            if total < soonest:
-                soonest, best, best_wait = total, option, wait
-        return REJECT if best is None else Decision("run", best, best_wait, "late")
-
-
-class _Rota:
-    """Takes the parts of a mix in turns: always the one that is furthest behind its share, the first among equals.
-
-    What the shares leave over is a last part of its own. After n turns the count of a part differs from share times n
-    by less than the number of parts.
-    """
-
-    __slots__ = ("_behind", "_shares")
-
-    def __init__(self, shares: Sequence[float]) -> None:
-        left = 1.0 - sum(shares)
-        self._shares = [*shares, left] if sum(shares) <= ALL_SHARES else list(shares)
-        self._behind = [0.0] * len(self._shares)
-
-    def turn(self) -> int:
-        """The position in the mix of the part whose turn it is."""
-        behind = self._behind
-        for index, share in enumerate(self._shares):
-            behind[index] += share
-        first = max(range(len(behind)), key=behind.__getitem__)
-        behind[first] -= 1.0
-        return first
-
-
-@register
-class Planned(Policy):
-    """Follows a capacity plan: each request class is shared out over its mix of plans, as evenly as shares allow.
-
-    Each request takes the plan that is furthest behind its share, so that every pool gets its part without bursts; what
-    the shares leave over is turned away.
-    """
-
-    name = "planned"
-    summary = "follows the capacity plan"
-    settings = ("chosen",)
-
-    def __init__(self, chosen: Mapping[str, Sequence[Share]] | None = None) -> None:
-        self.chosen = dict(chosen or {})
-        self._rotas = {name: _Rota([part.share for part in mix]) for name, mix in self.chosen.items()}
-        self._matched: PerOptions[list[Decision]] = PerOptions(self._match)
-
-    def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
-        decisions = self._matched.of(options)
-        if len(decisions) <= 1:  # the whole class on one plan, or nowhere
-            return decisions[0] if decisions else REJECT
-        return decisions[self._rotas[options[0].request_class].turn()]
-
-    def _match(self, options: Sequence[Candidate]) -> list[Decision]:
-        """A decision for each part of the class's mix, and one for what is turned away; one alone if that is all."""
-        mix = self.chosen.get(options[0].request_class, ()) if options else ()
-        decisions = [self._follow(part.plan, options) for part in mix]
-        return decisions if sum(part.share for part in mix) > ALL_SHARES else [*decisions, TURN_AWAY]
-
-    def _follow(self, wanted: Plan, options: Sequence[Candidate]) -> Decision:
-        """The option that is the plan, or what becomes of the plan for a request of another number of steps."""
-        found = next((o for o in options if o.plan == wanted.rescaled(o.plan.num_inference_steps)), None)
-        return REJECT if found is None else Decision("run", found, 0.0, self.name)
-
-
-for adaptive in (EdfReject, SwitchByQueue, Budgeted):  # after the simple ones, so that lists of names begin with these
-    register(adaptive)

@@ -1,4 +1,4 @@
-"""What every policy is, sees and returns: the `Policy` interface, views of the fleet, the `Decision`, the registry.
+"""What every policy is, sees and returns: the `Policy` interface, views of the fleet, the `Decision`.
 
 The same object decides in the simulation and inside a serving system. It knows no event loop and no clock but the one
 passed in, and it sees only what a real dispatcher could know: predicted backlogs, as old as the view's telemetry.
@@ -17,6 +17,7 @@ from hybridsd_sim.plan import Plan
 from hybridsd_sim.pricing import Candidate
 
 Action = Literal["run", "queue", "degrade", "reject"]
+"""What to do with a request, see `Decision`."""
 
 ValueT = TypeVar("ValueT")
 
@@ -24,10 +25,10 @@ NO_CANDIDATE = "no_candidate"
 """Reason code of a request that no plan of the policy's kind can serve."""
 
 TURNED_AWAY = "turned_away"
-"""Reason code of a request for which the capacity plan has no room."""
+"""Reason code of a request that the capacity plan turns away, because its shares sum to less than the class."""
 
 CERTAIN_LATE = "certain_late"
-"""Reason code of a request that no plan could serve by its deadline without making others late who wait already."""
+"""Reason code of a request that no plan could serve by its deadline without making a waiting one late."""
 
 OVER_BUDGET = "over_budget"
 """Reason code of a request that would overspend the running budget."""
@@ -42,7 +43,7 @@ class Decision(NamedTuple):
     """What to do with one request: the candidate to run or the reason why not, and what is predicted of it.
 
     `action`: `run` starts at once, `queue` waits for its worker first, `degrade` runs with a plan that the policy would
-    not take if there were room, `reject` is not served. A policy fills the first four fields. The embedded scheduler
+    not take on idle pools, `reject` is not served. A policy fills the first four fields. The embedded scheduler
     adds the rest: `number` for later events (0 if rejected), the `worker` that does the pool's part, when it decided
     and until when the image is due, both on the caller's clock, and the version of the plan.
     """
@@ -115,7 +116,9 @@ class Decision(NamedTuple):
             "switch_step": None if self.plan is None else self.plan.switch_step,
             "predicted_start_s": start,
             "predicted_finish_s": finish,
-            "predicted_finish_interval_s": None if self.candidate is None else self._finish_interval(self.candidate),
+            "predicted_finish_interval_s": None
+            if self.candidate is None
+            else [self.now_s + self.predicted_wait_s + bound_s for bound_s in self.candidate.cost.latency_interval_s],
             "deadline_s": None if self.deadline_s == INFINITY else self.deadline_s,
             "usd": self.usd,
             "quality": self.quality,
@@ -125,13 +128,8 @@ class Decision(NamedTuple):
             said["plan"] = None if self.plan is None else self.plan.to_dict()
         return said
 
-    def _finish_interval(self, candidate: Candidate) -> list[float]:
-        begins_s = self.now_s + self.predicted_wait_s
-        return [begins_s + bound_s for bound_s in candidate.cost.latency_interval_s]
-
 
 REJECT = Decision("reject", None, 0.0, NO_CANDIDATE)
-
 TURN_AWAY = Decision("reject", None, 0.0, TURNED_AWAY)
 
 
@@ -155,7 +153,12 @@ class AnyPool(Protocol):
 
 
 class PoolView(AnyPool):
-    """What a dispatcher knows of one pool: GPUs, what runs, what waits; kept live by the pool, or a snapshot of it."""
+    """What a dispatcher knows of one pool: GPUs, what runs, what waits; kept live by the pool, or a snapshot of it.
+
+    `backlog_gpu_s` are the GPU-seconds that wait, `busy_until_gpu_s` the sum over busy GPUs of when each will be free,
+    so that `busy_until_gpu_s - now * busy_gpus` is what is left of what runs; `declared_work` is steps x pixels x
+    images of both; `largest_free` are the most free GPUs on one node.
+    """
 
     __slots__ = ("backlog_gpu_s", "busy_gpus", "busy_until_gpu_s", "declared_work", "gpus", "largest_free", "queued")
 
@@ -184,11 +187,11 @@ class PoolView(AnyPool):
 
 
 Rank = tuple[int, float, float]
-"""Place in a queue that goes by deadline, the lowest first: the priority's negative, the deadline, the turn."""
+"""Place in a queue that goes by deadline, the lowest first: minus the priority, deadline, order of arrival."""
 
 
 class Due(NamedTuple):
-    """Work that waits in a queue that goes by deadline, and the latest start with which it is in time."""
+    """Work that waits in a queue that goes by deadline: its place, GPU-seconds, and latest start to be in time."""
 
     rank: Rank
     gpu_s: float
@@ -205,11 +208,11 @@ class DeadlinePoolView(PoolView):
         self.due: list[Due] = []
 
     def enter(self, due: Due) -> None:
-        """Some work waits."""
+        """Count work that waits from now on."""
         insort(self.due, due)
 
     def leave(self, rank: Rank) -> None:
-        """What waited at this place waits no longer."""
+        """Count the work at this place no longer."""
         del self.due[self._before(rank)]
 
     def _before(self, rank: Rank) -> int:
@@ -237,8 +240,8 @@ class DeadlinePoolView(PoolView):
         for rank, gpu_s, latest_s in self.due[index:]:
             if rank[0] != -priority:
                 break
-            room = (latest_s - now) * self.gpus - before
-            spare = room if 0.0 <= room < spare else spare
+            slack = (latest_s - now) * self.gpus - before
+            spare = slack if 0.0 <= slack < spare else spare
             before += gpu_s
         return spare
 
@@ -274,12 +277,12 @@ class Policy(ABC):
         """Take over the accounts of the policy that decided so far, which is not asked again."""
 
 
-MOST_KNOWN = 1024
-"""Sequences of options that a policy remembers at a time: a service that runs for months meets ever new ones."""
+MAX_KNOWN = 1024
+"""Sequences of options remembered by a policy at a time: a service that runs for months meets ever new ones."""
 
 
-class PerOptions(Generic[ValueT]):
-    """Something worked out once for each sequence of options that a policy meets."""
+class PerCandidates(Generic[ValueT]):
+    """A value computed once for each sequence of options that a policy meets, recognised by identity."""
 
     __slots__ = ("_known", "_make")
 
@@ -291,10 +294,13 @@ class PerOptions(Generic[ValueT]):
         """Empty: what was worked out can be worked out again."""
         return type(self)(deepcopy(self._make, memo))
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def of(self, options: Sequence[Candidate]) -> ValueT:
         known = self._known.get(id(options))
         if known is None or known[0] is not options:  # another sequence may have got the address of a dead one
-            if len(self._known) >= MOST_KNOWN:
+            if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             known = self._known[id(options)] = (options, self._make(options))
         return known[1]
@@ -305,11 +311,11 @@ def above_floor(options: Sequence[Candidate]) -> list[Candidate]:
     return [option for option in options if option.meets_floor]
 
 
-class Fixed(Policy):
+class StaticPolicy(Policy):
     """A policy that always takes the same candidate for the same options."""
 
     def __init__(self) -> None:
-        self._decisions = PerOptions(self._decision)
+        self._decisions = PerCandidates(self._decision)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         return self._decisions.of(options)

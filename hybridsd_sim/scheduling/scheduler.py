@@ -20,7 +20,7 @@ from hybridsd_sim.plan import Deployment, Request, deadline_of
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
-from hybridsd_sim.scheduling.active_plan import AnyPlan, Listed, PlanInUse, prepared, resolved
+from hybridsd_sim.scheduling.active_plan import ActivePlan, AnyPlan, prepare_plan, resolve_plan
 from hybridsd_sim.scheduling.feedback import (
     CloudDone,
     Corrections,
@@ -33,7 +33,15 @@ from hybridsd_sim.scheduling.feedback import (
     kind_of,
     steps_s,
 )
-from hybridsd_sim.scheduling.ledger import Job, Worker, Workers, WorkerState, by_number, check_number, rented
+from hybridsd_sim.scheduling.ledger import (
+    Ledger,
+    Worker,
+    WorkerJob,
+    WorkerState,
+    check_number,
+    rented_workers,
+    worker_number,
+)
 from hybridsd_sim.scheduling.policy import NO_CANDIDATE, Action, Decision, FleetView, Policy
 
 FALLBACK = "fallback"
@@ -42,29 +50,30 @@ FALLBACK = "fallback"
 UNKNOWN_CLASS = "unknown_class"
 """Reason code of a request whose class the plan does not know."""
 
-MOST_OPEN = 65_536
-"""Decisions remembered until their `RequestDone`; of more, the oldest are taken for lost, `LOST_AT_ONCE` of them."""
+MAX_OPEN = 65_536
+"""Open requests remembered until their `RequestDone`; of more, the oldest `LOST_AT_ONCE` are taken for lost."""
 
-LOST_AT_ONCE = MOST_OPEN // 16
+LOST_AT_ONCE = MAX_OPEN // 16
 
 INFINITY = float("inf")
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenRequest:
     """A decision whose request has not ended: its candidate as the profiles have it, and where it runs.
 
-    `ahead` are the seconds predicted for the steps of a stage that were not told of yet, once one was.
+    `steps_ahead` has, for each stage of which a step was told, the kind of its steps and the seconds predicted for
+    those not told of yet.
     """
 
     candidate: Candidate
     worker: str | None
-    ahead: dict[int, tuple[StepKind, Iterator[float]]] | None = None
+    steps_ahead: dict[int, tuple[StepKind, Iterator[float]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
-    """What a policy would decide for a request, and from what: its candidates, and the seconds each would wait."""
+class Preview:
+    """What a policy would decide for a request, its candidates, and the seconds that each of them would wait."""
 
     decision: Decision
     options: tuple[Candidate, ...]
@@ -81,16 +90,16 @@ class Scheduler:
     """
 
     def __init__(
-        self, serving: PlanInUse, workers: Sequence[Worker] | None, remake: Callable[[AnyPlan, Scenario], PlanInUse]
+        self, active: ActivePlan, workers: Sequence[Worker] | None, remake: Callable[[AnyPlan, Scenario], ActivePlan]
     ) -> None:
-        self._serving = serving
+        self._active = active
         self._remake = remake
-        self._assumed = _rented(serving) if workers is None else None
-        up = sorted(_rented(serving), key=by_number) if workers is None else workers
-        _check_workers(up, serving.scenario)
-        self._workers = Workers(list(serving.scenario.pools), up)
+        self._rented = _nodes_of(active) if workers is None else None
+        up = sorted(_nodes_of(active), key=worker_number) if workers is None else workers
+        _check_workers(up, active.scenario)
+        self._ledger = Ledger(list(active.scenario.pools), up)
         self._corrections = Corrections()
-        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._open: OrderedDict[int, _OpenRequest] = OrderedDict()
         self._number = 0
         self._lock = RLock()
 
@@ -113,11 +122,11 @@ class Scheduler:
         or does not fit its scenario, and for a `Planned` object, which could follow no other plan.
         """
 
-        def remake(other: AnyPlan, in_use: Scenario) -> PlanInUse:
+        def remake(other: AnyPlan, in_use: Scenario) -> ActivePlan:
             known = scenario or (in_use if isinstance(other, Deployment) else None)
-            return prepared(*resolved(other, known), profiles, policy)
+            return prepare_plan(*resolve_plan(other, known), profiles, policy)
 
-        return cls(prepared(*resolved(plan, scenario), profiles, policy), workers, remake)
+        return cls(prepare_plan(*resolve_plan(plan, scenario), profiles, policy), workers, remake)
 
     def __repr__(self) -> str:
         return f"Scheduler({self.scenario.name}, {self.policy_name}, plan {self.version}, {len(self._open)} open)"
@@ -125,26 +134,26 @@ class Scheduler:
     @property
     def version(self) -> int:
         """Number of the plan in use: 1, and one more with every `replace_plan`."""
-        return self._serving.version
+        return self._active.version
 
     @property
     def scenario(self) -> Scenario:
-        return self._serving.scenario
+        return self._active.scenario
 
     @property
-    def plan_in_use(self) -> tuple[int, Deployment]:
+    def active_plan(self) -> tuple[int, Deployment]:
         """Number and content of the plan in use, taken together."""
-        serving = self._serving
-        return serving.version, serving.deployment
+        active = self._active
+        return active.version, active.deployment
 
     @property
     def requests(self) -> Mapping[str, Request]:
         """What a request of each class asks for unless it says otherwise."""
-        return self._serving.menu.own
+        return self._active.cache.class_requests
 
     @property
     def policy_name(self) -> str:
-        return self._serving.policy.name
+        return self._active.policy.name
 
     @property
     def open_decisions(self) -> int:
@@ -154,16 +163,16 @@ class Scheduler:
     def workers(self, now: float) -> tuple[WorkerState, ...]:
         """Every worker with what it was given and has not done."""
         with self._lock:
-            return self._workers.states(now)
+            return self._ledger.states(now)
 
     def view(self, now: float) -> FleetView:
         """The own ledger as policies see it; decisions change it."""
         with self._lock:
-            return self._workers.view(now)
+            return self._ledger.view(now)
 
     def factors(self) -> Mapping[StepKind, float]:
         """How many times the predicted seconds steps take, for the kinds of steps that differ."""
-        return self._serving.menu.factors
+        return self._active.cache.factors
 
     # ---- Deciding ---------------------------------------------------------------------------------------------------
 
@@ -179,73 +188,74 @@ class Scheduler:
         except Exception:  # noqa: BLE001 -- whatever it is, a request waits for an answer
             return self._fall_back(request, now)
 
-    def at_hand(self, request: Request) -> bool:
+    def is_priced(self, request: Request) -> bool:
         """Whether `decide` on the own ledger takes microseconds, because such a request was priced lately."""
-        menu = self._serving.menu
-        return request.request_class not in menu.own or menu.at_hand(request, self._workers.widest)
+        cache = self._active.cache
+        return request.request_class not in cache.class_requests or cache.is_current(request, self._ledger.widest)
 
-    def weigh(self, request: Request, view: FleetView | None, now: float) -> Weighed:
+    def preview(self, request: Request, view: FleetView | None, now: float) -> Preview:
         """What `decide` would answer, and from what it would choose; changes nothing.
 
         A policy that takes turns or keeps accounts is asked as it was when the plan was loaded, or, if it was given as
         an object, as it is.
         """
-        serving = self._serving
-        own = serving.menu.own.get(request.request_class)
+        active = self._active
+        own = active.cache.class_requests.get(request.request_class)
         if own is None:
-            return Weighed(_unknown(serving, now), (), ())
-        options = serving.menu.options(request, self._workers.widest if view is None else serving.widest).now
+            return Preview(_unknown_class(active, now), (), ())
+        options = active.cache.candidates(request, self._ledger.widest if view is None else active.widest).current
         deadline_s = _deadline_s(request, own, now)
         with self._lock:
-            fleet = self._workers.view(now) if view is None else view
-            chosen = serving.anew().decide(options, deadline_s, fleet, now)
+            fleet = self._ledger.view(now) if view is None else view
+            chosen = active.renew_policy().decide(options, deadline_s, fleet, now)
             waits_s = tuple(_wait_s(option, fleet, now, deadline_s) for option in options)
             wait_s = 0.0 if chosen.candidate is None else _wait_s(chosen.candidate, fleet, now, deadline_s)
-        action, told = _action(chosen, wait_s), (0, None, now, deadline_s, serving.version)
-        return Weighed(Decision(action, chosen.candidate, wait_s, chosen.reason, *told), options, waits_s)
+        action, told = _action(chosen, wait_s), (0, None, now, deadline_s, active.version)
+        return Preview(Decision(action, chosen.candidate, wait_s, chosen.reason, *told), options, waits_s)
 
     def _decide(self, request: Request, view: FleetView | None, now: float) -> Decision:
-        serving = self._serving
-        own = serving.menu.own.get(request.request_class)
+        active = self._active
+        own = active.cache.class_requests.get(request.request_class)
         if own is None:
-            return _unknown(serving, now)
-        widest = self._workers.widest if view is None else serving.widest
-        listed = serving.menu.options(request, widest)
+            return _unknown_class(active, now)
+        widest = self._ledger.widest if view is None else active.widest
+        cached = active.cache.candidates(request, widest)
         deadline_s = _deadline_s(request, own, now)
-        if not listed.now and serving.menu.serves(request.request_class):
-            return Decision("reject", None, 0.0, NO_CANDIDATE, 0, None, now, deadline_s, serving.version)
+        if not cached.current and active.cache.serves(request.request_class):
+            return Decision("reject", None, 0.0, NO_CANDIDATE, 0, None, now, deadline_s, active.version)
         with self._lock:
-            if serving is not self._serving or (view is None and widest is not self._workers.widest):
+            if active is not self._active or (view is None and widest is not self._ledger.widest):
                 return self._decide(request, view, now)  # something came between; while the lock is held nothing can
-            fleet = self._workers.view(now) if view is None else view
-            chosen = serving.policy.decide(listed.now, deadline_s, fleet, now)
-            return self._carried_out(chosen, listed, deadline_s, view, now)
+            fleet = self._ledger.view(now) if view is None else view
+            chosen = active.policy.decide(cached.current, deadline_s, fleet, now)
+            return self._carry_out(chosen, cached.uncorrected, deadline_s, view, now)
 
-    def _carried_out(
-        self, chosen: Decision, listed: Listed, deadline_s: float, view: FleetView | None, now: float
+    def _carry_out(
+        self,
+        chosen: Decision,
+        uncorrected: Mapping[Candidate, Candidate],
+        deadline_s: float,
+        view: FleetView | None,
+        now: float,
     ) -> Decision:
-        """The policy's choice with its worker, entered in the ledger."""
+        """The policy's choice with its worker, entered in the ledger and among the open requests."""
         candidate, version = chosen.candidate, self.version
         if candidate is None:
             return chosen._replace(now_s=now, deadline_s=deadline_s, plan_version=version)
         number = self._number + 1
-        worker, wait_s = self._placed(candidate, number, deadline_s, view, now)
+        worker, wait_s = self._place(candidate, number, deadline_s, view, now)
         if not wait_s < INFINITY:  # the caller's view says that the pool never begins, or does not say when
             return Decision("reject", None, 0.0, NO_CANDIDATE, 0, None, now, deadline_s, version)
         self._number = number
-        self._open[number] = _Open(listed.origin.get(candidate, candidate), worker)
-        if len(self._open) > MOST_OPEN:
-            self._lose(now)
+        self._open[number] = _OpenRequest(uncorrected.get(candidate, candidate), worker)
+        if len(self._open) > MAX_OPEN:
+            for _ in range(LOST_AT_ONCE):  # many at once, because each makes a long queue move up
+                self._release(*self._open.popitem(last=False), now)
         return Decision(
             _action(chosen, wait_s), candidate, wait_s, chosen.reason, number, worker, now, deadline_s, version
         )
 
-    def _lose(self, now: float) -> None:
-        """Take the oldest for lost; many at once, because each makes a long queue move up."""
-        for _ in range(LOST_AT_ONCE):
-            self._release(*self._open.popitem(last=False), now)
-
-    def _placed(
+    def _place(
         self, candidate: Candidate, number: int, deadline_s: float, view: FleetView | None, now: float
     ) -> tuple[str | None, float]:
         """The worker of the ledger that takes it and how long it waits; no worker where the caller keeps the queues."""
@@ -255,19 +265,19 @@ class Scheduler:
             return None, _wait_s(candidate, view, now, deadline_s)
         request = candidate.cost.request
         work = request.num_inference_steps * request.height_px * request.width_px * request.num_images
-        job = Job(number, candidate.degree, candidate.cloud_s, work, now)
-        return self._workers.place(candidate.pool_index, job, now)
+        job = WorkerJob(number, candidate.degree, candidate.cloud_s, work, now)
+        return self._ledger.place(candidate.pool_index, job, now)
 
     def _fall_back(self, request: object, now: object) -> Decision:
         """A plan that is right on an idle fleet, and no worker: the caller sends it where it can.
 
         A clock that shows no time is taken for 0.
         """
-        serving = self._serving
+        active = self._active
         name = request.request_class if isinstance(request, Request) else None
-        candidate = serving.fallbacks.get(name) if isinstance(name, str) else None
+        candidate = active.fallbacks.get(name) if isinstance(name, str) else None
         action: Action = "reject" if candidate is None else "run"
-        return Decision(action, candidate, 0.0, FALLBACK, now_s=_shown_s(now), plan_version=serving.version)
+        return Decision(action, candidate, 0.0, FALLBACK, now_s=_shown_s(now), plan_version=active.version)
 
     # ---- Learning ---------------------------------------------------------------------------------------------------
 
@@ -287,49 +297,46 @@ class Scheduler:
                 case WorkerUp():
                     self._join(event)
                 case WorkerDown():
-                    self._workers.leave(event.worker, event.at_s)
+                    self._ledger.leave(event.worker, event.at_s)
 
     def _learn(self, event: StepDone) -> None:
         known = self._open.get(event.number)
         if known is None or not 0 <= event.stage < len(known.candidate.plan.stages):
             return
-        known.ahead = {} if known.ahead is None else known.ahead
-        if event.stage not in known.ahead:
-            known.ahead[event.stage] = self._look_ahead(known.candidate, event.stage)
-        kind, ahead = known.ahead[event.stage]
+        known.steps_ahead = {} if known.steps_ahead is None else known.steps_ahead
+        if event.stage not in known.steps_ahead:
+            candidate, stage = known.candidate, known.candidate.plan.stages[event.stage]
+            # Steps that several requests may share teach nothing, as nobody says how many did share them.
+            shared = stage.site.tier == "cloud" and candidate.plan.batch_cap > 1
+            predicted = [] if shared else steps_s(candidate, stage, self._active.cache.profiles)
+            known.steps_ahead[event.stage] = kind_of(candidate, stage), iter(predicted)
+        kind, ahead = known.steps_ahead[event.stage]
         predicted_s = next(ahead, None)
         if predicted_s is None:
             return
         self._corrections.learn(kind, event.seconds, predicted_s)
-        if self._corrections.factors is not self._serving.menu.factors:
-            self._serving.menu.follow(self._corrections.factors)
-
-    def _look_ahead(self, candidate: Candidate, index: int) -> tuple[StepKind, Iterator[float]]:
-        """The steps of a stage; none of one that several requests may share, as nobody says how many did."""
-        stage = candidate.plan.stages[index]
-        shared = stage.site.tier == "cloud" and candidate.plan.batch_cap > 1
-        steps = [] if shared else steps_s(candidate, stage, self._serving.menu.profiles)
-        return kind_of(candidate, stage), iter(steps)
+        if self._corrections.factors is not self._active.cache.factors:
+            self._active.cache.correct(self._corrections.factors)
 
     def _done(self, event: CloudDone | RequestDone) -> None:
         known = self._open.get(event.number)
         if known is not None:
             self._release(event.number, known, event.at_s)
-            self._workers.settle()
+            self._ledger.settle()
             if isinstance(event, RequestDone):
                 del self._open[event.number]
 
-    def _release(self, number: int, known: _Open, now: float) -> None:
+    def _release(self, number: int, known: _OpenRequest, now: float) -> None:
         if known.worker is not None:
-            self._workers.release(known.worker, number, now)
+            self._ledger.release(known.worker, number, now)
 
     def _join(self, event: WorkerUp) -> None:
         pool = self.scenario.pools.get(event.pool)
         gpus = pool.gpus_per_node if pool and event.gpus is None else event.gpus or 0
         worker = Worker(event.worker, event.pool, gpus)
         _check_workers([worker], self.scenario)
-        check_number(len(self._workers) + (event.worker not in self._workers))
-        self._workers.join(worker, event.at_s)
+        check_number(len(self._ledger) + (event.worker not in self._ledger))
+        self._ledger.join(worker, event.at_s)
 
     # ---- Plans ------------------------------------------------------------------------------------------------------
 
@@ -341,18 +348,18 @@ class Scheduler:
         as many as it rents. Reads and prices the plan first, while decisions go on. A `Deployment` is for the scenario
         in use. Raises `InputError` as `from_plan` does, and then nothing has changed.
         """
-        serving = self._remake(plan, self.scenario)
-        nodes = _rented(serving)
+        active = self._remake(plan, self.scenario)
+        nodes = _nodes_of(active)
         with self._lock:
-            serving.menu.follow(self._corrections.factors)
-            serving.policy.follow(self._serving.policy)
-            self._serving = replace(serving, version=self._serving.version + 1)
-            self._workers.keep(list(serving.scenario.pools))
-            if self._assumed is not None:
-                gone, new = self._assumed - nodes, sorted(nodes - self._assumed, key=by_number)
-                self._workers.exchange([worker.name for worker in gone], new, -INFINITY)
-                self._assumed = nodes
-            return self._serving.version
+            active.cache.correct(self._corrections.factors)
+            active.policy.follow(self._active.policy)
+            self._active = replace(active, version=self._active.version + 1)
+            self._ledger.keep(list(active.scenario.pools))
+            if self._rented is not None:
+                gone, new = self._rented - nodes, sorted(nodes - self._rented, key=worker_number)
+                self._ledger.exchange([worker.name for worker in gone], new, -INFINITY)
+                self._rented = nodes
+            return self._active.version
 
 
 def _is_time(value: object) -> bool:
@@ -365,8 +372,8 @@ def _shown_s(now: Any) -> float:
     return float(now) if _is_time(now) else 0.0
 
 
-def _unknown(serving: PlanInUse, now: float) -> Decision:
-    return Decision("reject", None, 0.0, UNKNOWN_CLASS, now_s=_shown_s(now), plan_version=serving.version)
+def _unknown_class(active: ActivePlan, now: float) -> Decision:
+    return Decision("reject", None, 0.0, UNKNOWN_CLASS, now_s=_shown_s(now), plan_version=active.version)
 
 
 def _deadline_s(request: Request, own: Request, now: float) -> float:
@@ -390,9 +397,9 @@ def _action(chosen: Decision, wait_s: float) -> Action:
     return "queue" if chosen.action == "run" and wait_s > 0.0 else chosen.action
 
 
-def _rented(serving: PlanInUse) -> frozenset[Worker]:
-    gpus = {name: pool.gpus_per_node for name, pool in serving.scenario.pools.items()}
-    return rented(serving.deployment.replicas, gpus)
+def _nodes_of(active: ActivePlan) -> frozenset[Worker]:
+    gpus = {name: pool.gpus_per_node for name, pool in active.scenario.pools.items()}
+    return rented_workers(active.deployment.replicas, gpus)
 
 
 def _check_workers(workers: Sequence[Worker], scenario: Scenario) -> None:

@@ -181,7 +181,7 @@ class Sidecar:
         """Decide for one request. With `plan=true` the answer holds the plan to carry out."""
         with_plan = asks_for_plan(request.scope["query_string"])
         wanted = read(REQUEST, await body_of(request, self._most)).of(self.scheduler.requests)
-        if self.scheduler.at_hand(wanted):
+        if self.scheduler.is_priced(wanted):
             decision = self._decided(wanted)
         else:
             decision = await to_thread.run_sync(self._decided, wanted, limiter=self._pricing)
@@ -220,7 +220,7 @@ class Sidecar:
 
     async def get_plan(self, _: Request) -> Response:
         """The plan in use."""
-        version, deployment = self.scheduler.plan_in_use
+        version, deployment = self.scheduler.active_plan
         told = {"version": version, "policy": self.scheduler.policy_name, "scenario": self.scheduler.scenario.name}
         return Json(told | {"deployment": deployment.to_dict()})
 

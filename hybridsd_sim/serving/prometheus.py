@@ -17,7 +17,7 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from hybridsd_sim.pricing import Candidate
-from hybridsd_sim.scheduling import MOST_OPEN, Decision, Event, RequestDone, WorkerState
+from hybridsd_sim.scheduling import MAX_OPEN, Decision, Event, RequestDone, WorkerState
 
 MOST_LABELS = 1024
 """Combinations of labels that a metric keeps; what comes on top is counted together, under `OTHER`."""
@@ -143,7 +143,7 @@ class Meters:
         told = _Told(candidate, site, decision.now_s, predicted_s, decision.deadline_s)
         with self._lock:
             self._told[decision.number] = told
-            if len(self._told) > MOST_OPEN:
+            if len(self._told) > MAX_OPEN:
                 self._told.popitem(last=False)
 
     def observed(self, event: Event) -> None:

@@ -290,8 +290,8 @@ class PredictedCostRouter(RequestRouter):
         except Exception as error:  # noqa: BLE001 -- `request_of` is anybody's
             logger.warning("A call goes where Ray sends it: no request could be read (%s).", type(error).__name__)
             return None
-        if not scheduler.at_hand(request):
-            await asyncio.to_thread(scheduler.weigh, request, None, time.monotonic())
+        if not scheduler.is_priced(request):
+            await asyncio.to_thread(scheduler.preview, request, None, time.monotonic())
         return scheduler.decide(request, None, time.monotonic())
 
     def _turn_away(self, call: _Call, reason: str) -> None:

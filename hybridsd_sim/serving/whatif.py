@@ -63,7 +63,7 @@ def what_if(scheduler: Scheduler, question: QuestionSent, now: float) -> dict[st
     if strange := [name for name in question.busy_s if name not in pools]:
         raise InputError(unknown_name("busy_s", name, pools) for name in strange)
     request = question.request.of(scheduler.requests)
-    weighed = scheduler.weigh(request, _view(scheduler, question.busy_s, now), now)
+    weighed = scheduler.preview(request, _view(scheduler, question.busy_s, now), now)
     decision = weighed.decision
     left_s = decision.deadline_s - now
     options = [

@@ -1,6 +1,4 @@
-"""Jobs of a pool, what jobs of one route share, and how nodes are taken away. Knows no event loop.
-
-The living side: cloud pools with gangs, queues and resident models, and edge fleets of owned or shared devices.
+"""The fleet of a simulation: pools of GPUs with gangs, queues and resident models, and edge devices.
 
 A pool is a number of nodes with some GPUs each. A job takes all its GPUs on one node at once or waits; it holds them
 until its work is done. SimPy timeouts with callbacks carry the time; there is one event a job, because nothing can be
@@ -40,7 +38,10 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 class Route:
-    """What jobs of one class and plan share: `batch_s`, the seconds that 1, 2, ... of them take together."""
+    """What jobs of one class and plan share: `batch_s`, the seconds that 1, 2, ... of them take together.
+
+    Jobs of one route may be batched; without `batch_s` they never are.
+    """
 
     __slots__ = ("batch_s",)
 
@@ -52,12 +53,13 @@ ALONE = Route()
 """The route of jobs that are never batched."""
 
 
-class Job:
+class PoolJob:
     """Work for a pool: GPUs, seconds, deadline; and, once it ran, when it was where.
 
-    `hold_s` is the work itself, done alone. `load_s` is what loading the model would add (`drawn_load_s`); a pool that
-    holds it makes that 0. `gang` are the jobs of its batch, None alone. `restarts` counts the nodes lost under it, and
-    `lost_gpu_s` its part of the GPU-seconds that went with them.
+    `hold_s` is the work itself, done alone. `load_s` is what loading the model adds: what was drawn for it
+    (`drawn_load_s`) until it starts, 0 on a node that holds the model. `work` is what was declared of it (steps x
+    pixels x images). `gang` are the jobs of its batch, None alone. `restarts` counts the nodes lost under it, and
+    `lost_gpu_s` its part of the GPU-seconds that went with them. Seconds are on the simulated clock.
     """
 
     __slots__ = (
@@ -100,17 +102,17 @@ class Job:
 class Preemption:
     """How nodes are taken away, in seconds: a node serves for `up_s(node)`, and `replacement_s` later another one does.
 
-    `up_s` is asked once for each life of a node, when it begins.
+    `up_s` is called once for each life of a node, when that begins.
     """
 
     up_s: Callable[[int], float]
     replacement_s: float
 
 
-JobT = TypeVar("JobT", bound=Job)
+JobT = TypeVar("JobT", bound=PoolJob)
 
 
-class Pool(Generic[JobT]):
+class GpuPool(Generic[JobT]):
     """GPUs of one kind in nodes, with one queue. `done(job)` is called when a job's GPUs are free again.
 
     `resident_models` limits how many models a node keeps; a job whose model is not there adds its `load_s`. None means
@@ -157,7 +159,7 @@ class Pool(Generic[JobT]):
             self._open()
 
     def __repr__(self) -> str:
-        return f"Pool({self.view.busy_gpus} of {self.view.gpus} GPUs busy, {self.view.queued} waiting)"
+        return f"GpuPool({self.view.busy_gpus} of {self.view.gpus} GPUs busy, {self.view.queued} waiting)"
 
     def _open(self) -> None:
         self._by_free[self.gpus_per_node] = dict.fromkeys(range(self._nodes))
@@ -165,7 +167,7 @@ class Pool(Generic[JobT]):
         self._dispatch()
         if self._preemption is not None:
             for node in range(self._nodes):
-                self._live(node, self._preemption)
+                self._begin_life(node, self._preemption)
 
     def submit(self, job: JobT) -> None:
         """Queue a job now; it starts at once if nobody waits and a node has room."""
@@ -192,21 +194,12 @@ class Pool(Generic[JobT]):
 
     def _fit(self, job: JobT, reserved: Iterable[int]) -> int:
         """The fullest node that still has room, one that holds the model if residency matters; -1 if there is none."""
-        if self._resident_models is not None:
-            return self._fit_resident(job, reserved)
-        for bucket in self._by_free[job.degree :]:
-            for node in bucket:
-                if node not in reserved:
-                    return node
-        return -1
-
-    def _fit_resident(self, job: JobT, reserved: Iterable[int]) -> int:
         fallback = -1
         for bucket in self._by_free[job.degree :]:
             for node in bucket:
                 if node in reserved:
                     continue
-                if job.model_key in self._resident[node]:
+                if self._resident_models is None or job.model_key in self._resident[node]:
                     return node
                 fallback = node if fallback < 0 else fallback
         return fallback
@@ -214,7 +207,7 @@ class Pool(Generic[JobT]):
     def _start(self, job: JobT, node: int, gang: Sequence[JobT] | None = None) -> None:
         """Start a job on a node, with its batch if it has one."""
         now = self.env.now
-        job.load_s = self._touch_model(job, node)
+        job.load_s = self._load_model(job, node)
         hold = (job.hold_s if gang is None else job.route.batch_s[len(gang) - 1]) + job.load_s
         job.node, job.cloud_start_s, job.cloud_stop_s = node, now, now + hold
         view = self.view
@@ -229,7 +222,7 @@ class Pool(Generic[JobT]):
                 mate.gang, mate.node, mate.drawn_load_s, mate.load_s = gang, node, mate.load_s, job.load_s
                 mate.cloud_start_s, mate.cloud_stop_s = now, job.cloud_stop_s
 
-    def _touch_model(self, job: JobT, node: int) -> float:
+    def _load_model(self, job: JobT, node: int) -> float:
         """Seconds to load the job's model on the node: none if it is there; the least recently used one makes room."""
         if self._resident_models is None:
             return 0.0
@@ -276,72 +269,75 @@ class Pool(Generic[JobT]):
         view = self.view
         view.queued -= 1
         view.backlog_gpu_s -= job.degree * job.hold_s
-        if view.queued and len(job.route.batch_s) > 1 and (mates := self._mates(job, until_s)):
+        if view.queued and len(job.route.batch_s) > 1 and (mates := self._take_mates(job, until_s)):
             view.queued -= len(mates)
             view.backlog_gpu_s -= job.degree * job.hold_s * len(mates)
             self._start(job, node, (job, *mates))
         else:
             self._start(job, node)
 
-    def _mates(self, head: JobT, until_s: float) -> list[JobT]:
+    def _take_mates(self, head: JobT, until_s: float) -> list[JobT]:
         """Take the jobs that join the head out of the queue, the first of its route and base model."""
         room_s = until_s - self.env.now - head.load_s
         most = sum(hold_s <= room_s for hold_s in head.route.batch_s[1:])
+        mates: list[JobT] = []
         if self._by_deadline:
-            return self._mates_by_deadline(head, most)
+            heap, passed = self._heap, []
+            while heap and len(mates) < most:
+                entry = rank, job = heappop(heap)
+                if job.route is head.route and job.model_key == head.model_key:
+                    mates.append(job)
+                    self._due.leave(rank)
+                else:
+                    passed.append(entry)
+            for entry in passed:
+                heappush(heap, entry)
+            return mates
         found: list[int] = []
         for index, job in enumerate(self._queue):
             if len(found) >= most:
                 break
             if job.route is head.route and job.model_key == head.model_key:
                 found.append(index)
-        mates = [self._queue[index] for index in found]
+        mates += [self._queue[index] for index in found]
         for index in reversed(found):
             del self._queue[index]
         return mates
 
-    def _mates_by_deadline(self, head: JobT, most: int) -> list[JobT]:
-        heap, passed = self._heap, []
-        mates: list[JobT] = []
-        while heap and len(mates) < most:
-            entry = rank, job = heappop(heap)
-            if job.route is head.route and job.model_key == head.model_key:
-                mates.append(job)
-                self._due.leave(rank)
-            else:
-                passed.append(entry)
-        for entry in passed:
-            heappush(heap, entry)
-        return mates
+    def _begin_life(self, node: int, preemption: Preemption) -> None:
+        """Let a node serve until it is preempted."""
 
-    def _live(self, node: int, preemption: Preemption) -> None:
-        """Begin a node's life: it ends when it is taken away."""
+        def preempt(_: simpy.Event) -> None:
+            self._preempt(node, preemption)
 
-        def take_away(_: simpy.Event) -> None:
-            self._take_away(node, preemption)
+        Timeout(self.env, preemption.up_s(node)).callbacks.append(preempt)
 
-        Timeout(self.env, preemption.up_s(node)).callbacks.append(take_away)
-
-    def _take_away(self, node: int, preemption: Preemption) -> None:
+    def _preempt(self, node: int, preemption: Preemption) -> None:
+        """Take a node away: its jobs go back into the queue, and another node comes in its place."""
         self._away[node] = self.env.now + preemption.replacement_s
         self._move(node, -self._free[node])
         self._resident[node].clear()
         lost = [job for stop in self._running[node].values() for job in self._lose(stop)]
         self._running[node].clear()
         for job in sorted(lost, key=lambda job: (job.cloud_ready_s, job.number), reverse=True):
-            self._return(job)
+            self.view.queued += 1
+            self.view.backlog_gpu_s += job.degree * job.hold_s
+            if self._by_deadline:
+                self._push(job, -next(self._order))  # before those of its own priority and deadline
+            else:
+                self._queue.appendleft(job)
 
         def replace(_: simpy.Event) -> None:
             del self._away[node]
             self._move(node, self.gpus_per_node)
-            self._live(node, preemption)
+            self._begin_life(node, preemption)
             self._dispatch()
 
         Timeout(self.env, preemption.replacement_s).callbacks.append(replace)
         self._dispatch()
 
     def _lose(self, stop: Timeout) -> Sequence[JobT]:
-        """Break off a gang whose node is gone, and call off its stop: the jobs that it ran."""
+        """Break off a gang whose node is gone and call off its stop; the jobs that it ran."""
         stop.callbacks.clear()
         head: JobT = stop.value  # type: ignore[assignment]
         view = self.view
@@ -356,15 +352,6 @@ class Pool(Generic[JobT]):
             if self._resident_models is not None:
                 job.load_s = job.drawn_load_s
         return gang
-
-    def _return(self, job: JobT) -> None:
-        """Put a job at the head of the queue, or before those of its own deadline."""
-        self.view.queued += 1
-        self.view.backlog_gpu_s += job.degree * job.hold_s
-        if self._by_deadline:
-            self._push(job, -next(self._order))
-        else:
-            self._queue.appendleft(job)
 
     def _dispatch_fifo(self) -> None:
         queue = self._queue
@@ -400,6 +387,7 @@ class Pool(Generic[JobT]):
         return next((n for n, when in reserved.items() if self._free[n] >= job.degree and stop <= when), -1)
 
     def _reserve(self, job: JobT, reserved: dict[int, float]) -> None:
+        """Reserve the node on which the job could start soonest, the first of equals."""
         open_nodes = [node for node in range(self._nodes) if node not in reserved]
         when, node = min((self._free_at(node, job.degree), node) for node in open_nodes)
         reserved[node] = when
@@ -417,8 +405,8 @@ class Pool(Generic[JobT]):
         return when
 
 
-class EdgeFleet:
-    """Edge devices of one kind. Owned: each request has its own user's device. Shared: the first free device serves."""
+class EdgeDevices:
+    """The devices of one edge fleet. Owned: a request runs on its own user's device. Shared: on the first free one."""
 
     def __init__(self, replicas: int, *, shared: bool) -> None:
         self.replicas = replicas

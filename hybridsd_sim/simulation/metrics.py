@@ -1,16 +1,11 @@
-"""Tables from records: percentiles with intervals, goodput, utilisation, dollars and joules per image.
+"""Figures of a run from its records, with 95% intervals: tables by request class and by pool, series over time.
 
-Figures are over the requests that arrived in `[warmup_s, horizon_s)`. Intervals are at 95%, from cells of time (see
-`estimates`): whole replications from five on; below, ten equal batches of each replication, or twenty of a single one.
-What cannot be estimated is NaN, never 0.
-
-Figures with 95% intervals from runs whose requests depend on each other, and areas under step functions of time.
-
-Requests that follow each other share a queue, so intervals come from cells of time and not from requests. The
-half-width is Student's t times the standard error of a ratio of sums over the cells (Cochran, Sampling Techniques, 3rd
-ed., section 6.3). For cells of equal size that is the classical method of batch means, or of independent replications
-(Law, Simulation Modeling and Analysis, 5th ed., section 9.5); where cells are unequal, as on a day with peaks, it stays
-right. What cannot be estimated is NaN, never 0.
+Figures are over the requests that arrived in `[warmup_s, horizon_s)`. Requests that follow each other share a queue, so
+intervals come from cells of time and not from requests: whole replications from five on; below, ten equal batches of
+each replication, or twenty of a single one. The half-width is Student's t times the standard error of a ratio of sums
+over the cells (Cochran, Sampling Techniques, 3rd ed., section 6.3). For cells of equal size that is the classical
+method of batch means, or of independent replications (Law, Simulation Modeling and Analysis, 5th ed., section 9.5);
+where cells are unequal, as on a day with peaks, it stays right. What cannot be estimated is NaN, never 0.
 """
 
 from __future__ import annotations
@@ -18,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.scenario import ALL, Scenario
 from hybridsd_sim.simulation.records import IN_FLIGHT, SERVED, TOLERANCE_S, UNSERVED, Records, column
 
@@ -32,102 +27,7 @@ NAN = math.nan
 CONFIDENCE = 0.95
 """Level of every interval."""
 
-
-class Estimate(NamedTuple):
-    """A figure and its 95% interval; NaN where it cannot be estimated."""
-
-    value: float
-    low: float
-    high: float
-
-
-UNKNOWN = Estimate(NAN, NAN, NAN)
-
-
-def student(freedom: int) -> float:
-    """Student's t for the two-sided interval, by degrees of freedom."""
-    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
-
-
-def half_width(residual: np.ndarray, cells: int, total: float) -> float:
-    """Student's t times the standard error of a ratio of sums, from each cell's deviation; NaN below two cells."""
-    if cells < 2:
-        return NAN
-    return student(cells - 1) * math.sqrt(cells / (cells - 1) * float(residual @ residual)) / total
-
-
-def ratio(top: np.ndarray, bottom: np.ndarray, ceiling: float = math.inf) -> Estimate:
-    """Sum over sum, both given by cell, between 0 and a ceiling; cells with nothing below the line say nothing."""
-    total = float(bottom.sum())
-    if not total > 0:
-        return UNKNOWN
-    value = float(top.sum()) / total
-    half = half_width(top - value * bottom, int(np.count_nonzero(bottom)), total)
-    low, high = np.clip([value - half, value + half], 0.0, ceiling)  # unlike max and min, clip keeps NaN
-    return Estimate(value, float(low), float(high))
-
-
-def rate(count: np.ndarray, seconds: np.ndarray) -> Estimate:
-    """Counted per second; what never happened has a rate of 0 and no interval."""
-    found = ratio(count, seconds)
-    return found if count.any() else Estimate(found.value, NAN, NAN)
-
-
-def share(count: np.ndarray, total: np.ndarray) -> Estimate:
-    """A share of requests. None or all of n do not vary between cells; there the interval is the exact binomial one.
-
-    Clopper and Pearson, Biometrika 26 (1934): with 0 or n of n the far end leaves a tail of (1 - confidence) / 2.
-    """
-    found = ratio(count, total, 1.0)
-    reach = ((1 - CONFIDENCE) / 2) ** (1 / max(float(total.sum()), 1.0))
-    if found.value == 0.0:
-        return Estimate(0.0, 0.0, 1.0 - reach)
-    return Estimate(1.0, reach, 1.0) if found.value == 1.0 else found
-
-
-def quantile(ordered: np.ndarray, cell: np.ndarray, p: float) -> Estimate:
-    """A quantile of sorted values, each from a cell. An end of the interval that lies beyond the data is NaN.
-
-    Woodruff, J. Am. Stat. Assoc. 47 (1952): the interval of the share of values below the quantile, turned back into
-    values. The share is taken with and without the values equal to the quantile, and the wider interval counts.
-    """
-    if not len(ordered):
-        return UNKNOWN
-    value = value_at(ordered, p)
-    sizes = np.bincount(cell)
-    halves = []
-    for below in (int(np.searchsorted(ordered, value, side)) for side in ("left", "right")):
-        residual = np.bincount(cell[:below], minlength=len(sizes)) - below / len(ordered) * sizes
-        halves.append(half_width(residual, int(np.count_nonzero(sizes)), len(ordered)))
-    half = max(halves)
-    return Estimate(value, value_at(ordered, p - half), value_at(ordered, p + half))
-
-
-def value_at(ordered: np.ndarray, p: float) -> float:
-    """The value at a share p of sorted values, between neighbours by a straight line; NaN outside [0, 1]."""
-    if not 0.0 <= p <= 1.0:
-        return NAN
-    position = p * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return float(ordered[below] + (position - below) * (ordered[above] - ordered[below]))
-
-
-def area(begin_s: np.ndarray, end_s: np.ndarray, weight: np.ndarray, edges_s: np.ndarray) -> np.ndarray:
-    """Weight times time of the spans `[begin, end)` between each two edges; NaN: never begun, or not yet ended."""
-    begun = ~np.isnan(begin_s)
-    ended = begun & ~np.isnan(end_s)
-    return np.diff(_ramp(begin_s[begun], weight[begun], edges_s) - _ramp(end_s[ended], weight[ended], edges_s))
-
-
-def _ramp(times_s: np.ndarray, weight: np.ndarray, edges_s: np.ndarray) -> np.ndarray:
-    """Sum of weight times the seconds that each time lies before an edge, for every edge; one pass and no sorting."""
-    size = len(edges_s)
-    first = np.searchsorted(edges_s, times_s)
-    weights = np.bincount(first, weight, size + 1)[:size].cumsum()
-    moments = np.bincount(first, weight * times_s, size + 1)[:size].cumsum()
-    return np.asarray(edges_s * weights - moments)
-
+UNKNOWN = Estimate.unknown("nothing was recorded to estimate it from")
 
 ENOUGH_REPLICATIONS = 5
 """From so many replications on, each is one observation; below, batches are."""
@@ -163,10 +63,9 @@ COUNTS = ("requests", "served", "unserved", "in_flight")
 POOL_UNITS: dict[str, str] = {"utilisation": "share of GPU time", "queue_wait_mean_s": "s", "queue_wait_p95_s": "s"}
 """Figures of `pool_table`, with units."""
 
+# What each figure is made of: a rate is a sum over seconds, a share and a mean are one sum over another.
 _RATES = {"offered_per_s": "requests", "served_per_s": "served", "goodput_per_s": "in_time"}
-
 _SHARES = {"unserved_share": ("unserved", "requests"), "slo_attainment": ("in_time", "judged")}
-
 _MEANS = {
     "latency_mean_s": ("latency_s", "served"),
     "wait_mean_s": ("wait_s", "served"),
@@ -176,23 +75,130 @@ _MEANS = {
     "edge_energy_j_per_image": ("edge_energy_j", "images"),
     "bytes_down_per_image": ("bytes_down", "images"),
 }
-
 _QUANTILES = {"latency_p50_s": 0.50, "latency_p95_s": 0.95, "latency_p99_s": 0.99}
-
-
 _SPENT = ("quality", "gpu_seconds", "usd", "edge_energy_j", "bytes_down")
-
 _SUMS = (*COUNTS, "in_time", "judged", "latency_s", "wait_s", *_SPENT)
+
+
+def student(freedom: int) -> float:
+    """The quantile of Student's t for a two-sided interval at `CONFIDENCE`, by degrees of freedom."""
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+
+
+def half_width(residual: np.ndarray, cells: int, total: float) -> float:
+    """Half of the interval of a ratio of sums, from each cell's deviation and the sum below; NaN below two cells."""
+    if cells < 2:
+        return NAN
+    return student(cells - 1) * math.sqrt(cells / (cells - 1) * float(residual @ residual)) / total
+
+
+def ratio(top: np.ndarray, bottom: np.ndarray, ceiling: float = math.inf) -> Estimate:
+    """The ratio of two sums, both given by cell, its interval within 0 and a ceiling.
+
+    Cells whose `bottom` is 0 are no observations; unknown where all are.
+    """
+    total = float(bottom.sum())
+    if not total > 0:
+        return UNKNOWN
+    value = float(top.sum()) / total
+    half = half_width(top - value * bottom, int(np.count_nonzero(bottom)), total)
+    low, high = np.clip([value - half, value + half], 0.0, ceiling)  # unlike max and min, clip keeps NaN
+    return Estimate(value, float(low), float(high))
+
+
+def rate(count: np.ndarray, seconds: np.ndarray) -> Estimate:
+    """Events per second, from counts and lengths of the cells; what never happened has a rate of 0 and no interval."""
+    found = ratio(count, seconds)
+    return found if count.any() else Estimate(found.value, NAN, NAN)
+
+
+def share(count: np.ndarray, total: np.ndarray) -> Estimate:
+    """A share of requests. None or all of n do not vary between cells; there the interval is the exact binomial one.
+
+    Clopper and Pearson, Biometrika 26 (1934): with 0 or n of n the far end leaves a tail of (1 - confidence) / 2.
+    """
+    found = ratio(count, total, 1.0)
+    # The closed form of scipy.stats.binomtest(...).proportion_ci at both ends; scipy.stats takes a second to import.
+    reach = ((1 - CONFIDENCE) / 2) ** (1 / max(float(total.sum()), 1.0))
+    if found.value == 0.0:
+        return Estimate(0.0, 0.0, 1.0 - reach)
+    return Estimate(1.0, reach, 1.0) if found.value == 1.0 else found
+
+
+def quantile(ordered: np.ndarray, cell: np.ndarray, p: float) -> Estimate:
+    """A quantile of sorted values, each from a cell. An end of the interval that lies beyond the data is NaN.
+
+    Woodruff, J. Am. Stat. Assoc. 47 (1952): the interval of the share of values below the quantile, turned back into
+    values. The share is taken with and without the values equal to the quantile, and the wider interval counts.
+    """
+    if not len(ordered):
+        return UNKNOWN
+    value = value_at(ordered, p)
+    sizes = np.bincount(cell)
+    halves = []
+    for below in (int(np.searchsorted(ordered, value, side)) for side in ("left", "right")):
+        residual = np.bincount(cell[:below], minlength=len(sizes)) - below / len(ordered) * sizes
+        halves.append(half_width(residual, int(np.count_nonzero(sizes)), len(ordered)))
+    half = max(halves)
+    return Estimate(value, value_at(ordered, p - half), value_at(ordered, p + half))
+
+
+def value_at(ordered: np.ndarray, p: float) -> float:
+    """The quantile p of sorted values, at least one, by linear interpolation; NaN for p outside [0, 1]."""
+    if not 0.0 <= p <= 1.0:
+        return NAN
+    position = p * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return float(ordered[below] + (position - below) * (ordered[above] - ordered[below]))
+
+
+def quantile_of(values: np.ndarray, p: float) -> float:
+    """The quantile p of values in any order, rounded to nanoseconds, without sorting them all; NaN of none.
+
+    The values change places.
+    """
+    if not len(values):
+        return NAN
+    below = int(p * (len(values) - 1))
+    places = [below, min(below + 1, len(values) - 1)]
+    values.partition(places)
+    values[places] = np.round(values[places], 9)
+    return value_at(values, p)
+
+
+def area(begin_s: np.ndarray, end_s: np.ndarray, weight: np.ndarray, edges_s: np.ndarray) -> np.ndarray:
+    """Weight times seconds that the spans `[begin, end)` have between each two edges, of shape (edges - 1,).
+
+    A begin that is NaN never came; an end that is NaN has not come yet.
+    """
+    begun = ~np.isnan(begin_s)
+    ended = begun & ~np.isnan(end_s)
+    return np.diff(_ramp(begin_s[begun], weight[begun], edges_s) - _ramp(end_s[ended], weight[ended], edges_s))
+
+
+def _ramp(times_s: np.ndarray, weight: np.ndarray, edges_s: np.ndarray) -> np.ndarray:
+    """Sum of weight times the seconds that each time lies before an edge, for every edge; one pass and no sorting."""
+    size = len(edges_s)
+    first = np.searchsorted(edges_s, times_s)
+    weights = np.bincount(first, weight, size + 1)[:size].cumsum()
+    moments = np.bincount(first, weight * times_s, size + 1)[:size].cumsum()
+    return np.asarray(edges_s * weights - moments)
 
 
 @dataclass(frozen=True, slots=True)
 class _Cells:
-    """Equal cuts of the measured time of every replication, numbered through."""
+    """Equal cuts of the measured time of every replication, `each` of one, numbered through: the observations."""
 
     begin_s: float
     end_s: float
     replications: int
     each: int
+
+    @classmethod
+    def of(cls, scenario: Scenario, replications: int) -> _Cells:
+        each = 1 if replications >= ENOUGH_REPLICATIONS else 20 if replications == 1 else 10
+        return cls(scenario.warmup_s, scenario.horizon_s, replications, each)
 
     @property
     def edges_s(self) -> np.ndarray:
@@ -206,15 +212,10 @@ class _Cells:
     def measured(self, arrival_s: np.ndarray) -> np.ndarray:
         return (arrival_s >= self.begin_s) & (arrival_s < self.end_s)
 
-    def of(self, arrival_s: np.ndarray) -> np.ndarray:
-        """Cell of each arrival inside its replication."""
+    def cell(self, arrival_s: np.ndarray) -> np.ndarray:
+        """The cell of each arrival within its replication."""
         passed = (arrival_s - self.begin_s) / (self.end_s - self.begin_s)
         return np.minimum((passed * self.each).astype(np.int64), self.each - 1)
-
-
-def _cells(scenario: Scenario, replications: int) -> _Cells:
-    each = 1 if replications >= ENOUGH_REPLICATIONS else 20 if replications == 1 else 10
-    return _Cells(scenario.warmup_s, scenario.horizon_s, replications, each)
 
 
 def summarise(
@@ -233,8 +234,8 @@ def summarise(
     and stands in "all" alone. One served request whose quality, dollars or joules nobody knows makes that figure
     unknown. `replicas` does not change any of this; `pool_table` is by pool.
     """
-    cells = _cells(scenario, len(replications))
-    tally = _tally(scenario, replications, cells)
+    cells = _Cells.of(scenario, len(replications))
+    tally = _Tally.of(scenario, replications, cells)
     names = [*scenario.requests, ALL]
     rows = [tally.figures(index, cells) for index in range(len(names))]
     rows[-1] |= _rent(usd_per_hour, tally.sums["images"].sum(axis=0), cells)
@@ -249,7 +250,8 @@ def summarise(
 
 def _frame(rows: Sequence[Mapping[str, Estimate]], units: Mapping[str, str], index: pd.MultiIndex) -> pd.DataFrame:
     columns = [f"{name}{end}" for name in units for end in ENDS]
-    values = [[number for name in units for number in row.get(name, UNKNOWN)] for row in rows]
+    figures = [[row.get(name, UNKNOWN) for name in units] for row in rows]
+    values = [[number for each in row for number in (each.value, each.low, each.high)] for row in figures]
     frame = pd.DataFrame(values, index=index, columns=columns, dtype=np.float64)
     frame.attrs["units"] = {f"{name}{end}": unit for name, unit in units.items() for end in ENDS}
     return frame
@@ -264,6 +266,28 @@ class _Tally:
     class_index: np.ndarray
     cell: np.ndarray
 
+    @classmethod
+    def of(cls, scenario: Scenario, replications: Sequence[Records], cells: _Cells) -> _Tally:
+        images = np.array([spec.num_images for spec in scenario.requests.values()], dtype=np.float64)
+        shape = (len(images), len(replications), cells.each)
+        sums = {name: np.zeros(shape) for name in _SUMS}
+        parts = [(np.empty(0), np.empty(0, np.int32), np.empty(0, np.int32))]
+        for number, records in enumerate(replications):
+            for rows in _blocks(records, cells):
+                weights = _weights(rows, cells.end_s)
+                cell, kind = cells.cell(column(rows, "arrival_s")), column(rows, "class_index").astype(np.int64)
+                for name, weight in weights.items():
+                    counted = np.bincount(kind * cells.each + cell, weight, len(images) * cells.each)
+                    sums[name][:, number] += counted.reshape(len(images), cells.each)
+                served = weights["served"]
+                small = (kind[served].astype(np.int32), (cell[served] + number * cells.each).astype(np.int32))
+                parts.append((weights["latency_s"][served], *small))
+        flat = {name: each.reshape(len(images), -1) for name, each in sums.items()}
+        latency_s, kind, cell = (np.concatenate(part) for part in zip(*parts, strict=True))
+        order = np.argsort(latency_s)
+        per_image = {"images": flat["served"] * images[:, np.newaxis]}
+        return cls(flat | per_image, latency_s[order], kind[order], cell[order])
+
     def figures(self, index: int, cells: _Cells) -> dict[str, Estimate]:
         """Every figure of one class, or of all where `index` is the number of classes; the rent apart."""
         everyone = index == len(self.sums["requests"])
@@ -275,28 +299,6 @@ class _Tally:
         found |= {name: ratio(sums[top], sums[bottom]) for name, (top, bottom) in _MEANS.items()}
         found |= {name: quantile(ordered, where, p) for name, p in _QUANTILES.items()}
         return found
-
-
-def _tally(scenario: Scenario, replications: Sequence[Records], cells: _Cells) -> _Tally:
-    images = np.array([spec.num_images for spec in scenario.requests.values()], dtype=np.float64)
-    shape = (len(images), len(replications), cells.each)
-    sums = {name: np.zeros(shape) for name in _SUMS}
-    parts = [(np.empty(0), np.empty(0, np.int32), np.empty(0, np.int32))]
-    for number, records in enumerate(replications):
-        for rows in _blocks(records, cells):
-            weights = _weights(rows, cells.end_s)
-            cell, kind = cells.of(column(rows, "arrival_s")), column(rows, "class_index").astype(np.int64)
-            for name, weight in weights.items():
-                counted = np.bincount(kind * cells.each + cell, weight, len(images) * cells.each)
-                sums[name][:, number] += counted.reshape(len(images), cells.each)
-            served = weights["served"]
-            small = (kind[served].astype(np.int32), (cell[served] + number * cells.each).astype(np.int32))
-            parts.append((weights["latency_s"][served], *small))
-    flat = {name: each.reshape(len(images), -1) for name, each in sums.items()}
-    latency_s, kind, cell = (np.concatenate(part) for part in zip(*parts, strict=True))
-    order = np.argsort(latency_s)
-    per_image = {"images": flat["served"] * images[:, np.newaxis]}
-    return _Tally(flat | per_image, latency_s[order], kind[order], cell[order])
 
 
 def _blocks(records: Records, cells: _Cells) -> Iterator[np.ndarray]:
@@ -337,12 +339,11 @@ def _rent(usd_per_hour: float | None, images: np.ndarray, cells: _Cells) -> dict
     if usd_per_hour is None:
         return {}
     served = rate(images, cells.seconds)
-    images_per_s = (served.value, served.high, served.low)
-    per_image = (usd_per_hour / 3600 / images if images > 0 else NAN for images in images_per_s)
-    return {
-        "rent_usd_per_hour": Estimate(usd_per_hour, usd_per_hour, usd_per_hour),
-        "rent_usd_per_image": Estimate(*per_image),
-    }
+    value, low, high = (
+        usd_per_hour / 3600 / images_per_s if images_per_s > 0 else NAN
+        for images_per_s in (served.value, served.high, served.low)
+    )
+    return {"rent_usd_per_hour": Estimate.exact(usd_per_hour), "rent_usd_per_image": Estimate(value, low, high)}
 
 
 def pool_table(
@@ -354,20 +355,21 @@ def pool_table(
     over the measured time, whoever held the GPUs, also in runs that were lost with their node; NaN for a pool without
     any.
     """
-    cells = _cells(scenario, len(replications))
+    cells = _Cells.of(scenario, len(replications))
     gpus = [replicas.get(name, 0) * pool.gpus_per_node for name, pool in scenario.pools.items()]
     rows, jobs = [], []
     for index, count in enumerate(gpus):
-        waits = list(_queue_waits(replications, index, cells))
-        wait_s, cell = np.concatenate([wait for wait, _ in waits]), np.concatenate([cell for _, cell in waits])
-        busy = np.concatenate(
-            [
-                _busy_gpu_s(records.rows(), index, cells.edges_s) + _lost_gpu_s(records.rows(), index, cells.edges_s)
-                for records in replications
-            ]
-        )
+        waits, busy = [], []
+        for number, records in enumerate(replications):
+            table = records.rows()
+            arrival_s, start_s = column(table, "arrival_s"), column(table, "cloud_start_s")
+            mine = (column(table, "pool_index") == index) & cells.measured(arrival_s) & ~np.isnan(start_s)
+            waited_s = start_s[mine] - column(table, "cloud_ready_s")[mine]
+            waits.append((waited_s, cells.cell(arrival_s[mine]) + number * cells.each))
+            busy.append(_busy_gpu_s(table, index, cells.edges_s) + _lost_gpu_s(table, index, cells.edges_s))
+        wait_s, cell = (np.concatenate(each) for each in zip(*waits, strict=True))
         order = np.argsort(wait_s)
-        found = {"utilisation": ratio(busy, count * cells.seconds, 1.0)}
+        found = {"utilisation": ratio(np.concatenate(busy), count * cells.seconds, 1.0)}
         found["queue_wait_mean_s"] = ratio(np.bincount(cell, wait_s), np.bincount(cell))
         found["queue_wait_p95_s"] = quantile(wait_s[order], cell[order], 0.95)
         rows.append(found)
@@ -380,15 +382,6 @@ def pool_table(
     return frame
 
 
-def _queue_waits(replications: Sequence[Records], index: int, cells: _Cells) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Seconds that the measured jobs of a pool waited for their GPUs, with the cell of each."""
-    for number, records in enumerate(replications):
-        rows = records.rows()
-        arrival_s, start_s = column(rows, "arrival_s"), column(rows, "cloud_start_s")
-        mine = (column(rows, "pool_index") == index) & cells.measured(arrival_s) & ~np.isnan(start_s)
-        yield start_s[mine] - column(rows, "cloud_ready_s")[mine], cells.of(arrival_s[mine]) + number * cells.each
-
-
 def _busy_gpu_s(rows: np.ndarray, index: int, edges_s: np.ndarray) -> np.ndarray:
     """GPU-seconds that a pool was busy between each two edges, with what was not lost."""
     mine = column(rows, "pool_index") == index
@@ -397,7 +390,7 @@ def _busy_gpu_s(rows: np.ndarray, index: int, edges_s: np.ndarray) -> np.ndarray
 
 
 def _lost_gpu_s(rows: np.ndarray, index: int, edges_s: np.ndarray) -> np.ndarray:
-    """GPU-seconds that went with nodes taken away. Each counts where its request was started again, or at the end."""
+    """GPU-seconds lost with preempted nodes. Each counts where its request was started again, or at the end."""
     lost = rows[(column(rows, "pool_index") == index) & (column(rows, "restarts") > 0)]
     start_s = column(lost, "cloud_start_s")
     again_s = np.where(np.isnan(start_s), edges_s[-1], start_s)

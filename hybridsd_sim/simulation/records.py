@@ -1,8 +1,8 @@
-"""What happened, a row per request; the laws every run obeys; saving and loading with provenance.
+"""The records of a run, a row per request, and the laws that every run obeys.
 
 A `Records` holds one replication as one table of doubles, `COLUMNS` wide: twenty-odd machine words a request and
-nothing else, so that a million requests take about 230 MB. A `Book` fills it while a run is on; booking a request is
-one call. Names (classes, plans, pools) are kept beside it as tables that the integer columns index. NaN means "does not
+nothing else, so that a million requests take about 230 MB. A `RunRecorder` fills it while a run is on, with one call a
+request. Names (classes, plans, pools) are kept beside it as tables that the integer columns index. NaN means "does not
 apply": a cloud-only request has no edge times.
 """
 
@@ -54,8 +54,23 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 )
 """Column names with their meaning; seconds count from the start of the run."""
 
-WHOLE = frozenset({"request", "degree", "node", "device", "batch_size", "restarts"})
+INTEGER_COLUMNS = frozenset({"request", "degree", "node", "device", "batch_size", "restarts"})
 """Columns of whole numbers."""
+
+RAW_COLUMNS = (
+    "request", "class_index", "plan_index", "status", "reason", "arrival_s", "cloud_ready_s", "cloud_start_s",
+    "cloud_stop_s", "edge_ready_s", "edge_start_s", "edge_stop_s", "finish_s", "deadline_s", "model_load_s",
+    "transfer_s", "node", "device",
+)  # fmt: skip
+"""The columns that a run must say of each request; the others follow from the plan."""
+
+TIME_COLUMNS = tuple(
+    name for name in RAW_COLUMNS if name.endswith("_s") and name not in {"deadline_s", "model_load_s", "transfer_s"}
+)
+"""Those of them that are moments; what lies beyond the horizon is NaN there."""
+
+FLUSH_ROWS = 16384
+"""Rows that a recorder collects before it writes them into the table."""
 
 WIDTH = len(COLUMNS)
 
@@ -123,7 +138,7 @@ def to_frame(records: Records, policy: str) -> pd.DataFrame:
             new, known = names[name]
             data[new] = _labelled(values, known)
         else:
-            data[name] = values.astype(np.int64) if name in WHOLE else values
+            data[name] = values.astype(np.int64) if name in INTEGER_COLUMNS else values
     return pd.DataFrame(data)
 
 
@@ -134,18 +149,6 @@ def _labelled(codes: np.ndarray, names: Sequence[str]) -> pd.Categorical:
     unique = list(dict.fromkeys(names))
     place = np.array([*(unique.index(name) for name in names), -1], dtype=np.int32)  # code -1 stays -1
     return pd.Categorical.from_codes(place[codes.astype(np.int64)], categories=pd.Index(unique, dtype="object"))
-
-
-RAW = (
-    "request", "class_index", "plan_index", "status", "reason", "arrival_s", "cloud_ready_s", "cloud_start_s",
-    "cloud_stop_s", "edge_ready_s", "edge_start_s", "edge_stop_s", "finish_s", "deadline_s", "model_load_s",
-    "transfer_s", "node", "device",
-)  # fmt: skip
-"""The columns that a run must say of each request; the others follow from the plan."""
-
-TIMES = tuple(name for name in RAW if name.endswith("_s") and name not in {"deadline_s", "model_load_s", "transfer_s"})
-
-FLUSH_ROWS = 16384
 
 
 class PlanFacts(NamedTuple):
@@ -164,24 +167,27 @@ class PlanFacts(NamedTuple):
     """GPU-seconds that each of 1, 2, ... requests denoised together bears."""
 
 
-class Marks(NamedTuple):
-    """What few requests have to say of their gang: how many shared it, how often it was lost, and what went with it."""
+class GangHistory(NamedTuple):
+    """What happened to a request's gang out of the ordinary: the columns of these names."""
 
     batch_size: int = 1
     restarts: int = 0
     lost_gpu_s: float = 0.0
 
 
-class Book:
-    """Fills `Records` while a run is on: raw rows in a flat list, spread out into the table block by block."""
+class RunRecorder:
+    """Fills `Records` while a run is on: raw rows in a flat list, spread out into the table block by block.
+
+    `expected` is the number of requests to reserve memory for.
+    """
 
     def __init__(self, records: Records, horizon_s: float, sink: Sink | None = None, *, expected: int = 0) -> None:
         self._records, self._horizon_s, self._sink = records, horizon_s, sink
         self._expected = max(expected, FLUSH_ROWS)
         self._raw: list[float] = []
         self.write: Callable[[tuple[float, ...]], None] = self._raw.extend
-        """Books one request: its `RAW` columns."""
-        self._marks: list[tuple[int, Marks]] = []
+        """Record one request: its `RAW_COLUMNS`."""
+        self._histories: list[tuple[int, GangHistory]] = []
         self._plans: list[PlanFacts] = []
         self._count = self._used = 0
 
@@ -190,25 +196,25 @@ class Book:
         self._plans.append(facts)
         return len(self._plans) - 1
 
-    def write_marked(self, row: tuple[float, ...], marks: Marks) -> None:
-        """Book a request that shared its gang or lost it. Few do, so that `write` asks for no such columns."""
-        self._marks.append((len(self._raw) // len(RAW), marks))
+    def write_with_history(self, row: tuple[float, ...], history: GangHistory) -> None:
+        """RunRecorder a request that shared its gang or lost it. Few do, so that `write` asks for no such columns."""
+        self._histories.append((len(self._raw) // len(RAW_COLUMNS), history))
         self.write(row)
 
     def write_all(self, count: int, columns: Mapping[str, np.ndarray | float]) -> None:
-        """Books every request of a run at once: its `RAW` columns, by request in order of arrival or one for all."""
+        """Record every request of a run at once: each of `RAW_COLUMNS` as an array, or as one number for all."""
         self._records.table = self._spread(count, columns)
         self._count = self._used = count
 
     def flush_if_full(self) -> None:
-        """Spread out the rows booked so far once there are `FLUSH_ROWS`: call it now and then, not for every row."""
-        if len(self._raw) >= FLUSH_ROWS * len(RAW):
+        """Spread out the rows recorded so far once there are `FLUSH_ROWS`: call it now and then, not for every row."""
+        if len(self._raw) >= FLUSH_ROWS * len(RAW_COLUMNS):
             self._flush()
 
     def close(self) -> Records:
         """Spread out what is left and return the records, in order of arrival."""
         self._flush()
-        self._reach(self._count)  # a request booked twice leaves an empty row, which the laws refuse
+        self._reach(self._count)  # a request recorded twice leaves an empty row, which the laws refuse
         self._records.plans = tuple(facts.label for facts in self._plans)
         self._records.table = self._records.table[: self._count]
         return self._records
@@ -216,9 +222,9 @@ class Book:
     def _flush(self) -> None:
         if not self._raw:
             return
-        raw = np.array(self._raw, dtype=np.float64).reshape(-1, len(RAW))
+        raw = np.array(self._raw, dtype=np.float64).reshape(-1, len(RAW_COLUMNS))
         self._raw.clear()
-        rows = self._spread(len(raw), dict(zip(RAW, raw.T, strict=True)))
+        rows = self._spread(len(raw), dict(zip(RAW_COLUMNS, raw.T, strict=True)))
         if self._sink is not None:
             self._sink.write(rows)
         numbers = raw[:, 0].astype(np.int64)
@@ -227,7 +233,7 @@ class Book:
         self._records.table[numbers] = rows
 
     def _reach(self, needed: int) -> None:
-        """Make room for `needed` rows. Memory is reserved once for those expected, and only touched when it is used."""
+        """Have at least `needed` rows. Memory is reserved once for those expected, and only touched when it is used."""
         table, used = self._records.table, self._used
         if needed > len(table):
             grown = np.empty((max(needed, self._expected, len(table) * 3 // 2), WIDTH))
@@ -240,19 +246,19 @@ class Book:
 
     def _spread(self, count: int, columns: Mapping[str, np.ndarray | float]) -> np.ndarray:
         rows = np.empty((count, WIDTH), order="F")  # column by column, as it is filled
-        for name in RAW:
+        for name in RAW_COLUMNS:
             column(rows, name)[:] = columns[name]
         late = column(rows, "status") == IN_FLIGHT
-        for name in TIMES:
+        for name in TIME_COLUMNS:
             times = column(rows, name)
             times[late & (times > self._horizon_s)] = np.nan
         column(rows, "model_load_s")[np.isnan(column(rows, "cloud_start_s"))] = 0.0  # drawn, but nothing was loaded yet
-        for name, alone in Marks()._asdict().items():
+        for name, alone in GangHistory()._asdict().items():
             column(rows, name)[:] = alone
-        if self._marks:
-            positions, marks = zip(*self._marks, strict=True)
-            rows[np.ix_(positions, [INDEX[name] for name in Marks._fields])] = marks
-            self._marks.clear()
+        if self._histories:
+            positions, histories = zip(*self._histories, strict=True)
+            rows[np.ix_(positions, [INDEX[name] for name in GangHistory._fields])] = histories
+            self._histories.clear()
         self._add_plan_columns(rows)
         return rows
 
@@ -270,15 +276,10 @@ class Book:
         shared = column(rows, "batch_size") > 1
         if shared.any():
             # The plan's dollars are of a request alone; in a batch it bears its part of what the gang held.
-            rows[shared, INDEX["usd"]] -= (_saved_gpu_s(facts, which, column(rows, "batch_size")) * rate)[shared]
-
-
-def _saved_gpu_s(plans: Sequence[PlanFacts], which: np.ndarray, batch_size: np.ndarray) -> np.ndarray:
-    """GPU-seconds that each request bears less in its batch than it would alone, by its plan."""
-    widest = max(len(plan.batch_gpu_s) for plan in plans)
-    each = np.array([[*plan.batch_gpu_s, *[0.0] * (widest - len(plan.batch_gpu_s))] for plan in plans])
-    saved: np.ndarray = each[which, 0] - each[which, batch_size.astype(np.int64) - 1]
-    return saved
+            widest = max(len(plan.batch_gpu_s) for plan in facts)
+            each = np.array([[*plan.batch_gpu_s, *[0.0] * (widest - len(plan.batch_gpu_s))] for plan in facts])
+            saved_gpu_s = each[which, 0] - each[which, column(rows, "batch_size").astype(np.int64) - 1]
+            rows[shared, INDEX["usd"]] -= (saved_gpu_s * rate)[shared]
 
 
 def check_laws(records: Records, pool_gpus: Mapping[str, int], shared_replicas: Mapping[str, int]) -> None:
@@ -287,7 +288,10 @@ def check_laws(records: Records, pool_gpus: Mapping[str, int], shared_replicas: 
     `pool_gpus` are the GPUs of each pool; `shared_replicas` the device counts of the edge fleets.
     """
     rows = records.rows()
-    broken = [*_conservation(rows), *_causality(rows), *_sums(rows), *_batches(rows)]
+    # Sums block by block: a copy of all served rows would double the memory of a run.
+    blocks = (rows[first : first + FLUSH_ROWS] for first in range(0, len(rows), FLUSH_ROWS))
+    sums = dict.fromkeys(found for block in blocks for found in _wrong_sums(block))
+    broken = [*_conservation(rows), *_causality(rows), *sums, *_batches(rows)]
     for index, name in enumerate(records.pools):
         broken += _capacity(rows, "pool_index", index, "cloud", pool_gpus[name], f"pool {name}")
     for index, name in enumerate(records.fleets):
@@ -298,6 +302,7 @@ def check_laws(records: Records, pool_gpus: Mapping[str, int], shared_replicas: 
 
 
 def _conservation(rows: np.ndarray) -> list[str]:
+    """Every request ends exactly once: served, unserved with a reason, or in flight."""
     requests = column(rows, "request")
     if not np.array_equal(requests, np.arange(len(rows))):
         return [f"{len(rows)} records do not stand for requests 0 to {len(rows) - 1} once each"]
@@ -309,6 +314,7 @@ def _conservation(rows: np.ndarray) -> list[str]:
 
 
 def _causality(rows: np.ndarray) -> list[str]:
+    """Nothing starts before its inputs exist."""
     cloud, edge = (tuple(f"{side}_{point}_s" for point in ("ready", "start", "stop")) for side in ("cloud", "edge"))
     reached = np.full(len(rows), -np.inf)
     for name in ("arrival_s", *cloud, *edge, "finish_s"):
@@ -320,13 +326,8 @@ def _causality(rows: np.ndarray) -> list[str]:
     return []
 
 
-def _sums(rows: np.ndarray) -> list[str]:
-    # Block by block: a copy of all served rows would double the memory of a run.
-    blocks = (rows[first : first + FLUSH_ROWS] for first in range(0, len(rows), FLUSH_ROWS))
-    return list(dict.fromkeys(found for block in blocks for found in _wrong_sums(block)))
-
-
 def _wrong_sums(rows: np.ndarray) -> Iterator[str]:
+    """Seconds that do not sum to the latency, GPU-seconds charged that were not held."""
     served = rows[column(rows, "status") == SERVED]
     cloud = np.nan_to_num(column(served, "cloud_stop_s") - column(served, "cloud_ready_s"))
     edge = np.nan_to_num(column(served, "edge_stop_s") - column(served, "edge_ready_s"))
@@ -353,6 +354,7 @@ def _batches(rows: np.ndarray) -> list[str]:
 
 
 def _capacity(rows: np.ndarray, key: str, index: int, side: str, capacity: int, name: str) -> list[str]:
+    """At no time do more devices run than there are."""
     mine = (column(rows, key) == index) & ~np.isnan(column(rows, f"{side}_start_s"))
     if not mine.any():
         return []
@@ -360,7 +362,7 @@ def _capacity(rows: np.ndarray, key: str, index: int, side: str, capacity: int, 
     weight = column(rows, "degree")[mine] / column(rows, "batch_size")[mine] if side == "cloud" else np.ones(mine.sum())
     stopped_s, given_back = _cumulated(column(rows, f"{side}_stop_s")[mine], weight)
     started_s, taken = _cumulated(column(rows, f"{side}_start_s")[mine], weight)
-    # A device that is handed over at one instant is free before it is taken. Who has not stopped gives nothing back.
+    # A device that changes hands at one instant is free before it is taken. Who has not stopped gives nothing back.
     gone = np.searchsorted(stopped_s, started_s, side="right")
     peak = (taken - np.concatenate([[0.0], given_back])[gone]).max()
     return [f"{name} ran {peak:g} devices of {capacity}"] if peak > capacity + TOLERANCE_DEVICES else []

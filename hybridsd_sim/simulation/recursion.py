@@ -33,7 +33,7 @@ Heap = tuple[Floats, Ints, Ints]
 jobs it has the end, the number in the order of starts, and node and GPUs in one number."""
 
 NOTHING = 0
-"""Times another number it is a number like others; of a constant alone the compiler makes a version of its own."""
+"""Multiplied by a variable it is a variable; for a bare constant the compiler would make a version of its own."""
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
@@ -47,11 +47,12 @@ def compiled(function: FunctionT) -> FunctionT:
     return cast("FunctionT", done)
 
 
-class Queue(NamedTuple):
-    """Jobs that line up: who comes in which order, and where their starts are written.
+class JobArrays(NamedTuple):
+    """The jobs of one queue, an array for each of their figures, and the arrays that their starts are written into.
 
-    `turn` are positions in the other arrays, in order of readiness. `part` says which entry of `hold_s` and `degree` is
-    a job's own. `start_s` and `server` take its start and its node or device; those that never start keep theirs.
+    `turn` are positions in the other arrays, in order of readiness. `part` says which entry of `hold_s` (seconds) and
+    `degree` (GPUs) is a job's own. `start_s` and `server` take its start and its node or device; those that never start
+    keep what stands there.
     """
 
     turn: Ints
@@ -75,7 +76,7 @@ class Owners(NamedTuple):
     before: Ints
 
 
-def pool_queue(jobs: Queue, *, nodes: int, gpus_per_node: int, discipline: str, cold_start_s: float) -> None:
+def pool_queue(jobs: JobArrays, *, nodes: int, gpus_per_node: int, discipline: str, cold_start_s: float) -> None:
     """Start the jobs of a pool whose nodes serve from `cold_start_s` on; `discipline` is any but edf."""
     if nodes == 0 or not len(jobs.turn):
         return
@@ -90,7 +91,7 @@ def pool_queue(jobs: Queue, *, nodes: int, gpus_per_node: int, discipline: str, 
         reserving_queue(jobs, state, running, free_s, cold_start_s, int(discipline == "backfill"))
 
 
-def shared_devices(requests: Queue, replicas: int) -> None:
+def shared_devices(requests: JobArrays, replicas: int) -> None:
     """Start requests on the devices of an edge fleet that anybody may use."""
     one_gpu_queue(requests, _idle(min(replicas, len(requests.turn))), 1)
 
@@ -160,7 +161,7 @@ def _rise(free_s: Floats, key: Ints, which: Ints, hole: int) -> None:
 
 
 @compiled
-def one_gpu_queue(jobs: Queue, servers: Heap, by_device: int) -> None:
+def one_gpu_queue(jobs: JobArrays, servers: Heap, by_device: int) -> None:
     """Each job takes the server that has been free longest.
 
     Servers freed together are taken in the order of their last starts, or by number.
@@ -231,7 +232,7 @@ def _release(state: Nodes, heap: Heap, size: int) -> int:
 
 
 @compiled
-def node_queue(jobs: Queue, state: Nodes, heap: Heap, open_s: float) -> None:
+def node_queue(jobs: JobArrays, state: Nodes, heap: Heap, open_s: float) -> None:
     """Gangs in strict order: the head waits for its GPUs and everybody behind it waits too."""
     size, now = NOTHING * len(jobs.turn), open_s
     for place in range(len(jobs.turn)):
@@ -253,7 +254,7 @@ def node_queue(jobs: Queue, state: Nodes, heap: Heap, open_s: float) -> None:
 
 
 @compiled
-def reserving_queue(jobs: Queue, state: Nodes, heap: Heap, free_s: Floats, open_s: float, backfill: int) -> None:
+def reserving_queue(jobs: JobArrays, state: Nodes, heap: Heap, free_s: Floats, open_s: float, backfill: int) -> None:
     """Gangs where a head that does not fit reserves the node it can have soonest.
 
     Those behind it use the other nodes, and with `backfill` also a reserved one that they leave in time. `free_s` is
@@ -352,7 +353,7 @@ def owned_devices(ready_s: Floats, part: Ints, edge_s: Floats, owners: Owners) -
     requests of the others are put in the order in which they are ready, ties in order of arrival.
     """
     start_s, settled = ready_s.copy(), np.zeros(len(owners.first), np.bool_)
-    line_s, line = np.empty(len(ready_s)), np.empty(len(ready_s), np.int64)
+    queue_s, queue = np.empty(len(ready_s)), np.empty(len(ready_s), np.int64)
     for request in range(len(ready_s)):
         earlier, owner = owners.before[request], owners.owner[request]
         if earlier < 0 or ready_s[request] == np.inf or settled[owner]:
@@ -363,13 +364,13 @@ def owned_devices(ready_s: Floats, part: Ints, edge_s: Floats, owners: Owners) -
         begin, free_s = owners.first[owner], 0.0
         count = owners.first[owner + 1] - begin
         for size in range(count):
-            line[size] = owners.asks[begin + size]
-            line_s[size] = ready_s[line[size]]
-            _rise(line_s, line, line, size)
+            queue[size] = owners.asks[begin + size]
+            queue_s[size] = ready_s[queue[size]]
+            _rise(queue_s, queue, queue, size)
         for size in range(count - 1, -1, -1):
-            mine = line[0]
+            mine = queue[0]
             start_s[mine] = max(ready_s[mine], free_s)
             free_s = start_s[mine] + edge_s[part[mine]]
-            line_s[0], line[0] = line_s[size], line[size]
-            _sink(line_s, line, line, size)
+            queue_s[0], queue[0] = queue_s[size], queue[size]
+            _sink(queue_s, queue, queue, size)
     return start_s

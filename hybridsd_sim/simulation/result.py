@@ -1,23 +1,24 @@
-"""What a simulation gives back: its records, and the summary and verdict that are made of them when asked for.
+"""What a simulation gives back: `SimResult`, its records with the summary and verdict made of them when asked for.
 
-What to think of a run before reading its numbers: feasible, stable, converged, in domain, each with its reason.
+A `Verdict` says what to think of a run before reading its numbers: feasible, stable, converged, in domain, each yes or
+no with its reason.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hybridsd_sim.plan import Promises
+from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.pricing import Candidate, pool_usd_per_gpu_hour
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import ALL, Scenario
-from hybridsd_sim.simulation.metrics import Estimate, area, student, summarise
+from hybridsd_sim.simulation.metrics import area, student, summarise
 from hybridsd_sim.simulation.records import UNSERVED, PlanFacts, Records, column, to_frame
 
 if TYPE_CHECKING:
@@ -32,6 +33,78 @@ GROWTH_SHARE = 0.01
 
 CELLS_PER_THIRD = 5
 """Observations of the queue in each third of each replication."""
+
+
+@dataclass(frozen=True, eq=False)
+class SimResult:
+    """One policy on one scenario, over all replications: records, summary and verdict, and what made them.
+
+    `used` are the candidates that served at least one request, by request class and plan label. `usd_per_hour` is the
+    rent of the nodes, None when a price is unknown. `timeouts` counts the events of requests, lost nodes apart.
+    """
+
+    scenario: Scenario
+    policy: str
+    seed: int
+    replicas: Mapping[str, int]
+    replications: tuple[Records, ...]
+    used: Mapping[tuple[str, str], Candidate]
+    usd_per_hour: float | None
+    timeouts: int
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """A row per request of every replication, made when asked for."""
+        import pandas as pd
+
+        return pd.concat([to_frame(records, self.policy) for records in self.replications], ignore_index=True)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row per request class and one for all, every figure with its 95% interval."""
+        return summarise(self.scenario, self.policy, self.replications, self.replicas, self.usd_per_hour)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Feasible, stable, converged, in domain: each yes or no with its reason."""
+        outside = {": ".join(key): option.cost.outside for key, option in self.used.items() if option.cost.outside}
+        return verdict_of(self.scenario, self.summary, self.replications, outside)
+
+
+def plan_facts(scenario: Scenario, profiles: Profiles, candidate: Candidate) -> PlanFacts:
+    """What a plan says of every request that it serves, as a run records it; NaN for what nobody knows."""
+    cost, rate = candidate.cost, None
+    if candidate.pool_index >= 0:
+        rate = pool_usd_per_gpu_hour(scenario, profiles, list(scenario.pools)[candidate.pool_index])
+    return PlanFacts(
+        label=candidate.plan.label,
+        degree=candidate.degree,
+        pool_index=candidate.pool_index,
+        fleet_index=candidate.fleet_index,
+        usd=math.nan if cost.usd is None else cost.usd,
+        usd_per_gpu_s=0.0 if rate is None else rate / 3600,
+        edge_energy_j=math.nan if cost.edge_energy_j is None else cost.edge_energy_j,
+        bytes_down=cost.bytes_down,
+        quality=math.nan if candidate.quality is None else candidate.quality,
+        batch_gpu_s=tuple(candidate.degree * s / size for size, s in enumerate(candidate.batch_s, 1)),
+    )
+
+
+def joined(first: SimResult, second: SimResult) -> SimResult:
+    """One result of two runs of the same scenario whose replications adjoin, those of `first` before those of `second`.
+
+    It is what one run of all of them would have given. Raises `ValueError` for runs of different scenarios, policies,
+    seeds or replicas, and for replications that leave a gap or come twice.
+    """
+    same = ("scenario", "policy", "seed", "replicas", "usd_per_hour")
+    if differ := [name for name in same if getattr(first, name) != getattr(second, name)]:
+        raise ValueError(f"runs that differ in {', '.join(differ)} cannot be joined")
+    done = (*first.replications, *second.replications)
+    numbers = [records.replication for records in done]
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        raise ValueError(f"replications {numbers} do not follow one another")
+    used = {**first.used, **second.used}
+    return replace(first, replications=done, used=used, timeouts=first.timeouts + second.timeouts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +149,9 @@ def verdict_of(
     figures = figures_of(summary)
     return Verdict(
         feasibility(scenario, figures),
-        _stable(scenario, replications),
-        _converged(figures[ALL]["latency_p95_s"]),
-        _in_domain(outside),
+        stability(scenario, replications),
+        convergence(figures[ALL]["latency_p95_s"]),
+        domain(outside),
     )
 
 
@@ -91,7 +164,7 @@ def figures_of(summary: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
 
 
 class Promise(NamedTuple):
-    """A figure and the bound it has to keep: at least the bound, or at most."""
+    """A figure, and the bound that it has to keep: at least the bound, or at most. `form` writes both with a unit."""
 
     subject: str
     got: Estimate
@@ -122,7 +195,7 @@ class Promise(NamedTuple):
         asked = f"{'at least' if self.at_least else 'at most'} {self.form.format(self.bound)} asked"
         if math.isnan(self.got.value):
             return f"{self.subject} unknown, {asked}"
-        ends = ("unknown" if math.isnan(end) else self.form.format(end) for end in self.got[1:])
+        ends = ("unknown" if math.isnan(end) else self.form.format(end) for end in self.got.interval)
         doubt = f", undecided (95% interval {' to '.join(ends)})" if self.undecided else ""
         return f"{self.subject} {self.form.format(self.got.value)}, {asked}{doubt}"
 
@@ -132,52 +205,47 @@ def promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) 
 
     Where as few as possible are to be turned away (`search.minimise`), an SLO is a promise to those who are let in.
     """
-    return list(_promises(scenario, figures))
-
-
-def feasibility(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> Finding:
-    """Whether every promise and budget holds by these figures."""
-    return _feasible(promises(scenario, figures))
-
-
-def _promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> Iterator[Promise]:
+    found = []
     for name, promised in scenario.promises.items():
-        got = _let_in(figures[name]) if scenario.search.minimise == "turned_away_per_s" else figures[name]
-        yield from _class_promises(name, promised, got)
-    everyone, budget = figures[ALL], scenario.budget
-    if budget.usd_per_hour is not None:
-        rent = everyone["rent_usd_per_hour"]
-        yield Promise("rent", rent, budget.usd_per_hour, at_least=False, form="{:.2f} USD/h")
-    if budget.usd_per_image is not None:
-        rent = everyone["rent_usd_per_image"]
-        yield Promise("rent", rent, budget.usd_per_image, at_least=False, form="{:.3g} USD/image")
+        got = _of_those_let_in(figures[name]) if scenario.search.minimise == "turned_away_per_s" else figures[name]
+        what = "served" if promised.slo_s is None else f"served within {promised.slo_s:g} s"
+        asked: list[tuple[str, str, float | None, bool, str]] = [
+            (what, "slo_attainment", promised.slo_share, True, "{:.2%}"),
+            ("quality", "quality_mean", promised.quality_floor, True, "{:.4f} CLIP"),
+            ("edge energy", "edge_energy_j_per_image", promised.edge_energy_j, False, "{:.3g} J/image"),
+            ("metered price", "metered_usd_per_image", promised.usd, False, "{:.3g} USD/image"),
+        ]
+        found += [
+            Promise(f"{name}: {subject}", got[figure], bound, at_least, form)
+            for subject, figure, bound, at_least, form in asked
+            if bound is not None
+        ]
+    rent = (
+        ("rent_usd_per_hour", scenario.budget.usd_per_hour, "{:.2f} USD/h"),
+        ("rent_usd_per_image", scenario.budget.usd_per_image, "{:.3g} USD/image"),
+    )
+    for figure, bound, form in rent:
+        if bound is not None:
+            found.append(Promise("rent", figures[ALL][figure], bound, at_least=False, form=form))
+    return found
 
 
-def _let_in(got: Mapping[str, Estimate]) -> Mapping[str, Estimate]:
+def _of_those_let_in(got: Mapping[str, Estimate]) -> Mapping[str, Estimate]:
     """The figures of a class with its attainment among the requests that were not turned away."""
     served = 1.0 - got["unserved_share"].value
     if not served > 0.0:
         return got
-    return {**got, "slo_attainment": Estimate(*(min(1.0, end / served) for end in got["slo_attainment"]))}
-
-
-def _class_promises(name: str, promised: Promises, got: Mapping[str, Estimate]) -> Iterator[Promise]:
-    what = "served" if promised.slo_s is None else f"served within {promised.slo_s:g} s"
     attained = got["slo_attainment"]
-    yield Promise(f"{name}: {what}", attained, promised.slo_share, at_least=True, form="{:.2%}")
-    if promised.quality_floor is not None:
-        quality = got["quality_mean"]
-        yield Promise(f"{name}: quality", quality, promised.quality_floor, at_least=True, form="{:.4f} CLIP")
-    if promised.edge_energy_j is not None:
-        energy = got["edge_energy_j_per_image"]
-        yield Promise(f"{name}: edge energy", energy, promised.edge_energy_j, at_least=False, form="{:.3g} J/image")
-    if promised.usd is not None:
-        usd = got["metered_usd_per_image"]
-        yield Promise(f"{name}: metered price", usd, promised.usd, at_least=False, form="{:.3g} USD/image")
+    value, low, high = (min(1.0, end / served) for end in (attained.value, attained.low, attained.high))
+    return {**got, "slo_attainment": Estimate(value, low, high)}
 
 
-def _feasible(asked: Sequence[Promise]) -> Finding:
-    """The first broken promise, or of those kept the first undecided one, or the closest."""
+def feasibility(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> Finding:
+    """Whether every promise and budget holds by these figures.
+
+    The reason names the first broken promise, or of those kept the first undecided one, or the closest.
+    """
+    asked = promises(scenario, figures)
     broken = [promise for promise in asked if not promise.kept]
     if broken:
         more = f" ({len(broken) - 1} more broken)" if len(broken) > 1 else ""
@@ -187,7 +255,7 @@ def _feasible(asked: Sequence[Promise]) -> Finding:
     return Finding("feasible", ok=True, reason=f"every promise holds; the closest: {closest}")
 
 
-def _stable(scenario: Scenario, replications: Sequence[Records]) -> Finding:
+def stability(scenario: Scenario, replications: Sequence[Records]) -> Finding:
     """Whether more wait in the last third of the measured time than in the middle one, beyond noise and `GROWTH_SHARE`.
 
     Counts who waits at each moment rather than how long those waited who were served: under overload the latter leaves
@@ -225,7 +293,8 @@ def _unfinished(rows: np.ndarray, edges_s: np.ndarray) -> tuple[int, int, int]:
     return arrived[1] - arrived[0], arrived[0] - done[0], arrived[1] - done[1]
 
 
-def _converged(p95_s: Estimate) -> Finding:
+def convergence(p95_s: Estimate) -> Finding:
+    """Whether the 95% interval of the p95 latency is within `NARROW` of it, either way."""
     half_s = (p95_s.high - p95_s.low) / 2
     if not (half_s >= 0 and p95_s.value > 0):  # NaN fails both
         reason = "too few requests for a 95% interval of the p95 latency"
@@ -234,7 +303,8 @@ def _converged(p95_s: Estimate) -> Finding:
     return Finding("converged", ok=half_s <= NARROW * p95_s.value, reason=reason)
 
 
-def _in_domain(outside: Mapping[str, tuple[str, ...]]) -> Finding:
+def domain(outside: Mapping[str, tuple[str, ...]]) -> Finding:
+    """Whether every step time lies within what was measured; `outside` are, by plan, the predictions that do not."""
     found = [(label, text) for label, texts in outside.items() for text in texts]
     if not found:
         return Finding(
@@ -243,75 +313,3 @@ def _in_domain(outside: Mapping[str, tuple[str, ...]]) -> Finding:
     label, text = found[0]
     count = f"{len(found)} predictions lie" if len(found) > 1 else "1 prediction lies"
     return Finding("in_domain", ok=False, reason=f"{count} outside what was measured, first {label}: {text}")
-
-
-@dataclass(frozen=True, eq=False)
-class SimResult:
-    """One policy on one scenario, over all replications: records, summary and verdict, and what made them.
-
-    `used` are the candidates that served at least one request, by request class and plan label. `usd_per_hour` is the
-    rent of the nodes, None when a price is unknown. `timeouts` counts the events of requests, lost nodes apart.
-    """
-
-    scenario: Scenario
-    policy: str
-    seed: int
-    replicas: Mapping[str, int]
-    replications: tuple[Records, ...]
-    used: Mapping[tuple[str, str], Candidate]
-    usd_per_hour: float | None
-    timeouts: int
-
-    @cached_property
-    def requests(self) -> pd.DataFrame:
-        """A row per request of every replication, made when asked for."""
-        import pandas as pd
-
-        return pd.concat([to_frame(records, self.policy) for records in self.replications], ignore_index=True)
-
-    @cached_property
-    def summary(self) -> pd.DataFrame:
-        """A row per request class and one for all, every figure with its 95% interval."""
-        return summarise(self.scenario, self.policy, self.replications, self.replicas, self.usd_per_hour)
-
-    @cached_property
-    def verdict(self) -> Verdict:
-        """Feasible, stable, converged, in domain: each yes or no with its reason."""
-        outside = {": ".join(key): option.cost.outside for key, option in self.used.items() if option.cost.outside}
-        return verdict_of(self.scenario, self.summary, self.replications, outside)
-
-
-def plan_facts(scenario: Scenario, profiles: Profiles, candidate: Candidate) -> PlanFacts:
-    """What a plan says of every request that it serves, as the book of a run wants it; NaN for what nobody knows."""
-    cost, rate = candidate.cost, None
-    if candidate.pool_index >= 0:
-        rate = pool_usd_per_gpu_hour(scenario, profiles, list(scenario.pools)[candidate.pool_index])
-    return PlanFacts(
-        label=candidate.plan.label,
-        degree=candidate.degree,
-        pool_index=candidate.pool_index,
-        fleet_index=candidate.fleet_index,
-        usd=math.nan if cost.usd is None else cost.usd,
-        usd_per_gpu_s=0.0 if rate is None else rate / 3600,
-        edge_energy_j=math.nan if cost.edge_energy_j is None else cost.edge_energy_j,
-        bytes_down=cost.bytes_down,
-        quality=math.nan if candidate.quality is None else candidate.quality,
-        batch_gpu_s=tuple(candidate.degree * s / size for size, s in enumerate(candidate.batch_s, 1)),
-    )
-
-
-def joined(first: SimResult, second: SimResult) -> SimResult:
-    """One result of two runs of the same scenario whose replications adjoin, those of `first` before those of `second`.
-
-    It is what one run of all of them would have given. Raises `ValueError` for runs of different scenarios, policies,
-    seeds or replicas, and for replications that leave a gap or come twice.
-    """
-    same = ("scenario", "policy", "seed", "replicas", "usd_per_hour")
-    if differ := [name for name in same if getattr(first, name) != getattr(second, name)]:
-        raise ValueError(f"runs that differ in {', '.join(differ)} cannot be joined")
-    done = (*first.replications, *second.replications)
-    numbers = [records.replication for records in done]
-    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-        raise ValueError(f"replications {numbers} do not follow one another")
-    used = {**first.used, **second.used}
-    return replace(first, replications=done, used=used, timeouts=first.timeouts + second.timeouts)

@@ -154,7 +154,7 @@ def test_the_screen_gives_the_figures_of_the_simulation(jobs):
 
 def test_the_screen_refuses_what_it_cannot_do(jobs):
     """The error of the screen comes through as it is."""
-    from hybridsd_sim.simulation.recursive_run import ScreenError
+    from hybridsd_sim.simulation import ScreenError
 
     with pytest.raises(ScreenError, match="edf"):
         evaluate(replace(changed(jobs[0], {"pools.a100.discipline": "edf"}), level="screen"))

@@ -1,4 +1,4 @@
-"""What there is to choose from: each size at its own price, remembered for as many sizes as there is room for."""
+"""The cache of candidates: each size at its own price, and the sizes met last remembered."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles, Request, Scenario, load_scenario
 from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, RentedCandidates, find_candidates
-from hybridsd_sim.scheduling import active_plan as room
-from hybridsd_sim.scheduling.active_plan import Menu
+from hybridsd_sim.scheduling import active_plan
+from hybridsd_sim.scheduling.active_plan import CandidateCache
 from hybridsd_sim.scheduling.feedback import StepKind, kind_of
 
 WIDE = (8, 8)
@@ -30,9 +30,9 @@ def found(studio: Scenario, profiles: Profiles) -> CandidateSet:
 
 
 @pytest.fixture
-def menu(studio: Scenario, profiles: Profiles, found: CandidateSet) -> Menu:
-    """Its menu, before anything was learnt."""
-    return Menu(Pricing(studio, profiles), found)
+def cache(studio: Scenario, profiles: Profiles, found: CandidateSet) -> CandidateCache:
+    """Its cache, before anything was learnt."""
+    return CandidateCache(Pricing(studio, profiles), found)
 
 
 def figures(options: tuple[Candidate, ...]) -> set[tuple[object, ...]]:
@@ -40,41 +40,41 @@ def figures(options: tuple[Candidate, ...]) -> set[tuple[object, ...]]:
     return {(option.plan, option.latency_s, option.usd_or_inf, option.cloud_s) for option in options}
 
 
-def test_a_classes_own_size_is_what_was_found(menu: Menu, found: CandidateSet) -> None:
+def test_a_classes_own_size_is_what_was_found(cache: CandidateCache, found: CandidateSet) -> None:
     """The very candidates, in their order."""
-    for name, own in menu.own.items():
-        assert menu.options(own, WIDE).now == found.by_class[name]
+    for name, own in cache.class_requests.items():
+        assert cache.candidates(own, WIDE).current == found.by_class[name]
 
 
 @pytest.mark.parametrize(("steps", "images"), [(20, 1), (50, 2), (75, 1)])
 def test_other_step_and_picture_counts_cost_what_they_cost_in_simulation(
-    menu: Menu, studio: Scenario, profiles: Profiles, found: CandidateSet, steps: int, images: int
+    cache: CandidateCache, studio: Scenario, profiles: Profiles, found: CandidateSet, steps: int, images: int
 ) -> None:
     """The candidates are those that a simulation prices for such a request of a trace, the cheapest first."""
     offers = RentedCandidates(Pricing(studio, profiles), found, dict.fromkeys(studio.pools, 1))
-    asked = replace(menu.own["draft"], num_inference_steps=steps, num_images=images)
-    options = menu.options(asked, WIDE).now
+    asked = replace(cache.class_requests["draft"], num_inference_steps=steps, num_images=images)
+    options = cache.candidates(asked, WIDE).current
 
     assert figures(options) == figures(offers.resized(1, (steps, images)))
     assert [option.usd_or_inf for option in options] == sorted(option.usd_or_inf for option in options)
 
 
 def test_another_size_is_priced_as_a_class_of_that_size_would_be(
-    menu: Menu, studio: Scenario, profiles: Profiles
+    cache: CandidateCache, studio: Scenario, profiles: Profiles
 ) -> None:
     """Drafts of 768 px have the candidates that a scenario with such drafts has, but for what is illegal in either."""
     smaller = studio.with_overrides({"requests.draft.height_px": 768, "requests.draft.width_px": 768})
     anew = find_candidates(smaller, profiles).by_class["draft"]
-    options = menu.options(replace(menu.own["draft"], height_px=768, width_px=768), WIDE).now
+    options = cache.candidates(replace(cache.class_requests["draft"], height_px=768, width_px=768), WIDE).current
 
     assert options
     assert figures(options) <= figures(anew)
 
 
 @pytest.mark.parametrize("changed", [{"model": "sd14"}, {"height_px": 1023}, {"num_images": 0}, {"num_images": 10**6}])
-def test_what_no_plan_can_make_has_no_candidate(menu: Menu, changed: dict[str, object]) -> None:
+def test_what_no_plan_can_make_has_no_candidate(cache: CandidateCache, changed: dict[str, object]) -> None:
     """Another model, sizes that the network cannot take, no picture, more than memory holds."""
-    assert menu.options(replace(menu.own["draft"], **changed), WIDE).now == ()  # type: ignore[arg-type]
+    assert cache.candidates(replace(cache.class_requests["draft"], **changed), WIDE).current == ()  # type: ignore[arg-type]
 
 
 @given(st.floats(0.1, 100), st.floats(1.5, 15.0))
@@ -82,96 +82,98 @@ def test_promises_are_no_sizes(
     studio: Scenario, profiles: Profiles, found: CandidateSet, slo_s: float, guidance: float
 ) -> None:
     """Everybody may name their own deadline and guidance: one entry serves them all."""
-    menu = Menu(Pricing(studio, profiles), found)
-    own = menu.own["draft"]
-    options = menu.options(own, WIDE).now
+    cache = CandidateCache(Pricing(studio, profiles), found)
+    own = cache.class_requests["draft"]
+    options = cache.candidates(own, WIDE).current
 
-    assert menu.options(replace(own, slo_s=slo_s, guidance_scale=guidance), WIDE).now is options
-    assert len(menu) == 1
+    assert cache.candidates(replace(own, slo_s=slo_s, guidance_scale=guidance), WIDE).current is options
+    assert len(cache) == 1
 
 
-def test_candidates_carry_the_priority_that_was_asked_for(menu: Menu) -> None:
+def test_candidates_carry_the_priority_that_was_asked_for(cache: CandidateCache) -> None:
     """Policies read it off them; it changes no figure."""
-    own = menu.own["draft"]
-    urgent = menu.options(replace(own, priority=7), WIDE).now
+    own = cache.class_requests["draft"]
+    urgent = cache.candidates(replace(own, priority=7), WIDE).current
 
     assert {option.cost.request.priority for option in urgent} == {7}
-    assert {o.cost.request.priority for o in menu.options(replace(own, num_images=2, priority=7), WIDE).now} == {7}
-    assert figures(urgent) == figures(menu.options(own, WIDE).now)
-    assert {option.cost.request.priority for option in menu.options(own, WIDE).now} == {own.priority}
+    assert {
+        o.cost.request.priority for o in cache.candidates(replace(own, num_images=2, priority=7), WIDE).current
+    } == {7}
+    assert figures(urgent) == figures(cache.candidates(own, WIDE).current)
+    assert {option.cost.request.priority for option in cache.candidates(own, WIDE).current} == {own.priority}
 
 
 def test_sizes_that_clients_think_of_do_not_fill_the_memory(
-    menu: Menu, studio: Scenario, profiles: Profiles, found: CandidateSet, monkeypatch: pytest.MonkeyPatch
+    cache: CandidateCache, studio: Scenario, profiles: Profiles, found: CandidateSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After so many, the profiles forget what they worked out for them, and price the next ones the same."""
-    monkeypatch.setattr(room, "MOST_PRICED", 3)
-    asked = [replace(menu.own["draft"], num_inference_steps=steps) for steps in (10, 11, 12, 13)]
+    monkeypatch.setattr(active_plan, "MAX_PRICED", 3)
+    asked = [replace(cache.class_requests["draft"], num_inference_steps=steps) for steps in (10, 11, 12, 13)]
     remembers = []
     for request in asked:
         profiles.memory.recall("a test", request, lambda: "before")
-        menu.options(request, WIDE)
+        cache.candidates(request, WIDE)
         remembers.append(profiles.memory.recall("a test", request, lambda: "after") == "before")
 
     assert remembers == [True, True, False, True]
-    fresh = Menu(Pricing(studio, profiles), found)
+    fresh = CandidateCache(Pricing(studio, profiles), found)
     for request in asked:
-        assert figures(menu.options(request, WIDE).now) == figures(fresh.options(request, WIDE).now)
+        assert figures(cache.candidates(request, WIDE).current) == figures(fresh.candidates(request, WIDE).current)
 
 
-def test_gangs_that_no_worker_could_hold_are_left_out(menu: Menu) -> None:
+def test_gangs_that_no_worker_could_hold_are_left_out(cache: CandidateCache) -> None:
     """Of workers of two GPUs in one pool and none in the other."""
-    options = menu.options(menu.own["draft"], (2, 0)).now
+    options = cache.candidates(cache.class_requests["draft"], (2, 0)).current
 
     assert {(option.pool_index, option.degree) for option in options} == {(-1, 0), (0, 1), (0, 2)}
-    assert menu.at_hand(menu.own["draft"], (2, 0))
-    assert not menu.at_hand(menu.own["draft"], WIDE)
+    assert cache.is_current(cache.class_requests["draft"], (2, 0))
+    assert not cache.is_current(cache.class_requests["draft"], WIDE)
 
 
-def slowest_first(menu: Menu, own: Request) -> dict[StepKind, float]:
+def slowest_first(cache: CandidateCache, own: Request) -> dict[StepKind, float]:
     """A factor of 2 on the kind of the cheapest candidate's steps."""
-    cheapest = next(option for option in menu.options(own, WIDE).now if option.cloud_steps)
+    cheapest = next(option for option in cache.candidates(own, WIDE).current if option.cloud_steps)
     return {kind_of(cheapest, stage): 2.0 for stage in cheapest.plan.stages}
 
 
-def test_corrected_candidates_come_cheapest_first(menu: Menu) -> None:
+def test_corrected_candidates_come_cheapest_first(cache: CandidateCache) -> None:
     """Twice the seconds, twice the dollars: what was cheapest gives way, and all lead back to what was priced."""
-    own = menu.own["draft"]
-    before = menu.options(own, WIDE)
-    menu.follow(slowest_first(menu, own))
-    after = menu.options(own, WIDE)
+    own = cache.class_requests["draft"]
+    before = cache.candidates(own, WIDE)
+    cache.correct(slowest_first(cache, own))
+    after = cache.candidates(own, WIDE)
 
-    assert [o.usd_or_inf for o in after.now] == sorted(o.usd_or_inf for o in after.now)
-    first, now_first = (next(o for o in listed.now if o.usd_or_inf > 0.0) for listed in (before, after))
+    assert [o.usd_or_inf for o in after.current] == sorted(o.usd_or_inf for o in after.current)
+    first, now_first = (next(o for o in cached.current if o.usd_or_inf > 0.0) for cached in (before, after))
     assert now_first.plan != first.plan
     assert now_first.usd_or_inf > first.usd_or_inf
-    assert {after.origin[option] for option in after.now} == set(before.now)
-    assert all(after.origin[option].plan == option.plan for option in after.now)
+    assert {after.uncorrected[option] for option in after.current} == set(before.current)
+    assert all(after.uncorrected[option].plan == option.plan for option in after.current)
 
 
-def test_what_a_correction_does_not_touch_stays_the_very_same(menu: Menu) -> None:
+def test_what_a_correction_does_not_touch_stays_the_very_same(cache: CandidateCache) -> None:
     """Other candidates of the same size, and the whole list of another size, so that policies know them again."""
-    draft, final = menu.own["draft"], menu.own["final"]
-    lists = [menu.options(own, WIDE).now for own in (draft, final)]
-    factors = slowest_first(menu, draft)
-    menu.follow(factors)
+    draft, final = cache.class_requests["draft"], cache.class_requests["final"]
+    lists = [cache.candidates(own, WIDE).current for own in (draft, final)]
+    factors = slowest_first(cache, draft)
+    cache.correct(factors)
     others = {o for o in lists[0] if not factors.keys() & {kind_of(o, stage) for stage in o.plan.stages}}
 
     assert others
-    assert others <= set(menu.options(draft, WIDE).now)
-    assert not (set(lists[0]) - others) & set(menu.options(draft, WIDE).now)
-    assert menu.options(final, WIDE).now is lists[1]
+    assert others <= set(cache.candidates(draft, WIDE).current)
+    assert not (set(lists[0]) - others) & set(cache.candidates(draft, WIDE).current)
+    assert cache.candidates(final, WIDE).current is lists[1]
 
 
-def test_the_sizes_met_last_are_kept(menu: Menu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of more than there is room for, the one not asked for longest goes."""
-    monkeypatch.setattr(room, "MOST_SIZES", 2)
-    one, two, three = (replace(menu.own["draft"], num_inference_steps=steps) for steps in (10, 20, 30))
-    first = menu.options(one, WIDE).now
-    menu.options(two, WIDE)
+def test_the_sizes_met_last_are_kept(cache: CandidateCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than are kept, the one not asked for longest goes."""
+    monkeypatch.setattr(active_plan, "MAX_SIZES", 2)
+    one, two, three = (replace(cache.class_requests["draft"], num_inference_steps=steps) for steps in (10, 20, 30))
+    first = cache.candidates(one, WIDE).current
+    cache.candidates(two, WIDE)
 
-    assert menu.options(one, WIDE).now is first
-    menu.options(three, WIDE)
-    assert menu.options(one, WIDE).now is first
-    assert not menu.at_hand(two, WIDE)
-    assert len(menu) == 2
+    assert cache.candidates(one, WIDE).current is first
+    cache.candidates(three, WIDE)
+    assert cache.candidates(one, WIDE).current is first
+    assert not cache.is_current(two, WIDE)
+    assert len(cache) == 2

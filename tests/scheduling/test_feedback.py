@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from hybridsd_sim import Profiles, Scenario, Scheduler, load_scenario
 from hybridsd_sim.plan import Deployment, Stage
 from hybridsd_sim.pricing import Candidate, find_candidates, make_candidate, request_of, slowed
-from hybridsd_sim.scheduling import Decision, RequestDone, StepDone
-from hybridsd_sim.scheduling import feedback as room
-from hybridsd_sim.scheduling.feedback import HIGHEST, LOWEST, WINDOW, WORTH_CORRECTING, Corrections, steps_s
+from hybridsd_sim.scheduling import Decision, RequestDone, StepDone, feedback
+from hybridsd_sim.scheduling.feedback import MAX_FACTOR, MIN_FACTOR, WINDOW, WORTH_CORRECTING, Corrections, steps_s
 
 QUICKSTART = Path(__file__).parents[2] / "reports" / "examples" / "quickstart"
-KIND = room.StepKind("a100-sxm-80gb", "eager", "sdxl", 1024, 1024, 2, "single", 1)
+KIND = feedback.StepKind("a100-sxm-80gb", "eager", "sdxl", 1024, 1024, 2, "single", 1)
 SLOWER = 1.3
 
 
@@ -161,13 +160,13 @@ def test_other_kinds_of_steps_do_not_move(quickstart: Scenario, profiles: Profil
     """The cloud slows: what runs at the edge alone stays the very same candidate, and its steps keep their factor."""
     scheduler = Scheduler.from_plan(QUICKSTART, profiles=profiles, policy="cost_aware")
     request = request_of("picture", quickstart.requests["picture"])
-    before = scheduler.weigh(request, None, 0.0).options
+    before = scheduler.preview(request, None, 0.0).options
     option = next(option for option in before if option.cloud_steps == 10)
     decision = scheduler.decide(request, None, 0.0)
     assert decision.plan is not None
     for seconds in steps_s(option, option.plan.stages[0], profiles):
         scheduler.observe(StepDone(decision.number, SLOWER * seconds))
-    after = scheduler.weigh(request, None, 0.0).options
+    after = scheduler.preview(request, None, 0.0).options
 
     assert list(scheduler.factors().values()) == [pytest.approx(SLOWER)]
     assert {option for option in before if option.cloud_steps == 0} <= set(after)
@@ -220,7 +219,7 @@ def test_outliers_short_of_half_never_lead_beyond_the_ordinary(ordinary: list[fl
     for ratio in course:
         learnt.learn(KIND, ratio, 1.0)
 
-    if len(course) >= room.FEWEST:
+    if len(course) >= feedback.MIN_RATIOS:
         assert min(counted) <= learnt.factor(KIND) <= max(counted)
 
 
@@ -242,8 +241,8 @@ def test_a_factor_is_always_within_its_bounds(observed: list[tuple[float, float]
     for observed_s, predicted_s in observed:
         learnt.learn(KIND, observed_s, predicted_s)
 
-        assert LOWEST <= learnt.factor(KIND) <= HIGHEST
-        assert all(LOWEST <= factor <= HIGHEST for factor in learnt.factors.values())
+        assert MIN_FACTOR <= learnt.factor(KIND) <= MAX_FACTOR
+        assert all(MIN_FACTOR <= factor <= MAX_FACTOR for factor in learnt.factors.values())
 
 
 @pytest.mark.parametrize("garbage", [0.0, -1.0, nan, inf, -inf])
@@ -269,7 +268,7 @@ def test_the_factor_in_use_is_never_far_from_the_estimate(observed: list[float])
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kinds told of least recently are forgotten with their factors."""
-    monkeypatch.setattr(room, "MOST_KINDS", 10)
+    monkeypatch.setattr(feedback, "MAX_KINDS", 10)
     learnt = Corrections()
     for side in range(100):
         for _ in range(WINDOW):

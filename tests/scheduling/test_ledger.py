@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import InputError
 from hybridsd_sim.scheduling import Worker, check_number
-from hybridsd_sim.scheduling.ledger import LOST_S, LOST_TIMES, MOST_WORKERS, Job, Workers
+from hybridsd_sim.scheduling.ledger import LOST_S, LOST_TIMES, MAX_WORKERS, Ledger, WorkerJob
 
 POOL = "pool"
 GANGS = st.tuples(st.integers(0, 6), st.integers(1, 4), st.integers(1, 20), st.sampled_from([0.5, 1.0, 3.0]))
@@ -24,14 +24,14 @@ class Server:
     """A worker as it is: its head begins when its GPUs are free, and takes as long as it takes."""
 
     gpus: int
-    running: list[tuple[float, Job]] = field(default_factory=list)
-    waiting: list[tuple[float, Job]] = field(default_factory=list)
+    running: list[tuple[float, WorkerJob]] = field(default_factory=list)
+    waiting: list[tuple[float, WorkerJob]] = field(default_factory=list)
 
     @property
     def free(self) -> int:
         return self.gpus - sum(job.degree for _, job in self.running)
 
-    def take(self, job: Job, takes_s: float, now: float) -> None:
+    def take(self, job: WorkerJob, takes_s: float, now: float) -> None:
         self.waiting.append((takes_s, job))
         self.begin(now)
 
@@ -43,7 +43,7 @@ class Server:
     def next_stop_s(self) -> float:
         return min((stop_s for stop_s, _ in self.running), default=float("inf"))
 
-    def stop(self) -> tuple[float, Job]:
+    def stop(self) -> tuple[float, WorkerJob]:
         """The next end of a job, and who begins then."""
         first = min(self.running, key=lambda entry: (entry[0], entry[1].number))
         self.running.remove(first)
@@ -55,7 +55,7 @@ class Server:
         if degree > self.gpus:
             return float("inf")
         copy = Server(self.gpus, list(self.running), list(self.waiting))
-        probe = Job(-1, degree, 1.0, 0.0, now)
+        probe = WorkerJob(-1, degree, 1.0, 0.0, now)
         copy.take(probe, 1.0, now)
         while not any(job is probe for _, job in copy.running):
             now, _ = copy.stop()
@@ -67,7 +67,7 @@ class Town:
 
     def __init__(self, gpus: list[int]) -> None:
         self.servers = {f"w{index}": Server(count) for index, count in enumerate(gpus)}
-        self.ledger = Workers([POOL], [Worker(name, POOL, server.gpus) for name, server in self.servers.items()])
+        self.ledger = Ledger([POOL], [Worker(name, POOL, server.gpus) for name, server in self.servers.items()])
         self.now, self.number = 0.0, 0
 
     def pass_until(self, until_s: float) -> None:
@@ -83,9 +83,9 @@ class Town:
     def arrive(self, degree: int, hold_s: float, times: float) -> tuple[str | None, float]:
         self.number += 1
         self.ledger.view(self.now)
-        placed = self.ledger.place(0, Job(self.number, degree, hold_s, 3 * degree, self.now), self.now)
+        placed = self.ledger.place(0, WorkerJob(self.number, degree, hold_s, 3 * degree, self.now), self.now)
         if placed[0] is not None:
-            job = Job(self.number, degree, hold_s, 3 * degree, self.now)
+            job = WorkerJob(self.number, degree, hold_s, 3 * degree, self.now)
             self.servers[placed[0]].take(job, times * hold_s, self.now)
         return placed
 
@@ -101,7 +101,9 @@ class Town:
 
     @property
     def held_to_run(self) -> set[int]:
-        return {number for pool in self.ledger._by_index for queue in pool.queues for number in queue.running}
+        return {
+            number for pool in self.ledger.view(self.now).pools for queue in pool.queues for number in queue.running
+        }
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.lists(GANGS, max_size=25))
@@ -158,8 +160,8 @@ def test_cancelled_gangs_leave_no_trace(gpus: list[int], gangs: list[tuple[int, 
 
 def test_a_gang_waits_for_its_gpus_and_everybody_behind_it() -> None:
     """Of four GPUs three are busy until 10: a gang of two waits, and so does a single one behind it."""
-    ledger = Workers([POOL], [Worker("a", POOL, 4)])
-    waits = [ledger.place(0, Job(n, degree, 10.0, 1, 0.0), 0.0)[1] for n, degree in enumerate((3, 2, 1))]
+    ledger = Ledger([POOL], [Worker("a", POOL, 4)])
+    waits = [ledger.place(0, WorkerJob(n, degree, 10.0, 1, 0.0), 0.0)[1] for n, degree in enumerate((3, 2, 1))]
 
     assert waits == [0.0, 10.0, 10.0]
 
@@ -167,9 +169,9 @@ def test_a_gang_waits_for_its_gpus_and_everybody_behind_it() -> None:
 def test_a_gang_that_fits_nowhere_waits_for_ever() -> None:
     """Five GPUs on workers of four, or on none at all: no worker, and no end of waiting."""
     for workers in ([], [Worker("a", POOL, 4)]):
-        ledger = Workers([POOL], workers)
+        ledger = Ledger([POOL], workers)
 
-        assert ledger.place(0, Job(1, 5, 1.0, 1, 0.0), 0.0) == (None, float("inf"))
+        assert ledger.place(0, WorkerJob(1, 5, 1.0, 1, 0.0), 0.0) == (None, float("inf"))
         assert ledger.view(0.0).pools[0].declared_work == 0
 
 
@@ -178,7 +180,7 @@ PICTURES = 900
 
 def times_chosen(load: float) -> list[int]:
     """How often a worker of four is chosen that never ends anything, in each of four periods before that is lost."""
-    ledger = Workers([POOL], [Worker(name, POOL) for name in "abcd"])
+    ledger = Ledger([POOL], [Worker(name, POOL) for name in "abcd"])
     ends: deque[tuple[float, str, int]] = deque()
     chosen, free_s = [], dict.fromkeys("acd", 0.0)
     for number in range(PICTURES):
@@ -187,7 +189,7 @@ def times_chosen(load: float) -> list[int]:
             stop_s, name, done = ends.popleft()
             ledger.release(name, done, stop_s)
         ledger.view(now)
-        name, _ = ledger.place(0, Job(number, 1, 1.0, 1, now), now)
+        name, _ = ledger.place(0, WorkerJob(number, 1, 1.0, 1, now), now)
         chosen.append(name)
         if name != "b":
             free_s[name] = max(now, free_s[name]) + 1.0
@@ -212,9 +214,9 @@ def test_a_worker_that_hangs_gets_little_where_nobody_is_free_either() -> None:
 @pytest.mark.parametrize("hold_s", [2.0, 100.0])
 def test_an_end_that_is_never_told_keeps_nobody_busy_for_ever(hold_s: float) -> None:
     """Overdue by so much a job is lost, not sooner, however often one looks; those behind it are when they are too."""
-    ledger, allowed_s = Workers([POOL], [Worker("a", POOL)]), max(LOST_S, LOST_TIMES * hold_s)
+    ledger, allowed_s = Ledger([POOL], [Worker("a", POOL)]), max(LOST_S, LOST_TIMES * hold_s)
     for number in range(3):
-        ledger.place(0, Job(number, 1, hold_s, 1, 0.0), 0.0)
+        ledger.place(0, WorkerJob(number, 1, hold_s, 1, 0.0), 0.0)
     looks_s = [hold_s + share * allowed_s for share in (0.01, 0.5, 0.9, 1.0)]
     held = [ledger.states(now)[0].queued for now in looks_s]
     held += [ledger.states(looks_s[-1] + late_s)[0].queued for late_s in (0.1, hold_s + 0.1, 2 * hold_s + 0.1)]
@@ -226,10 +228,10 @@ def test_an_end_that_is_never_told_keeps_nobody_busy_for_ever(hold_s: float) -> 
 
 def test_an_end_that_is_told_after_all_changes_nothing() -> None:
     """A worker hung for an hour and has been given another job since: its old job's end is not the new one's."""
-    ledger = Workers([POOL], [Worker("a", POOL, 2)])
-    ledger.place(0, Job(1, 2, 1.0, 1, 0.0), 0.0)
+    ledger = Ledger([POOL], [Worker("a", POOL, 2)])
+    ledger.place(0, WorkerJob(1, 2, 1.0, 1, 0.0), 0.0)
     ledger.view(3600.0)
-    ledger.place(0, Job(2, 2, 5.0, 1, 3600.0), 3600.0)
+    ledger.place(0, WorkerJob(2, 2, 5.0, 1, 3600.0), 3600.0)
     before = ledger.states(3601.0)
     ledger.release("a", 1, 3601.0)
 
@@ -238,13 +240,13 @@ def test_an_end_that_is_told_after_all_changes_nothing() -> None:
 
 def test_one_that_is_late_by_a_moment_is_not_taken_for_idle() -> None:
     """Who is overdue takes a little longer at least, so that an idle worker goes before it."""
-    ledger = Workers([POOL], [Worker(name, POOL) for name in "ab"])
-    ledger.place(0, Job(1, 1, 10.0, 1, 0.0), 0.0)
-    ledger.place(0, Job(2, 1, 1.0, 1, 0.0), 0.0)
+    ledger = Ledger([POOL], [Worker(name, POOL) for name in "ab"])
+    ledger.place(0, WorkerJob(1, 1, 10.0, 1, 0.0), 0.0)
+    ledger.place(0, WorkerJob(2, 1, 1.0, 1, 0.0), 0.0)
     ledger.release("b", 2, 1.0)
     ledger.view(10.001)
 
-    assert ledger.place(0, Job(3, 1, 10.0, 1, 10.001), 10.001) == ("b", 0.0)
+    assert ledger.place(0, WorkerJob(3, 1, 10.0, 1, 10.001), 10.001) == ("b", 0.0)
 
 
 @given(st.lists(GANGS, min_size=1, max_size=20), st.integers(0, 2), st.integers(1, 8))
@@ -303,8 +305,8 @@ def test_workers_exchanged_at_once_are_as_if_one_by_one(
 
 def test_a_worker_that_is_there_already_keeps_its_queue() -> None:
     """Told twice that it is up, it stays as it is; with other GPUs it is another worker, and idle."""
-    ledger = Workers([POOL], [Worker("a", POOL, 2)])
-    ledger.place(0, Job(1, 2, 5.0, 1, 0.0), 0.0)
+    ledger = Ledger([POOL], [Worker("a", POOL, 2)])
+    ledger.place(0, WorkerJob(1, 2, 5.0, 1, 0.0), 0.0)
     ledger.join(Worker("a", POOL, 2), 1.0)
     again = ledger.states(1.0)
     ledger.join(Worker("a", POOL, 4), 1.0)
@@ -315,7 +317,7 @@ def test_a_worker_that_is_there_already_keeps_its_queue() -> None:
 
 def test_old_news_of_its_end_takes_no_worker_away() -> None:
     """A worker that came back at 10 is not the one that went at 5."""
-    ledger = Workers([POOL], [])
+    ledger = Ledger([POOL], [])
     ledger.join(Worker("a", POOL), 10.0)
     ledger.leave("a", 5.0)
     kept = "a" in ledger
@@ -326,6 +328,6 @@ def test_old_news_of_its_end_takes_no_worker_away() -> None:
 
 def test_a_ledger_keeps_so_many_workers_and_no_more() -> None:
     """The number is bounded, and says so."""
-    check_number(MOST_WORKERS)
+    check_number(MAX_WORKERS)
     with pytest.raises(InputError, match="at most"):
-        check_number(MOST_WORKERS + 1)
+        check_number(MAX_WORKERS + 1)

@@ -15,7 +15,8 @@ from hybridsd_sim.pricing import Candidate, find_candidates, make_candidate, req
 from hybridsd_sim.scenario import load_scenario
 from hybridsd_sim.scheduling import POLICIES, DeadlinePoolView, FleetView, PoolView
 from hybridsd_sim.scheduling.policies import Planned, make_policy
-from hybridsd_sim.simulation.fleet import Job, Pool, Preemption, Route
+from hybridsd_sim.scheduling.policy import MAX_KNOWN, PerCandidates
+from hybridsd_sim.simulation.fleet import GpuPool, PoolJob, Preemption, Route
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +128,11 @@ ranks = st.tuples(st.integers(-2, 2), st.floats(0, 50), st.floats(0.1, 5))
 """Priority, deadline and seconds of a job."""
 
 
-def one_gpu(drawn: list[tuple[int, float, float]]) -> tuple[simpy.Environment, Pool[Job], list[Job]]:
+def one_gpu(drawn: list[tuple[int, float, float]]) -> tuple[simpy.Environment, GpuPool[PoolJob], list[PoolJob]]:
     """A GPU that goes by deadline, and the jobs that it was given at once."""
     env = simpy.Environment()
-    pool: Pool[Job] = Pool(env, nodes=1, gpus_per_node=1, discipline="edf", done=lambda _: None)
-    jobs = [Job(number, 1, hold_s, due_s) for number, (_, due_s, hold_s) in enumerate(drawn)]
+    pool: GpuPool[PoolJob] = GpuPool(env, nodes=1, gpus_per_node=1, discipline="edf", done=lambda _: None)
+    jobs = [PoolJob(number, 1, hold_s, due_s) for number, (_, due_s, hold_s) in enumerate(drawn)]
     for job, (priority, _, _) in zip(jobs, drawn, strict=True):
         job.priority = priority
         pool.submit(job)
@@ -144,7 +145,7 @@ def test_the_wait_of_a_newcomer_is_the_one_that_it_has(
 ) -> None:
     """On one GPU that goes by deadline, the predicted wait is when the newcomer starts, whatever is due after it."""
     env, pool, _ = one_gpu(drawn)
-    newcomer = Job(len(drawn), 1, 1.0, due_s)
+    newcomer = PoolJob(len(drawn), 1, 1.0, due_s)
     newcomer.priority = priority
     predicted_s = pool.view.wait_before_s(1, 0.0, due_s, priority)
     pool.submit(newcomer)
@@ -164,7 +165,7 @@ def test_spare_work_makes_nobody_late_and_more_does(
         env.run()
         return {job.number for job in jobs[: len(drawn)] if job.priority == priority and job.cloud_stop_s <= due(job)}
 
-    def due(job: Job) -> float:
+    def due(job: PoolJob) -> float:
         return job.deadline_s * (1 + 1e-9)
 
     spare_s = one_gpu(drawn)[1].view.spare_gpu_s(0.0, due_s, priority)
@@ -181,7 +182,7 @@ def test_a_view_by_deadline_knows_of_those_who_wait_and_of_nobody_else(
     env, left, done = simpy.Environment(), iter(lives), []
     route = Route((1.0, 1.5, 1.8))
 
-    def check(job: Job) -> None:
+    def check(job: PoolJob) -> None:
         done.append(job)
         assert isinstance(pool.view, DeadlinePoolView)
         assert len(pool.view.due) == pool.view.queued
@@ -189,9 +190,9 @@ def test_a_view_by_deadline_knows_of_those_who_wait_and_of_nobody_else(
         assert sum(due.gpu_s for due in pool.view.due) == pytest.approx(pool.view.backlog_gpu_s, abs=1e-9)
 
     preemption = Preemption(lambda _: next(left, 1e6) + 0.37, 2.0)
-    pool: Pool[Job] = Pool(env, nodes=2, gpus_per_node=1, discipline="edf", done=check, preemption=preemption)
+    pool: GpuPool[PoolJob] = GpuPool(env, nodes=2, gpus_per_node=1, discipline="edf", done=check, preemption=preemption)
     for number, (at_s, (priority, due_s, hold_s)) in enumerate(drawn):
-        job = Job(number, 1, 1.0 if number % 2 else hold_s, due_s)
+        job = PoolJob(number, 1, 1.0 if number % 2 else hold_s, due_s)
         job.priority, job.route = priority, route if number % 2 else job.route
         env.timeout(at_s).callbacks.append(lambda _, job=job: pool.submit(job))
     env.run(until=9.5)
@@ -274,3 +275,15 @@ def test_a_part_whose_pool_is_not_rented_is_not_served_elsewhere(options: tuple[
     reasons = [policy.decide(options[:1], 8.0, view(), 0.0).reason for _ in range(4)]
 
     assert reasons == ["planned", "no_candidate", "planned", "no_candidate"]
+
+
+def test_what_is_worked_out_for_options_is_remembered_in_part() -> None:
+    """The same sequence is worked out once, an equal one anew; of sequences without end no more are kept than said."""
+    made: list[int] = []
+    known = PerCandidates(lambda options: made.append(len(options)) or len(options))
+    endless: list[list[Candidate]] = [[] for _ in range(3 * MAX_KNOWN)]
+    for options in endless:
+        assert known.of(options) == known.of(options) == 0
+        assert len(known) <= MAX_KNOWN
+
+    assert len(made) == len(endless)

@@ -11,9 +11,9 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
-from builders import at_switch_step
+from builders import PICTURE, at_switch_step, left_s
 from hand_made import hand_made_plan, hand_made_scenario
-from hybridsd_sim import InputError, Profiles, Request, Scenario, Scheduler, simulate
+from hybridsd_sim import InputError, Profiles, Scenario, Scheduler, simulate
 from hybridsd_sim.plan import Deployment, Share
 from hybridsd_sim.pricing import Candidate, find_candidates, request_of
 from hybridsd_sim.profiles import Quantiles
@@ -33,27 +33,6 @@ from hybridsd_sim.scheduling.policies import Planned
 from hybridsd_sim.simulation import column
 
 QUICKSTART = Path(__file__).parents[2] / "reports" / "examples" / "quickstart"
-PICTURE = Request(
-    request_class="picture", model="sd14", num_inference_steps=25, guidance_scale=7.0, sampler="dpmsolver++"
-)
-
-
-@pytest.fixture(scope="module")
-def options(quickstart: Scenario, profiles: Profiles) -> tuple[Candidate, ...]:
-    """The candidates of quickstart, cheapest first."""
-    return find_candidates(quickstart, profiles).by_class["picture"]
-
-
-@pytest.fixture(scope="module")
-def plan(options: tuple[Candidate, ...]) -> Deployment:
-    """Three nodes, and a hand-over after ten steps."""
-    return at_switch_step(options, 10)
-
-
-@pytest.fixture
-def scheduler(plan: Deployment, quickstart: Scenario, profiles: Profiles) -> Scheduler:
-    """Follows that plan."""
-    return Scheduler.from_plan(plan, scenario=quickstart, profiles=profiles)
 
 
 def test_a_request_goes_by_its_own_priority(
@@ -289,11 +268,6 @@ def test_ends_that_are_never_told_are_no_outage_for_ever(quickstart: Scenario, p
 
 
 # ---- Other plans ----------------------------------------------------------------------------------------------------
-
-
-def left_s(scheduler: Scheduler, now: float) -> list[tuple[str, int, float]]:
-    """What every worker was given and has not done."""
-    return [(state.name, state.queued, round(state.left_s, 6)) for state in scheduler.workers(now)]
 
 
 def test_another_plan_is_followed_from_the_next_decision_on(

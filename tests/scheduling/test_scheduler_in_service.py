@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import at_switch_step
+from builders import PICTURE, at_switch_step, left_s
 from hybridsd_sim import InputError, Profiles, Request, Scenario, Scheduler
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.pricing import Candidate, find_candidates
+from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.scheduling import (
     POLICIES,
     CloudDone,
@@ -34,40 +34,18 @@ from hybridsd_sim.scheduling import (
     Worker,
     WorkerDown,
     WorkerUp,
+    active_plan,
+    feedback,
 )
-from hybridsd_sim.scheduling import active_plan as menu_room
-from hybridsd_sim.scheduling import feedback as corrections_room
-from hybridsd_sim.scheduling import scheduler as scheduler_room
-from hybridsd_sim.scheduling.active_plan import prepared
-from hybridsd_sim.scheduling.policy import MOST_KNOWN
+from hybridsd_sim.scheduling import scheduler as scheduler_module
+from hybridsd_sim.scheduling.active_plan import prepare_plan
 
-PICTURE = Request(
-    request_class="picture", model="sd14", num_inference_steps=25, guidance_scale=7.0, sampler="dpmsolver++"
-)
 ANYTHING = st.one_of(
     st.none(), st.booleans(), st.integers(-10, 10**40), st.integers(-(10**400), 10**400), st.floats(),
     st.text(max_size=3), st.just([]), st.just({}),
     st.sampled_from(["sd14", "sdxl", "picture", 512, 1024, 25, 2, 0, -1, 7.5]),
 )  # fmt: skip
 SOME = {field.name: ANYTHING for field in fields(Request)}
-
-
-@pytest.fixture(scope="module")
-def options(quickstart: Scenario, profiles: Profiles) -> tuple[Candidate, ...]:
-    """The candidates of quickstart, cheapest first."""
-    return find_candidates(quickstart, profiles).by_class["picture"]
-
-
-@pytest.fixture(scope="module")
-def plan(options: tuple[Candidate, ...]) -> Deployment:
-    """Three nodes, and a hand-over after ten steps."""
-    return at_switch_step(options, 10)
-
-
-@pytest.fixture
-def scheduler(plan: Deployment, quickstart: Scenario, profiles: Profiles) -> Scheduler:
-    """Follows that plan."""
-    return Scheduler.from_plan(plan, scenario=quickstart, profiles=profiles)
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +160,6 @@ def test_what_cannot_be_served_says_why(scheduler: Scheduler) -> None:
 # ---- Events ---------------------------------------------------------------------------------------------------------
 
 
-def left_s(scheduler: Scheduler, now: float) -> list[tuple[str, int, float]]:
-    """What every worker was given and has not done."""
-    return [(state.name, state.queued, round(state.left_s, 6)) for state in scheduler.workers(now)]
-
-
 def test_late_repeated_and_unknown_events_change_nothing(scheduler: Scheduler) -> None:
     """Ends that were told before, of decisions that nobody made, and at no time at all."""
     first, second = (scheduler.decide(PICTURE, None, 0.0) for _ in range(2))
@@ -283,8 +256,8 @@ def test_decisions_without_end_take_no_more_memory(
     plan: Deployment, quickstart: Scenario, profiles: Profiles, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two hundred thousand, their ends told or never: what is open is bounded, and then memory is flat."""
-    monkeypatch.setattr(scheduler_room, "MOST_OPEN", 512)
-    monkeypatch.setattr(scheduler_room, "LOST_AT_ONCE", 32)
+    monkeypatch.setattr(scheduler_module, "MAX_OPEN", 512)
+    monkeypatch.setattr(scheduler_module, "LOST_AT_ONCE", 32)
     scheduler = Scheduler.from_plan(plan, scenario=quickstart, profiles=profiles, policy="least_work")
     kept_bytes(scheduler, 188_000, told)
     tracemalloc.start()
@@ -308,11 +281,12 @@ def test_sizes_and_kinds_without_end_are_remembered_in_part(
 ) -> None:
     """Sizes, floors and kinds of steps come and go; each table keeps to its bound, whichever is asked for again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(menu_room, "MOST_SIZES", 10)
-        patch.setattr(corrections_room, "MOST_KINDS", 10)
-        patch.setattr(scheduler_room, "MOST_OPEN", 16)
-        patch.setattr(scheduler_room, "LOST_AT_ONCE", 4)
-        scheduler = Scheduler.from_plan(plan, scenario=quickstart, profiles=profiles, policy="cost_aware")
+        patch.setattr(active_plan, "MAX_SIZES", 10)
+        patch.setattr(feedback, "MAX_KINDS", 10)
+        patch.setattr(scheduler_module, "MAX_OPEN", 16)
+        patch.setattr(scheduler_module, "LOST_AT_ONCE", 4)
+        active = prepare_plan(plan, quickstart, profiles, "cost_aware")
+        scheduler = Scheduler(active, None, lambda *_: active)
         for now, (side, steps, images, floor) in enumerate(sizes):
             asked = replace(
                 PICTURE, height_px=64 * side, num_inference_steps=steps, num_images=images, quality_floor=floor
@@ -321,11 +295,9 @@ def test_sizes_and_kinds_without_end_are_remembered_in_part(
             for _ in range(20):
                 scheduler.observe(StepDone(decision.number, 1.0))
 
-            assert len(scheduler._serving.menu) <= 10
-            assert len(scheduler._corrections) <= 10
+            assert len(active.cache) <= 10
             assert len(scheduler.factors()) <= 10
             assert scheduler.open_decisions <= 16
-        assert len(scheduler._serving.policy._keeping._known) <= MOST_KNOWN  # type: ignore[attr-defined]
 
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
@@ -360,7 +332,7 @@ def test_every_decision_belongs_to_one_plan_while_plans_are_swapped(
     turned = Scenario.model_validate_json(json.dumps(spec | {"pools": pools}))
     plans = [at_switch_step(options, k, nodes) for k, nodes in ((10, 3), (15, 2), (25, 4))]
     scenarios = (quickstart, quickstart, turned)
-    priced = [prepared(*pair, profiles, None) for pair in zip(plans, scenarios, strict=True)]
+    priced = [prepare_plan(*pair, profiles, None) for pair in zip(plans, scenarios, strict=True)]
     scheduler = Scheduler(priced[0], None, lambda plan, _: priced[plans.index(plan)])
     decisions: list[Decision] = []
     over = threading.Event()

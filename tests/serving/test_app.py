@@ -176,7 +176,7 @@ def test_a_plan_that_does_not_fit_changes_nothing(ask, scheduler, deployment):
         answer = ask("PUT", "/v1/plan", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == 422, word
         assert word in json.dumps(problems(answer))
-    assert scheduler.plan_in_use == (1, deployment)
+    assert scheduler.active_plan == (1, deployment)
 
 
 def test_a_changed_file_is_followed_while_requests_run(scheduler, deployment, quickstart, folder, caplog):
@@ -203,7 +203,7 @@ def test_a_changed_file_is_followed_while_requests_run(scheduler, deployment, qu
     app = build_app(scheduler, plan_file=PlanFile(folder), reload_every_s=0.02)
     to_app = {"transport": httpx.ASGITransport(app), "base_url": "http://localhost"}
     asyncio.run(run())
-    assert scheduler.plan_in_use[1].replicas == {"a100": 4}
+    assert scheduler.active_plan[1].replicas == {"a100": 4}
     assert "replicas" in caplog.text
 
 

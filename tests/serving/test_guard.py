@@ -73,12 +73,12 @@ EVENTS = [
 @pytest.mark.parametrize("body", GARBAGE.values(), ids=GARBAGE)
 def test_garbage_is_answered_at_every_path(ask, scheduler, body):
     """Whatever is sent: 422 and what is wrong with it, and nothing has changed."""
-    before = scheduler.plan_in_use, scheduler.open_decisions, scheduler.workers(0.0)
+    before = scheduler.active_plan, scheduler.open_decisions, scheduler.workers(0.0)
     for method, path in (("POST", "decide"), ("POST", "observe"), ("PUT", "plan"), ("POST", "whatif")):
         answer = ask(method, f"/v1/{path}", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == 422, (path, answer.text)
         problems(answer)
-    assert (scheduler.plan_in_use, scheduler.open_decisions, scheduler.workers(0.0)) == before
+    assert (scheduler.active_plan, scheduler.open_decisions, scheduler.workers(0.0)) == before
 
 
 @pytest.mark.parametrize("field", FIELDS)

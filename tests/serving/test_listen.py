@@ -135,7 +135,7 @@ def test_a_change_while_the_plan_is_read_is_not_missed(tmp_path, deployment, qui
         return scheduler.replace_plan(path)
 
     asyncio.run(followed(file, replace, lambda: scheduler.version == 2))
-    assert scheduler.plan_in_use[1].replicas == {"a100": 3}
+    assert scheduler.active_plan[1].replicas == {"a100": 3}
 
 
 def test_a_plan_that_will_not_do_is_tried_again_and_told_once(tmp_path, caplog):

@@ -163,7 +163,7 @@ def test_the_plan_in_use_is_the_only_one_shown(meters):
 
 def test_memory_and_labels_are_bounded(meters, scheduler, monkeypatch):
     """Decisions that never end are forgotten from the oldest, and reasons without number are counted together."""
-    monkeypatch.setattr(room, "MOST_OPEN", 10)
+    monkeypatch.setattr(room, "MAX_OPEN", 10)
     monkeypatch.setattr(room, "MOST_LABELS", 3)
     numbers = [told(meters, scheduler, 0.0).number for _ in range(25)]
     assert len(meters._told) == 10

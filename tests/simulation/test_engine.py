@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from hybridsd_sim import InputError, Profiles, Scenario, SimResult, simulate
 from hybridsd_sim.errors import RunError
 from hybridsd_sim.plan import Deployment, Plan, Share
-from hybridsd_sim.pricing import Candidate, Pricing, find_candidates, pool_usd_per_gpu_hour
+from hybridsd_sim.pricing import Candidate, find_candidates, pool_usd_per_gpu_hour
 from hybridsd_sim.profiles import Quantiles
 from hybridsd_sim.scenario import load_scenario
 from hybridsd_sim.scheduling import POLICIES
-from hybridsd_sim.scheduling.policies import make_policy
 from hybridsd_sim.simulation import COLUMNS, IN_FLIGHT, SERVED, UNSERVED, column, joined, pool_table
-from hybridsd_sim.simulation.engine import _Run
+from hybridsd_sim.simulation.engine import preemption_of
 from hybridsd_sim.simulation.records import INDEX
 from hybridsd_sim.workload import Draws
 
@@ -56,7 +55,7 @@ def constant_network(profiles: Profiles, name: str) -> Profiles:
 def test_a_lost_request_is_an_error(
     quickstart: Scenario, profiles: Profiles, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """A run that books fewer requests than arrived breaks off, also if those it books are numbered without a gap."""
+    """A run that records fewer requests than arrived breaks off, also if those recorded are numbered without a gap."""
     every = Draws.__iter__
     monkeypatch.setattr(Draws, "__iter__", lambda draws: islice(every(draws), number))
     with pytest.raises(RunError, match=f"lost requests: [0-9]+ arrived, {number} were recorded"):
@@ -394,9 +393,7 @@ def test_one_more_node_leaves_the_lives_of_the_others(quickstart: Scenario, prof
     lives = [[], []]
     for found, nodes in zip(lives, (2, 3), strict=True):
         scenario = spot(quickstart, 60.0, pools__a100__replicas_max=nodes)
-        run = _Run(Pricing(scenario, profiles), find_candidates(scenario, profiles), make_policy("cloud_only"),
-                   {"a100": nodes}, 0, None)  # fmt: skip
-        preemption = run._preemption("a100")
+        preemption = preemption_of(scenario, "a100", 0)
         assert preemption is not None
         found += [preemption.up_s(node) for _ in range(5) for node in range(nodes)]
 

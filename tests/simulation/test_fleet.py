@@ -12,24 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridsd_sim.planning.analytic import erlang_c
-from hybridsd_sim.simulation.fleet import EdgeFleet, Job, Pool, Preemption, Route
+from hybridsd_sim.simulation.fleet import EdgeDevices, GpuPool, PoolJob, Preemption, Route
 
 DISCIPLINES = ("fifo", "gang_fifo", "backfill", "edf")
 
 
-def run_pool(jobs: Iterable[tuple[float, Job]], *, nodes: int, gpus: int = 1, **settings: object) -> list[Job]:
+def run_pool(jobs: Iterable[tuple[float, PoolJob]], *, nodes: int, gpus: int = 1, **settings: object) -> list[PoolJob]:
     """Submit each (time, job) to a pool and return the jobs in the order in which they finished.
 
     `until` ends the run; with preemption it never ends by itself.
     """
     until = settings.pop("until", None)
     env, finished = simpy.Environment(), []
-    pool: Pool[Job] = Pool(
+    pool: GpuPool[PoolJob] = GpuPool(
         env, nodes=nodes, gpus_per_node=gpus, discipline=str(settings.pop("discipline", "fifo")),
         done=finished.append, **settings,  # type: ignore[arg-type]
     )  # fmt: skip
 
-    def submit(job: Job) -> Callable[[simpy.Event], None]:
+    def submit(job: PoolJob) -> Callable[[simpy.Event], None]:
         return lambda _: pool.submit(job)
 
     for at, job in jobs:
@@ -38,15 +38,15 @@ def run_pool(jobs: Iterable[tuple[float, Job]], *, nodes: int, gpus: int = 1, **
     return finished
 
 
-def waits(jobs: Iterable[Job]) -> np.ndarray:
+def waits(jobs: Iterable[PoolJob]) -> np.ndarray:
     """Seconds that each job waited for its gang."""
     return np.array([job.cloud_start_s - job.cloud_ready_s for job in jobs])
 
 
-def poisson_jobs(seed: int, rate: float, holds: np.ndarray) -> list[tuple[float, Job]]:
+def poisson_jobs(seed: int, rate: float, holds: np.ndarray) -> list[tuple[float, PoolJob]]:
     """Single-GPU jobs with these holding times, arriving at random."""
     times = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(holds)))
-    return [(float(at), Job(i, 1, float(hold))) for i, (at, hold) in enumerate(zip(times, holds, strict=True))]
+    return [(float(at), PoolJob(i, 1, float(hold))) for i, (at, hold) in enumerate(zip(times, holds, strict=True))]
 
 
 @pytest.mark.parametrize("servers", [1, 4, 8])
@@ -94,7 +94,7 @@ def test_every_job_runs_once_and_no_node_is_overfull(
     drawn: list[tuple[float, int, float, float]], discipline: str, nodes: int
 ) -> None:
     """Whatever the discipline: all jobs finish, gangs stay on one node, a node never runs more than its GPUs."""
-    jobs = [(at, Job(i, degree, hold, deadline)) for i, (at, degree, hold, deadline) in enumerate(drawn)]
+    jobs = [(at, PoolJob(i, degree, hold, deadline)) for i, (at, degree, hold, deadline) in enumerate(drawn)]
     done = run_pool(jobs, nodes=nodes, gpus=4, discipline=discipline)
 
     assert sorted(job.number for job in done) == list(range(len(drawn)))
@@ -107,7 +107,7 @@ def test_every_job_runs_once_and_no_node_is_overfull(
 @given(jobs_strategy, st.sampled_from(DISCIPLINES))
 def test_nobody_waits_for_an_empty_pool(drawn: list[tuple[float, int, float, float]], discipline: str) -> None:
     """Work conservation: while a job of one GPU waits at the head, no node has a GPU free (single-GPU jobs)."""
-    jobs = [(at, Job(i, 1, hold, deadline)) for i, (at, _, hold, deadline) in enumerate(drawn)]
+    jobs = [(at, PoolJob(i, 1, hold, deadline)) for i, (at, _, hold, deadline) in enumerate(drawn)]
     done = run_pool(jobs, nodes=2, gpus=1, discipline=discipline)
     for job in done:
         if job.cloud_start_s > job.cloud_ready_s:
@@ -118,11 +118,11 @@ def test_nobody_waits_for_an_empty_pool(drawn: list[tuple[float, int, float, flo
 def staged(discipline: str) -> dict[str, float]:
     """Start times on two nodes of two GPUs, of which one GPU is free: a gang of two waits and two small jobs follow."""
     named = {
-        "long": (0.0, Job(0, 2, 10.0, 99.0)),
-        "half": (0.0, Job(1, 1, 4.0, 98.0)),
-        "gang": (1.0, Job(2, 2, 3.0, 97.0)),
-        "short": (2.0, Job(3, 1, 1.0, 96.0)),
-        "slow": (2.5, Job(4, 1, 9.0, 1.0)),
+        "long": (0.0, PoolJob(0, 2, 10.0, 99.0)),
+        "half": (0.0, PoolJob(1, 1, 4.0, 98.0)),
+        "gang": (1.0, PoolJob(2, 2, 3.0, 97.0)),
+        "short": (2.0, PoolJob(3, 1, 1.0, 96.0)),
+        "slow": (2.5, PoolJob(4, 1, 9.0, 1.0)),
     }
     run_pool(named.values(), nodes=2, gpus=2, discipline=discipline)
     return {name: job.cloud_start_s for name, (_, job) in named.items()}
@@ -148,10 +148,10 @@ def test_backfill_fills_the_gap_without_delaying_the_gang() -> None:
 def test_gang_fifo_reserves_one_node_and_leaves_the_others() -> None:
     """The head drains the node it can have soonest; the next job may start elsewhere but not there."""
     named = {
-        "left": (0.0, Job(0, 1, 4.0)),
-        "right": (0.0, Job(1, 2, 2.0)),
-        "gang": (1.0, Job(2, 2, 3.0)),
-        "small": (1.5, Job(3, 1, 1.0)),
+        "left": (0.0, PoolJob(0, 1, 4.0)),
+        "right": (0.0, PoolJob(1, 2, 2.0)),
+        "gang": (1.0, PoolJob(2, 2, 3.0)),
+        "small": (1.5, PoolJob(3, 1, 1.0)),
     }
     run_pool(named.values(), nodes=2, gpus=2, discipline="gang_fifo")
 
@@ -161,7 +161,12 @@ def test_gang_fifo_reserves_one_node_and_leaves_the_others() -> None:
 
 def test_edf_serves_the_most_urgent_first_and_priority_before_that() -> None:
     """Among waiting jobs the earliest deadline starts first; a higher priority goes before any deadline."""
-    first, late, soon, vip = Job(0, 1, 5.0, 9.0), Job(1, 1, 1.0, 90.0), Job(2, 1, 1.0, 10.0), Job(3, 1, 1.0, 99.0)
+    first, late, soon, vip = (
+        PoolJob(0, 1, 5.0, 9.0),
+        PoolJob(1, 1, 1.0, 90.0),
+        PoolJob(2, 1, 1.0, 10.0),
+        PoolJob(3, 1, 1.0, 99.0),
+    )
     vip.priority = 1
     run_pool([(0.0, first), (1.0, late), (2.0, soon), (3.0, vip)], nodes=1, discipline="edf")
 
@@ -170,7 +175,7 @@ def test_edf_serves_the_most_urgent_first_and_priority_before_that() -> None:
 
 def test_a_job_goes_to_the_node_that_holds_its_model() -> None:
     """With one resident model a node, a second model loads once and is then found where it is."""
-    jobs = [(float(3 * i), Job(i, 1, 1.0)) for i in range(6)]
+    jobs = [(float(3 * i), PoolJob(i, 1, 1.0)) for i in range(6)]
     for index, (_, job) in enumerate(jobs):
         job.model_key, job.load_s = index % 2, 0.5
     done = run_pool(jobs, nodes=2, resident_models=1)
@@ -180,7 +185,7 @@ def test_a_job_goes_to_the_node_that_holds_its_model() -> None:
 
 def test_the_least_recently_used_model_makes_room() -> None:
     """A node that keeps two models and is asked for A, B, A, C, A, B loads A, B, C and B again."""
-    jobs = [(float(3 * i), Job(i, 1, 1.0)) for i in range(6)]
+    jobs = [(float(3 * i), PoolJob(i, 1, 1.0)) for i in range(6)]
     for key, (_, job) in zip([0, 1, 0, 2, 0, 1], jobs, strict=True):
         job.model_key, job.load_s = key, 0.5
     done = run_pool(jobs, nodes=1, resident_models=2)
@@ -190,7 +195,7 @@ def test_the_least_recently_used_model_makes_room() -> None:
 
 def test_a_cold_pool_starts_nothing_before_it_is_up() -> None:
     """Nodes rented at time 0 serve from their cold start on, in the order of arrival."""
-    jobs = [(0.0, Job(0, 1, 1.0)), (1.0, Job(1, 1, 1.0))]
+    jobs = [(0.0, PoolJob(0, 1, 1.0)), (1.0, PoolJob(1, 1, 1.0))]
     done = run_pool(jobs, nodes=1, cold_start_s=30.0)
 
     assert [job.cloud_start_s for job in done] == [30.0, 31.0]
@@ -204,17 +209,17 @@ DEGREES = (1, 2, 1)
 """GPUs of a job of each route."""
 
 
-def routed_jobs(drawn: list[tuple[int, int, int, int]]) -> list[tuple[float, Job]]:
+def routed_jobs(drawn: list[tuple[int, int, int, int]]) -> list[tuple[float, PoolJob]]:
     """Jobs from (arrival, route, base model, deadline), in order of arrival."""
     jobs = []
     for number, (at, which, model, deadline) in enumerate(sorted(drawn)):
-        job = Job(number, DEGREES[which], ROUTES[which].batch_s[0], float(deadline))
+        job = PoolJob(number, DEGREES[which], ROUTES[which].batch_s[0], float(deadline))
         job.route, job.model_key = ROUTES[which], model
         jobs.append((float(at), job))
     return jobs
 
 
-def gangs_of(done: Iterable[Job]) -> list[tuple[Job, ...]]:
+def gangs_of(done: Iterable[PoolJob]) -> list[tuple[PoolJob, ...]]:
     """The jobs of each gang, alone or together."""
     found = {job.number if job.gang is None else job.gang[0].number: job.gang or (job,) for job in done}
     return [tuple(gang) for gang in found.values()]
@@ -263,8 +268,8 @@ def test_a_batch_leaves_nobody_behind_who_was_first(drawn: list[tuple[int, int, 
 def test_a_batch_takes_its_mates_from_anywhere_in_the_queue() -> None:
     """Those of another route keep their place; the one that finds a free node alone does not wait for company."""
     route = Route((2.0, 3.0, 4.0))
-    first, other, second, third = Job(0, 1, 2.0), Job(1, 1, 5.0), Job(2, 1, 2.0), Job(3, 1, 2.0)
-    head = Job(4, 1, 2.0)
+    first, other, second, third = PoolJob(0, 1, 2.0), PoolJob(1, 1, 5.0), PoolJob(2, 1, 2.0), PoolJob(3, 1, 2.0)
+    head = PoolJob(4, 1, 2.0)
     for job in (head, first, second, third):
         job.route = route
     run_pool([(0.0, head), (0.5, first), (0.6, other), (0.7, second), (0.8, third)], nodes=1)
@@ -279,7 +284,7 @@ def test_an_overloaded_pool_serves_full_batches() -> None:
     """A queue that never empties is served at the cap over the batch's time, whatever one alone would take."""
     route, jobs = Route((1.0, 1.5, 2.0, 2.5)), []
     for number in range(401):
-        job = Job(number, 1, 1.0)
+        job = PoolJob(number, 1, 1.0)
         job.route = route
         jobs.append((0.001 * number, job))
     done = run_pool(jobs, nodes=1)
@@ -290,11 +295,11 @@ def test_an_overloaded_pool_serves_full_batches() -> None:
 def test_a_batch_in_a_gap_does_not_delay_the_gang_behind() -> None:
     """Backfill takes along only as many as are done before the reserved start."""
     route = Route((1.0, 1.5, 9.0))
-    long, gang = Job(0, 1, 4.0), Job(1, 2, 3.0)
-    small = [Job(2 + n, 1, 1.0) for n in range(3)]
+    long, gang = PoolJob(0, 1, 4.0), PoolJob(1, 2, 3.0)
+    small = [PoolJob(2 + n, 1, 1.0) for n in range(3)]
     for job in small:
         job.route = route
-    others = [(0.0, Job(8, 1, 1.0)), (0.0, Job(9, 2, 50.0))]
+    others = [(0.0, PoolJob(8, 1, 1.0)), (0.0, PoolJob(9, 2, 50.0))]
     run_pool(
         [(0.0, long), *others, (0.5, gang), *((0.6, job) for job in small)], nodes=2, gpus=2, discipline="backfill"
     )
@@ -312,7 +317,7 @@ def taken_away(*lives_s: float, replacement_s: float) -> Preemption:
 @pytest.mark.parametrize("discipline", DISCIPLINES)
 def test_a_lost_job_starts_again_on_the_next_node(discipline: str) -> None:
     """Its work is to be done again in full, before its equals who waited; what it held so far is counted as lost."""
-    lost, waiting = Job(0, 2, 10.0), Job(1, 2, 1.0)
+    lost, waiting = PoolJob(0, 2, 10.0), PoolJob(1, 2, 1.0)
     preemption = taken_away(4.0, replacement_s=3.0)
     run_pool([(0.0, lost), (1.0, waiting)], nodes=1, gpus=2, preemption=preemption, until=100.0, discipline=discipline)
 
@@ -324,7 +329,7 @@ def test_a_lost_job_starts_again_on_the_next_node(discipline: str) -> None:
 def test_a_lost_batch_is_lost_in_equal_parts() -> None:
     """Each request of a batch bears its part of the lost GPU-seconds, and they may go together again."""
     route = Route((2.0, 3.0))
-    first, pair = Job(0, 1, 2.0), (Job(1, 1, 2.0), Job(2, 1, 2.0))
+    first, pair = PoolJob(0, 1, 2.0), (PoolJob(1, 1, 2.0), PoolJob(2, 1, 2.0))
     for job in (first, *pair):
         job.route = route
     jobs = [(0.0, first), (0.5, pair[0]), (0.6, pair[1])]
@@ -337,7 +342,7 @@ def test_a_lost_batch_is_lost_in_equal_parts() -> None:
 
 def test_a_new_node_holds_no_model() -> None:
     """A model that was there is loaded again, also for the request that had found it there."""
-    jobs = [(0.0, Job(0, 1, 1.0)), (2.0, Job(1, 1, 5.0))]
+    jobs = [(0.0, PoolJob(0, 1, 1.0)), (2.0, PoolJob(1, 1, 5.0))]
     for _, job in jobs:
         job.load_s = 0.5
     done = run_pool(jobs, nodes=1, resident_models=1, preemption=taken_away(4.0, replacement_s=1.0), until=50.0)
@@ -349,7 +354,7 @@ def test_a_new_node_holds_no_model() -> None:
 def test_a_request_that_led_no_batch_keeps_its_own_load() -> None:
     """Whoever rode along in a batch that was lost loads its model itself when it starts alone later."""
     route = Route((2.0, 3.0))
-    starter, urgent, first, other, last = (Job(n, 1, 2.0, 10.0 * n) for n in range(5))
+    starter, urgent, first, other, last = (PoolJob(n, 1, 2.0, 10.0 * n) for n in range(5))
     for job in (urgent, first, last):
         job.route, job.model_key = route, 1
     for job in (starter, urgent, first, other, last):
@@ -366,8 +371,8 @@ def test_a_request_that_led_no_batch_keeps_its_own_load() -> None:
 def test_a_head_reserves_no_node_that_is_away_before_it_is_back() -> None:
     """Backfill counts on a node from its replacement on, and lets nobody in who would still run then."""
     preemption = taken_away(1.0, replacement_s=20.0)
-    away_for_long, busy = Job(0, 1, 0.5), Job(1, 1, 6.0)
-    gang, short, slow = Job(2, 2, 1.0), Job(3, 1, 2.0), Job(4, 1, 9.0)
+    away_for_long, busy = PoolJob(0, 1, 0.5), PoolJob(1, 1, 6.0)
+    gang, short, slow = PoolJob(2, 2, 1.0), PoolJob(3, 1, 2.0), PoolJob(4, 1, 9.0)
     jobs = [(0.0, away_for_long), (1.5, busy), (2.0, gang), (3.0, short), (3.1, slow)]
     run_pool(jobs, nodes=2, gpus=2, discipline="backfill", preemption=preemption, until=100.0)
 
@@ -424,13 +429,15 @@ def test_a_pool_that_is_done_shows_nothing_outstanding(
     """Whatever was batched or lost: what the view counts up, it counts down again, and it counts nobody twice."""
     env, view_of, done = simpy.Environment(), [], []
 
-    def check(job: Job) -> None:
+    def check(job: PoolJob) -> None:
         done.append(job)
         assert 0 <= view_of[0].queued <= len(drawn) - len(done)
         assert view_of[0].backlog_gpu_s >= -1e-9
 
     preemption = taken_away(*(life + 0.37 for life in lives), replacement_s=3.0)
-    pool: Pool[Job] = Pool(env, nodes=2, gpus_per_node=2, discipline=discipline, done=check, preemption=preemption)
+    pool: GpuPool[PoolJob] = GpuPool(
+        env, nodes=2, gpus_per_node=2, discipline=discipline, done=check, preemption=preemption
+    )
     view_of.append(pool.view)
     for at, job in routed_jobs(drawn):
         job.work = 1.0
@@ -447,7 +454,7 @@ def test_a_pool_that_is_done_shows_nothing_outstanding(
 def test_a_job_under_preemption_takes_as_long_as_theory_says(load: float) -> None:
     """With nodes replaced at once, work h lost at rate v takes (exp(v h) - 1) / v in the mean (99.99% interval)."""
     rng, size = np.random.default_rng(7), 20_000
-    jobs = [(0.0, Job(number, 1, load)) for number in range(size)]
+    jobs = [(0.0, PoolJob(number, 1, load)) for number in range(size)]
     preemption = Preemption(lambda _: float(rng.exponential(1.0)), 0.0)
     done = run_pool(jobs, nodes=1, preemption=preemption, until=size * exp(load) * 2)
     stops = np.array([0.0, *(job.cloud_stop_s for job in done)])
@@ -467,7 +474,7 @@ def test_a_pool_that_loses_no_node_is_as_one_that_cannot(
     """Lives that never end change no start, stop or node."""
     runs = []
     for preemption in (None, Preemption(lambda _: 1e9, 1.0)):
-        jobs = [(at, Job(i, degree, hold, deadline)) for i, (at, degree, hold, deadline) in enumerate(drawn)]
+        jobs = [(at, PoolJob(i, degree, hold, deadline)) for i, (at, degree, hold, deadline) in enumerate(drawn)]
         done = run_pool(jobs, nodes=2, gpus=4, discipline=discipline, preemption=preemption, until=1e4)
         runs.append([(job.number, job.node, job.cloud_start_s, job.cloud_stop_s) for job in done])
 
@@ -477,7 +484,7 @@ def test_a_pool_that_loses_no_node_is_as_one_that_cannot(
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0.1, 3), st.floats(0, 0.999)), max_size=40), st.booleans())
 def test_edge_devices_serve_one_at_a_time(drawn: list[tuple[float, float, float]], shared: bool) -> None:
     """No device runs two requests at once or one that is not ready; a shared fleet keeps no one from a free device."""
-    fleet = EdgeFleet(3, shared=shared)
+    fleet = EdgeDevices(3, shared=shared)
     served = []
     for ready, hold, draw in sorted(drawn):
         device, start = fleet.serve(ready, hold, draw)

@@ -35,7 +35,7 @@ from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.analytic import Flow, Wait, gang_servers, pool_wait
 from hybridsd_sim.pricing import find_candidates
 from hybridsd_sim.simulation import column, screen
-from hybridsd_sim.simulation.fleet import Job, Pool
+from hybridsd_sim.simulation.fleet import GpuPool, PoolJob
 
 UTILISATIONS = (0.3, 0.5, 0.7, 0.85)
 NODES = (1, 2, 4, 8, 16)
@@ -85,11 +85,11 @@ def line_of(seed: int, size: int, flows: list[Flow], *, exponential: bool = Fals
 
 def recursion_waits(line: Line, nodes: int, gpus: int = 1, discipline: str = "fifo") -> np.ndarray:
     """What every job waits by the recursion."""
-    from hybridsd_sim.simulation.recursion import Queue, pool_queue
+    from hybridsd_sim.simulation.recursion import JobArrays, pool_queue
 
     size = len(line.ready_s)
     each, start_s = np.arange(size), np.full(size, np.inf)
-    jobs = Queue(each, line.ready_s, each, line.hold_s, line.degree, start_s, np.full(size, -1))
+    jobs = JobArrays(each, line.ready_s, each, line.hold_s, line.degree, start_s, np.full(size, -1))
     pool_queue(jobs, nodes=nodes, gpus_per_node=gpus, discipline=discipline, cold_start_s=0.0)
     return start_s - line.ready_s
 
@@ -97,8 +97,8 @@ def recursion_waits(line: Line, nodes: int, gpus: int = 1, discipline: str = "fi
 def simpy_waits(line: Line, nodes: int, gpus: int = 1, discipline: str = "fifo") -> np.ndarray:
     """What every job waits in the event loop."""
     env = simpy.Environment()
-    pool: Pool[Job] = Pool(env, nodes=nodes, gpus_per_node=gpus, discipline=discipline, done=lambda _: None)
-    jobs = [Job(i, int(d), float(h)) for i, (d, h) in enumerate(zip(line.degree, line.hold_s, strict=True))]
+    pool: GpuPool[PoolJob] = GpuPool(env, nodes=nodes, gpus_per_node=gpus, discipline=discipline, done=lambda _: None)
+    jobs = [PoolJob(i, int(d), float(h)) for i, (d, h) in enumerate(zip(line.degree, line.hold_s, strict=True))]
     for ready_s, job in zip(line.ready_s.tolist(), jobs, strict=True):
         env.timeout(ready_s, job).callbacks.append(lambda event: pool.submit(event.value))
     env.run()

@@ -1,4 +1,4 @@
-"""The laws of a run, and the book that writes it down."""
+"""The laws of a run, and the recorder that fills its table."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from hypothesis import strategies as st
 
 from hybridsd_sim.errors import RunError
 from hybridsd_sim.files import canonical_json, write_atomically
-from hybridsd_sim.simulation import COLUMNS, IN_FLIGHT, SERVED, UNSERVED, Book, PlanFacts, Records, check_laws, column
-from hybridsd_sim.simulation import records as room
-from hybridsd_sim.simulation.records import INDEX, RAW, WIDTH, Marks, to_frame
+from hybridsd_sim.simulation import (
+    COLUMNS,
+    IN_FLIGHT,
+    SERVED,
+    UNSERVED,
+    PlanFacts,
+    Records,
+    RunRecorder,
+    check_laws,
+    column,
+)
+from hybridsd_sim.simulation import records as records_module
+from hybridsd_sim.simulation.records import INDEX, RAW_COLUMNS, WIDTH, GangHistory, to_frame
 
 HORIZON_S = 100.0
 GPUS, PHONES = 4, 2
@@ -25,7 +35,7 @@ HYBRID = PlanFacts(
 CLOUD = HYBRID._replace(label="cloud", degree=1, fleet_index=-1, edge_energy_j=0.0, quality=0.3)
 EDGE = HYBRID._replace(label="edge", degree=0, pool_index=-1, usd=0.0, usd_per_gpu_s=0.0, quality=nan)
 PLANS = (HYBRID, CLOUD, EDGE)
-NOTHING = dict.fromkeys(RAW, nan) | {"reason": -1, "deadline_s": inf, "model_load_s": 0.0, "transfer_s": 0.0}
+NOTHING = dict.fromkeys(RAW_COLUMNS, nan) | {"reason": -1, "deadline_s": inf, "model_load_s": 0.0, "transfer_s": 0.0}
 SIXTY_FOURTHS = st.integers(0, 90 * 64).map(lambda ticks: ticks / 64)
 """Seconds whose sums are exact, so that two spans touch or do not."""
 NOWHERE = {"class_index": 0, "node": -1, "device": -1}
@@ -34,7 +44,7 @@ NOWHERE = {"class_index": 0, "node": -1, "device": -1}
 def raw(request, **values):
     """The raw columns of one request; what is not said does not apply."""
     row = NOTHING | NOWHERE | {"request": request} | values
-    return tuple(float(row[name]) for name in RAW)
+    return tuple(float(row[name]) for name in RAW_COLUMNS)
 
 
 def hybrid(request, arrival_s, device=0, **values):
@@ -53,18 +63,18 @@ def refused(request, arrival_s):
     return raw(request, plan_index=-1, status=UNSERVED, reason=0, arrival_s=arrival_s)
 
 
-def booked(rows, sink=None, horizon_s=HORIZON_S):
+def recorded(rows, sink=None, horizon_s=HORIZON_S):
     """Records of one pool and one fleet from raw rows, or pairs of one and its marks, in the order of writing."""
-    book = Book(Records(("photo",), ("a100",), ("phones",), (), ("no_candidate",)), horizon_s, sink)
+    recorder = RunRecorder(Records(("photo",), ("a100",), ("phones",), (), ("no_candidate",)), horizon_s, sink)
     for facts in PLANS:
-        book.add_plan(facts)
+        recorder.add_plan(facts)
     for row in rows:
-        if isinstance(row[-1], Marks):
-            book.write_marked(*row)
+        if isinstance(row[-1], GangHistory):
+            recorder.write_with_history(*row)
         else:
-            book.write(row)
-        book.flush_if_full()
-    return book.close()
+            recorder.write(row)
+        recorder.flush_if_full()
+    return recorder.close()
 
 
 def good_run():
@@ -74,7 +84,7 @@ def good_run():
         finish_s=35.0, device=0,
     )  # fmt: skip
     late = hybrid(4, 95.0, status=IN_FLIGHT)
-    return booked([hybrid(0, 10.0), hybrid(1, 10.0, device=1), edge_only, refused(3, 40.0), late])
+    return recorded([hybrid(0, 10.0), hybrid(1, 10.0, device=1), edge_only, refused(3, 40.0), late])
 
 
 def broken_laws(records, gpus=GPUS, phones=PHONES):
@@ -96,7 +106,7 @@ def tampered(row, /, **values):
 
 def batch(size, *, first=0, arrival_s=10.0, lost_gpu_s=0.0):
     """Hybrid requests that share one gang, each on a phone of its own, with their marks."""
-    marks = Marks(size, int(lost_gpu_s > 0), lost_gpu_s)
+    marks = GangHistory(size, int(lost_gpu_s > 0), lost_gpu_s)
     return [(hybrid(first + place, arrival_s, device=place), marks) for place in range(size)]
 
 
@@ -114,7 +124,7 @@ class Pile:
 def test_a_run_that_obeys_the_laws_passes():
     """A run with every kind of ending breaks no law, and neither does a run without requests."""
     assert not broken_laws(good_run())
-    assert not broken_laws(booked([]))
+    assert not broken_laws(recorded([]))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +183,7 @@ def test_a_device_handed_over_at_one_instant_serves_one():
     later = {"cloud_start_s": 14.5, "cloud_stop_s": 17.5, "edge_ready_s": 19.0, "edge_start_s": 20.0}
     second = hybrid(1, 14.0, **later, edge_stop_s=24.0, finish_s=24.0, transfer_s=2.0)
 
-    assert not broken_laws(booked([hybrid(0, 10.0), second]), gpus=2, phones=1)
+    assert not broken_laws(recorded([hybrid(0, 10.0), second]), gpus=2, phones=1)
 
 
 def test_a_device_still_busy_at_the_horizon_serves_nobody_else():
@@ -181,7 +191,7 @@ def test_a_device_still_busy_at_the_horizon_serves_nobody_else():
     busy = hybrid(0, 91.0, status=IN_FLIGHT)
     taken = hybrid(1, 92.0, edge_start_s=99.0, edge_stop_s=99.5, finish_s=99.5, transfer_s=1.0)
 
-    assert "two requests at once" in broken_laws(booked([busy, taken]), phones=9)
+    assert "two requests at once" in broken_laws(recorded([busy, taken]), phones=9)
 
 
 def test_a_gang_in_flight_still_holds_its_gpus():
@@ -189,7 +199,7 @@ def test_a_gang_in_flight_still_holds_its_gpus():
     held = hybrid(0, 96.0, status=IN_FLIGHT)
     also = hybrid(1, 96.5, device=1, status=IN_FLIGHT)
 
-    assert "pool a100 ran 4 devices of 3" in broken_laws(booked([held, also]), gpus=3)
+    assert "pool a100 ran 4 devices of 3" in broken_laws(recorded([held, also]), gpus=3)
 
 
 @given(
@@ -208,7 +218,7 @@ def test_a_queue_in_order_of_arrival_obeys_the_laws(arrivals, holds, gpus):
         status = SERVED if stop_s <= HORIZON_S else IN_FLIGHT
         rows.append(raw(request, plan_index=1, status=status, arrival_s=arrival_s, cloud_ready_s=arrival_s,
                         cloud_start_s=start_s, cloud_stop_s=stop_s, finish_s=stop_s, node=gpu))  # fmt: skip
-    records = booked(rows)
+    records = recorded(rows)
     begun = [span for span in spans if span[0] <= HORIZON_S]
     peak = max(sum(begin <= at < end for begin, end in begun) for at, _ in begun)
 
@@ -222,10 +232,10 @@ def test_the_order_of_booking_does_not_matter(order, flush_rows):
     rows = [hybrid(request, 5.0 * request) if request % 3 else refused(request, 5.0 * request) for request in range(12)]
     pile = Pile()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "FLUSH_ROWS", flush_rows)
-        records = booked([rows[request] for request in order], pile)
+        patch.setattr(records_module, "FLUSH_ROWS", flush_rows)
+        records = recorded([rows[request] for request in order], pile)
 
-    np.testing.assert_array_equal(records.rows(), booked(rows).rows())
+    np.testing.assert_array_equal(records.rows(), recorded(rows).rows())
     np.testing.assert_array_equal(np.concatenate(pile.blocks), records.rows()[list(order)])
     assert all(0 < len(block) <= flush_rows for block in pile.blocks)
 
@@ -233,22 +243,22 @@ def test_the_order_of_booking_does_not_matter(order, flush_rows):
 def test_a_run_booked_at_once_is_the_same_as_row_by_row():
     """Whole columns, or one value for all, give the table that the rows give."""
     rows = [hybrid(request, 5.0 * request) if request % 3 else refused(request, 5.0 * request) for request in range(12)]
-    columns = dict(zip(room.RAW, np.array(rows).T, strict=True)) | {"model_load_s": 0.0}
-    book = Book(Records(("photo",), ("a100",), ("phones",), (), ("no_candidate",)), HORIZON_S)
+    columns = dict(zip(records_module.RAW_COLUMNS, np.array(rows).T, strict=True)) | {"model_load_s": 0.0}
+    recorder = RunRecorder(Records(("photo",), ("a100",), ("phones",), (), ("no_candidate",)), HORIZON_S)
     for facts in PLANS:
-        book.add_plan(facts)
-    book.write_all(len(rows), columns)
+        recorder.add_plan(facts)
+    recorder.write_all(len(rows), columns)
 
-    np.testing.assert_array_equal(book.close().rows(), booked(rows).rows())
+    np.testing.assert_array_equal(recorder.close().rows(), recorded(rows).rows())
 
 
 def test_many_rows_are_spread_block_by_block():
     """More rows than a block holds all arrive, and each sink block is a full one but the last."""
     pile = Pile()
-    count = 2 * room.FLUSH_ROWS + 7
-    records = booked((refused(request, request / count) for request in range(count)), pile)
+    count = 2 * records_module.FLUSH_ROWS + 7
+    records = recorded((refused(request, request / count) for request in range(count)), pile)
 
-    assert [len(block) for block in pile.blocks] == [room.FLUSH_ROWS, room.FLUSH_ROWS, 7]
+    assert [len(block) for block in pile.blocks] == [records_module.FLUSH_ROWS, records_module.FLUSH_ROWS, 7]
     assert len(records) == count
     assert not broken_laws(records)
 
@@ -256,12 +266,12 @@ def test_many_rows_are_spread_block_by_block():
 @pytest.mark.parametrize("numbers", [(0, 1, 1), (0, 1, 1, 2), (1, 2), (0, 2), (0, 0), (0, 1, 2, 1, 4)])
 def test_a_request_booked_twice_or_never_is_refused(numbers):
     """Numbers with a double or a gap never pass for a complete run."""
-    assert "once each" in broken_laws(booked(refused(number, 1.0) for number in numbers))
+    assert "once each" in broken_laws(recorded(refused(number, 1.0) for number in numbers))
 
 
 def test_a_row_says_what_its_plan_says():
     """Degree, pool, fleet, joules, bytes and quality come from the plan; GPU-seconds and dollars from the time held."""
-    row = dict(zip((name for name, _ in COLUMNS), booked([hybrid(0, 10.0, model_load_s=1.5)]).rows()[0], strict=True))
+    row = dict(zip((name for name, _ in COLUMNS), recorded([hybrid(0, 10.0, model_load_s=1.5)]).rows()[0], strict=True))
 
     assert (row["degree"], row["pool_index"], row["fleet_index"]) == (2, 0, 0)
     assert (row["edge_energy_j"], row["bytes_down"], row["quality"]) == (5.0, 40_000, 0.29)
@@ -273,7 +283,7 @@ def test_a_row_says_what_its_plan_says():
 def test_a_batch_holds_its_gang_once(size, gangs):
     """The requests of a batch need the GPUs of one gang together, and bear its GPU-seconds in equal parts."""
     rows = [row for place in range(gangs) for row in batch(size, first=size * place, arrival_s=10.0 + 12.0 * place)]
-    records = booked(rows)
+    records = recorded(rows)
 
     assert not broken_laws(records, gpus=2, phones=size)
     assert "devices of" in broken_laws(records, gpus=1, phones=size)
@@ -284,24 +294,24 @@ def test_a_batch_holds_its_gang_once(size, gangs):
 def test_a_batch_that_misses_a_member_breaks_the_law():
     """Three requests cannot be a batch of two, nor two one of three."""
     first, second, third = batch(3)
-    pair = [(row, Marks(2)) for row, _ in (first, second, third)]
+    pair = [(row, GangHistory(2)) for row, _ in (first, second, third)]
 
-    assert "other members" in broken_laws(booked(pair), phones=9)
-    assert "other members" in broken_laws(booked([first, second]), phones=9)
+    assert "other members" in broken_laws(recorded(pair), phones=9)
+    assert "other members" in broken_laws(recorded([first, second]), phones=9)
 
 
 @given(size=st.integers(1, 3))
 def test_a_request_in_a_batch_is_charged_its_part_of_the_gang(size):
     """The GPU part of the dollars is the batch's divided by its size; the rest of the plan's price stays."""
-    rows = booked(batch(size)).rows()
+    rows = recorded(batch(size)).rows()
     others_usd = 0.01 - 6.0 * 0.001
 
     assert column(rows, "usd") == pytest.approx(others_usd + HYBRID.batch_gpu_s[size - 1] * 0.001)
 
 
 def test_a_batch_of_one_is_charged_to_the_bit_as_before():
-    """Marks that say nothing change nothing."""
-    marked, plain = booked([(hybrid(0, 10.0), Marks())]), booked([hybrid(0, 10.0)])
+    """GangHistory that say nothing change nothing."""
+    marked, plain = recorded([(hybrid(0, 10.0), GangHistory())]), recorded([hybrid(0, 10.0)])
 
     assert marked.rows().tobytes() == plain.rows().tobytes()
 
@@ -309,9 +319,11 @@ def test_a_batch_of_one_is_charged_to_the_bit_as_before():
 def test_marks_stay_with_their_request_across_blocks():
     """A block that is written out takes its own marks along and leaves none for the next."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "FLUSH_ROWS", 2)
-        rows = [(hybrid(n, 10.0 * n), Marks(1, n, 2.5 * n)) if n % 3 == 0 else hybrid(n, 10.0 * n) for n in range(8)]
-        records = booked(rows)
+        patch.setattr(records_module, "FLUSH_ROWS", 2)
+        rows = [
+            (hybrid(n, 10.0 * n), GangHistory(1, n, 2.5 * n)) if n % 3 == 0 else hybrid(n, 10.0 * n) for n in range(8)
+        ]
+        records = recorded(rows)
 
     assert column(records.rows(), "restarts").tolist() == [0, 0, 0, 3, 0, 0, 6, 0]
     assert column(records.rows(), "lost_gpu_s").tolist() == [0, 0, 0, 7.5, 0, 0, 15.0, 0]
@@ -320,13 +332,13 @@ def test_marks_stay_with_their_request_across_blocks():
 
 def test_a_plan_that_comes_late_is_known():
     """A plan first used after a block was written out has its own facts all the same."""
-    book = Book(Records(("photo",), ("a100",), ("phones",), (), ()), HORIZON_S)
-    book.add_plan(CLOUD)
-    book.write(hybrid(0, 1.0))
-    book._flush()
-    book.add_plan(HYBRID)
-    book.write(hybrid(1, 1.0, plan_index=1))
-    records = book.close()
+    recorder = RunRecorder(Records(("photo",), ("a100",), ("phones",), (), ()), HORIZON_S)
+    recorder.add_plan(CLOUD)
+    recorder.write(hybrid(0, 1.0))
+    recorder._flush()
+    recorder.add_plan(HYBRID)
+    recorder.write(hybrid(1, 1.0, plan_index=1))
+    records = recorder.close()
 
     assert records.plans == ("cloud", "hybrid")
     assert column(records.rows(), "degree").tolist() == [1, 2]
@@ -334,7 +346,7 @@ def test_a_plan_that_comes_late_is_known():
 
 def test_a_refused_request_costs_nothing_and_has_no_quality():
     """Without a plan there are no GPUs, dollars, joules or bytes, and no quality to speak of."""
-    rows = booked([refused(0, 1.0)]).rows()
+    rows = recorded([refused(0, 1.0)]).rows()
 
     for name in ("degree", "gpu_seconds", "usd", "edge_energy_j", "bytes_down"):
         assert column(rows, name)[0] == 0
@@ -346,12 +358,12 @@ def test_a_refused_request_costs_nothing_and_has_no_quality():
 @given(arrival_s=st.floats(80.0, 99.5))
 def test_the_future_of_a_request_in_flight_is_not_told(arrival_s):
     """Times after the horizon are cut from rows in flight and from no others; GPUs count up to the horizon."""
-    records = booked([hybrid(0, arrival_s, status=IN_FLIGHT)])
-    uncut = booked([hybrid(0, arrival_s)], horizon_s=1e6)
+    records = recorded([hybrid(0, arrival_s, status=IN_FLIGHT)])
+    uncut = recorded([hybrid(0, arrival_s)], horizon_s=1e6)
     row, whole = records.rows()[0], uncut.rows()[0]
     start_s, stop_s = arrival_s + 1.5, arrival_s + 4.5
 
-    for name in room.TIMES:
+    for name in records_module.TIME_COLUMNS:
         was = whole[INDEX[name]]
         assert row[INDEX[name]] == was if was <= HORIZON_S else isnan(row[INDEX[name]])
     held_s = max(0.0, min(stop_s, HORIZON_S) - start_s)
@@ -362,7 +374,7 @@ def test_the_future_of_a_request_in_flight_is_not_told(arrival_s):
 def test_a_model_that_was_not_loaded_costs_nothing():
     """A request that still waits for its GPUs at the horizon has loaded no model, whatever its load would take."""
     waits = raw(0, plan_index=1, status=IN_FLIGHT, arrival_s=90.0, cloud_ready_s=91.0, model_load_s=22.7)
-    rows = booked([waits]).rows()
+    rows = recorded([waits]).rows()
 
     assert column(rows, "model_load_s")[0] == 0.0
     assert column(rows, "gpu_seconds")[0] == 0.0

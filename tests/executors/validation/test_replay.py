@@ -20,7 +20,7 @@ from executors.validation.recording import TICK_S, replay
 from executors.validation.testbed import write_catalogue
 from hybridsd_sim import load_profiles
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.simulation import TIMES, column
+from hybridsd_sim.simulation import TIME_COLUMNS, column
 
 DATA = Path(__file__).parents[2] / "data" / "live"
 PARTS = kept.find(DATA / "runs")
@@ -60,5 +60,5 @@ def test_the_replay_is_the_one_that_was_kept(part, catalogue, tmp_path):
     """Every time of every request is what it was when the calibration was made: the simulator has not moved."""
     again = replay(part, catalogue, tmp_path).rows()
     before = kept.read_times(DATA / "replays" / f"{part.name}.parquet")
-    for name in TIMES:
+    for name in TIME_COLUMNS:
         np.testing.assert_allclose(column(again, name), before[name], rtol=0, atol=4 * TICK_S)

@@ -24,10 +24,10 @@ from hybridsd_sim.scenario import load_scenario
 from hybridsd_sim.scheduling import FleetView
 from hybridsd_sim.scheduling.policies import Planned
 from hybridsd_sim.simulation import Inputs, Records, check_laws, screen, why_not
-from hybridsd_sim.simulation.fleet import EdgeFleet, Job, Pool
-from hybridsd_sim.simulation.metrics import value_at
+from hybridsd_sim.simulation.fleet import EdgeDevices, GpuPool, PoolJob
+from hybridsd_sim.simulation.metrics import quantile_of, value_at
 from hybridsd_sim.simulation.records import INDEX
-from hybridsd_sim.simulation.recursive_run import ScreenError
+from hybridsd_sim.simulation.screening import ScreenError
 from hybridsd_sim.workload import Draws
 from hybridsd_sim.workload.requests import on_the_clock
 
@@ -69,7 +69,7 @@ def kept_profiles() -> Profiles:
 
 
 def same_rows(ours: Records, theirs: Records) -> None:
-    """Fail unless two runs booked the same requests, to a nanosecond; plans may be numbered differently."""
+    """Fail unless two runs recorded the same requests, to a nanosecond; plans may be numbered differently."""
     mine, other = ours.rows().copy(), theirs.rows().copy()
     for rows, records in ((mine, ours), (other, theirs)):
         names = np.array([*records.plans, ""], dtype=object)[rows[:, INDEX["plan_index"]].astype(int)]
@@ -152,23 +152,23 @@ def test_gangs_start_when_and_where_the_pool_starts_them(
     seed: int, nodes: int, discipline: str, cold_start_s: float, load: float
 ) -> None:
     """Random gangs on idle and crowded nodes: the same starts to the bit, on the same nodes."""
-    from hybridsd_sim.simulation.recursion import Queue, pool_queue
+    from hybridsd_sim.simulation.recursion import JobArrays, pool_queue
 
     rng, size = np.random.default_rng(seed), 120
     degree, hold_s = rng.integers(1, 5, size), rng.exponential(2.0, size) + 0.1
     ready_s = np.cumsum(rng.exponential(5.25 / (4 * nodes * load), size))
     env, jobs = (
         simpy.Environment(),
-        [Job(i, *job) for i, job in enumerate(zip(degree.tolist(), hold_s.tolist(), strict=True))],
+        [PoolJob(i, *job) for i, job in enumerate(zip(degree.tolist(), hold_s.tolist(), strict=True))],
     )
-    pool: Pool[Job] = Pool(
+    pool: GpuPool[PoolJob] = GpuPool(
         env, nodes=nodes, gpus_per_node=4, discipline=discipline, done=lambda _: None, cold_start_s=cold_start_s
     )
     for ready, job in zip(ready_s.tolist(), jobs, strict=True):
         env.timeout(ready, job).callbacks.append(lambda event: pool.submit(event.value))
     env.run()
     each = np.arange(size)
-    line = Queue(each, ready_s, each, hold_s, degree, np.full(size, np.inf), np.full(size, -1))
+    line = JobArrays(each, ready_s, each, hold_s, degree, np.full(size, np.inf), np.full(size, -1))
     pool_queue(line, nodes=nodes, gpus_per_node=4, discipline=discipline, cold_start_s=cold_start_s)
 
     assert line.start_s.tolist() == [job.cloud_start_s for job in jobs]
@@ -178,17 +178,17 @@ def test_gangs_start_when_and_where_the_pool_starts_them(
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0.1, 3), st.floats(0, 0.999)), max_size=150), st.booleans())
 def test_devices_serve_as_the_fleet_has_it(drawn: list[tuple[float, float, float]], shared: bool) -> None:
     """Owned and shared edge devices: the same start on the same device, whatever the order of arrival."""
-    from hybridsd_sim.simulation.recursion import Owners, Queue, owned_devices, shared_devices
+    from hybridsd_sim.simulation.recursion import JobArrays, Owners, owned_devices, shared_devices
     from hybridsd_sim.workload.requests import owners_of
 
-    fleet, replicas, each = EdgeFleet(3, shared=shared), 3, np.arange(len(drawn))
+    fleet, replicas, each = EdgeDevices(3, shared=shared), 3, np.arange(len(drawn))
     ready_s, hold_s, draw = (np.array([row[at] for row in drawn]) for at in range(3))
     turn = np.argsort(ready_s, kind="stable")
     expected = {int(i): fleet.serve(ready_s[i], hold_s[i], draw[i]) for i in turn}
     device = (draw * replicas).astype(np.int64)
     if shared:
         start_s = np.full(len(drawn), np.inf)
-        shared_devices(Queue(turn, ready_s, each, hold_s, each, start_s, device), replicas)
+        shared_devices(JobArrays(turn, ready_s, each, hold_s, each, start_s, device), replicas)
     else:
         start_s = owned_devices(ready_s, each, hold_s, Owners(**owners_of(np.zeros_like(device), device, each)))
 
@@ -243,7 +243,7 @@ def test_figures_of_nobody_are_unknown(profiles: Profiles) -> None:
 
 
 def test_screened_records_keep_the_laws(profiles: Profiles) -> None:
-    """What the recursion books stands up to the laws of every run."""
+    """What the recursion records stands up to the laws of every run."""
     for records in screen(base(), profiles, planned(profiles, node=1)).records:
         check_laws(records, {"a100": 3, "l40s": 0, "node": 4}, {"phones": 20_000, "laptops": 4})
 
@@ -360,15 +360,12 @@ def test_nobody_asking_is_no_error(profiles: Profiles) -> None:
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.floats(0, 1))
 def test_a_quantile_needs_no_sorting(values: list[float], p: float) -> None:
     """The quick quantile is the one of the sorted values, rounded to nanoseconds."""
-    from hybridsd_sim.simulation.recursive_run import _quantile
-
-    assert _quantile(np.array(values), p) == value_at(np.sort(np.round(values, 9)), p)
+    assert quantile_of(np.array(values), p) == value_at(np.sort(np.round(values, 9)), p)
 
 
 def compiled_twice() -> str:
     """Compiled functions that met several kinds of arguments when all kinds of queues were screened in this process."""
-    from hybridsd_sim.simulation import recursion
-    from hybridsd_sim.simulation import recursive_run as replay
+    from hybridsd_sim.simulation import recursion, replay
 
     profiles = kept_profiles()
     wide = next(o for o in found(profiles)["draft"] if o.degree == 4 and o.edge_steps)
@@ -376,7 +373,7 @@ def compiled_twice() -> str:
     for deployment, discipline in ((planned(profiles), "fifo"), (gangs, "fifo"), (gangs, "backfill")):
         scenario = base().with_overrides({"pools.node.discipline": discipline, "edge.phones.replicas": 2})
         assert screen(scenario, profiles, deployment).attainment
-    compiled = [each for room in (recursion, replay) for each in vars(room).values() if hasattr(each, "signatures")]
+    compiled = [each for module in (recursion, replay) for each in vars(module).values() if hasattr(each, "signatures")]
     never = [each.__name__ for each in compiled if not each.signatures]
     assert not never, never
     return ", ".join(each.__name__ for each in compiled if len(each.signatures) > 1)
@@ -384,14 +381,14 @@ def compiled_twice() -> str:
 
 def test_nothing_is_compiled_twice(tmp_path: Path) -> None:
     """On a machine where nothing was compiled before, every function is compiled for one kind of arguments."""
-    code = "import sys, test_screen; sys.exit(test_screen.compiled_twice() or 0)"
+    code = "import sys, test_screening; sys.exit(test_screening.compiled_twice() or 0)"
     nothing_kept = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], env=nothing_kept)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, env=nothing_kept)
 
     assert list(tmp_path.rglob("*.nbc"))
 
 
 def test_numba_loads_only_when_something_is_screened() -> None:
     """Importing the door costs nothing; the compiler comes with the first deployment tried."""
-    code = "import sys, hybridsd_sim.screen; sys.exit('numba' in sys.modules)"
+    code = "import sys; from hybridsd_sim.simulation import screen, simulate; sys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
