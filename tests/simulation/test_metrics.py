@@ -425,10 +425,10 @@ def test_a_deadline_met_to_the_rounding_is_met():
 
 def test_estimates_by_hand():
     """A ratio weighs its cells by what is below the line; a quantile may lie between two values."""
-    value, low, high = ratio(np.array([1.0, 6.0]), np.array([1.0, 3.0]))
+    found = ratio(np.array([1.0, 6.0]), np.array([1.0, 3.0]))
     half = stats.t.ppf(0.975, 1) * sqrt(2 * (0.75**2 + 0.75**2)) / 4
 
-    assert (value, low, high) == pytest.approx((1.75, 0.0, 1.75 + half))
+    assert (found.value, *found.interval) == pytest.approx((1.75, 0.0, 1.75 + half))
     assert share(np.array([1.0, 0.0]), np.array([2.0, 2.0])).value == 0.25
     assert quantile(np.array([1.0, 2.0, 4.0]), np.array([0, 1, 2]), 0.75).value == pytest.approx(3.0)
 
