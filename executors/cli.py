@@ -1,249 +1,397 @@
-"""What people write after an option, read: lists, numbers, sizes, a method's options, addresses.
+"""The commands that touch torch: `hybridsd-sim profile|run|count|live|validate`; in a checkout `python -m executors`.
 
-What `run` was asked for in words, made into models, stages and files.
+Results go to standard output, as text or as JSON alone; progress and logs go to standard error. Exit code 0 is fine, 1
+means that a run failed, 2 that the input is wrong, 130 that it was interrupted: every message names place, value, rule
+and remedy. Torch is imported inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 
-from hybridsd_sim.errors import InputError, Problem, unknown_name
-from hybridsd_sim.profiles import Profiles, load_profiles
+from hybridsd_sim.cli_arguments import (
+    needs_extra,
+    read_address,
+    read_loads,
+    read_numbers,
+    read_options,
+    read_sizes,
+    run_to_exit,
+    split,
+)
+from hybridsd_sim.errors import InputError, Problem
 
-from .hybrid import PRECISIONS as PAYLOADS
-from .hybrid import Address, ImageRun, check_address, check_switch, generate_image, open_listener, serve_unet
-from .models import Pipeline, build_sampler, load_pipeline
-from .parallel import TIMEOUT_S, Carrier, Option, resolve_settings
-from .profiling import PRECISIONS, denoising_at, is_first_process
-
-
-def split(values: Sequence[str] | None) -> list[str]:
-    """Repeated and comma-separated values as one list without repetitions."""
-    return list(dict.fromkeys(name.strip() for value in values or () for name in value.split(",") if name.strip()))
-
-
-def read_numbers(values: Sequence[str] | None, place: str) -> list[int]:
-    """Whole numbers; 1 where none is given."""
-    return [_number(text, place) for text in split(values) or ["1"]]
+if TYPE_CHECKING:
+    from .profiling import ProfileResult, Progress
 
 
-def _number(text: str, place: str) -> int:
+app = typer.Typer(
+    help="Run, count and profile Stable Diffusion on real hardware, alone or in parallel.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    text = "text"
+    json = "json"
+
+
+class Ranks(StrEnum):
+    """Where the ranks of a parallel method run."""
+
+    process = "process"
+    loopback = "loopback"
+
+
+class Guidance(StrEnum):
+    """Whether steps are guided."""
+
+    on = "on"
+    off = "off"
+    both = "both"
+
+
+TEXT = Format.text
+
+OutputFormat = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+
+Options = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE of the method, e.g. stride=2.")]
+
+ProfilesFolder = Annotated[Path | None, typer.Option("--profiles", help="A profiles folder with models of yours.")]
+
+Weights = Annotated[Path | None, typer.Option(help="A local diffusers folder; default seeded random weights.")]
+
+Device = Annotated[str | None, typer.Option(help="Its name in the catalogue; default the one that is here.")]
+
+Threads = Annotated[int | None, typer.Option(help="CPU threads of each rank.", min=1)]
+
+RanksIn = Annotated[Ranks | None, typer.Option(help="Default process; loopback must be asked for.")]
+
+_GUIDANCE = {Guidance.on: (True,), Guidance.off: (False,), Guidance.both: (True, False)}
+
+
+def main() -> None:
+    """Run the command line; turn errors into messages and exit codes."""
+    run_to_exit(app)
+
+
+@contextmanager
+def _on_torch(command: str, extra: str = "executors") -> Iterator[None]:
+    """Around what a command does: libraries keep silent unless something is wrong, and an extra that lacks is named."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # read when diffusers is imported, by the ranks too
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    with needs_extra(extra, command):
+        yield
+
+
+@app.callback()
+def _root(*, debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None: ...
+
+
+@app.command()
+@_on_torch("profile")
+def profile(
+    models: Annotated[list[str], typer.Option(help="Models of the catalogue.")],
+    out: Annotated[Path, typer.Option(help="The profiles folder that rows are written to.")],
+    sizes: Annotated[list[str] | None, typer.Option(help="Pixels: 512, or 512x768 (height x width).")] = None,
+    methods: Annotated[list[str] | None, typer.Option(help="Parallel methods; default single.")] = None,
+    degrees: Annotated[list[str] | None, typer.Option(help="Numbers of ranks; default 1.")] = None,
+    batch_sizes: Annotated[list[str] | None, typer.Option(help="Images a step; default 1.")] = None,
+    guidance: Annotated[Guidance, typer.Option(help="Guided steps evaluate the UNet twice.")] = Guidance.on,
+    runtime: Annotated[str, typer.Option(help="eager or compiled.")] = "eager",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    components: Annotated[list[str] | None, typer.Option(help="Default step,step_warmup.")] = None,
+    option: Options = None,
+    device: Device = None,
+    threads: Threads = None,
+    ranks: RanksIn = None,
+    runs: Annotated[int, typer.Option(help="Timed runs, at least 10.")] = 10,
+    warmup_runs: Annotated[int, typer.Option(help="Runs before the clock counts.")] = 3,
+    time_budget_s: Annotated[float | None, typer.Option(help="Leave what would take longer than this.")] = None,
+    weights: Weights = None,
+    profiles: ProfilesFolder = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Measure components and steps, and write cost rows. Seconds, bytes, memory, energy; goes on where it stopped."""
+    from hybridsd_sim.profiles import load_profiles
+
+    from .profiling import STEP_COMPONENTS, Sweep, find_device
+    from .profiling import profile as measure_all
+
+    sweep = Sweep(
+        models=split(models), sizes=read_sizes(sizes), methods=split(methods) or ["single"],
+        degrees=read_numbers(degrees, "--degrees"), batch_sizes=read_numbers(batch_sizes, "--batch-sizes"),
+        guidance=_GUIDANCE[guidance], runtime=runtime, precision=precision,
+        components=split(components) or STEP_COMPONENTS,
+        options=read_options(option), ranks=None if ranks is None else ranks.value, warmup_runs=warmup_runs, runs=runs,
+    )  # fmt: skip
+    catalogue = load_profiles(profiles)
+    here = find_device(catalogue, device, threads)
     try:
-        return int(text)
-    except ValueError:
-        raise InputError(Problem(place, repr(text), "must be a whole number")) from None
+        with _progress() as progress:
+            outcome = measure_all(
+                sweep, catalogue, here, out, weights=weights, time_budget_s=time_budget_s, progress=progress
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: the rows so far are in {out}; run it again to go on", err=True)
+        raise SystemExit(130) from None
+    for problem in outcome.refused:
+        typer.echo(f"not measured: {problem}", err=True)
+    for target in outcome.left:
+        typer.echo(f"left for want of time: {target}", err=True)
+    _print(format_, _outcome_data(outcome), lambda: _outcome_text(outcome))
+    if outcome.failed:
+        raise SystemExit(1)
 
 
-def read_loads(values: Sequence[str], place: str) -> list[float]:
-    """Utilisations, above 0 and below 1."""
-    return [_load(text, place) for text in split(values)]
+@app.command()
+@_on_torch("count")
+def count(
+    models: Annotated[list[str], typer.Option(help="Models, paths of a config.json, or VAEs and text encoders.")],
+    sizes: Annotated[list[str] | None, typer.Option(help="Pixels: 512, or 512x768 (height x width).")] = None,
+    degrees: Annotated[list[str] | None, typer.Option(help="Instead: bytes a step between so many stripes.")] = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Count parameters, FLOPs and exchanged bytes. For one latent, on torch's meta device."""
+    from .profiling import are_components, component_rows, count_rows, pcpp_bytes_rows
+
+    names, pixels = split(models), read_sizes(sizes)
+    if degrees is not None:
+        rows = pcpp_bytes_rows(names, pixels, read_numbers(degrees, "--degrees"))
+        what = "received by the busiest rank in a guided fp16 step"
+    elif are_components(names):
+        rows, what = component_rows(names, pixels), "for one prompt or latent"
+    else:
+        rows, what = count_rows(names, pixels), "for one latent"
+    title = "name" if rows and "name" in rows[0] else "model"
+    figures = [name for name in rows[0] if name != title] if rows else []
+    header = [what, *(row[title] for row in rows)]
+    _print(format_, {"rows": rows}, lambda: (header, [[name, *(row[name] for row in rows)] for name in figures]))
 
 
-def _load(text: str, place: str) -> float:
+@app.command()
+@_on_torch("run")
+def run(
+    model: Annotated[str, typer.Option(help="A model of the catalogue; with --listen the edge's.")],
+    out: Annotated[Path | None, typer.Option(help="The image: a .png file.")] = None,
+    small_model: Annotated[str | None, typer.Option(help="The model of the steps from --switch-step on.")] = None,
+    switch_step: Annotated[int | None, typer.Option(help="First step of the small model.")] = None,
+    method: Annotated[str, typer.Option(help="Parallel method of the first stage.")] = "single",
+    degree: Annotated[int, typer.Option(help="Number of ranks.")] = 1,
+    option: Options = None,
+    ranks: Annotated[Ranks, typer.Option(help="Where the ranks run.")] = Ranks.loopback,
+    num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Above 1: two UNet evaluations a step.")] = 7.5,
+    height_px: Annotated[int | None, typer.Option(help="Default the width, else the model's native size.")] = None,
+    width_px: Annotated[int | None, typer.Option(help="Default the height, else the model's native size.")] = None,
+    sampler: Annotated[str, typer.Option(help="ddim, euler or dpmsolver++.")] = "ddim",
+    seed: Annotated[int, typer.Option(help="Of the first latents.")] = 0,
+    prompt: Annotated[str, typer.Option(help="What to paint.")] = "a photograph of an astronaut riding a horse",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    payload: Annotated[str, typer.Option(help="Precision of what is handed over: fp32 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Threads = None,
+    timeout_s: Annotated[float, typer.Option(help="Longest silence of a rank or of the other side.")] = 120.0,
+    edge: Annotated[str | None, typer.Option(help="HOST:PORT of the edge that does the last steps.")] = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT: be the edge, until interrupted.")] = None,
+    weights: Weights = None,
+    small_weights: Weights = None,
+    profiles: ProfilesFolder = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Make one image and say what each part took. Or be the edge of somebody's run."""
+    from .image_command import Ask, be_edge, make_image
+
+    ask = Ask(
+        model=model, small_model=small_model, switch_step=switch_step, method=method, degree=degree,
+        options=read_options(option), ranks=ranks.value,
+        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, height_px=height_px,
+        width_px=width_px, sampler=sampler, seed=seed, prompt=prompt, precision=precision,
+        payload=payload, device=device, threads=threads, weights=weights, small_weights=small_weights,
+        profiles=profiles, timeout_s=timeout_s,
+    )  # fmt: skip
+    if listen is not None:
+        with suppress(KeyboardInterrupt):
+            be_edge(ask, read_address(listen, "--listen"), lambda there: typer.echo(f"listening on {there}", err=True))
+        return
+    data = make_image(ask, out, None if edge is None else read_address(edge, "--edge"))
+    parts = [*data["seconds"].items(), *data["bytes"].items()]
+    _print(format_, data, lambda: (["part", "seconds or bytes"], [[name, value] for name, value in parts]))
+
+
+@app.command()
+@_on_torch("live", "live")
+def live(
+    plan: Annotated[Path | None, typer.Argument(help="A plan.yaml, or the folder of the run that wrote it.")] = None,
+    host: Annotated[str, typer.Option(help="Where to serve; other machines' askers need the token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8471,
+    token: Annotated[str | None, typer.Option(help="Bearer token.", envvar="HYBRIDSD_TOKEN")] = None,
+    ask: Annotated[str | None, typer.Option(help="Instead: the URL of a service to ask for one image.")] = None,
+    request_class: Annotated[str | None, typer.Option(help="Request class of the image.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to paint.")] = "a photograph of an astronaut riding a horse",
+    seed: Annotated[int, typer.Option(help="Of the first latents.", min=0)] = 0,
+    slo_s: Annotated[float | None, typer.Option(help="Promised seconds; default those of the class.")] = None,
+    network: Annotated[str | None, typer.Option(help="Shape the transfers as this class of networks does.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The image: a .png file.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads of each process.", min=1)] = 1,
+    weights: Annotated[list[str] | None, typer.Option(help="MODEL=FOLDER; default seeded random weights.")] = None,
+    profiles: ProfilesFolder = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Serve a plan's hybrid images over HTTP. Or be the edge that asks a service for one and finishes it."""
+    from .live import Here, Serving, Wish, fetch, serve, weights_of
+
+    here = Here(threads=threads, device=device, precision=precision, weights=weights_of(weights), profiles=profiles)
+    if (plan is None) == (ask is None):
+        raise InputError(Problem("live", "PLAN or --ask", "takes the one or the other", "See --help."))
+    if plan is not None:
+        serve(Serving(plan=plan, host=host, port=port, token=token, here=here), lambda line: typer.echo(line, err=True))
+        return
+    if ask is None or request_class is None or out is None:
+        raise InputError(Problem("--ask", str(ask), "needs --request-class and --out", "See --help."))
+    wish = Wish(
+        url=ask, request_class=request_class, out=out, prompt=prompt, seed=seed, slo_s=slo_s, network=network,
+        token=token, here=here,
+    )  # fmt: skip
     try:
-        load = float(text)
-    except ValueError:
-        load = math.nan
-    if not 0.0 < load < 1.0:
-        raise InputError(Problem(place, repr(text), "must be a number above 0 and below 1", "For example 0.3,0.6."))
-    return load
+        data = fetch(wish)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the request was taken back", err=True)
+        raise SystemExit(130) from None
+    _print(format_, data, lambda: (["part", "seconds"], [[name, value] for name, value in data["seconds"].items()]))
 
 
-def read_sizes(values: Sequence[str] | None) -> list[tuple[int, int]]:
-    """Sizes as (height_px, width_px); one number is a square."""
-    sizes = []
-    for text in split(values) or ["512"]:
-        sides = [_number(part, "--sizes") for part in text.split("x")]
-        if len(sides) > 2:
-            rule = "must be one number, or height x width"
-            raise InputError(Problem("--sizes", repr(text), rule, "Such as 512x768."))
-        sizes.append((sides[0], sides[-1]))
-    return sizes
+@app.command()
+@_on_torch("validate", "live")
+def validate(
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the report; goes on where it stopped.")],
+    kinds: Annotated[list[str] | None, typer.Option(help="Default cloud,edge,hybrid,parallel.")] = None,
+    loads: Annotated[list[str] | None, typer.Option(help="Utilisations; default 0.3,0.6,0.8.")] = None,
+    requests: Annotated[int, typer.Option(help="Requests of all runs together.", min=1)] = 2040,
+    trace: Annotated[Path | None, typer.Option(help="Its arrivals, at each load's rate; default Poisson.")] = None,
+    tries: Annotated[int, typer.Option(help="Rounds over all kinds; each goes on with what is missing.", min=1)] = 5,
+    runs: Annotated[Path | None, typer.Option("--from", help="Compare the runs in this folder, observe none.")] = None,
+    format_: OutputFormat = TEXT,
+) -> None:
+    """Compare live runs with their simulation. Is the simulator right on this machine?"""
+    from .validation import KINDS, LOADS
+    from .validation import calibrate as carry_out
+
+    chosen = read_loads(loads, "--loads") if loads else LOADS
+    rows = carry_out(
+        out, kinds=split(kinds) or KINDS, loads=chosen, requests=requests, trace=trace, tries=tries, runs=runs
+    )
+    header = list(rows[0]) if rows else []
+    _print(format_, {"runs": rows}, lambda: (header, [list(row.values()) for row in rows]))
 
 
-def read_options(given: Sequence[str] | None) -> dict[str, Any]:
-    """A method's options with typed values: true and false, numbers, and text."""
-    options: dict[str, Any] = {}
-    for pair in split(given):
-        key, equals, text = (part.strip() for part in pair.partition("="))
-        if not key or not equals:
-            raise InputError(Problem("--option", repr(pair), "needs KEY=VALUE", "For example --option stride=2."))
-        try:
-            options[key] = json.loads(text)
-        except ValueError:
-            options[key] = text
-    return options
+# ---- Printing -------------------------------------------------------------------------------------------------------
 
 
-def read_address(text: str, place: str) -> tuple[str, int]:
-    """Host and port."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise InputError(Problem(place, repr(text), "needs HOST:PORT", "For example 127.0.0.1:8471."))
-    return host, int(port)
+def _print(format_: Format, data: Mapping[str, Any], text: Any) -> None:
+    """A result on standard output: JSON alone, or a table."""
+    from .profiling import is_first_process
+
+    if not is_first_process():
+        return
+    if format_ is Format.json:
+        typer.echo(json.dumps(data, indent=2, allow_nan=False))
+        return
+    header, rows = text()
+    cells = [header, *([_figure(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-MAX_TIMEOUT_S = 86400.0
-"""A day; sockets and torch cannot count much further."""
+def _figure(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """A run in the words of the command line; see `python -m executors run --help`.
-
-    A side of the image that is None is as long as the other; with neither the image has the model's native size.
-    """
-
-    model: str
-    small_model: str | None = None
-    switch_step: int | None = None
-    method: str = "single"
-    degree: int = 1
-    options: Mapping[str, Option] = field(default_factory=dict)
-    ranks: str = "loopback"
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    height_px: int | None = None
-    width_px: int | None = None
-    sampler: str = "ddim"
-    seed: int = 0
-    prompt: str = ""
-    precision: str = "fp32"
-    payload: str = "fp32"
-    device: str = "cpu"
-    threads: int | None = None
-    timeout_s: float = TIMEOUT_S
-    weights: Path | None = None
-    small_weights: Path | None = None
-    profiles: Path | None = None
-
-
-def make_image(ask: Ask, out: Path | None, edge: Address | None) -> dict[str, Any]:
-    """Make the image, write it, and say what it took. Raises `InputError` for what cannot be run here."""
-    check_words(ask)
-    path = _checked_file(out)
-    if edge is not None:
-        check_address(edge, "--edge")
-    profiles = load_profiles(ask.profiles)
-    run = _image_run(ask, profiles, edge)
-    picture = generate_image(run)
-    if is_first_process():
-        picture.write_png(path)
+def _outcome_data(outcome: ProfileResult) -> dict[str, Any]:
     return {
-        "image": str(path),
-        "model": ask.model,
-        "method": run.method,
-        "degree": run.degree,
-        "ranks": run.carrier,
-        "height_px": run.height_px,
-        "width_px": run.width_px,
-        "seconds": dict(picture.seconds),
-        "bytes": dict(picture.bytes),
+        "device": outcome.here.name,
+        "threads": outcome.here.threads,
+        "rows_written": len(outcome.rows),
+        "kept": [str(target) for target in outcome.kept],
+        "left": [str(target) for target in outcome.left],
+        "failed": [str(target) for target in outcome.failed],
+        "refused": [str(problem) for problem in outcome.refused],
+        "files": [str(path) for path in outcome.files],
+        "ceilings": dict(outcome.ceilings),
+        "measured": outcome.summary,
     }
 
 
-def be_edge(ask: Ask, address: Address, say: Callable[[str], None]) -> None:
-    """Serve the last steps of other processes' runs until interrupted; `say` is told where."""
-    check_words(ask)
-    profiles = load_profiles(ask.profiles)
-    row, model = profiles.model(ask.model), _model(ask, ask.model, ask.weights, profiles)
-    with open_listener(address) as listener:
-        unet = model.unet  # built before anybody is told to call
-        host, port = listener.getsockname()
-        say(f"{host}:{port}")
-        serve_unet(listener, unet, latent_space=row.latent_space, prediction=model.prediction, timeout_s=ask.timeout_s)
+def _outcome_text(outcome: ProfileResult) -> tuple[list[str], list[list[object]]]:
+    """A line for each component; the share is that of the fastest arithmetic measured in the same run."""
+    header = [
+        "model",
+        "component",
+        "px",
+        "batch",
+        "ranks",
+        "median s",
+        "p5 s",
+        "p95 s",
+        "MB in",
+        "TFLOP/s",
+        "of ceiling",
+    ]
+    return header, [_outcome_line(entry) for entry in outcome.summary]
 
 
-def check_words(ask: Ask) -> None:
-    """Raises `InputError` with every word and number that means nothing, and sets the threads that were asked for."""
-    known = (("--precision", ask.precision, tuple(PRECISIONS)), ("--payload", ask.payload, tuple(PAYLOADS)))
-    problems = [unknown_name(place, name, names) for place, name, names in known if name not in names]
-    if ask.device not in {"cpu", "cuda"}:
-        problems.append(unknown_name("--device", ask.device, ("cpu", "cuda")))
-    elif ask.device == "cuda" and not torch.cuda.is_available():
-        problems.append(Problem("--device", "cuda", "no CUDA device is here", "Use --device cpu."))
-    problems += _meaningless(ask)
-    if problems:
-        raise InputError(problems)
-    if ask.threads:
-        torch.set_num_threads(ask.threads)
+def _outcome_line(entry: Mapping[str, Any]) -> list[object]:
+    size = f"{entry['height_px']}x{entry['width_px']}" if entry["height_px"] else "-"
+    ranks = "1" if entry["degree"] == 1 else f"{entry['method']} x{entry['degree']}"
+    if entry["rank"] is not None:
+        ranks += f", rank {entry['rank']} alone"
+    seconds = [entry[f"seconds_{point}"] for point in ("median", "p05", "p95")]
+    megabytes = None if entry["comm_bytes"] is None else entry["comm_bytes"] / 1e6
+    rate = None if entry["flop_per_s"] is None else entry["flop_per_s"] / 1e12
+    batch = f"{entry['batch_size']}{' guided' if entry['guidance'] else ''}"
+    return [
+        entry["model"],
+        entry["component"],
+        size,
+        batch,
+        ranks,
+        *seconds,
+        megabytes,
+        rate,
+        entry["share_of_ceiling"],
+    ]
 
 
-def _meaningless(ask: Ask) -> Iterator[Problem]:
-    for place, size_px in (("--height-px", ask.height_px), ("--width-px", ask.width_px)):
-        if size_px is not None and size_px < 1:
-            yield Problem(place, str(size_px), "an image has at least one row and column", "Leave it out for native.")
-    if not math.isfinite(ask.guidance_scale):
-        rule = "must be a finite number"
-        yield Problem("--guidance-scale", str(ask.guidance_scale), rule, "Above 1 guides; 1 does not.")
-    if not 0 < ask.timeout_s <= MAX_TIMEOUT_S:
-        rule = f"must be above 0 and at most {MAX_TIMEOUT_S:g} seconds, a day"
-        yield Problem("--timeout-s", str(ask.timeout_s), rule, f"The default is {TIMEOUT_S:g}.")
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """How far a profile has come, on standard error: a bar with the time left for people, plain lines in logs."""
+    from .profiling import Bar, Lines, Progress, is_first_process
 
-
-def _checked_file(out: Path | None) -> Path:
-    """The image's path, before the work that it takes."""
-    if out is None or out.suffix.lower() != ".png":
-        raise InputError(Problem("--out", "nothing" if out is None else str(out), "the image is a .png file"))
-    if not out.absolute().parent.is_dir():
-        raise InputError(Problem("--out", str(out), "there is no such folder", "Make it first."))
-    return out
-
-
-def _image_run(ask: Ask, profiles: Profiles, edge: Address | None) -> ImageRun:
-    row = profiles.model(ask.model)
-    if ask.small_model and edge:
-        raise InputError(Problem("--edge", f"with {ask.small_model}", "the edge has its own model", "Keep one."))
-    small = _model(ask, ask.small_model, ask.small_weights, profiles) if ask.small_model else None
-    if small and (space := profiles.model(small.name).latent_space) != row.latent_space:
-        rule = f"its latent space is {space}, that of {ask.model} is {row.latent_space}"
-        raise InputError(Problem("--small-model", small.name, rule, "Choose models of one latent space."))
-    size = (ask.height_px or ask.width_px or row.native_px, ask.width_px or ask.height_px or row.native_px)
-    job = denoising_at(row, size, 1, guided=ask.guidance_scale > 1.0, precision=ask.precision)
-    build_sampler(ask.sampler, ask.num_inference_steps)  # refused now rather than after the models are built
-    run = ImageRun(
-        model=_model(ask, ask.model, ask.weights, profiles),
-        latent_space=row.latent_space,
-        prompt=ask.prompt,
-        method=ask.method,
-        degree=ask.degree,
-        settings=resolve_settings(ask.method, job, ask.degree, ask.options),
-        carrier=_carrier(ask),
-        small=small,
-        edge=edge,
-        switch_step=ask.switch_step,
-        num_inference_steps=ask.num_inference_steps,
-        guidance_scale=ask.guidance_scale,
-        height_px=size[0],
-        width_px=size[1],
-        sampler=ask.sampler,
-        seed=ask.seed,
-        payload=ask.payload,
-        threads=ask.threads,
-        timeout_s=ask.timeout_s,
-    )
-    check_switch(run)
-    return run
-
-
-def _model(ask: Ask, name: str, weights: Path | None, profiles: Profiles) -> Pipeline:
-    return load_pipeline(
-        profiles.model(name).name,
-        weights=weights,
-        device=ask.device,
-        dtype=PRECISIONS[ask.precision],
-        profiles=profiles,
-    )
-
-
-def _carrier(ask: Ask) -> Carrier:
-    if ask.ranks == "loopback" or ask.degree == 1:
-        return "loopback"
-    return "nccl" if ask.device == "cuda" else "gloo"
+    if not is_first_process():
+        yield Progress()
+        return
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    with Bar() as bar:
+        yield bar

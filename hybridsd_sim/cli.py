@@ -1,8 +1,10 @@
 """The command line: the only place that prints or exits.
 
 Results go to standard output, as tables or as JSON alone; progress and logs go to standard error. Exit code 0 is fine,
-1 means that a run failed, 2 that the input is wrong: every message names place, value, rule and remedy. Rooms are
+1 means that a run failed, 2 that the input is wrong: every message names place, value, rule and remedy. Packages are
 imported inside the commands, so that `--help` answers at once.
+
+This is also the only place that knows the executors: their commands stand beside those defined here.
 """
 
 from __future__ import annotations
@@ -14,17 +16,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hybridsd_sim.cli_arguments import (
-    import_server,
     named_scenarios,
-    options_of,
+    needs_extra,
     policy_problems,
-    profiles_of,
+    read_options,
+    read_profiles,
     read_scenario,
     refuse,
     run_to_exit,
@@ -40,7 +46,33 @@ if TYPE_CHECKING:
     from hybridsd_sim.scenario import Scenario
 
 
+EXECUTORS = ("profile", "run", "count", "live", "validate")
+"""The commands that run on torch."""
+
+
+class _Commands(TyperGroup):
+    """The commands of this module, then the executors', whose module is read when one of those is asked for."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return [*super().list_commands(ctx), *EXECUTORS]
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+        if cmd_name not in EXECUTORS:
+            return super().get_command(ctx, cmd_name)
+        return typer.main.get_command(_import_executors().app).get_command(ctx, cmd_name)
+
+
+def _import_executors() -> ModuleType:
+    """The executors' command line: inside this package once installed, at the top of a checkout otherwise."""
+    if find_spec("hybridsd_sim.executors"):
+        return import_module("hybridsd_sim.executors.cli")
+    # First on the path, of the processes that the executors start too: another distribution has a package of that name.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    return import_module("executors.cli")
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Plan, price and simulate Stable Diffusion inference shared between edge devices and cloud GPU pools.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -101,7 +133,7 @@ def check(
     from hybridsd_sim.reporting import scenario_text
 
     resolved = read_scenario(path, scenario, set_)
-    profiles = profiles_of(resolved)
+    profiles = read_profiles(resolved)
     budget = resolved.budget.usd_per_hour
     policies = policy_problems(resolved.search.policies, "search.policies", planned=True, budget=budget)
     together(lambda: check_names(resolved, profiles), lambda: refuse(policies))
@@ -135,7 +167,8 @@ def predict(
     from hybridsd_sim.reporting import prediction_text
 
     query = PredictionQuery(
-        model=model, gpu=gpu, interconnect=interconnect, method=method, degree=degree, options=options_of(option),
+        model=model, gpu=gpu, interconnect=interconnect, method=method, degree=degree,
+        options=tuple(read_options(option).items()),
         small_model=small_model, switch_step=switch_step, edge_device=edge_device, network=network,
         height_px=height_px, width_px=width_px, num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, num_images=num_images, measured_step_s=measured_step_s, runtime=runtime,
@@ -169,7 +202,7 @@ def simulate(
     )
     names = split(policy) if policy else [*resolved.search.policies, *(["planned"] if deployment else [])]
     names, place = list(dict.fromkeys(names)), "--policy" if policy else "search.policies"
-    profiles = profiles_of(resolved)
+    profiles = read_profiles(resolved)
     budget = resolved.budget.usd_per_hour
     problems = policy_problems(names, place, planned=deployment is not None, budget=budget)
     problems += deployment_problems(deployment, resolved, profiles) if deployment else []
@@ -206,7 +239,7 @@ def plan_(
     flags = {"--budget-usd-per-hour": ("budget.usd_per_hour", budget_usd_per_hour)}
     resolved, _ = together(lambda: read_scenario(path, scenario, set_, flags), lambda: _check_folder(out))
     others = named_scenarios(path, set_, flags) if robust else {}
-    profiles, ran = profiles_of(resolved), ["plan", *(f"{name} {other.digest}" for name, other in others.items())]
+    profiles, ran = read_profiles(resolved), ["plan", *(f"{name} {other.digest}" for name, other in others.items())]
     store = None if no_cache else _store()
     # Ray prints on standard output when a worker dies; that is for results alone.
     with _keeping(store), _output_aside(), _progress() as say, workers(jobs, ray) as fan_out:
@@ -274,8 +307,9 @@ def serve(
     requests_per_s: Annotated[float, typer.Option(help="Requests answered a second; beyond, 429.", min=1)] = 5000.0,
 ) -> None:
     """Serve a plan's scheduler over HTTP. With metrics and a what-if page; follows the plan's file when it changes."""
-    server = import_server()
-    server.serve(plan, host=host, port=port, policy=policy, token_file=token_file, requests_per_s=requests_per_s)
+    with needs_extra("serve", "serve"):
+        from hybridsd_sim.serving import serve as run
+    run(plan, host=host, port=port, policy=policy, token_file=token_file, requests_per_s=requests_per_s)
 
 
 @trace_app.command()

@@ -1,8 +1,8 @@
-"""What the command line was given: scenarios with flags on top, KEY=VALUE pairs, lists; all problems at once.
+"""How a command line begins and ends: arguments become values, errors become messages and exit codes.
 
-How a command line ends: errors as messages on standard error, and exit codes.
-
-Exit 0 is fine, 1 means that the run failed, 2 that the input is wrong. `--debug`, anywhere in the line, shows
+Both command lines, this package's and the executors', read lists, sizes, addresses and KEY=VALUE pairs with these
+functions. What is wrong is an `InputError` that names the option; where several things are, all are told at once.
+Exit code 0 is fine, 1 means that the run failed, 2 that the input is wrong. `--debug`, anywhere in the line, shows
 tracebacks.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
-from types import ModuleType
+from math import nan
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hybridsd_sim.errors import HybridSDError, InputError, Problem, unknown_name
@@ -21,10 +21,6 @@ from hybridsd_sim.errors import HybridSDError, InputError, Problem, unknown_name
 if TYPE_CHECKING:
     from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
-
-
-SERVER_LIBRARIES = frozenset({"anyio", "fastapi", "httptools", "prometheus_client", "starlette", "uvicorn"})
-"""What the extra `serve` installs."""
 
 
 def together(*steps: Callable[[], Any]) -> list[Any]:
@@ -46,7 +42,7 @@ def read_scenario(
     """The resolved scenario; `flags` are options that set a key of their own, and are named in messages about it."""
     from hybridsd_sim.scenario import load_scenario
 
-    overrides: dict[str, Any] = pairs_of(settings, "--set", "seed=2")
+    overrides: dict[str, Any] = read_pairs(settings, "--set", example="seed=2")
     given = {flag: pair for flag, pair in (flags or {}).items() if pair[1] is not None}
     if twice := [flag for flag, (key, _) in given.items() if key in overrides]:
         raise InputError(Problem(flag, "given", f"--set {given[flag][0]} says it too", "Keep one.") for flag in twice)
@@ -57,7 +53,7 @@ def read_scenario(
         raise InputError(replace(p, place=places.get(p.place, p.place)) for p in error.problems) from None
 
 
-def profiles_of(scenario: Scenario) -> Profiles:
+def read_profiles(scenario: Scenario) -> Profiles:
     """The shipped profiles, and over them those that the scenario names."""
     from hybridsd_sim.profiles import load_profiles
 
@@ -81,14 +77,23 @@ def named_scenarios(
     return dict(zip(names, read, strict=True))
 
 
-def pairs_of(pairs: Sequence[str] | None, flag: str, example: str) -> dict[str, str]:
-    """KEY=VALUE pairs; all that are none, or repeat a key, are reported together."""
+def split(values: Sequence[str] | None) -> list[str]:
+    """Repeated and comma-separated values as one list, each value once."""
+    return list(dict.fromkeys(_items(values)))
+
+
+def _items(values: Sequence[str] | None) -> list[str]:
+    return [item.strip() for value in values or () for item in value.split(",") if item.strip()]
+
+
+def read_pairs(pairs: Sequence[str] | None, flag: str, *, example: str, form: str = "KEY=VALUE") -> dict[str, str]:
+    """Pairs of `form`, whose values are still text; all that are none, or repeat a key, are reported together."""
     found: dict[str, str] = {}
     problems = []
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            problems.append(Problem(flag, repr(pair), "needs KEY=VALUE", f"For example {flag} {example}."))
+            problems.append(Problem(flag, repr(pair), f"needs {form}", f"For example {flag} {example}."))
         elif key.strip() in found:
             problems.append(Problem(flag, repr(pair), "a key may be given once only", "Keep one of them."))
         found[key.strip()] = value
@@ -96,17 +101,57 @@ def pairs_of(pairs: Sequence[str] | None, flag: str, example: str) -> dict[str, 
     return found
 
 
-def options_of(given: Sequence[str] | None) -> tuple[tuple[str, Any], ...]:
-    """A method's options with typed values, sorted by key."""
+def read_options(given: Sequence[str] | None) -> dict[str, Any]:
+    """A method's options sorted by key. Values mean what they mean in a scenario: true, True, 2, 0.3 and text."""
     from hybridsd_sim.scenario import read_value
 
-    pairs = pairs_of(split(given), "--option", "stride=2")
-    return tuple((key, read_value(value, f"--option {key}")) for key, value in sorted(pairs.items()))
+    pairs = read_pairs(_items(given), "--option", example="stride=2")
+    return {key: read_value(value, f"--option {key}") for key, value in sorted(pairs.items())}
 
 
-def split(values: Sequence[str] | None) -> list[str]:
-    """Repeated and comma-separated values as one list."""
-    return [name.strip() for value in values or () for name in value.split(",") if name.strip()]
+def read_numbers(values: Sequence[str] | None, flag: str) -> list[int]:
+    """Whole numbers; 1 where none is given."""
+    return [_whole(text, flag) for text in split(values) or ["1"]]
+
+
+def read_sizes(values: Sequence[str] | None) -> list[tuple[int, int]]:
+    """Sizes as (height_px, width_px); one number is a square, and 512 is the default."""
+    sizes = []
+    for text in split(values) or ["512"]:
+        sides = [_whole(part, "--sizes") for part in text.split("x")]
+        if len(sides) > 2:
+            rule = "must be one number, or height x width"
+            raise InputError(Problem("--sizes", repr(text), rule, "Such as 512x768."))
+        sizes.append((sides[0], sides[-1]))
+    return sizes
+
+
+def _whole(text: str, flag: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(Problem(flag, repr(text), "must be a whole number")) from None
+
+
+def read_loads(values: Sequence[str], flag: str) -> list[float]:
+    """Utilisations, above 0 and below 1."""
+    loads = []
+    for text in split(values):
+        try:
+            loads.append(float(text))
+        except ValueError:
+            loads.append(nan)
+        if not 0.0 < loads[-1] < 1.0:
+            raise InputError(Problem(flag, repr(text), "must be a number above 0 and below 1", "For example 0.3,0.6."))
+    return loads
+
+
+def read_address(text: str, flag: str) -> tuple[str, int]:
+    """Host and port."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InputError(Problem(flag, repr(text), "needs HOST:PORT", "For example 127.0.0.1:8471."))
+    return host, int(port)
 
 
 def policy_problems(names: Sequence[str], place: str, *, planned: bool, budget: float | None) -> list[Problem]:
@@ -121,15 +166,20 @@ def policy_problems(names: Sequence[str], place: str, *, planned: bool, budget: 
     return problems if names else [Problem(place, "nothing", "needs a policy", f"Known: {', '.join(POLICIES)}.")]
 
 
-def import_server() -> ModuleType:
-    """The room `server`. Raises `InputError` where its libraries, an extra, are not installed."""
+@contextmanager
+def needs_extra(extra: str, command: str) -> Iterator[None]:
+    """Around what a command does: `InputError` with the extra to install where a library of it is missing.
+
+    A module of our own that is missing is a mistake of ours, and is told as what it is.
+    """
     try:
-        return import_module("hybridsd_sim.serving")
+        yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in SERVER_LIBRARIES:
+        library = (error.name or "").partition(".")[0]
+        if library in {"", "hybridsd_sim", "executors"}:
             raise
-        rule, remedy = f"needs {error.name}, which is not installed", "pip install 'hybridsd-sim[serve]'"
-        raise InputError(Problem("serve", "given", rule, remedy)) from None
+        rule, remedy = f"needs {library}, which is not installed", f"pip install 'hybridsd-sim[{extra}]'"
+        raise InputError(Problem(command, "given", rule, remedy)) from None
 
 
 def refuse(problems: Sequence[Problem]) -> None:
