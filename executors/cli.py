@@ -291,11 +291,10 @@ def validate(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Compare live runs with their simulation. Is the simulator right on this machine?"""
-    from .validation import KINDS, LOADS
-    from .validation import calibrate as carry_out
+    from .validation import KINDS, LOADS, calibrate
 
     chosen = read_loads(loads, "--loads") if loads else LOADS
-    rows = carry_out(
+    rows = calibrate(
         out, kinds=split(kinds) or KINDS, loads=chosen, requests=requests, trace=trace, tries=tries, runs=runs
     )
     header = list(rows[0]) if rows else []

@@ -27,7 +27,10 @@ from hybridsd_sim.reporting import table, to_json
 from hybridsd_sim.reporting.terminal import LONGEST_WORD, figure, with_interval
 
 TINY = ("--set", "horizon_s=60", "--set", "warmup_s=10", "--set", "replications=1")
-COMMANDS = ("check", "predict", "simulate", "plan", "report", "verify", "serve", "trace")
+COMMANDS = (
+    *("check", "predict", "simulate", "plan", "report", "verify", "serve", "trace"),
+    *("profile", "run", "count", "live", "validate"),
+)
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 HEAVY = {"torch", "diffusers", "pandas", "numpy", "scipy", "pyarrow", "matplotlib", "ray", "simpy", "rich"}
 PREDICTED = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -48,7 +50,7 @@ def test_every_public_name_leads_somewhere(name):
 
 def test_an_unknown_name_is_an_attribute_error():
     """Asking the package for something it does not have fails as with any module."""
-    with pytest.raises(AttributeError, match="no attribute 'simulator'"):
+    with pytest.raises(AttributeError, match="No hybridsd_sim attribute simulator"):
         hybridsd_sim.simulator  # noqa: B018 -- the access is the test
 
 
@@ -58,8 +60,8 @@ def test_importing_the_package_loads_nothing_heavy():
     assert not loaded & HEAVY
 
 
-def test_listing_the_surface_loads_no_room():
-    """Importing the package and completing its names in an editor reads none of its rooms."""
+def test_listing_the_surface_loads_no_package():
+    """Importing the package and completing its names in an editor reads none of its packages."""
     loaded = python("import sys, hybridsd_sim; dir(hybridsd_sim); print(*sys.modules)").split()
     assert [name for name in loaded if name.startswith("hybridsd_sim")] == ["hybridsd_sim"]
 
@@ -117,15 +119,15 @@ def shipped(folder):
 
 
 def test_the_wheel_holds_the_packages_and_their_data(built):
-    """The wheel has both packages whole, every profile and scenario, and the licence; no tests."""
+    """The wheel has every module, profile and scenario and the licence; no tests, and one top-level package."""
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {f"hybridsd_sim/_data/{name}" for name in shipped("profiles") | shipped("scenarios")} <= names
-    assert shipped("hybridsd_sim") | shipped("executors") <= names
+    assert shipped("hybridsd_sim") | {f"hybridsd_sim/{name}" for name in shipped("executors")} <= names
     assert f"hybridsd_sim-{hybridsd_sim.__version__}.dist-info/licenses/LICENSE" in names
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"hybridsd_sim", "executors"}
+    assert tops == {"hybridsd_sim"}  # another distribution has a package `executors`
 
 
 def test_the_source_distribution_is_complete(built):
@@ -138,22 +140,88 @@ def test_the_source_distribution_is_complete(built):
     assert "tests/test_packaging.py" in names
 
 
-def test_the_wheel_works_outside_the_checkout(built, tmp_path):
-    """Installed somewhere else and run from another folder, the package finds its profiles and scenarios."""
+@pytest.fixture(scope="session")
+def installed(built, tmp_path_factory):
+    """The folder that the wheel was installed into; its libraries are those of this environment."""
     (wheel,) = built.glob("*.whl")
-    target = tmp_path / "installed"
+    target = tmp_path_factory.mktemp("installed")
     pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel))
+    return target
+
+
+def test_the_wheel_works_outside_the_checkout(installed, tmp_path):
+    """Installed somewhere else and run from another folder, the package finds its profiles and scenarios."""
     code = f"""
 import sys
-sys.path.insert(0, {str(target)!r})
+sys.path.insert(0, {str(installed)!r})
 import hybridsd_sim
-from hybridsd_sim.profiles import data_folder
+from hybridsd_sim.files import data_folder
 scenarios = sorted(data_folder("scenarios").glob("*.yaml"))
 print(hybridsd_sim.__file__, scenarios[0], len(hybridsd_sim.load_profiles().gpus), sep="\\n")
 print(*(hybridsd_sim.load_scenario(path).name for path in scenarios), sep="\\n")
 """
     package, scenario, gpus, *names = python(code, cwd=tmp_path).splitlines()
-    assert Path(package).is_relative_to(target)
-    assert Path(scenario).is_relative_to(target)
+    assert Path(package).is_relative_to(installed)
+    assert Path(scenario).is_relative_to(installed)
     assert int(gpus) == len(hybridsd_sim.load_profiles().gpus) > 0
     assert "quickstart" in names
+
+
+# ---- The executors' commands ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A folder with another distribution's package `executors`, which is found before ours."""
+    (tmp_path / "foreign" / "executors").mkdir(parents=True)
+    (tmp_path / "foreign" / "executors" / "__init__.py").write_text("raise SystemExit('not ours')")
+    return tmp_path / "foreign"
+
+
+@pytest.mark.parametrize("where", ["installed", "checkout"])
+def test_the_executors_commands_are_found(request, foreign, tmp_path, where):
+    """Installed and in a checkout, beside a package of the same name: `count` counts with modules of ours."""
+    root = ROOT if where == "checkout" else request.getfixturevalue("installed")
+    code = f"""
+import sys
+sys.path[:0] = [{str(foreign)!r}, {str(root)!r}]
+sys.argv[1:] = ["count", "--models", "sd15", "--sizes", "512", "--format", "json"]
+from hybridsd_sim.cli import main
+try:
+    main()
+finally:
+    found = (module.__file__ for name, module in sys.modules.items() if name.endswith("executors.cli"))
+    print(*found, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"][0]["params"] == 859_520_964
+    folder = root if where == "checkout" else root / "hybridsd_sim"
+    assert Path(done.stderr.splitlines()[-1]) == folder / "executors" / "cli.py"
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (("profile", "--models", "sd15", "--out", "out"), "executors"),
+        (("run", "--model", "sd15", "--out", "image.png"), "executors"),
+        (("count", "--models", "sd15"), "executors"),
+        (("live", "run"), "live"),
+        (("validate", "--out", "out"), "live"),
+    ],
+)
+def test_without_the_extra_its_command_says_what_to_install(installed, tmp_path, command, extra):
+    """Without torch the commands explain themselves, and refuse to run with the extra to install."""
+    code = "import sys; sys.modules['torch'] = None; from hybridsd_sim.cli import main; main()"
+    env = os.environ | {"PYTHONPATH": str(installed)}
+
+    def said(*arguments):
+        call = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    assert f"{command[0]} [OPTIONS]" in said(command[0], "--help").stdout
+    refused = said(*command)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == (
+        f"error: {command[0]}: given; needs torch, which is not installed. pip install 'hybridsd-sim[{extra}]'\n"
+    )

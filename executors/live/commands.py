@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """A service in the words of the command line; see `python -m executors live --help`."""
+    """A service in the words of the command line; see `hybridsd-sim live --help`."""
 
     plan: Path
     host: str = "127.0.0.1"

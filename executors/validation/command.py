@@ -1,4 +1,4 @@
-"""`python -m executors calibrate`: observes live runs, replays them, compares the two, writes a report."""
+"""`hybridsd-sim validate`: observes live runs, replays them, compares the two, writes a report."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def calibrate(
 def _found(folder: Path) -> list[Observed]:
     found = kept.find(folder)
     if not found:
-        rule = "holds no run that `calibrate` observed"
+        rule = "holds no run that `validate` observed"
         raise InputError(Problem("--from", str(folder), rule, "Name the `runs` of another calibration."))
     return found
 

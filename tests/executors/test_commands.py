@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from executors.__main__ import main
+from executors.cli import main
 from executors.profiling import ProfileResult
 from executors.profiling.grid import ProfileTarget
 from hybridsd_sim.errors import Problem

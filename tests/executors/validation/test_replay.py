@@ -1,6 +1,6 @@
 """Live runs that were observed once, replayed: the simulator still agrees with them as nearly as was asked.
 
-`tests/data/live` holds what `python -m executors calibrate` wrote: the sound parts of the runs with the profile that
+`tests/data/live` holds what `hybridsd-sim validate` wrote: the sound parts of the runs with the profile that
 was known before each, and their replays.
 """
 
