@@ -106,7 +106,9 @@ class Estimate:
         """So many times the figure, for a factor of at least 0 that is known exactly."""
         if factor == 1:
             return self
-        return replace(self, value=factor * self.value, low=factor * self.low, high=factor * self.high)
+        # not `replace`: every price multiplies, and that takes five times as long
+        value, low, high = factor * self.value, factor * self.low, factor * self.high
+        return Estimate(value, low, high, self.kind, self.sources, self.note, self.within)
 
     __rmul__ = __mul__
 

@@ -19,7 +19,7 @@ from hybridsd_sim.estimate import Z90
 from hybridsd_sim.perf.device_fit import Fit, call_kernels, calls
 from hybridsd_sim.perf.partition import RankWork
 from hybridsd_sim.perf.roofline import Batch, Floats
-from hybridsd_sim.profiles import CostRow, Interconnect, Profiles
+from hybridsd_sim.profiles import CostRow, Interconnect, Profiles, derived
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ CONSTANTS = (
 _NAMES = tuple(constant.name for constant in CONSTANTS)
 
 
+@derived()
 def constants_of(profiles: Profiles) -> tuple[Floats, Floats]:
     """Natural logarithms of the method constants as fitted and their covariance; where none was, as believed before."""
     rows = [profiles.constants.get(constant.name) for constant in CONSTANTS]
@@ -139,7 +140,7 @@ class Round:
         self._anchor_s = row.seconds_median / calls(profiles, row.runtime, row.latents) if row else None
         self._batch = Batch([*whole, *(rank.kernels for rank in ranks)])
         self._law, self._middle_s = fit.law, self._computed_s(fit.law)
-        constants, doubts = profiles.memory.recall("constants", None, lambda: constants_of(profiles))
+        constants, doubts = constants_of(profiles)
         self.middle: Floats = np.concatenate([fit.law, constants, [0.0]])
         link_spread = log(link.bandwidth_high / link.bandwidth_low) / (2 * Z90) if link else 0.0
         self._covariance = _blocks(fit.covariance, doubts, np.array([[link_spread**2]]))

@@ -30,7 +30,7 @@ from hybridsd_sim.perf.roofline import (
     layer_table,
     plain_kernels,
 )
-from hybridsd_sim.profiles import EFFICIENCIES, Component, CostRow, Gpu, Profiles, alike
+from hybridsd_sim.profiles import EFFICIENCIES, CostRow, Gpu, Profiles, alike, derived
 
 if TYPE_CHECKING:
     from scipy.optimize import OptimizeResult
@@ -155,9 +155,10 @@ def call_kernels(profiles: Profiles, row: CostRow) -> Kernels:
     """What one UNet call of a step row executes."""
     latents = row.latents / calls(profiles, row.runtime, row.latents)
     key = (row.model, row.height_px, row.width_px, latents, row.precision)
-    return profiles.memory.recall("call_kernels", key, lambda: _kernels(profiles, *key), most=512)
+    return _kernels(profiles, *key)
 
 
+@derived(most=512)
 def _kernels(profiles: Profiles, name: str, height_px: int, width_px: int, latents: float, precision: str) -> Kernels:
     model = profiles.model(name)
     return layer_table(model.config, height_px, width_px, model.ops).kernels(
@@ -174,41 +175,41 @@ def fitted_step_time(row: CostRow, profiles: Profiles) -> Estimate:
     return Estimate.by_factor(middle, exp(Z90 * fit.log_spread(kernels)), "modelled", fit.sources, fit.note)
 
 
+@derived()
 def component_time(
     profiles: Profiles,
     device: str,
     runtime: str,
     precision: str,
-    component: Component,
+    name: str,
     size: tuple[int, int],
-    *,
-    prefer: Sequence[str] = (),
+    prefer: tuple[str, ...] = (),
 ) -> Estimate:
     """Seconds of one prompt, or of one image of this `size` (height and width in px), on a device, at 90%.
 
-    The component's own row serves where there is one, else the device fit. `prefer` names sources of rows to take
-    before all others. Raises `MissingDataError` where neither a row nor a fit exists.
+    `name` is that of a text encoder or VAE decoder. Its own row serves where there is one, else the device fit.
+    `prefer` names sources of rows to take before all others. Raises `MissingDataError` where neither exists.
     """
-    row = profiles.component_row(device, runtime, component, size, prefer=prefer)
-    return row.seconds if row else fitted_component_time(profiles, device, runtime, precision, component, size)
+    row = profiles.component_row(device, runtime, profiles.component(name), size, prefer=prefer)
+    return row.seconds if row else fitted_component_time(profiles, device, runtime, precision, name, size)
 
 
 def fitted_component_time(
-    profiles: Profiles, device: str, runtime: str, precision: str, component: Component, size: tuple[int, int]
+    profiles: Profiles, device: str, runtime: str, precision: str, name: str, size: tuple[int, int]
 ) -> Estimate:
     """Seconds of one prompt or image under the device's fit of UNet steps, at 90%, whatever rows of its own say.
 
     Encoders and decoders run slower than their FLOPs say (small prompts, float32 decoders), by a ratio that all timed
     devices share (`<component>_ratio` of the fitted constants).
     """
-    height_px, width_px = size
+    component, (height_px, width_px) = profiles.component(name), size
     fit, area = fit_of(profiles, device, runtime, precision), component.area(height_px, width_px)
     conv, linear = component.flop_conv_512 * area, component.flop_linear_512 * area
     kernels = plain_kernels(conv, linear, component.flop_attention_512 * area**2, component.ops)
     ratio = profiles.constants.get(f"{component.component}_ratio")
     value, doubt = (ratio.value, ratio.spread) if ratio else (1.0, COMPONENT_SPREAD)
     factor = exp(Z90 * sqrt(fit.log_spread(kernels) ** 2 + doubt**2))
-    note = f"{component.name} from the law of UNet steps: {fit.note}"
+    note = f"{name} from the law of UNet steps: {fit.note}"
     return Estimate.by_factor(fit.seconds(kernels) * value, factor, "modelled", fit.sources, note)
 
 

@@ -274,8 +274,8 @@ def _component_ratios(profiles: Profiles) -> Iterator[MethodConstant]:
 
 def _component_s(row: CostRow, profiles: Profiles) -> float:
     where = (row.device, row.runtime, row.precision)
-    component, plain = profiles.component(row.model), replace(profiles, constants={})
-    return fitted_component_time(plain, *where, component, (row.height_px, row.width_px)).value
+    plain = replace(profiles, constants={})
+    return fitted_component_time(plain, *where, row.model, (row.height_px, row.width_px)).value
 
 
 def _constant(name: str, value: float, spread: float, rows: Sequence[CostRow], meaning: str) -> MethodConstant:

@@ -20,7 +20,7 @@ from hybridsd_sim.perf.partition import Denoising, RankWork, elements_of
 from hybridsd_sim.perf.roofline import ELEMENT_BYTES, layer_table
 from hybridsd_sim.perf.unet_layers import unet_units
 from hybridsd_sim.plan import Request, Stage
-from hybridsd_sim.profiles import CostRow, Interconnect, Profiles, alike
+from hybridsd_sim.profiles import CostRow, Interconnect, Profiles, alike, derived
 
 SIMULTANEOUS = ("gloo", "nccl")
 """What carries ranks that run at the same time; those of loopback take turns on one device."""
@@ -47,8 +47,7 @@ def denoising(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
 
 def job_of(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
     """The same whatever the number of steps, of which it has one."""
-    key = _job_key(stage, request, profiles)
-    return profiles.memory.recall("jobs", key, lambda: _job(key, profiles), most=1024)
+    return _job(_job_key(stage, request, profiles), profiles)
 
 
 JobKey = tuple[str, int, int, int, bool, str]
@@ -60,6 +59,7 @@ def _job_key(stage: Stage, request: Request, profiles: Profiles) -> JobKey:
     return stage.model, request.height_px, request.width_px, latents, request.guided, stage.site.precision
 
 
+@derived(most=1024)
 def _job(key: JobKey, profiles: Profiles) -> Denoising:
     name, height_px, width_px, latents, guided, precision = key
     model = profiles.model(name)
@@ -77,28 +77,29 @@ def _job(key: JobKey, profiles: Profiles) -> Denoising:
     )
 
 
-def stage_times(stage: Stage, request: Request, profiles: Profiles, *, prefer: Sequence[str] = ()) -> list[PhaseTime]:
+def stage_times(stage: Stage, request: Request, profiles: Profiles, prefer: tuple[str, ...] = ()) -> list[PhaseTime]:
     """The phases of a stage in order. Raises `IllegalPlanError` for a stage that its method cannot run."""
-    return timer_of(stage, request, profiles, prefer=prefer).times(stage.num_steps)
+    return timer_of(stage, request, profiles, prefer).times(stage.num_steps)
 
 
-def timer_of(stage: Stage, request: Request, profiles: Profiles, *, prefer: Sequence[str] = ()) -> StageTimer:
+def _timer_key(stage: Stage, request: Request, _: Profiles, prefer: tuple[str, ...] = ()) -> tuple[object, ...]:
+    """All that a timer depends on besides the profiles: no steps, and nothing of what its site is called and costs."""
+    site = stage.site
+    where = (site.device, site.runtime, site.precision, site.interconnect)
+    how = (stage.model, stage.method, stage.degree, stage.options, option_types(stage.options))
+    return *where, *how, request.height_px, request.width_px, request.unet_batch, request.guided, prefer
+
+
+@derived(key=_timer_key)
+def timer_of(stage: Stage, request: Request, profiles: Profiles, prefer: tuple[str, ...] = ()) -> StageTimer:
     """Times the stage and every other that differs from it in its steps, or in what its site is called and costs.
 
     Raises `IllegalPlanError` for a stage that its method cannot run.
     """
-    site, prefer = stage.site, tuple(prefer)
-    where = (site.device, site.runtime, site.precision, site.interconnect)
-    how = (stage.model, stage.method, stage.degree, stage.options, option_types(stage.options))
-    what = (request.height_px, request.width_px, request.unet_batch, request.guided)
-
-    def made() -> StageTimer:
-        timer = StageTimer(stage, request, profiles, prefer)
-        if problems := timer.method.problems(timer.job, stage.degree, dict(stage.options)):
-            raise IllegalPlanError(problems)
-        return timer
-
-    return profiles.memory.recall("timers", (*where, *how, *what, prefer), made)
+    timer = StageTimer(stage, request, profiles, prefer)
+    if problems := timer.method.problems(timer.job, stage.degree, dict(stage.options)):
+        raise IllegalPlanError(problems)
+    return timer
 
 
 def stage_rounds(stage: Stage, request: Request, profiles: Profiles) -> list[tuple[int, Round]]:
@@ -117,7 +118,7 @@ class StageTimer:
         self.calls = calls(profiles, site.runtime, request.unet_batch)
         self.method, self.job = find_method(stage.method), job_of(stage, request, profiles)
         self.settings = self.method.settings(self.job, dict(stage.options))
-        self._ranks_key = (stage.method, stage.degree, stage.options, *_job_key(stage, request, profiles))
+        self.ranks_key = (stage.method, stage.degree, stage.options, *_job_key(stage, request, profiles))
         self._by_phase: dict[str, Callable[[int, int], PhaseTime]] = {}
         where = (site.device, site.runtime, stage.model)
         rows = profiles.step_rows(*where, site.precision, prefer=prefer)
@@ -182,8 +183,7 @@ class StageTimer:
         if stage.site.interconnect is not None:
             return None
         key = (stage.site.device, stage.site.runtime, component, stage.method, stage.degree, *self.size)
-        gangs = self.profiles.memory.recall("gangs", None, lambda: _gangs(self.profiles.costs))
-        return next((row for row in gangs.get(key, ()) if self._is_of(row)), None)
+        return next((row for row in _gangs(self.profiles).get(key, ()) if self._is_of(row)), None)
 
     def _is_of(self, row: CostRow) -> bool:
         """Whether a row timed this stage's network, latents, precision and options, each rank on its own device."""
@@ -234,17 +234,8 @@ class StageTimer:
     def round(self, phase: str) -> Round:
         """One round of a phase."""
         anchor = None if self.anchor is None else (self.anchor, self.level_spread)
-        ranks = self._ranks(phase)
+        ranks = _ranks(self, phase, self.profiles)
         return Round(ranks, self._fit, anchor, self._link(ranks), self.stage.degree, self.profiles)
-
-    def _ranks(self, phase: str) -> tuple[RankWork, ...]:
-        """The loads of a round, which no device changes."""
-        return self.profiles.memory.recall(
-            "ranks",
-            (phase, *self._ranks_key),
-            lambda: self.method.ranks(self.job, self.stage.degree, self.settings, phase),
-            most=256,
-        )
 
     def _link(self, ranks: Sequence[RankWork]) -> Interconnect | None:
         if not heaviest(ranks).messages:
@@ -258,10 +249,17 @@ class StageTimer:
         return tuple(dict.fromkeys((*own, *([link.source] if link else []))))
 
 
-def _gangs(costs: Sequence[CostRow]) -> dict[tuple[object, ...], list[CostRow]]:
+@derived(key=lambda timer, phase, _: (phase, *timer.ranks_key), most=256)
+def _ranks(timer: StageTimer, phase: str, profiles: Profiles) -> tuple[RankWork, ...]:  # noqa: ARG001 it keeps them
+    """The loads of a round, which no device changes."""
+    return timer.method.ranks(timer.job, timer.stage.degree, timer.settings, phase)
+
+
+@derived()
+def _gangs(profiles: Profiles) -> dict[tuple[object, ...], list[CostRow]]:
     """The measured steps of several ranks as a whole, by what they timed."""
     found: dict[tuple[object, ...], list[CostRow]] = {}
-    for row in costs:
+    for row in profiles.costs:
         if row.kind == "measured" and row.degree > 1 and row.rank is None:
             key = (row.device, row.runtime, row.component, row.method, row.degree, row.height_px, row.width_px)
             found.setdefault(key, []).append(row)

@@ -39,7 +39,7 @@ from hybridsd_sim.pricing.transfers import (
     latent_elements,
     transfer_s,
 )
-from hybridsd_sim.profiles import Network, Profiles, Runtime
+from hybridsd_sim.profiles import Profiles, Runtime, derived
 
 COMPONENTS = ("text_encode", "denoise", "denoise_warmup", "vae_decode")
 """The parts whose sum an edge device exceeds end to end."""
@@ -93,22 +93,25 @@ def plan_flops(plan: Plan, request: Request, profiles: Profiles) -> tuple[float,
     return flop, bare
 
 
+@derived()
 def _work_of(model: str, height_px: int, width_px: int, profiles: Profiles) -> Work:
-    key = (model, height_px, width_px)
-    config = profiles.model(model).config
-    return profiles.memory.recall("work", key, lambda: work(unet_layers(config, height_px, width_px)))
+    return work(unet_layers(profiles.model(model).config, height_px, width_px))
 
 
+def _pricer_key(
+    plan: Plan, request: Request, _: Profiles, *, cold: bool, prefer: Sequence[str], together: int = 1
+) -> tuple[object, ...]:
+    options = tuple(option_types(stage.options) for stage in plan.stages)
+    what = (request.height_px, request.width_px, request.num_images, request.guided, request.sampler)
+    return plan.make, plan.extra_sites, options, what, cold, tuple(prefer), together
+
+
+@derived(key=_pricer_key)
 def _pricer_of(
     plan: Plan, request: Request, profiles: Profiles, *, cold: bool, prefer: Sequence[str], together: int = 1
 ) -> _Pricer:
     """The one pricer of all plans and requests that differ in steps and promises alone."""
-    options = tuple(option_types(stage.options) for stage in plan.stages)
-    what = (request.height_px, request.width_px, request.num_images, request.guided, request.sampler)
-    key = (plan.make, plan.extra_sites, options, what, cold, tuple(prefer), together)
-    return profiles.memory.recall(
-        "pricers", key, lambda: _Pricer(plan, request, profiles, cold=cold, prefer=prefer, together=together)
-    )
+    return _Pricer(plan, request, profiles, cold=cold, prefer=prefer, together=together)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +204,7 @@ class _Pricer:
         for index, stage in enumerate(plan.stages):
             if stage.site.tier != here.tier:
                 yield from self._handover(index, here, stage, with_embedding=not own_copy)
-            self._timers[index] = timer_of(stage, self._shared(stage.site), self.profiles, prefer=self.prefer)
+            self._timers[index] = timer_of(stage, self._shared(stage.site), self.profiles, self.prefer)
             yield index
             here = stage.site
         if vae.tier != here.tier:
@@ -275,19 +278,7 @@ class _Pricer:
     def _transfer(self, name: str, to_tier: str, payload: int) -> Part:
         if self.plan.network is None:
             return Part(name=name, where="no network", tier="network", seconds=0.0, low_s=0.0, high_s=0.0)
-        network = self.profiles.network(self.plan.network)
-        key = (name, network.name, to_tier, payload)
-        return self.profiles.memory.recall("transfers", key, lambda: self._sent(name, network, to_tier, payload))
-
-    def _sent(self, name: str, network: Network, to_tier: str, payload: int) -> Part:
-        rates = network.down_bytes_per_s if to_tier == "edge" else network.up_bytes_per_s
-        times = [transfer_s(payload, rates.at(u), network.rtt_s.at(1 - u)) for u in (0.5, 0.95, 0.05)]
-        egress = self.profiles.egress_usd_per_gib() * payload / 2**30 if to_tier == "edge" else 0.0
-        return Part(
-            name=name, where=network.name, tier="network", seconds=times[0], low_s=times[1], high_s=times[2],
-            usd=egress, bytes_down=payload if to_tier == "edge" else 0, bytes_up=0 if to_tier == "edge" else payload,
-            kind=network.kind, sources=(network.source,),
-        )  # fmt: skip
+        return _transfer(name, self.plan.network, to_tier, payload, self.profiles)
 
     def _text_encode(self, site: Site) -> Part:
         encoders = self.profiles.model(self.plan.stages[0].model).text_encoders
@@ -303,15 +294,8 @@ class _Pricer:
         return self._held(site).part(name, reduce(add, times))
 
     def _component_time(self, component: str, site: Site) -> Estimate:
-        where = (site.device, site.runtime, site.precision)
-        size = (self.request.height_px, self.request.width_px)
-        key = (component, *where, *size, self.prefer)
-        profiles, prefer = self.profiles, self.prefer
-        return profiles.memory.recall(
-            "components",
-            key,
-            lambda: component_time(profiles, *where, profiles.component(component), size, prefer=prefer),
-        )
+        where, size = (site.device, site.runtime, site.precision), (self.request.height_px, self.request.width_px)
+        return component_time(self.profiles, *where, component, size, self.prefer)
 
     def _stage(self, stage: Stage, timer: StageTimer) -> Iterator[Part]:
         holder = self._held(stage.site)
@@ -335,3 +319,17 @@ class _Pricer:
             rate = None if row is None else row.usd
         why = f"no {site.purchase} price for {site.device}" if rate is None else ""
         return _Holder(site, self.gang[site.name], rate, 0.0, why)
+
+
+@derived()
+def _transfer(name: str, carrier: str, to_tier: str, payload: int, profiles: Profiles) -> Part:
+    """A payload on its way over a network at its median rates; the ends are those of its 5% and 95% quantiles."""
+    network = profiles.network(carrier)
+    rates = network.down_bytes_per_s if to_tier == "edge" else network.up_bytes_per_s
+    times = [transfer_s(payload, rates.at(u), network.rtt_s.at(1 - u)) for u in (0.5, 0.95, 0.05)]
+    egress = profiles.egress_usd_per_gib() * payload / 2**30 if to_tier == "edge" else 0.0
+    return Part(
+        name=name, where=network.name, tier="network", seconds=times[0], low_s=times[1], high_s=times[2],
+        usd=egress, bytes_down=payload if to_tier == "edge" else 0, bytes_up=0 if to_tier == "edge" else payload,
+        kind=network.kind, sources=(network.source,),
+    )  # fmt: skip

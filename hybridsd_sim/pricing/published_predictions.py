@@ -72,7 +72,7 @@ def _by_law(row: CostRow, profiles: Profiles) -> Prediction:
         found = fitted_step_time(row, profiles)
     else:
         where = (profiles, row.device, row.runtime, row.precision)
-        each = fitted_component_time(*where, profiles.component(row.model), (row.height_px, row.width_px))
+        each = fitted_component_time(*where, row.model, (row.height_px, row.width_px))
         found = row.batch_size * each
     return Prediction(found.value, *found.interval)
 

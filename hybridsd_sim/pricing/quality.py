@@ -24,7 +24,7 @@ from hybridsd_sim.pricing.quality_losses import (
     switch_curve,
     switch_loss,
 )
-from hybridsd_sim.profiles import Profiles, QualityRow
+from hybridsd_sim.profiles import Profiles, QualityRow, derived
 
 FEWEST_STEPS = 20
 """From here on a score hardly depends on the number of steps: SD 2.1 with DDIM has 31.60 at 50 steps, 31.53 at 27 and
@@ -77,6 +77,19 @@ def with_interval(score: Estimate, measure: Measure) -> Estimate:
     return replace(score, low=max(0.0, score.value - width), high=score.value + width)
 
 
+def _quality_key(
+    plan: Plan,
+    _: Profiles,
+    *,
+    wanted: str | None = None,
+    guided: bool = True,
+    size: tuple[int, int] | None = None,
+    sampler: str | None = None,
+) -> tuple[object, ...]:
+    return *(_drawn_by(stage) for stage in plan.stages), plan.vae, wanted, guided, size, sampler
+
+
+@derived(key=_quality_key)
 def quality_of(
     plan: Plan,
     profiles: Profiles,
@@ -94,23 +107,18 @@ def quality_of(
     the model's native one, or with another `sampler` than a study's (None: the study's own), scores are kept and marked
     as modelled.
     """
-
-    def read() -> Quality:
-        if not guided:
-            unknown = Estimate.unknown("scores were published with guidance only")
-            return Quality(unknown, unknown, unknown)
-        large = plan.stages[0].model
-        if wanted is not None and switch_curve(profiles, wanted, large):
-            large = wanted
-        return Quality(
-            **{
-                measure: _score(list(_values(plan, profiles, large, size, measure)), measure, sampler)
-                for measure in MEASURE_NAMES
-            }
-        )
-
-    key = (*(_drawn_by(stage) for stage in plan.stages), plan.vae, wanted, guided, size, sampler)
-    return profiles.memory.recall("quality", key, read)
+    if not guided:
+        unknown = Estimate.unknown("scores were published with guidance only")
+        return Quality(unknown, unknown, unknown)
+    large = plan.stages[0].model
+    if wanted is not None and switch_curve(profiles, wanted, large):
+        large = wanted
+    return Quality(
+        **{
+            measure: _score(list(_values(plan, profiles, large, size, measure)), measure, sampler)
+            for measure in MEASURE_NAMES
+        }
+    )
 
 
 def _drawn_by(stage: Stage) -> tuple[object, ...]:
@@ -143,12 +151,10 @@ def _values(
         yield method_loss(stage, steps, profiles, measure)
 
 
+@derived(most=1024)
 def _own_score(profiles: Profiles, model: str, measure: Measure) -> tuple[QualityRow, float] | None:
     """The first row that scores a model, with its score; one with a CLIP score goes before others."""
-    found = profiles.memory.recall(
-        "scores", (model, measure), lambda: tuple(alone(profiles.quality, model, measure)), most=1024
-    )
-    return min(found, key=lambda one: one[0].clip is None, default=None)
+    return min(alone(profiles.quality, model, measure), key=lambda one: one[0].clip is None, default=None)
 
 
 def _model_loss(plan: Plan, profiles: Profiles, large: str, measure: Measure) -> TableValue:

@@ -24,7 +24,7 @@ check, as it prints no warm-up and is not read: under 9 synchronous steps, which
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -32,7 +32,7 @@ from typing import Literal
 from hybridsd_sim.estimate import Estimate, merged
 from hybridsd_sim.perf import find_method
 from hybridsd_sim.plan import Stage
-from hybridsd_sim.profiles import Profiles, QualityRow
+from hybridsd_sim.profiles import Profiles, QualityRow, derived
 
 Measure = Literal["clip", "fid", "lpips"]
 
@@ -136,24 +136,21 @@ def between(points: Curve, at: float) -> float | None:
 # ---- Switch steps ---------------------------------------------------------------------------------------------------
 
 
+@derived()
 def switch_loss(profiles: Profiles, large: str, small: str, share: float, measure: Measure) -> TableValue:
     """What handing over to the small model loses after the large one did this `share` of the steps, 0 to 1."""
-
-    def read() -> TableValue:
-        printed, table = _best_table(profiles, large, small, measure)
-        if len(printed) < 2:
-            return TableValue.unknown(f"no published quality for {large} followed by {small}")
-        sources = merged(source for _, _, source in printed if source)
-        value = between(_falling(printed), share)
-        if value is None:
-            return TableValue.unknown(f"switch share {share:.2f} lies outside the published ones", sources)
-        value = round(value, DECIMALS)
-        if any(abs(at - share) < 1e-9 and abs(loss - value) < 1e-9 for at, loss, _ in printed):
-            return TableValue(Estimate(value, kind="quoted", sources=sources), (table,))
-        note = "interpolated between published switch steps"
-        return TableValue(Estimate(value, kind="modelled", sources=sources, note=note), (table,))
-
-    return profiles.memory.recall("switch_losses", (large, small, share, measure), read)
+    printed, table = _best_table(profiles, large, small, measure)
+    if len(printed) < 2:
+        return TableValue.unknown(f"no published quality for {large} followed by {small}")
+    sources = merged(source for _, _, source in printed if source)
+    value = between(_falling(printed), share)
+    if value is None:
+        return TableValue.unknown(f"switch share {share:.2f} lies outside the published ones", sources)
+    value = round(value, DECIMALS)
+    if any(abs(at - share) < 1e-9 and abs(loss - value) < 1e-9 for at, loss, _ in printed):
+        return TableValue(Estimate(value, kind="quoted", sources=sources), (table,))
+    note = "interpolated between published switch steps"
+    return TableValue(Estimate(value, kind="modelled", sources=sources, note=note), (table,))
 
 
 def switch_curve(profiles: Profiles, large: str, small: str, measure: Measure = "clip") -> Points:
@@ -170,18 +167,13 @@ def _falling(printed: Points) -> list[tuple[float, float]]:
     return falling([(share, loss) for share, loss, _ in printed])
 
 
+@derived()
 def _best_table(profiles: Profiles, large: str, small: str, measure: Measure) -> tuple[Points, str]:
     """What the best table prints of a pair, and the table's name; nothing where no table has it."""
-
-    def find() -> tuple[Points, str]:
-        names = dict.fromkeys(
-            row.table for row in profiles.quality if (row.large_model, row.small_model) == (large, small)
-        )
-        printed = {name: _printed(profiles, name, large, small, measure) for name in names}
-        best = max(names, key=lambda name: (_decimals(profiles, name, large, measure), len(printed[name])), default="")
-        return printed.get(best, []), best
-
-    return profiles.memory.recall("best_tables", (large, small, measure), find)
+    names = dict.fromkeys(row.table for row in profiles.quality if (row.large_model, row.small_model) == (large, small))
+    printed = {name: _printed(profiles, name, large, small, measure) for name in names}
+    best = max(names, key=lambda name: (_decimals(profiles, name, large, measure), len(printed[name])), default="")
+    return printed.get(best, []), best
 
 
 def _decimals(profiles: Profiles, table: str, large: str, measure: Measure) -> int:
@@ -240,12 +232,12 @@ def method_loss(stage: Stage, steps: int, profiles: Profiles, measure: Measure) 
     stripes = stage.degree // 2 if stage.option("guidance_split", default=False) else stage.degree
     if _is_exact(stage, setting, stripes):
         return NO_LOSS
-    key = (stage.model, stage.method, stage.degree, stage.options, steps, measure)
-    return profiles.memory.recall(
-        "method_losses", key, lambda: _published_loss(stage, setting, stripes, profiles, measure)
-    )
+    return _published_loss(stage, setting, stripes, profiles, measure)
 
 
+@derived(
+    key=lambda stage, setting, *rest: (stage.model, stage.method, stage.degree, stage.options, setting.steps, rest[-1])
+)
 def _published_loss(stage: Stage, setting: _Setting, stripes: int, profiles: Profiles, measure: Measure) -> TableValue:
     """What tables say of a stage that is not exact, however many of the steps it does."""
     if reason := _unpublished(stage, stripes):
@@ -326,25 +318,24 @@ def _of_model(run: _Setting, method: str, model: str, profiles: Profiles, measur
     return TableValue(estimate, merged(row.table for row in used))
 
 
+@derived()
 def _points(method: str, model: str, profiles: Profiles, measure: Measure) -> tuple[_Point, ...]:
     """A model's runs in catalogue order. A row that prints no warm-up stands for the method's default.
 
     Where another row of the same configuration prints it, such a row is left out.
     """
-
-    def read() -> Iterator[_Point]:
-        own = [row for row in profiles.quality if (row.method, row.large_model) == (method, model)]
-        told = {_configuration(row) for row in own if row.warmup_steps is not None}
-        for row in own:
-            warmup, loss = row.warmup_steps, loss_of(row, profiles.quality, measure)
-            if loss is None or (warmup is None and _configuration(row) in told):
-                continue
-            options = dict(item.split("=") for item in row.options.split(";") if "=" in item)
-            synchronous = _default_warmup(row.method, model, profiles) if warmup is None else warmup
-            run = _Setting(row.degree, int(options.get("stride", 1)), synchronous, row.num_inference_steps)
-            yield _Point(run, loss, row)
-
-    return profiles.memory.recall("runs", (method, model, measure), lambda: tuple(read()))
+    own = [row for row in profiles.quality if (row.method, row.large_model) == (method, model)]
+    told = {_configuration(row) for row in own if row.warmup_steps is not None}
+    points = []
+    for row in own:
+        warmup, loss = row.warmup_steps, loss_of(row, profiles.quality, measure)
+        if loss is None or (warmup is None and _configuration(row) in told):
+            continue
+        options = dict(item.split("=") for item in row.options.split(";") if "=" in item)
+        synchronous = _default_warmup(row.method, model, profiles) if warmup is None else warmup
+        run = _Setting(row.degree, int(options.get("stride", 1)), synchronous, row.num_inference_steps)
+        points.append(_Point(run, loss, row))
+    return tuple(points)
 
 
 def _configuration(row: QualityRow) -> tuple[int, str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 from hybridsd_sim.errors import Problem
 from hybridsd_sim.perf import ELEMENT_BYTES, find_method, job_of, option_types, unet_layers
 from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
-from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.profiles import Profiles, derived
 from hybridsd_sim.scenario import EdgeFleet, Pool, RequestClass, Scenario
 
 LIVE_ACTIVATIONS = 4
@@ -29,12 +29,16 @@ def plan_problems(plan: Plan, request: Request, profiles: Profiles) -> list[Prob
 
     None of them depends on the switch steps.
     """
+    return list(_problems(plan, request, profiles))
+
+
+def _problems_key(plan: Plan, request: Request, _: Profiles) -> tuple[object, ...]:
     options = tuple(option_types(stage.options) for stage in plan.stages)
     what = (request.height_px, request.width_px, request.num_images, request.guided)
-    key = (plan.make, plan.extra_sites, options, what)
-    return list(profiles.memory.recall("problems", key, lambda: tuple(_problems(plan, request, profiles))))
+    return plan.make, plan.extra_sites, options, what
 
 
+@derived(key=_problems_key)
 def _problems(plan: Plan, request: Request, profiles: Profiles) -> list[Problem]:
     problems: list[Problem] = []
     for stage in plan.stages:
@@ -43,16 +47,16 @@ def _problems(plan: Plan, request: Request, profiles: Profiles) -> list[Problem]
     return problems or _memory_problems(plan, request, profiles)
 
 
-def _method_problems(stage: Stage, request: Request, profiles: Profiles) -> tuple[Problem, ...]:
-    """The rules of the stage's method, which know no site."""
+def _method_key(stage: Stage, request: Request, _: Profiles) -> tuple[object, ...]:
     what = (request.height_px, request.width_px, request.unet_batch, request.guided, stage.site.runtime)
-    key = (stage.model, stage.method, stage.degree, stage.options, option_types(stage.options), *what)
+    return stage.model, stage.method, stage.degree, stage.options, option_types(stage.options), *what
 
-    def problems() -> tuple[Problem, ...]:
-        method, job = find_method(stage.method), job_of(stage, request, profiles)
-        return tuple(method.problems(job, stage.degree, dict(stage.options)))
 
-    return profiles.memory.recall("method_problems", key, problems)
+@derived(key=_method_key)
+def _method_problems(stage: Stage, request: Request, profiles: Profiles) -> list[Problem]:
+    """The rules of the stage's method, which know no site."""
+    method, job = find_method(stage.method), job_of(stage, request, profiles)
+    return method.problems(job, stage.degree, dict(stage.options))
 
 
 def _node_problems(stage: Stage) -> list[Problem]:
@@ -116,14 +120,14 @@ def needed_bytes(plan: Plan, site: Site, request: Request, profiles: Profiles) -
 
 
 def _activation_bytes(stage: Stage, request: Request, profiles: Profiles, together: int) -> float:
-    key = (stage.model, request.height_px, request.width_px)
-    most, all_gathered = profiles.memory.recall("elements", key, lambda: _elements(profiles, *key))
+    most, all_gathered = _elements(profiles, stage.model, request.height_px, request.width_px)
     latents = (request.unet_batch if stage.site.tier == "cloud" else request.num_images) * together
     widest = most * latents * 2.0 * LIVE_ACTIVATIONS
     gathered = all_gathered * latents * 2.0
     return widest + (gathered if stage.method in {"distrifusion", "pcpp"} else 0.0)
 
 
+@derived()
 def _elements(profiles: Profiles, model: str, height_px: int, width_px: int) -> tuple[int, int]:
     """Elements of a model's widest activation, and of all keys and values of its self-attention, for one latent."""
     layers = unet_layers(profiles.model(model).config, height_px, width_px)

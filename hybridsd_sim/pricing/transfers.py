@@ -14,7 +14,7 @@ from typing import Literal
 from hybridsd_sim.estimate import KIND_ORDER, Kind
 from hybridsd_sim.perf import elements_of
 from hybridsd_sim.plan import Request
-from hybridsd_sim.profiles import CostRow, Model, Profiles
+from hybridsd_sim.profiles import CostRow, Model, Profiles, derived
 
 SOLVER_HISTORY = {"dpmsolver++": 1, "dpmsolver": 1, "unipc": 1, "pndm": 3, "ddim": 0, "euler": 0, "lcm": 0}
 """Latent-sized tensors of past model outputs that a sampler must keep across a switch."""
@@ -69,18 +69,16 @@ class Handling:
     note: str
 
 
-def handling(profiles: Profiles, device: str, end: End, payload_bytes: int, *, prefer: Sequence[str] = ()) -> Handling:
+@derived()
+def handling(
+    profiles: Profiles, device: str, end: End, payload_bytes: int, *, prefer: tuple[str, ...] = ()
+) -> Handling:
     """What `device` takes to serialise or to parse a payload.
 
     Its own rows go before those of any device (`*`), then measured before quoted; `prefer` names sources to take before
     all others. A row's `comm_bytes` are its payload. The figure has the rows' kind inside the payloads that were timed
     and is modelled outside.
     """
-    key = (device, end, payload_bytes, tuple(prefer))
-    return profiles.memory.recall("handling", key, lambda: _handling(profiles, *key))
-
-
-def _handling(profiles: Profiles, device: str, end: End, payload_bytes: int, prefer: Sequence[str]) -> Handling:
     rows = _best(profiles.cost_rows(component=f"handover_{end}"), device, prefer)
     if not rows:
         seconds = payload_bytes / SERIALISE_BYTES_PER_S

@@ -1,4 +1,5 @@
 from .lookup import Profiles as Profiles
+from .lookup import derived as derived
 from .lookup import load_profiles as load_profiles
 from .reader import Group as Group
 from .reader import Published as Published

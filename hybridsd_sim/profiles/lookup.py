@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, wraps
+from inspect import signature
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from hybridsd_sim.errors import InputError, MissingDataError, Problem, unknown_name
 from hybridsd_sim.estimate import KIND_ORDER
@@ -44,49 +46,50 @@ _StepKey = tuple[str, str, str, tuple[int, int], int]
 
 NamedT = TypeVar("NamedT")
 
-FoundT = TypeVar("FoundT")
+ParamsT = ParamSpec("ParamsT")
+
+ResultT = TypeVar("ResultT")
 
 
-class Memory:
-    """What was worked out from one `Profiles`, by name and key, so that it is worked out once.
+def derived(
+    *, key: Callable[..., Hashable] | None = None, most: int = 16_384
+) -> Callable[[Callable[ParamsT, ResultT]], Callable[ParamsT, ResultT]]:
+    """Keeps what a function of `profiles` gives, with those profiles, so that it is worked out once.
 
-    Copies and pickles of it are empty. A table that is full starts over, so that memory stays bounded.
+    The function names one parameter `profiles`, which callers pass by position. What it gives must depend on nothing
+    but the profiles and what `key` makes of its arguments; without `key` all the other arguments must be hashable. An
+    exception is not kept. A table that holds `most` results starts over, so that memory stays bounded.
     """
 
-    __slots__ = ("_tables",)
+    def decorate(function: Callable[ParamsT, ResultT]) -> Callable[ParamsT, ResultT]:
+        place = list(signature(function).parameters).index("profiles")
 
-    def __init__(self) -> None:
-        self._tables: dict[str, dict[Hashable, Any]] = {}
+        @wraps(function)
+        def kept(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
+            profiles = cast("Profiles", args[place])
+            what = key(*args, **kwargs) if key else (*args[:place], *args[place + 1 :], *kwargs.items())
+            results: dict[Hashable, ResultT] = profiles.results_of(function)
+            try:
+                return results[what]
+            except KeyError:
+                result = function(*args, **kwargs)
+            if len(results) >= most:
+                results.clear()
+            results[what] = result
+            return result
 
-    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
-        return Memory, ()
+        return kept
 
-    def recall(self, name: str, key: Hashable, work_out: Callable[[], FoundT], *, most: int = 16_384) -> FoundT:
-        """What `work_out` gave when `name` was first asked for under this key.
-
-        Neither None nor an exception is kept.
-        """
-        table = self._tables.setdefault(name, {})
-        found: FoundT | None = table.get(key)
-        if found is None:
-            found = work_out()
-            if len(table) >= most:
-                table.clear()
-            table[key] = found
-        return found
-
-    def forget(self) -> None:
-        """Empty all tables: what is asked for again is worked out again."""
-        self._tables.clear()
+    return decorate
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Profiles:
     """Everything that is known about hardware, models, links, prices and quality, by name; see `load_profiles`.
 
     `costs` are the quoted rows and then the measured ones. `metas` describe the measured files, as `device/model`.
-    `digest` is the SHA-256 of all the files. Asking for a name that is not there raises `MissingDataError`. `memory`
-    holds what others worked out from these profiles and no other ones.
+    `digest` is the SHA-256 of all the files. Asking for a name that is not there raises `MissingDataError`. What is
+    `derived` from profiles is kept with them; copies and pickles hold the facts alone.
     """
 
     gpus: Mapping[str, Gpu]
@@ -104,8 +107,21 @@ class Profiles:
     costs: tuple[CostRow, ...]
     metas: Mapping[str, Meta]
     digest: str
-    _steps: Mapping[_StepKey, Sequence[CostRow]]
-    memory: Memory = field(default_factory=Memory, init=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    def forget(self) -> None:
+        """Drop what functions derived from these profiles: what is asked for again is worked out again."""
+        self._derived.clear()
+
+    def results_of(self, function: Callable[..., Any]) -> dict[Hashable, Any]:
+        """What a `derived` function gave so far, by its key."""
+        return self._derived.setdefault(function, {})
+
+    @cached_property
+    def _derived(self) -> dict[Callable[..., Any], dict[Hashable, Any]]:
+        return {}
 
     def __repr__(self) -> str:
         counts = f"{len(self.gpus)} GPUs, {len(self.models)} models, {len(self.costs)} cost rows"
@@ -144,7 +160,11 @@ class Profiles:
 
     def network_of(self, model: str) -> str:
         """A text that is the same for models of one network, such as SD 1.4 and 1.5."""
-        return self.memory.recall("networks", model, lambda: self.model(model).network)
+        return self._networks.get(model) or self.model(model).network
+
+    @cached_property
+    def _networks(self) -> dict[str, str]:
+        return {name: model.network for name, model in self.models.items()}
 
     def default_interconnect(self, device: str) -> str:
         """The interconnect between GPUs of this kind. Raises `MissingDataError` for a device that has none."""
@@ -161,9 +181,18 @@ class Profiles:
         self, *, device: str | None = None, model: str | None = None, component: str | None = "step", **more: object
     ) -> tuple[CostRow, ...]:
         """The cost rows that hold these values, None standing for any; `more` names other columns."""
-        rows = self.memory.recall("rows", None, lambda: _rows_by_device(self.costs)).get((component, device), ())
+        rows = self._rows_by_device.get((component, device), ())
         tests = [(key, value) for key, value in {"model": model, **more}.items() if value is not None]
         return tuple(row for row in rows if all(getattr(row, key) == value for key, value in tests))
+
+    @cached_property
+    def _rows_by_device(self) -> dict[tuple[str | None, str | None], list[CostRow]]:
+        """The rows by component and device, None standing for any of them, each list in the order of the rows."""
+        found: dict[tuple[str | None, str | None], list[CostRow]] = {}
+        for row in self.costs:
+            for key in product((row.component, None), (row.device, None)):
+                found.setdefault(key, []).append(row)
+        return found
 
     def step_row(
         self,
@@ -183,7 +212,7 @@ class Profiles:
         """
         limit = self.runtime(runtime).max_unet_batch
         held = min(latents, limit) if limit else latents
-        rows = self._steps.get((device, runtime, self.network_of(model), size, held), ())
+        rows = self._steps_by_call.get((device, runtime, self.network_of(model), size, held), ())
         fitting = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
         return min(fitting, key=lambda row: _rank(row, prefer), default=None)
 
@@ -191,10 +220,28 @@ class Profiles:
         self, device: str, runtime: str, model: str, precision: str | None = None, *, prefer: Sequence[str] = ()
     ) -> list[CostRow]:
         """All steps of this network that were timed on one such device under the runtime, best known first."""
-        steps = self.memory.recall("steps", None, lambda: _by_place(self._steps))
-        rows = steps.get((device, runtime, self.network_of(model)), ())
+        rows = self._steps_by_network.get((device, runtime, self.network_of(model)), ())
         fitting = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
         return sorted(fitting, key=lambda row: _rank(row, prefer))
+
+    @cached_property
+    def _steps_by_call(self) -> dict[_StepKey, list[CostRow]]:
+        """The one-GPU step rows by the UNet call that they timed, each list in the order of the rows."""
+        steps: dict[_StepKey, list[CostRow]] = {}
+        for row in self.costs:
+            if row.component == "step" and row.degree == 1 and row.rank is None:
+                size = (row.height_px, row.width_px)
+                key = (row.device, row.runtime, self.network_of(row.model), size, row.latents)
+                steps.setdefault(key, []).append(row)
+        return steps
+
+    @cached_property
+    def _steps_by_network(self) -> dict[tuple[str, str, str], list[CostRow]]:
+        """The one-GPU step rows by device, runtime and network."""
+        found: dict[tuple[str, str, str], list[CostRow]] = {}
+        for key, rows in self._steps_by_call.items():
+            found.setdefault(key[:3], []).extend(rows)
+        return found
 
     def component_row(
         self, device: str, runtime: str, component: Component, size: tuple[int, int], *, prefer: Sequence[str] = ()
@@ -229,9 +276,15 @@ class Profiles:
         raise MissingDataError(unknown_name(f"price of {item}", provider or "default", known))
 
     def _price(self, item: str, purchase: str, provider: str | None) -> Price | None:
-        prices = self.memory.recall("prices", None, lambda: _by_item(self.prices))
-        rows = prices.get((item, purchase), ())
+        rows = self._prices_by_item.get((item, purchase), ())
         return next((row for row in rows if (row.provider == provider if provider else row.default)), None)
+
+    @cached_property
+    def _prices_by_item(self) -> dict[tuple[str, str], list[Price]]:
+        found: dict[tuple[str, str], list[Price]] = {}
+        for row in self.prices:
+            found.setdefault((row.item, row.purchase), []).append(row)
+        return found
 
     def egress_usd_per_gib(self, provider: str | None = None) -> float:
         return self.usd("egress", provider)
@@ -247,14 +300,14 @@ class Profiles:
         """The same without the cost rows of which this is true."""
         costs = tuple(row for row in self.costs if not left_out(row))
         digest = hashlib.sha256(f"{self.digest}{len(costs)}".encode()).hexdigest()
-        return replace(self, costs=costs, digest=digest, _steps=_steps_of(costs, self.models))
+        return replace(self, costs=costs, digest=digest)
 
     def with_costs(self, rows: Sequence[CostRow]) -> Profiles:
         """The same with these cost rows in front, such as a user's own measurement."""
         costs = (*rows, *self.costs)
         said = "".join(row.model_dump_json() for row in rows)
         digest = hashlib.sha256(f"{self.digest}{said}".encode()).hexdigest()
-        return replace(self, costs=costs, digest=digest, _steps=_steps_of(costs, self.models))
+        return replace(self, costs=costs, digest=digest)
 
     def nearest(self, device: str, model: str, *, component: str = "step") -> str:
         """A sentence that names the rows nearest to a device and model, for messages about missing rows."""
@@ -290,41 +343,6 @@ class _Newest(str):
         return mine > theirs
 
 
-def _steps_of(costs: Sequence[CostRow], models: Mapping[str, Model]) -> dict[_StepKey, list[CostRow]]:
-    """The one-GPU step rows by what they timed, each list in the order of the rows."""
-    networks = {name: model.network for name, model in models.items()}
-    steps: dict[_StepKey, list[CostRow]] = {}
-    for row in costs:
-        if row.component == "step" and row.degree == 1 and row.rank is None:
-            size = (row.height_px, row.width_px)
-            steps.setdefault((row.device, row.runtime, networks[row.model], size, row.latents), []).append(row)
-    return steps
-
-
-def _by_place(steps: Mapping[_StepKey, Sequence[CostRow]]) -> dict[tuple[str, str, str], list[CostRow]]:
-    """The one-GPU step rows by device, runtime and network."""
-    places: dict[tuple[str, str, str], list[CostRow]] = {}
-    for key, rows in steps.items():
-        places.setdefault(key[:3], []).extend(rows)
-    return places
-
-
-def _rows_by_device(costs: Sequence[CostRow]) -> dict[tuple[str | None, str | None], list[CostRow]]:
-    """The rows by component and device, None standing for any of them, each list in the order of the rows."""
-    found: dict[tuple[str | None, str | None], list[CostRow]] = {}
-    for row in costs:
-        for key in product((row.component, None), (row.device, None)):
-            found.setdefault(key, []).append(row)
-    return found
-
-
-def _by_item(prices: Sequence[Price]) -> dict[tuple[str, str], list[Price]]:
-    found: dict[tuple[str, str], list[Price]] = {}
-    for row in prices:
-        found.setdefault((row.item, row.purchase), []).append(row)
-    return found
-
-
 def load_profiles(path: str | Path | Sequence[str | Path] | None = None) -> Profiles:
     """Read a profiles folder; None means the shipped one.
 
@@ -335,8 +353,7 @@ def load_profiles(path: str | Path | Sequence[str | Path] | None = None) -> Prof
     given = [path] if isinstance(path, str | Path) else path or []
     folders = _folders([Path(folder) for folder in given])
     tables, metas, digest = read_folders(folders)
-    steps = _steps_of(tables["costs"], tables["models"])
-    return Profiles(**tables, metas=metas, digest=digest, _steps=steps)
+    return Profiles(**tables, metas=metas, digest=digest)
 
 
 def _folders(given: Sequence[Path]) -> list[Path]:

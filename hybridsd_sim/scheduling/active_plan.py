@@ -185,7 +185,7 @@ class CandidateCache:
         self._priced_since += 1
         if self._priced_since >= MAX_PRICED:  # sizes that clients make up must not fill the memory
             self._priced_since = 0
-            self.profiles.memory.forget()
+            self.profiles.forget()
         priced = []
         for option in found:
             try:

@@ -459,10 +459,10 @@ def test_guidance_doubles_the_step_of_a_one_latent_runtime() -> None:
 
 def test_a_component_takes_its_flops_times_the_shared_ratio(profiles: Profiles) -> None:
     """Decoders are timed by the UNet's law, longer by what all devices share, and less surely."""
-    component, where = profiles.component("autoencoder-kl"), ("a100-sxm-80gb", "eager", "fp16")
+    name, where = "autoencoder-kl", ("a100-sxm-80gb", "eager", "fp16")
     ratio = profiles.constants["vae_decode_ratio"].value
-    time = fitted_component_time(profiles, *where, component, (512, 512))
-    plain = fitted_component_time(replace(profiles, constants={}), *where, component, (512, 512))
+    time = fitted_component_time(profiles, *where, name, (512, 512))
+    plain = fitted_component_time(replace(profiles, constants={}), *where, name, (512, 512))
 
     assert time.value == pytest.approx(ratio * plain.value)
     assert time.low < time.value < time.high
@@ -475,7 +475,7 @@ def test_a_prompt_takes_the_same_at_every_size_and_an_image_does_not(profiles: P
     where = ("a100-sxm-80gb", "eager", "fp16")
 
     def seconds(name: str, side_px: int) -> float:
-        return fitted_component_time(profiles, *where, profiles.component(name), (side_px, side_px)).value
+        return fitted_component_time(profiles, *where, name, (side_px, side_px)).value
 
     assert seconds("clip-l", 512) == seconds("clip-l", 1024)
     assert seconds("autoencoder-kl", 2048) > 4 * seconds("autoencoder-kl", 1024)

@@ -22,7 +22,7 @@ from hybridsd_sim.pricing import Candidate, PlanCost, PredictionQuery, find_cand
 from hybridsd_sim.pricing.prediction import predict_cost
 from hybridsd_sim.pricing.pricer import COMPONENTS, batch_seconds
 from hybridsd_sim.pricing.transfers import End, handling, handover_bytes
-from hybridsd_sim.profiles import PublishedRow, load_published
+from hybridsd_sim.profiles import PublishedRow, derived, load_published
 
 switch_steps = st.integers(0, 25)
 UNGAPPED = replace(PHONE, runtime="onnxruntime")
@@ -423,15 +423,16 @@ def test_profiles_travel_without_what_was_worked_out(profiles: Profiles) -> None
 
 def test_what_is_remembered_stays_bounded() -> None:
     """A table holds no more than it may; what it forgot is worked out again."""
-    memory = load_profiles().memory
+    own = load_profiles()
     asked: list[int] = []
 
-    def worked_out(key: int) -> int:
+    @derived(most=3)
+    def worked_out(profiles: Profiles, key: int) -> int:
         asked.append(key)
         return key
 
     for key in (0, 1, 2, 0, 3, 0):
-        assert memory.recall("squares", key, lambda key=key: worked_out(key), most=3) == key
+        assert worked_out(own, key) == key
     assert asked == [0, 1, 2, 3, 0]
 
 

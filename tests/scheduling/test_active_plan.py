@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles, Request, Scenario, load_scenario
 from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, RentedCandidates, find_candidates
+from hybridsd_sim.profiles import derived
 from hybridsd_sim.scheduling import active_plan
 from hybridsd_sim.scheduling.active_plan import CandidateCache
 from hybridsd_sim.scheduling.feedback import StepKind, kind_of
@@ -110,10 +111,15 @@ def test_sizes_that_clients_think_of_do_not_fill_the_memory(
     monkeypatch.setattr(active_plan, "MAX_PRICED", 3)
     asked = [replace(cache.class_requests["draft"], num_inference_steps=steps) for steps in (10, 11, 12, 13)]
     remembers = []
+
+    @derived()
+    def worked_out(profiles: Profiles, request: Request) -> object:
+        return object()
+
     for request in asked:
-        profiles.memory.recall("a test", request, lambda: "before")
+        before = worked_out(profiles, request)
         cache.candidates(request, WIDE)
-        remembers.append(profiles.memory.recall("a test", request, lambda: "after") == "before")
+        remembers.append(worked_out(profiles, request) is before)
 
     assert remembers == [True, True, False, True]
     fresh = CandidateCache(Pricing(studio, profiles), found)
