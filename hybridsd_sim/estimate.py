@@ -2,12 +2,15 @@
 
 Whatever the project says of seconds, scores or rates is an `Estimate` from the row that it was read from up to the
 report, so that a reader can always ask how well a number is known.
+
+And how figures are written for people, everywhere the same (`number`, `exact`, `percent`, `score`, `money`, `signed`,
+`interval`, `scaled`): in the terminal, on pages and in sentences. JSON and tables keep all digits instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -126,3 +129,90 @@ class Estimate:
 def merged(*sources: Iterable[str]) -> tuple[str, ...]:
     """All sources, each once, in the order met."""
     return tuple(dict.fromkeys(source for each in sources for source in each))
+
+
+# ---- How figures are written ----------------------------------------------------------------------------------------
+
+DASH, MINUS = "\N{EM DASH}", "\N{MINUS SIGN}"
+SIGNIFICANT = 3
+"""Digits of a computed figure: costs and simulations are seldom known to more."""
+PREFIXES = (
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+    (1.0, ""),
+    (1e-3, "m"),
+    (1e-6, "\N{MICRO SIGN}"),
+    (1e-9, "n"),
+)
+Show = Callable[[float | None], str]
+"""How a figure of one sort is written; None and NaN are a dash."""
+
+
+def number(value: float | None, digits: int = SIGNIFICANT) -> str:
+    """A computed figure: three significant digits with separated thousands; whole numbers (`int`) in full.
+
+    Only what is smaller than 0.00001 has an exponent.
+    """
+    if value is None or not math.isfinite(value):
+        return DASH
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", MINUS)
+    if value == 0:
+        return "0"
+    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+    if int(exponent) < -5:
+        return f"{mantissa}e{int(exponent)}".replace("-", MINUS, value < 0)
+    rounded = float(f"{mantissa}e{exponent}")
+    return f"{rounded:,.{max(0, digits - 1 - int(exponent))}f}".replace("-", MINUS)
+
+
+def exact(value: float | None, digits: int = 12) -> str:
+    """A figure that somebody wrote or published (an SLO, a floor, a price): as written, 8.0 as 8."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{float(f'{value:.{digits - 1}e}'):,.{digits}g}"
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 as per cent; nothing but all is called 100%, and nothing but none 0%."""
+    if share is None or not math.isfinite(share):
+        return DASH
+    if share in {0.0, 1.0}:
+        return "100%" if share else "0%"
+    if 0.0 < share < 0.0001 or 0.9999 < share < 1.0:
+        return "<0.01%" if share < 0.5 else ">99.99%"
+    return f"{100 * share:.{1 if 0.001 <= abs(share) <= 0.999 or abs(share) > 1.0 else 2}f}%".replace("-", MINUS)
+
+
+def score(value: float | None) -> str:
+    """A CLIP or LPIPS score with the four decimals of the published tables."""
+    return DASH if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def money(usd: float | None) -> str:
+    """Dollars to the cent; amounts under a dollar with three significant digits."""
+    return number(usd) if usd is None or not math.isfinite(usd) or abs(usd) < 1.0 else f"{usd:,.2f}".replace("-", MINUS)
+
+
+def signed(change: float, show: Show = number) -> str:
+    """A change with its sign."""
+    return f"{MINUS if change < 0 else '+'}{show(abs(change))}"
+
+
+def interval(low: float | None, high: float | None, show: Show = number) -> str:
+    """Both ends of an interval; a question mark stands for an end that nobody can tell.
+
+    What lies above 99.99% or below 0.01% as a whole is that alone.
+    """
+    first, last = ("?" if end is None or math.isnan(end) else show(end) for end in (low, high))
+    if first[0] == ">" or last[0] == "<":
+        return first if first[0] == ">" else last
+    return f"{first.removesuffix('%') if last.endswith('%') else first}\N{EN DASH}{last}"
+
+
+def scaled(value: float, unit: str) -> tuple[Show, str]:
+    """How figures of this size are written, and their unit with its prefix (`TFLOP/s`, `µs`)."""
+    size, prefix = next((pair for pair in PREFIXES if abs(value) >= pair[0]), PREFIXES[-1])
+    return lambda figure: number(None if figure is None else figure / size), f"{prefix}{unit}"

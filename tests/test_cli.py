@@ -922,23 +922,23 @@ def test_columns_that_do_not_fit_stand_below_beside_the_keys():
         (None, "-"),
         (float("nan"), "-"),
         (True, "yes"),
-        (0.123456, "0.1235"),
-        (12345.6, "12350"),
+        (0.123456, "0.123"),
+        (12345.6, "12,300"),
         (7, "7"),
-        (1e-7, "1e-07"),
+        (1e-7, "1.00e-7"),
     ],
 )
-def test_figures_have_four_digits(value, shown):
+def test_figures_have_three_digits(value, shown):
     """Figures are short, unknown ones are a dash."""
     assert figure(value) == shown
 
 
 def test_an_interval_is_shown_once_it_says_something():
-    """An interval stands in brackets behind its figure, an unknown end as a dash, and not at all if both are."""
-    assert with_interval({"value": 1.0, "low": 0.5, "high": 2.0}).replace("\N{NO-BREAK SPACE}", " ") == "1 [0.5, 2]"
-    assert with_interval((1.0, 0.5, None)).replace("\N{NO-BREAK SPACE}", " ") == "1 [0.5, -]"
-    assert with_interval((1.0, float("nan"), float("nan"))) == "1"
-    assert with_interval({"value": 2.0, "low": 2.0, "high": 2.0}) == "2"
+    """An interval stands in brackets behind its figure, an unknown end as a question mark; none if both are unknown."""
+    assert with_interval({"value": 1.0, "low": 0.5, "high": 2.0}) == "1.00 [0.500-2.00]"
+    assert with_interval((1.0, 0.5, None)) == "1.00 [0.500-?]"
+    assert with_interval((1.0, float("nan"), float("nan"))) == "1.00"
+    assert with_interval({"value": 2.0, "low": 2.0, "high": 2.0}) == "2.00"
     assert with_interval({"value": None, "low": None, "high": None}) == "-"
 
 

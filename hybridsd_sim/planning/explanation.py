@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from hybridsd_sim.estimate import exact, interval, money, number, percent, score
 from hybridsd_sim.planning.analytic import Sizer
 from hybridsd_sim.planning.capacity_plan import CapacityPlan
 from hybridsd_sim.planning.sentences import (
@@ -43,8 +44,8 @@ def _why_not(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[
     broken, sure = plan.chosen_result.verdict.feasible, plan.confidence
     if broken.ok and sure is not None and sure.asked is not None:
         yield (
-            f"No plan that was found holds with probability {sure.asked:g}: the surest one, shown here, holds with "
-            f"{sure.probability:.2f}, given the intervals of the modelled step costs."
+            f"No plan that was found holds with probability {exact(sure.asked)}: the surest one, shown here, holds "
+            f"with {exact(sure.probability, 3)}, given the intervals of the modelled step costs."
         )
         return
     yield f"No plan holds every promise: {broken.reason}"
@@ -64,10 +65,10 @@ def _conflict(plan: CapacityPlan) -> Iterator[str]:
 def _shares(name: str, mix: Mix) -> Iterator[str]:
     """Who gets what where a class has several plans, and what is turned away; nothing for one plan that serves all."""
     if len(mix) > 1:
-        parts = "; ".join(f"{share:.1%} by {option.plan.label}" for share, option in mix)
+        parts = "; ".join(f"{percent(share)} by {option.plan.label}" for share, option in mix)
         yield f"{name}: its requests are shared out: {parts}."
     if away := turned_away_share(mix):
-        yield f"{name}: {away:.1%} of its requests are turned away: there is no room for them."
+        yield f"{name}: {percent(away)} of its requests are turned away: there is no room for them."
 
 
 def _arrivals(plan: CapacityPlan) -> Iterator[str]:
@@ -79,7 +80,7 @@ def _arrivals(plan: CapacityPlan) -> Iterator[str]:
 
 def _rent(plan: CapacityPlan) -> Iterator[str]:
     rented = [f"{count} x {name}" for name, count in plan.replicas_opt.items() if count]
-    dollars = "an unknown price" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD an hour"
+    dollars = "an unknown price" if plan.usd_per_hour is None else f"{money(plan.usd_per_hour)} USD an hour"
     yield f"Rent {', '.join(rented)} for {dollars}." if rented else "Rent nothing: the edge does everything."
 
 
@@ -89,12 +90,12 @@ def _prices(plan: CapacityPlan, sizer: Sizer) -> Iterator[str]:
         if not plan.replicas_opt.get(name, 0):
             continue
         if spec.usd_per_gpu_hour is not None:
-            yield f"A GPU-hour of {name} costs {spec.usd_per_gpu_hour:g} USD: the scenario's own price."
+            yield f"A GPU-hour of {name} costs {exact(spec.usd_per_gpu_hour)} USD: the scenario's own price."
             continue
         row = sizer.profiles.gpu_price(spec.gpu, spec.purchase, spec.provider)
         if row is not None:
             how = spec.purchase.replace("_", " ")
-            yield f"A GPU-hour of {name} costs {row.usd:g} USD {how} at {row.provider} ({row.kind}: {row.source})."
+            yield f"A GPU-hour of {name} costs {exact(row.usd)} USD {how} at {row.provider} ({row.kind}: {row.source})."
 
 
 def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str]:
@@ -119,12 +120,12 @@ def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str
         floor = option.promises.quality_floor
         yield (
             f"{name}: handing over at step {other.cloud_steps} instead of {option.cloud_steps} would need fewer "
-            f"GPU-seconds, but its CLIP score of {other.quality:.4f} is under the floor of {floor}."
+            f"GPU-seconds, but its CLIP score of {score(other.quality)} is under the floor of {score(floor)}."
         )
     elif not other.meets_slo:
         yield (
-            f"{name}: handing over at step {other.cloud_steps} takes {other.latency_s:.1f} s even on an idle fleet, "
-            f"over the SLO of {option.promises.slo_s:g} s."
+            f"{name}: handing over at step {other.cloud_steps} takes {number(other.latency_s)} s even on an idle "
+            f"fleet, over the SLO of {exact(option.promises.slo_s)} s."
         )
 
 
@@ -152,15 +153,15 @@ def _edge_fault(best: Candidate, plan: CapacityPlan) -> str:
     promises, images = best.promises, best.cost.request.num_images
     faults = []
     if not promises.meets_floor(best.quality):
-        score = "an unknown CLIP score" if best.quality is None else f"a CLIP score of {best.quality:.4f}"
-        faults.append(f"gives {score}, under the floor of {promises.quality_floor}")
+        known = "an unknown CLIP score" if best.quality is None else f"a CLIP score of {score(best.quality)}"
+        faults.append(f"gives {known}, under the floor of {score(promises.quality_floor)}")
     if not best.meets_slo:
-        faults.append(f"takes {best.latency_s:.1f} s, over the SLO of {promises.slo_s:g} s")
+        faults.append(f"takes {number(best.latency_s)} s, over the SLO of {exact(promises.slo_s)} s")
     limit = plan.scenario.promises[best.request_class].edge_energy_j
     energy = None if best.cost.edge_energy_j is None else best.cost.edge_energy_j / images
     if limit is not None and (energy is None or energy > limit):
-        used = "an unknown energy" if energy is None else f"{energy:.0f} J"
-        faults.append(f"uses {used} of {limit:g} J a picture")
+        used = "an unknown energy" if energy is None else f"{number(energy)} J"
+        faults.append(f"uses {used} of {exact(limit)} J a picture")
     return " and ".join(faults) if faults else "would hold, but is dearer at this load"
 
 
@@ -177,8 +178,8 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
     ]
     if alone:
         yield (
-            f"{name}: one GPU takes {alone[0].latency_s:.1f} s, {method} on {option.degree} takes "
-            f"{option.latency_s:.1f} s; the SLO is {slo} s."
+            f"{name}: one GPU takes {number(alone[0].latency_s)} s, {method} on {option.degree} takes "
+            f"{number(option.latency_s)} s; the SLO is {exact(slo)} s."
         )
     for index in {one.pool_index for one in options if one.pool_index not in (-1, option.pool_index)}:
         rivals = [
@@ -192,8 +193,9 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
             same = next(alike, best)
             there, here = same.cost.comm_exposed_s, option.cost.comm_exposed_s
             yield (
-                f"{name}: on {pools[index]} the same gang takes {same.latency_s:.1f} s, of which {there:.1f} s are "
-                f"exchange that nothing hides (here {here:.1f} s); the fastest there takes {best.latency_s:.1f} s."
+                f"{name}: on {pools[index]} the same gang takes {number(same.latency_s)} s, of which {number(there)} s "
+                f"are exchange that nothing hides (here {number(here)} s); the fastest there takes "
+                f"{number(best.latency_s)} s."
                 f"{_caution(same)}"
             )
 
@@ -201,7 +203,7 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
 def _caution(option: Candidate) -> str:
     """A warning where a plan that was turned down was not priced from steps timed there."""
     low, high = option.cost.latency_interval_s
-    return f" Its steps were not timed there: between {low:.1f} and {high:.1f} s at 90%." if option.cost.outside else ""
+    return f" Its steps were not timed there: {interval(low, high)} s at 90%." if option.cost.outside else ""
 
 
 def _unused_pools(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
@@ -228,9 +230,9 @@ def _fault_of_pool(options: Sequence[Candidate], chosen: Candidate, sizer: Sizer
         if not keeping:
             return "no plan on it keeps the class's floor and limits"
         fastest = min(one.latency_s for one in keeping)
-        return f"its fastest plan that keeps the floor takes {fastest:.1f} s even on an idle pool"
+        return f"its fastest plan that keeps the floor takes {number(fastest)} s even on an idle pool"
     dollars, ours = min(one.usd_or_inf for one in holding), chosen.usd_or_inf
-    costs = f"{1000 * dollars:.2f} USD per 1,000 requests in GPU time and egress against {1000 * ours:.2f}"
+    costs = f"{money(1000 * dollars)} USD per 1,000 requests in GPU time and egress against {money(1000 * ours)}"
     if dollars < ours:
         return f"it would cost {costs}, but the nodes rented for the other classes have room"
     return f"its cheapest plan costs {costs}"
@@ -250,7 +252,7 @@ def _lifts(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[st
         keeping = [one for one in options if one.meets_floor]
         if keeping and spec.slo_s is not None:
             fastest = min(keeping, key=lambda one: one.latency_s)
-            changed = f"with an SLO of {fastest.latency_s:.1f} s instead of {spec.slo_s:g} s"
+            changed = f"with an SLO of {number(fastest.latency_s)} s instead of {exact(spec.slo_s)} s"
             yield f"{name}: {changed} the {fastest.plan.label} would do on an idle fleet."
         yield from _floor_lifts(name, [one for one in options if one.meets_slo], plan)
     yield from _budget_lift(plan)
@@ -265,13 +267,13 @@ def _floor_lifts(name: str, in_time: Sequence[Candidate], plan: CapacityPlan) ->
     if floor is not None and thrifty:
         best = max(thrifty, key=lambda one: one.quality or 0.0)
         if (best.quality or 0.0) < floor:
-            changed = f"with a quality floor of {best.quality:.4f} instead of {floor}"
+            changed = f"with a quality floor of {score(best.quality)} instead of {score(floor)}"
             yield f"{name}: {changed} the {best.plan.label} would do."
     good = [one for one in scored if floor is None or (one.quality or 0.0) >= floor]
     if limit is not None and good:
         best = min(good, key=lambda one: one.cost.edge_energy_j or 0.0)
         if (used := best.cost.edge_energy_j or 0.0) > limit:
-            yield f"{name}: with {used:.0f} J a picture instead of {limit:g} J the {best.plan.label} would do."
+            yield f"{name}: with {number(used)} J a picture instead of {exact(limit)} J the {best.plan.label} would do."
     if floor is not None and in_time and not scored:
         why = in_time[0].cost.quality.clip.note
         yield f"{name}: nobody published a score for these pictures ({why}); drop the floor."
@@ -280,7 +282,8 @@ def _floor_lifts(name: str, in_time: Sequence[Candidate], plan: CapacityPlan) ->
 def _budget_lift(plan: CapacityPlan) -> Iterator[str]:
     budget = plan.scenario.budget.usd_per_hour
     if budget is not None and plan.usd_per_hour is not None and plan.usd_per_hour > budget:
-        yield f"A budget of {plan.usd_per_hour:.2f} USD an hour instead of {budget:g} would pay for the plan shown."
+        needed = money(plan.usd_per_hour)
+        yield f"A budget of {needed} USD an hour instead of {exact(budget)} would pay for the plan shown."
     full = [name for name, spec in plan.scenario.pools.items() if plan.replicas_opt.get(name, 0) >= spec.replicas_max]
     for name in full:
         most = plan.scenario.pools[name].replicas_max

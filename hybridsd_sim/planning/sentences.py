@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from hybridsd_sim.estimate import exact, interval, money, percent, score, signed
 from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, EvaluatedPlan, Margin, Relaxation, Saving
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.scenario import ALL
@@ -25,7 +26,10 @@ BETTER: Mapping[str, tuple[str, int, str, str]] = {
     "latency_p95_s": ("s", 2, "lower the p95 latency by {}", "raise the p95 latency by {}"),
     "quality": ("CLIP", 4, "lower the CLIP score by {}", "raise the CLIP score by {}"),
 }
-"""Unit and decimals of what a margin moves, and what its falling and its rising are called."""
+"""Unit and decimals of what a margin moves, and what its falling and its rising are called.
+
+All three numbers of such a sentence have the same decimals, so that the difference is that of the two others.
+"""
 
 Mix = Sequence[tuple[float, Candidate]]
 """How a class's requests are shared out over plans."""
@@ -43,12 +47,6 @@ NORMAL_95 = 1.959964
 def capitalise(text: str) -> str:
     """A sentence's beginning."""
     return text[:1].upper() + text[1:]
-
-
-def quantity(value: float, unit: str = "", digits: int = 4) -> str:
-    """A number to some significant digits, without an exponent, and its unit."""
-    rounded = float(f"{value:.{digits - 1}e}")
-    return f"{rounded:,.12g} {unit}".rstrip()
 
 
 def turned_away_share(mix: Mix) -> float:
@@ -78,7 +76,7 @@ def _saving_in_words(saving: Saving, plan: CapacityPlan) -> str:
     if saving.usd_per_hour is None or own is None:
         return f"What the plan saves against {saving.other} is not known: a price is missing."
     known = next((other.policy for other in plan.baselines if other.name == saving.other), "planned")
-    dollars = f"{own:.2f} USD/h of rent against {own + saving.usd_per_hour:.2f}"
+    dollars = f"{money(own)} USD/h of rent against {money(own + saving.usd_per_hour)}"
     rest = f"{_loss(saving, plan)}{_unserved(saving)}"
     return f"It costs {_compared(saving)}: {dollars}, both by {KNOWN_BY.get(known, known)}{rest}."
 
@@ -88,7 +86,7 @@ def _compared(saving: Saving) -> str:
     dollars, share, other = saving.usd_per_hour or 0.0, saving.share, saving.other
     if abs(dollars) < 0.005 or (share is not None and abs(share) < 0.005):
         return f"as much as {other}"
-    amount = f"{abs(dollars):.2f} USD/h" if share is None else f"{abs(share):.0%}"
+    amount = f"{money(abs(dollars))} USD/h" if share is None else percent(abs(share))
     return f"{amount} {'less' if dollars > 0 else 'more'} than {other}"
 
 
@@ -97,18 +95,18 @@ def _unserved(saving: Saving) -> str:
     mine, theirs = saving.unserved
     if max(mine, theirs) < LEAST_SHARE:
         return ""
-    return f", leaving {mine:.1%} of the requests unserved against {theirs:.1%}"
+    return f", leaving {percent(mine)} of the requests unserved against {percent(theirs)}"
 
 
 def _loss(saving: Saving, plan: CapacityPlan) -> str:
-    score = _score(plan)
-    if saving.quality is None:
+    own, change = _score(plan), saving.quality
+    if change is None:
         return "; the change in CLIP score is not known"
-    if abs(saving.quality) < 5e-5:
-        return ", with the same CLIP score" + ("" if score is None else f" of {score:.4f}")
-    if score is None:
-        return f", with a CLIP score {'lower' if saving.quality < 0 else 'higher'} by {abs(saving.quality):.4f}"
-    return f", with a CLIP score of {score:.4f} against {score - saving.quality:.4f} ({saving.quality:+.4f})"
+    if abs(change) < 5e-5:
+        return ", with the same CLIP score" + ("" if own is None else f" of {score(own)}")
+    if own is None:
+        return f", with a CLIP score {'lower' if change < 0 else 'higher'} by {score(abs(change))}"
+    return f", with a CLIP score of {score(own)} against {score(own - change)} ({signed(change, score)})"
 
 
 # ---- The bound ------------------------------------------------------------------------------------------------------
@@ -132,8 +130,9 @@ def describe_bound(plan: CapacityPlan) -> str:
         return ""
     bound, cost, gap = found
     return (
-        f"The search found no plan under {bound:.2f} USD/h: what the formula puts within reach was tried, each part of "
-        f"a mix in time by itself. The plan costs {cost:.2f} USD/h with what is sent to the edge: gap {gap:.1%}."
+        f"The search found no plan under {money(bound)} USD/h: what the formula puts within reach was tried, each part "
+        f"of a mix in time by itself. The plan costs {money(cost)} USD/h with what is sent to the edge: gap "
+        f"{percent(gap)}."
     )
 
 
@@ -173,13 +172,17 @@ def describe_infeasible_set(conflict: Sequence[Relaxation]) -> str:
 def describe_relaxation(relaxation: Relaxation) -> str:
     """A constraint of the conflict, and the least change of it alone that makes a plan possible."""
     name, asked, needed, unit = relaxation.constraint, relaxation.asked, relaxation.needed, relaxation.unit
+
+    def quantity(value: float, digits: int = 4) -> str:
+        return f"{score(value) if unit == 'CLIP' and digits == 4 else exact(value, digits)} {unit}".rstrip()
+
     if needed is None:
-        stands = "" if asked is None else f", {quantity(asked, unit)} asked"
+        stands = "" if asked is None else f", {quantity(asked)} asked"
         return f"{capitalise(name)}{stands}: no change of it alone helps."
     if asked is None:
-        return f"{capitalise(name)}: {quantity(needed, unit)} would do, all else as it is (by formula)."
-    digits = next(n for n in (4, 6, 9, 17) if n == 17 or quantity(asked, "", n) != quantity(needed, "", n))
-    changed = f"{quantity(needed, unit, digits)} instead of {quantity(asked, unit, digits)}"
+        return f"{capitalise(name)}: {quantity(needed)} would do, all else as it is (by formula)."
+    digits = next(n for n in (4, 6, 9, 17) if n == 17 or quantity(asked, n) != quantity(needed, n))
+    changed = f"{quantity(needed, digits)} instead of {quantity(asked, digits)}"
     return f"{capitalise(name)}: {changed} would do, all else as it is (by formula)."
 
 
@@ -198,13 +201,13 @@ def describe_confidence(confidence: Confidence) -> str:
     low, high = probability_interval(confidence.probability, confidence.draws)
     grounds = f"{confidence.draws:,} draws by {KNOWN_BY.get(confidence.level, confidence.level)}"
     text = (
-        f"With the intervals of the modelled step costs the plan holds with probability {confidence.probability:.3g} "
-        f"({grounds}, 95% interval {low:.2f} to {high:.2f})"
+        "With the intervals of the modelled step costs the plan holds with probability "
+        f"{exact(confidence.probability, 3)} ({grounds}, 95% interval {interval(low, high)})"
     )
     if confidence.asked is None:
         return f"{text}."
     reached = "" if confidence.probability >= confidence.asked else ", which it does not reach"
-    return f"{text}; asked {confidence.asked:g}{reached}."
+    return f"{text}; asked {exact(confidence.asked)}{reached}."
 
 
 def describe_evidence(evidence: Sequence[EvaluatedPlan]) -> str:

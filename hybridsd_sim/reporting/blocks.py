@@ -16,8 +16,9 @@ from pathlib import Path
 from string import Template
 from typing import Any, Protocol
 
+from hybridsd_sim.estimate import DASH, Show, number
 from hybridsd_sim.files import write_atomically
-from hybridsd_sim.reporting.labels import DASH, Data, Show, interval, number, reach
+from hybridsd_sim.reporting.labels import Data, beneath, reach
 
 
 def write_pages(folder: Path, title: str, blocks: Sequence[Any], shown: Sequence[Any]) -> Path:
@@ -96,8 +97,8 @@ def cell(figure: Mapping[str, Any] | None, show: Show = number, sub: str = "") -
         return Cell(DASH, sub)
     if figure["value"] is None:
         return Cell(DASH, figure.get("note", "") or "not known")
-    beneath = "\n".join(filter(None, (interval(figure, show), sub)))
-    return Cell(show(figure["value"]), beneath, mark=figure.get("kind", ""))
+    lines = "\n".join(filter(None, (beneath(figure, show), sub)))
+    return Cell(show(figure["value"]), lines, mark=figure.get("kind", ""))
 
 
 def answered(good: bool, reason: str = "") -> Cell:  # noqa: FBT001 - the answer itself

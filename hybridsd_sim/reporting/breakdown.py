@@ -18,10 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hybridsd_sim.estimate import KIND_ORDER, Kind
+from hybridsd_sim.estimate import DASH, KIND_ORDER, Kind, Show, interval, money, number, percent, score, weakest
 from hybridsd_sim.plan import Site
 from hybridsd_sim.reporting.blocks import MARKS, Block, Cell, Fold, Heading, Paragraph, Picture, Table, ranged
-from hybridsd_sim.reporting.labels import DASH, PARTS, Data, Show, clip, interval, listed, number, percent, reach
+from hybridsd_sim.reporting.labels import PARTS, Data, beneath, listed, reach
 
 if TYPE_CHECKING:
     from hybridsd_sim.pricing import Part, PlanCost
@@ -147,11 +147,6 @@ def shares(parts: Sequence[Part]) -> dict[Kind, float]:
     return {kind: sum(part.seconds for part in critical if part.kind == kind) / total for kind in KIND_ORDER}
 
 
-def weakest(kinds: Iterable[Kind]) -> Kind:
-    """The least known of these kinds; modelled where there is none."""
-    return max(kinds, key=KIND_ORDER.__getitem__, default="modelled")
-
-
 def _latency(cost: PlanCost) -> Data:
     critical = [part for part in cost.parts if part.critical]
     kind = weakest(part.kind for part in critical if part.seconds > 0)
@@ -199,14 +194,10 @@ def _reach(part: Part, rate: Rate | None) -> tuple[float, float]:
 def _scores(cost: PlanCost) -> Iterator[Data]:
     """What the pictures are worth: the CLIP score, or why nobody knows it; other scores where somebody does."""
     clip, fid, lpips = cost.quality.clip, cost.quality.fid, cost.quality.lpips
-    for name, unit, score in (
-        ("quality_clip", "CLIP", clip),
-        ("quality_fid", "FID", fid),
-        ("quality_lpips", "LPIPS", lpips),
-    ):
-        if score.known or score is clip:
-            figures = (score.value_or_none, unit, score.interval_or_none, score.kind, [score.sources], score.note)
-            yield _total(name, *figures)
+    for name, unit, found in (("clip", "CLIP", clip), ("fid", "FID", fid), ("lpips", "LPIPS", lpips)):
+        if found.known or found is clip:
+            figures = (found.value_or_none, unit, found.interval_or_none, found.kind, [found.sources], found.note)
+            yield _total(f"quality_{name}", *figures)
 
 
 def _total(
@@ -222,6 +213,9 @@ def _total(
 
 
 TIE = "\N{NO-BREAK SPACE}"
+
+SHOWN: Mapping[str, Show] = {"quality_clip": score, "quality_lpips": score, "metered_usd_per_image": money}
+"""How totals are written that are no plain numbers."""
 
 NO_SOURCE = "this model's own rule"
 
@@ -261,9 +255,9 @@ def how_known(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
 def _in_words(plan: Data) -> str:
     """A plan's idle latency, its interval, and what it is made of."""
     total, shares = plan["totals"][0], plan["shares"]
-    low, high, far = number(total["low"]), number(total["high"]), reach(total)
+    ends, far = interval(total["low"], total["high"]), reach(total)
     made_of = listed([f"{percent(share)} {kind}" for kind, share in shares.items() if share]) or "nothing"
-    width = f"{low} to {high} s at 90%" + (f" ({far})" if far else "")
+    width = f"{ends} s at 90%" + (f" ({far})" if far else "")
     return f"{plan['request_class']}: {number(total['value'])} s on an idle fleet, {width}; {made_of}."
 
 
@@ -315,7 +309,7 @@ def _part_row(part: Data, sources: Sequence[str], *, steady: bool) -> tuple[Cell
 
 
 def _total_row(total: Data, sources: Sequence[str]) -> tuple[Cell, ...]:
-    show = clip if total["figure"] in {"quality_clip", "quality_lpips"} else number
+    show = SHOWN.get(total["figure"], number)
     return _line(total, Cell(PARTS[total["figure"]]), "", show, sources)
 
 
@@ -337,7 +331,7 @@ def _line(
 def _interval(figure: Data, show: Show) -> Cell:
     if figure["low"] is None and figure["high"] is None:
         return Cell("none given")
-    return Cell(interval(figure, show) or show(figure["value"]), reach(figure))
+    return Cell(beneath(figure, show) or show(figure["value"]), reach(figure))
 
 
 def _grounds(figure: Data, sources: Sequence[str], *, outside: bool = False) -> Cell:
@@ -349,7 +343,9 @@ def _grounds(figure: Data, sources: Sequence[str], *, outside: bool = False) -> 
 
 def _rates(rates: Sequence[Data], sources: Sequence[str]) -> Table:
     """Prices and powers."""
-    rows = tuple(_line(rate, Cell(rate["item"]), "", number, sources) for rate in rates)
+    rows = tuple(
+        _line(rate, Cell(rate["item"]), "", money if rate["unit"] == "US$" else number, sources) for rate in rates
+    )
     head = ("Price or power", "", "Value", "Range", "Kind", "Source and note")
     shown = tuple((row[0], *row[2:]) for row in rows)
     caption = "What seconds and bytes are turned into money and joules with; ranges are their sources' own"

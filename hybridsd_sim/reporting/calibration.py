@@ -15,12 +15,12 @@ from math import exp, expm1
 from typing import TYPE_CHECKING
 
 from hybridsd_sim.errors import MissingDataError
-from hybridsd_sim.estimate import Z90
+from hybridsd_sim.estimate import DASH, Z90, interval, number, percent, scaled, signed
 from hybridsd_sim.perf import CONSTANTS, fit_of
 from hybridsd_sim.plan import Site
 from hybridsd_sim.profiles import alike
 from hybridsd_sim.reporting.blocks import Block, Cell, Fold, Heading, Paragraph, Picture, Table
-from hybridsd_sim.reporting.labels import DASH, MINUS, PARAMETERS, Data, number, percent, reach, scaled
+from hybridsd_sim.reporting.labels import PARAMETERS, Data, reach
 
 if TYPE_CHECKING:
     from hybridsd_sim.perf import Constant, Fit
@@ -141,7 +141,7 @@ def _overview(fits: Sequence[Data], sources: Sequence[str]) -> Table:
             _whose(fit),
             Cell(number(len(fit["rows"]))),
             *_errors(fit["rows"]),
-            Cell(DASH if fit["row_reach"] is None else f"± {percent(fit['row_reach'])}"),
+            Cell(DASH if fit["row_reach"] is None else f"±{percent(fit['row_reach'])}"),
             _rests_on(fit, sources),
         )
         for fit in fits
@@ -185,11 +185,12 @@ def _parameter(one: Data) -> Cell:
     """A fitted parameter with its unit, the ends of its interval beneath."""
     if one["value"] is None:
         return Cell(DASH, one["note"])
-    show, unit = scaled(one["value"], one["unit"])
+    short = one["unit"].replace("bytes", "B")
+    show, unit = (number, "") if short == "share" else scaled(one["value"], short)
     value = Cell(f"{show(one['value'])} {unit}".rstrip(), mark="modelled")
     if one["low"] == one["high"]:
         return value
-    return replace(value, sub=f"{show(one['low'])}–{show(one['high'])} {unit}".rstrip() + f"\n{reach(one)}")
+    return replace(value, sub=f"{interval(one['low'], one['high'], show)} {unit}".rstrip() + f"\n{reach(one)}")
 
 
 def _residuals(fit: Data, sources: Sequence[str]) -> Table:
@@ -198,7 +199,7 @@ def _residuals(fit: Data, sources: Sequence[str]) -> Table:
             Cell(_step(row)),
             Cell(number(row["published_s"]), mark=row["kind"]),
             Cell(number(row["predicted_s"]), mark="modelled"),
-            Cell(f"{100 * expm1(row['log_ratio']):+.1f} %".replace("-", MINUS)),
+            Cell(signed(expm1(row["log_ratio"]), percent)),
             Cell(row["source_date"], sources=(sources.index(row["source"]) + 1,)),
         )
         for row in fit["rows"]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridsd_sim.estimate import DASH, MINUS, exact, interval, number, percent, signed
 from hybridsd_sim.reporting import figure_style as draw_with
 from hybridsd_sim.reporting.blocks import (
     Block,
@@ -27,7 +28,7 @@ from hybridsd_sim.reporting.blocks import (
     write_pages,
 )
 from hybridsd_sim.reporting.figure_style import INK, LINES, PROMISE
-from hybridsd_sim.reporting.labels import DASH, MINUS, NAMES, Data, number, percent
+from hybridsd_sim.reporting.labels import NAMES, Data
 from hybridsd_sim.reporting.pages import cards, shown, words
 from hybridsd_sim.reporting.plan_sections import sentence
 from hybridsd_sim.scenario import ALL
@@ -144,7 +145,7 @@ def _change(ours: Data, theirs: Data) -> Cell:
 
 
 def _ratio(ratio: float) -> str:
-    return f"× {number(ratio)}" if ratio >= 10 else f"{100 * (ratio - 1):+.1f} %".replace("-", MINUS)
+    return f"× {number(ratio)}" if ratio >= 10 else signed(ratio - 1.0, percent)
 
 
 MEASURED = ("measured", "modelled")
@@ -260,7 +261,7 @@ def _details(run: Data) -> tuple[Block, ...]:
             Cell(_written(figure, figure["live"])),
             Cell(_written(figure, figure["simulated"])),
             _off(figure),
-            Cell(DASH if figure["limit"] is None else f"± {percent(figure['limit'])}"),
+            Cell(DASH if figure["limit"] is None else f"±{percent(figure['limit'])}"),
             Cell(DASH) if figure["limit"] is None else answered(figure["holds"]),
         )
         for figure in run["figures"]
@@ -289,7 +290,7 @@ def _measured(rows: Sequence[Data]) -> Table:
     cells = tuple(
         (
             Cell(row["component"]), Cell(row["model"]), Cell(row["device"]), Cell(number(row["seconds_median"])),
-            Cell(f"{number(row['seconds_p05'])}–{number(row['seconds_p95'])}"), Cell(number(row["num_samples"])),
+            Cell(interval(row["seconds_p05"], row["seconds_p95"])), Cell(number(row["num_samples"])),
         )
         for row in rows
     )  # fmt: skip
@@ -301,7 +302,7 @@ def _milliseconds(*seconds: float) -> str:
 
 
 def _called(run: Data) -> str:
-    return f"{run['kind']} at load {run['load']:g}"
+    return f"{run['kind']} at load {exact(run['load'])}"
 
 
 def _figure(run: Data, name: str) -> Data:
@@ -322,7 +323,7 @@ def _off(figure: Data) -> Cell:
     """How far the simulation is off, with the interval beneath."""
     if figure["off"] is None:
         return Cell(DASH, "nothing live to compare with")
-    unit = " points" if figure["name"] in SHARES else " %"
+    unit = " points" if figure["name"] in SHARES else "%"
     ends = [figure[end] for end in ("low", "high")]
     beneath = "" if None in ends else " to ".join(_signed(end) for end in ends)
     return Cell(f"{_signed(figure['off'])}{unit}", beneath)
@@ -351,7 +352,7 @@ def _drawn(runs: Sequence[Data]) -> Figure:
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axes, run in zip(panels, runs, strict=True):
         _panel(axes, run)
-        axes.set_title(f"load {run['load']:g}")
+        axes.set_title(f"load {exact(run['load'])}")
         axes.set_xlabel("latency (s)")
     panels[0].set_ylabel("share of requests")
     panels[0].yaxis.set_major_formatter(draw_with.per_cent)
@@ -375,7 +376,7 @@ def _told(runs: Sequence[Data]) -> Iterator[str]:
     for run in runs:
         median, tail = (_figure(run, name) for name in ("latency_p50_s", "latency_p95_s"))
         yield (
-            f"At load {run['load']:g} the median latency is {number(median['live'])} s live and "
+            f"At load {exact(run['load'])} the median latency is {number(median['live'])} s live and "
             f"{number(median['simulated'])} s simulated, the 95th percentile {number(tail['live'])} s and "
             f"{number(tail['simulated'])} s."
         )

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from hybridsd_sim.estimate import exact, money, number
 from hybridsd_sim.reporting import figure_style as draw_with
 from hybridsd_sim.reporting.figure_style import INK, KIND_MARKERS, LINES, MARKERS, PROMISE, SOFT
-from hybridsd_sim.reporting.labels import Data, listed, number
+from hybridsd_sim.reporting.labels import Data, listed
 from hybridsd_sim.reporting.run_data import COMPONENTS, HANDOVER, IDLE, TRANSFER, UNSPLIT
 from hybridsd_sim.scenario import ALL
 
@@ -238,7 +239,9 @@ def _latency_panel(axes: Axes, data: Data, name: str) -> None:
     if spec["slo_s"] is not None:
         axes.axvline(spec["slo_s"], color=INK, linestyle=PROMISE, linewidth=1.1)
         axes.axhline(spec["slo_percentile"] / 100, color=SOFT, linestyle=(0, (1, 2)), linewidth=0.9)
-        draw_with.name_below(axes, spec["slo_s"], 0.04, f"SLO {spec['slo_s']:g} s for {spec['slo_percentile']:g}%")
+        draw_with.name_below(
+            axes, spec["slo_s"], 0.04, f"SLO {exact(spec['slo_s'])} s for {exact(spec['slo_percentile'])}%"
+        )
 
 
 def _curve(axes: Axes, curve: Data, end: float, look: Mapping[str, Any]) -> None:
@@ -311,7 +314,8 @@ def _bar(axes: Axes, row: float, stack: Mapping[str, Data], summary: Data, key: 
     if IDLE not in stack and number(ends[0]) != number(ends[1]):
         axes.plot(ends, [row, row], color=INK, linewidth=1.2, marker="|", markersize=6, zorder=4)
         end = max(left, ends[1])
-    text = "no price" if unknown else number(left) if stack else "0" if summary["served"]["value"] else "nothing served"
+    show = money if key == "usd" else number
+    text = "no price" if unknown else show(left) if stack else "0" if summary["served"]["value"] else "nothing served"
     axes.annotate(text, (end, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
     return end
 

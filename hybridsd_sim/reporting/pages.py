@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from hybridsd_sim.estimate import Show, exact, interval, money, number, percent, score
 from hybridsd_sim.reporting.blocks import (
     Block,
     Bullets,
@@ -30,7 +31,7 @@ from hybridsd_sim.reporting.blocks import (
 from hybridsd_sim.reporting.breakdown import how_known, sources_of
 from hybridsd_sim.reporting.calibration import calibrated
 from hybridsd_sim.reporting.figures import FIGURES
-from hybridsd_sim.reporting.labels import GLOSSARY, NAMES, Data, Show, clip, listed, number, percent
+from hybridsd_sim.reporting.labels import GLOSSARY, NAMES, Data, listed
 from hybridsd_sim.reporting.plan_sections import (
     BENEATH,
     LEGEND,
@@ -94,13 +95,13 @@ def _frontier(data: Data) -> Iterator[str]:
 
 
 def _place(name: str, usd: float | None, seconds: float | None) -> str:
-    return f"{name.capitalize()}: {number(usd)} US$ an hour at {number(seconds)} s."
+    return f"{name.capitalize()}: {money(usd)} US$ an hour at {number(seconds)} s."
 
 
 def _latency(data: Data) -> Iterator[str]:
     yield "Curves of the share of requests served within a time, a panel for each request class, a line for each run."
     for name, spec in data["scenario"]["classes"].items():
-        limit = "any time" if spec["slo_s"] is None else f"{number(spec['slo_s'])} s"
+        limit = "any time" if spec["slo_s"] is None else f"{exact(spec['slo_s'])} s"
         shares = [(run["name"], run["summary"][name]) for run in data["runs"] if name in run["summary"]]
         text = ", ".join(f"{run} {percent(figures['slo_attainment']['value'])}" for run, figures in shares)
         yield f"{name} within {limit}: {text}."
@@ -112,7 +113,7 @@ def _components(data: Data) -> Iterator[str]:
         mine = [item for item in run["components"] if item["request_class"] == ALL and item["usd"] is not None]
         used = sum(item["usd"] for item in mine if item["component"] != IDLE)
         idle = sum(item["usd"] for item in mine if item["component"] == IDLE)
-        dollars = f"{number(1000.0 * used)} used and {number(1000.0 * idle)} idle"
+        dollars = f"{money(1000.0 * used)} used and {money(1000.0 * idle)} idle"
         yield f"{run['name'].capitalize()}: {dollars}, in US$ per 1,000 images."
 
 
@@ -137,7 +138,7 @@ def _known(data: Data) -> Iterator[str]:
     for plan in data["plans"]:
         parts = ", ".join(f"{percent(share)} {kind}" for kind, share in plan["shares"].items())
         total = plan["totals"][0]
-        ends = f"{number(total['value'])} s, 90% interval {number(total['low'])} to {number(total['high'])} s"
+        ends = f"{number(total['value'])} s, 90% interval {interval(total['low'], total['high'])} s"
         yield f"{', '.join(plan['runs'])}, {plan['request_class']}: {ends}; {parts}."
 
 
@@ -291,7 +292,9 @@ def _conditions(data: Data, provenance: Data) -> Paragraph:
     scenario = data["scenario"]
     most = max(run["replications"] for run in data["runs"])
     runs = f"{'up to ' * _differ(data)}{most} replication{'s' * (most > 1)}"
-    counted = f"{scenario['horizon_s'] - scenario['warmup_s']:,g} s each after {scenario['warmup_s']:,g} s of warm-up"
+    counted = (
+        f"{exact(scenario['horizon_s'] - scenario['warmup_s'])} s each after {exact(scenario['warmup_s'])} s of warm-up"
+    )
     text = f"From {runs} of {counted}, seed {scenario['seed']}; run {provenance['run_id']}."
     return Paragraph(text, "note")
 
@@ -328,7 +331,7 @@ def _verdicts(runs: Sequence[Data]) -> Table:
 def _side_by_side(data: Data, name: str) -> Table:
     rows = []
     for run in data["runs"]:
-        rent = cell(run["summary"][ALL]["rent_usd_per_hour"])
+        rent = cell(run["summary"][ALL]["rent_usd_per_hour"], money)
         rows.append((Cell(run["name"]), rent, *(cell(run["summary"][name][key], shown(key)) for key in SIDE_BY_SIDE)))
     head = ("Policy", "Rent, all classes (US$/h)", *(NAMES[key] for key in SIDE_BY_SIDE))
     title = "All requests" if name == ALL else f"Request class {name}"
@@ -337,7 +340,9 @@ def _side_by_side(data: Data, name: str) -> Table:
 
 def shown(key: str) -> Show:
     """How a figure of a summary is written."""
-    return percent if key in {"unserved_share", "slo_attainment"} else clip if key == "quality_mean" else number
+    if key in {"unserved_share", "slo_attainment"}:
+        return percent
+    return score if key == "quality_mean" else money if "usd" in key else number
 
 
 def _details(data: Data) -> Iterator[Block]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hybridsd_sim.estimate import DASH, Show, exact, money, number, percent, score, signed, weakest
 from hybridsd_sim.reporting.blocks import (
     MARKS,
     Block,
@@ -26,8 +27,7 @@ from hybridsd_sim.reporting.blocks import (
     cell,
     ranged,
 )
-from hybridsd_sim.reporting.breakdown import weakest
-from hybridsd_sim.reporting.labels import DASH, MINUS, Data, Show, clip, listed, number, percent
+from hybridsd_sim.reporting.labels import Data, listed
 from hybridsd_sim.reporting.run_data import SIMULATED
 from hybridsd_sim.scenario import ALL
 
@@ -69,7 +69,7 @@ def sentence(data: Data) -> str:
     """The chosen plan in one sentence: what to rent, and which classes are served alike."""
     run = data["runs"][0]
     rented = [f"{count} {name} node{'s' * (count > 1)}" for name, count in run["replicas"].items() if count]
-    price = "an unknown price" if run["usd_per_hour"] is None else f"US$ {number(run['usd_per_hour'])} an hour"
+    price = "an unknown price" if run["usd_per_hour"] is None else f"US$ {money(run['usd_per_hour'])} an hour"
     start = f"Rent {listed(rented)} for {price}" if rented else "Rent nothing"
     alike: dict[str, list[str]] = {}
     for choice in data["chosen"]:
@@ -145,7 +145,7 @@ def _class_rows(data: Data, choice: Data) -> Iterator[tuple[Cell, ...]]:
     simulated = (
         cell(figures.get("latency_p95_s")),
         *_promised(spec, figures),
-        cell(figures.get("metered_usd_per_image")),
+        cell(figures.get("metered_usd_per_image"), money),
         cell(figures.get("edge_energy_j_per_image")),
     )
     blank = (Cell(""),) * len(simulated)
@@ -183,11 +183,11 @@ def _idle(data: Data, name: str, part: Data) -> Cell:
 
 def _promised(spec: Data, figures: Data) -> tuple[Cell, Cell]:
     """Attainment and quality, each with what was promised."""
-    floor = "no floor" if spec["quality_floor"] is None else f"floor {clip(spec['quality_floor'])}"
-    quality = cell(figures.get("quality_mean"), clip, floor)
+    floor = "no floor" if spec["quality_floor"] is None else f"floor {score(spec['quality_floor'])}"
+    quality = cell(figures.get("quality_mean"), score, floor)
     if spec["slo_s"] is None:
         return Cell("none promised"), quality
-    slo = f"SLO {spec['slo_s']:g} s for {spec['slo_percentile']:g} %"
+    slo = f"SLO {exact(spec['slo_s'])} s for {exact(spec['slo_percentile'])}%"
     return cell(figures.get("slo_attainment"), percent, slo), quality
 
 
@@ -272,10 +272,10 @@ def _policy_row(point: Data, data: Data, chosen: Data | None) -> tuple[Cell, ...
     return (
         Cell(point["name"]),
         _answer(point),
-        noted("usd_per_hour", number, "rent_usd_per_hour"),
+        noted("usd_per_hour", money, "rent_usd_per_hour"),
         _interval(point["latency_p95_s"], number, figures.get("latency_p95_s")),
         _interval(point["slo_attainment"], percent, figures.get("slo_attainment")),
-        noted("quality", clip, "quality_mean"),
+        noted("quality", score, "quality_mean"),
         noted("edge_energy_j_per_image", number, "edge_energy_j_per_image"),
         Cell("") if chosen is None else _saving(chosen, point),
     )
@@ -299,14 +299,14 @@ def _saving(chosen: Data, other: Data) -> Cell:
     if not other["usd_per_hour"]:
         return Cell(DASH, f"it rents nothing\n{loss}")
     saved = 1.0 - chosen["usd_per_hour"] / other["usd_per_hour"]
-    return Cell(f"{100 * saved:.1f} %".replace("-", MINUS), loss)
+    return Cell(percent(saved), loss)
 
 
 def _loss(chosen: float | None, other: float | None) -> str:
     if chosen is None or other is None:
         return "loss of quality not known"
     change = chosen - other
-    return "same quality" if abs(change) < 5e-5 else f"quality {MINUS if change < 0 else '+'}{abs(change):.4f}"
+    return "same quality" if abs(change) < 5e-5 else f"quality {signed(change, score)}"
 
 
 def frontier(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
@@ -350,7 +350,7 @@ def _nearly_as_good(data: Data) -> Table:
 
 def figures(point: Data, data: Data) -> tuple[Cell, Cell, Cell, Cell, Cell]:
     """Nodes, rent, p95 latency, share inside SLO and quality of a plan."""
-    quality = cell({"value": point["quality"], "kind": SIMULATED}, clip)
+    quality = cell({"value": point["quality"], "kind": SIMULATED}, score)
     share = _interval(point["slo_attainment"], percent)
     return _nodes(point), _rent(point, data), _p95(point), share, quality
 
@@ -363,7 +363,7 @@ def _p95(point: Data) -> Cell:
 def _rent(point: Data, data: Data) -> Cell:
     """What a plan's nodes cost an hour: as well known as the worst known of their prices."""
     kinds = [rate["kind"] for rate in data["rates"] if point["replicas"].get(rate["where"])]
-    return cell({"value": point["usd_per_hour"], "kind": weakest(kinds)})
+    return cell({"value": point["usd_per_hour"], "kind": weakest(kinds)}, money)
 
 
 def _nodes(point: Data) -> Cell:

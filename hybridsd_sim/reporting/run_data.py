@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridsd_sim.estimate import Kind
-from hybridsd_sim.reporting.breakdown import weakest
+from hybridsd_sim.estimate import Kind, weakest
 from hybridsd_sim.reporting.labels import Data
 from hybridsd_sim.scenario import ALL
 from hybridsd_sim.simulation import IN_FLIGHT, SERVED, UNSERVED, column, pool_table, student, utilisation_series

@@ -1,10 +1,9 @@
-"""Turns results into tables and JSON-able data for the terminal. Returns strings and plain data; prints nothing.
+"""Results as text for the terminal and as data for its JSON: scenarios, predictions, simulations, plans, `verify`.
 
-Simulations and capacity plans are shown from what their report saved (`report.folder.read_run`), so that the terminal,
-the JSON and the pages say the same. Columns that do not fit a width stand in further blocks, under the same first
-columns; words are not broken.
-
-Turns what `verify` found into text for the terminal. Returns strings; prints nothing.
+Returns strings and plain data; prints nothing. Simulations and capacity plans are shown from what their report saved
+(`read_run`), so that the terminal, the JSON and the pages say the same. Columns that do not fit a width stand in
+further blocks, under the same first columns; words are not broken. Text is plain ASCII as far as names are: dashes and
+minus signs become hyphens, so that it can be searched and piped.
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from textwrap import TextWrapper, wrap
 from typing import TYPE_CHECKING, Any
 
+from hybridsd_sim.estimate import DASH, MINUS, Show, exact, interval, money, number, percent, scaled, score, signed
 from hybridsd_sim.reporting.labels import Data
 
 if TYPE_CHECKING:
@@ -31,13 +32,16 @@ SHOWN_POINTS = 8
 """Points of the frontier that fit a terminal; the report has all."""
 
 TIE = "\N{NO-BREAK SPACE}"
-"""Stands for a space inside an interval, which a table does not wrap."""
+"""Stands for a space between a key and its figure, where a table does not wrap."""
+
+PLAIN = str.maketrans({DASH: "-", MINUS: "-", "\N{EN DASH}": "-", TIE: " "})
+"""Typographic marks of `estimate` as every terminal and `grep` know them."""
 
 BRACKETS = "In brackets: where the figure would fall in 95 of 100 repetitions of the run."
 
 FIGURES = {
     "latency_p95_s": "p95 latency s",
-    "slo_attainment": "share inside SLO",
+    "slo_attainment": "inside SLO",
     "goodput_per_s": "goodput per s",
     "quality_mean": "CLIP",
     "gpu_seconds_per_image": "GPU s per image",
@@ -45,6 +49,12 @@ FIGURES = {
     "rent_usd_per_hour": "rent USD/h",
 }
 """The figures of a run that a terminal shows, with their headings."""
+
+SHARES = frozenset({"slo_attainment", "unserved_share", "utilisation"})
+"""Figures that are shares of 1, written as per cent."""
+
+LARGE = (("bytes_per_s", "B/s"), ("bytes", "B"), ("flops", "FLOP"))
+"""What names of figures hold that are written with a prefix, and their units."""
 
 
 def to_json(data: object) -> str:
@@ -115,32 +125,49 @@ def _joined(line: Sequence[str], widths: Sequence[int]) -> str:
 def sentences(lines: Iterable[str], width: int, mark: str = "- ") -> str:
     """A list of sentences, wrapped between words."""
     wrapper = TextWrapper(width, break_on_hyphens=False, break_long_words=False)
+    lines = (line.translate(PLAIN) for line in lines)
     wrapper.initial_indent, wrapper.subsequent_indent = mark, " " * len(mark)
     return "".join(f"{wrapper.fill(line)}\n" for line in lines)
 
 
-def figure(value: Any) -> str:
-    """Four significant digits; a dash for what nobody knows; of a mapping the first five entries."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
+def figure(value: Any, show: Show = number) -> str:
+    """A figure as the report writes it; text as it is, yes and no in words; of a mapping the first five entries."""
+    if value is None or isinstance(value, float):
+        return show(value).translate(PLAIN)
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        text = f"{value:.4g}"
-        return f"{float(text):.0f}" if "e+" in text and abs(value) < 1e9 else text
     if isinstance(value, Mapping):
         more = f", and {len(value) - 5} more" if len(value) > 5 else ""
-        return ", ".join(f"{key}:{TIE}{figure(item)}" for key, item in list(value.items())[:5]) + more
-    return ", ".join(map(figure, value)) if isinstance(value, list | tuple) else str(value)
+        return ", ".join(f"{key}:{TIE}{figure(item, show)}" for key, item in list(value.items())[:5]) + more
+    if isinstance(value, list | tuple):
+        return ", ".join(figure(item, show) for item in value)
+    return str(value)
 
 
-def with_interval(found: Data | Sequence[float | None] | None) -> str:
-    """A figure with its interval behind it, given as a mapping or as (value, low, high); once if they are the same."""
+def with_interval(found: Data | Sequence[float | None] | None, show: Show = number) -> str:
+    """A figure, as a mapping or as (value, low, high), with its interval in brackets where that differs from it."""
     ends = [found.get(end) for end in ("value", "low", "high")] if isinstance(found, Mapping) else list(found or [None])
-    value, *interval = map(figure, ends)
-    if set(interval) <= {"-"} or set(interval) == {value}:
-        return value
-    return f"{value} [{f',{TIE}'.join(interval)}]"
+    value, low, high = (None if end is None or math.isnan(end) else end for end in [*ends, None, None][:3])
+    if value is None or low is high is None or {show(low), show(high)} == {show(value)}:
+        return figure(value, show)
+    return f"{figure(value, show)} [{interval(low, high, show)}]".translate(PLAIN)
+
+
+def way_of(key: str) -> Show:
+    """How a figure of this name is written."""
+    if key in SHARES:
+        return percent
+    if unit := next((unit for end, unit in LARGE if end in key), ""):
+        return partial(_prefixed, unit=unit)
+    return money if "usd" in key else score if key.startswith("quality") and "fid" not in key else number
+
+
+def _prefixed(value: float | None, unit: str) -> str:
+    """A figure with its unit and that one's prefix: `215 TFLOP`."""
+    if not value or math.isnan(value):
+        return number(value)
+    show, prefixed = scaled(value, unit)
+    return f"{show(value)}{TIE}{prefixed}"
 
 
 # ---- A scenario -----------------------------------------------------------------------------------------------------
@@ -149,11 +176,15 @@ def with_interval(found: Data | Sequence[float | None] | None) -> str:
 def scenario_text(scenario: Scenario, width: int) -> str:
     """A resolved scenario in brief, and every change to its base."""
     keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
-    rows = [(key, getattr(scenario, key)) for key in keys]
+    rows: list[tuple[str, Any]] = [(key, figure(getattr(scenario, key), exact)) for key in keys]
     rows += [(f"requests.{name}", _class_in_brief(spec)) for name, spec in scenario.requests.items()]
     rows += [(f"edge.{name}", f"{f.replicas} x {f.device} on {f.network}") for name, f in scenario.edge.items()]
     rows += [(f"pools.{name}", _pool_in_brief(pool)) for name, pool in scenario.pools.items()]
-    rows += [(f"budget.{key}", value) for key, value in scenario.budget.model_dump().items() if value is not None]
+    rows += [
+        (f"budget.{key}", figure(value, exact))
+        for key, value in scenario.budget.model_dump().items()
+        if value is not None
+    ]
     rows += [(f"search.{key}", list(getattr(scenario.search, key))) for key in ("methods", "degrees", "policies")]
     rows += [("changed", line) for line in scenario.overrides_applied]
     return table(("key", "value"), rows, width)
@@ -161,10 +192,10 @@ def scenario_text(scenario: Scenario, width: int) -> str:
 
 def _class_in_brief(spec: RequestClass) -> str:
     small = f" then {' or '.join(spec.small_models)}" if spec.small_models else ""
-    rate = "" if spec.arrivals.rate_per_s is None else f" {spec.arrivals.rate_per_s:g}/s"
-    slo = "no SLO" if spec.slo_s is None else f"p{spec.slo_percentile:g} within {spec.slo_s:g} s"
-    floor = "" if spec.quality_floor is None else f", CLIP at least {spec.quality_floor:g}"
-    energy = "" if spec.edge_energy_j is None else f", at most {spec.edge_energy_j:g} J at the edge"
+    rate = "" if spec.arrivals.rate_per_s is None else f" {exact(spec.arrivals.rate_per_s)}/s"
+    slo = "no SLO" if spec.slo_s is None else f"p{exact(spec.slo_percentile)} within {exact(spec.slo_s)} s"
+    floor = "" if spec.quality_floor is None else f", CLIP at least {score(spec.quality_floor)}"
+    energy = "" if spec.edge_energy_j is None else f", at most {exact(spec.edge_energy_j)} J at the edge"
     shape = f"{spec.model}{small}, {spec.width_px}x{spec.height_px} px, {spec.num_inference_steps} steps"
     return f"{shape}, {spec.arrivals.process}{rate} from {spec.origin}, {slo}{floor}{energy}"
 
@@ -185,7 +216,7 @@ def prediction_text(figures: Data, width: int) -> str:
         (
             *(part[key] for key in ("name", "where")),
             with_interval({"value": part["seconds"], "low": part["low_s"], "high": part["high_s"]}),
-            *(part[key] for key in ("devices", "usd", "edge_energy_j", "kind")),
+            *(figure(part[key], way_of(key)) for key in ("devices", "usd", "edge_energy_j", "kind")),
             " ".join(f"[{sources.index(source) + 1}]" for source in part["sources"]),
         )
         for part in figures["parts"]
@@ -199,7 +230,11 @@ def prediction_text(figures: Data, width: int) -> str:
     )
     notes += [f"{text}." for text in said if text not in figures["outside"]]
     text = (
-        table(("figure", "value"), [(key, value) for key, value in figures.items() if key not in lists], width),
+        table(
+            ("figure", "value"),
+            [(key, figure(value, way_of(key))) for key, value in figures.items() if key not in lists],
+            width,
+        ),
         table(header, parts, width),
         "".join(sentences([source], width, f"[{number}] ") for number, source in enumerate(sources, 1)),
         sentences(notes, width),
@@ -248,7 +283,7 @@ def simulation_text(saved: Data, width: int) -> str:
 
 def _of_class(name: str, key: str, found: Data) -> str:
     """A figure of a class; nodes are rented for all classes together."""
-    return "" if key == "rent_usd_per_hour" and name != "all" else with_interval(found)
+    return "" if key == "rent_usd_per_hour" and name != "all" else with_interval(found, way_of(key))
 
 
 def _value(run: Data, key: str) -> Any:
@@ -273,7 +308,7 @@ def plan_text(saved: Data, width: int) -> str:
     nodes = list(saved["runs"][0]["replicas"].items())
     text = (
         _verdicts(saved["runs"][:1], width),
-        table(("class", "plan", "p95 latency s", "SLO s", "share inside SLO", "CLIP"), list(_chosen(saved)), width),
+        table(("class", "plan", "p95 latency s", "SLO s", "inside SLO", "CLIP"), list(_chosen(saved)), width),
         table(("pool", "nodes"), nodes, width) if nodes else "",
         table(("plan", "USD/h", "p95 latency s", "CLIP", "holds"), list(_compared(saved)), width),
         _frontier(saved["frontier"], width),
@@ -305,12 +340,12 @@ def _varied(what: str, variations: Sequence[Data], width: int) -> str:
     """The plan under other conditions."""
     rows = [
         (
-            each["name"], with_interval(each["slo_attainment"]), with_interval(each["latency_p95_s"]),
-            each["usd_per_hour"], _holds(each),
+            each["name"], with_interval(each["slo_attainment"], percent), with_interval(each["latency_p95_s"]),
+            figure(each["usd_per_hour"], money), _holds(each),
         )
         for each in variations
     ]  # fmt: skip
-    return table((what, "share inside SLO", "p95 latency s", "USD/h", "holds"), rows, width) if rows else ""
+    return table((what, "inside SLO", "p95 latency s", "USD/h", "holds"), rows, width) if rows else ""
 
 
 def _holds(point: Data) -> str:
@@ -324,10 +359,11 @@ def _chosen(saved: Data) -> Iterator[tuple[Any, ...]]:
     for choice in saved["chosen"]:
         name, parts, away = choice["request_class"], choice["parts"], choice["turned_away"]
         latency, inside, clip = (summary[name][key] for key in ("latency_p95_s", "slo_attainment", "quality_mean"))
-        figures = (with_interval(latency), classes[name]["slo_s"], with_interval(inside), clip["value"])
+        slo_s = figure(classes[name]["slo_s"], exact)
+        figures = (with_interval(latency), slo_s, with_interval(inside, percent), figure(clip["value"], score))
         shared = len(parts) > 1 or away
-        labels = [f"{part['share']:.1%}: {part['label']}" if shared else part["label"] for part in parts]
-        labels += [f"{away:.1%}: turned away"] if away else []
+        labels = [f"{percent(part['share'])}: {part['label']}" if shared else part["label"] for part in parts]
+        labels += [f"{percent(away)}: turned away"] if away else []
         yield name, (labels or [choice["note"]])[0], *figures
         yield from (("", label, "", "", "", "") for label in labels[1:])
 
@@ -335,11 +371,11 @@ def _chosen(saved: Data) -> Iterator[tuple[Any, ...]]:
 def _compared(saved: Data) -> Iterator[tuple[Any, ...]]:
     """The chosen plan, the baselines and the alternatives; those by formula alone have no interval."""
     run = saved["runs"][0]
-    figures = (run["usd_per_hour"], with_interval(run["summary"]["all"]["latency_p95_s"]), _value(run, "quality_mean"))
-    yield "chosen", *figures, saved["feasible"]
+    latency, quality = with_interval(run["summary"]["all"]["latency_p95_s"]), _value(run, "quality_mean")
+    yield "chosen", figure(run["usd_per_hour"], money), latency, figure(quality, score), saved["feasible"]
     for other in (*saved["baselines"], *saved["alternatives"]):
-        latency = with_interval(other["latency_p95_s"])
-        yield other["name"], other["usd_per_hour"], latency, other["quality"], _holds(other)
+        latency, rent = with_interval(other["latency_p95_s"]), figure(other["usd_per_hour"], money)
+        yield other["name"], rent, latency, figure(other["quality"], score), _holds(other)
 
 
 def _frontier(points: Sequence[Data], width: int) -> str:
@@ -348,9 +384,12 @@ def _frontier(points: Sequence[Data], width: int) -> str:
     last = min(len(ordered), SHOWN_POINTS) - 1
     shown = [ordered[round(n * (len(ordered) - 1) / max(last, 1))] for n in range(last + 1)]
     rows = [
-        (point["usd_per_hour"], point["latency_p95_s"][0], point["quality"], _nodes(point["replicas"]))
+        (
+            figure(point["usd_per_hour"], money), point["latency_p95_s"][0], figure(point["quality"], score),
+            _nodes(point["replicas"]),
+        )
         for point in shown
-    ]
+    ]  # fmt: skip
     known = ", ".join(sorted({point["known_by"] for point in points}))
     more = [f"The report has all {len(points)} points of the frontier."] if len(points) > len(rows) else []
     more.insert(0, f"The frontier's figures are by {known}.")
@@ -397,7 +436,7 @@ def verification_text(data: Data, width: int) -> str:
 
 def _line(found: Data) -> tuple[Any, ...]:
     error, worst, error_out, worst_out = (
-        percent(found[key]) for key in ("mare", "worst", "mare_held_out", "worst_held_out")
+        figure(found[key], percent) for key in ("mare", "worst", "mare_held_out", "worst_held_out")
     )
     inside, inside_out = _shares(found)
     order = {None: "", True: "right", False: f"{len(found['wrong_order'])} wrong"}[found["ranking_right"]]
@@ -414,12 +453,7 @@ def _total(data: Data) -> tuple[Any, ...]:
 
 
 def _shares(found: Data) -> tuple[str, str]:
-    return percent(found["coverage90"], 0), percent(found["coverage90_held_out"], 0)
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share in per cent; a dash where there is none."""
-    return "-" if share is None else f"{100 * share:.{digits}f}%"
+    return figure(found["coverage90"], percent), figure(found["coverage90_held_out"], percent)
 
 
 def _worst(found: Data) -> tuple[Any, ...]:
@@ -457,4 +491,4 @@ def _some(labels: Sequence[str]) -> str:
 
 
 def _off(case: Data) -> str:
-    return "not predicted" if case["error"] is None else f"{100 * case['error']:+.1f}%"
+    return "not predicted" if case["error"] is None else signed(case["error"], percent).translate(PLAIN)

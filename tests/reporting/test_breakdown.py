@@ -132,11 +132,11 @@ def test_every_plan_that_is_compared_is_broken_down(plan, made):
 
 def test_an_alternative_by_formula_is_broken_down_too(scenario, plan, profiles):
     """The plans of an alternative that nobody simulated are priced, with the parts that `price` gives them."""
-    plan = handed_over(15).plan
-    other = replace(plan.alternatives[0], deployment=Deployment.pure({"a100": 1}, {"phone": plan}))
+    later = handed_over(15).plan
+    other = replace(plan.alternatives[0], deployment=Deployment.pure({"a100": 1}, {"phone": later}))
     found = contents(replace(plan, alternatives=(other,)), profiles)["plans"]
     mine = next(each for each in found if each["runs"] == [other.name])
-    expected = price(plan, request_of("phone", scenario.requests["phone"]), profiles)
+    expected = price(later, request_of("phone", scenario.requests["phone"]), profiles)
     assert [part["value"] for part in mine["parts"]] == [part.seconds for part in expected.parts]
     assert [part["kind"] for part in mine["parts"]] == [part.kind for part in expected.parts]
 
