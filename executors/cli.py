@@ -256,22 +256,25 @@ def live(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Serve a plan's hybrid images over HTTP. Or be the edge that asks a service for one and finishes it."""
-    from .live import Here, Serving, Wish, fetch, serve, weights_of
+    from .live import FetchOptions, ProcessSettings, ServeOptions, fetch, parse_weights, serve
 
-    here = Here(threads=threads, device=device, precision=precision, weights=weights_of(weights), profiles=profiles)
+    process = ProcessSettings(
+        threads=threads, device=device, precision=precision, weights=parse_weights(weights), profiles=profiles
+    )
     if (plan is None) == (ask is None):
         raise InputError(Problem("live", "PLAN or --ask", "takes the one or the other", "See --help."))
     if plan is not None:
-        serve(Serving(plan=plan, host=host, port=port, token=token, here=here), lambda line: typer.echo(line, err=True))
+        options = ServeOptions(plan=plan, host=host, port=port, token=token, process=process)
+        serve(options, lambda line: typer.echo(line, err=True))
         return
     if ask is None or request_class is None or out is None:
         raise InputError(Problem("--ask", str(ask), "needs --request-class and --out", "See --help."))
-    wish = Wish(
+    wanted = FetchOptions(
         url=ask, request_class=request_class, out=out, prompt=prompt, seed=seed, slo_s=slo_s, network=network,
-        token=token, here=here,
+        token=token, process=process,
     )  # fmt: skip
     try:
-        data = fetch(wish)
+        data = fetch(wanted)
     except KeyboardInterrupt:
         typer.echo("interrupted: the request was taken back", err=True)
         raise SystemExit(130) from None
@@ -291,10 +294,11 @@ def validate(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Compare live runs with their simulation. Is the simulator right on this machine?"""
-    from .validation import KINDS, LOADS, calibrate
+    from .validation import KINDS, LOADS
+    from .validation import validate as carry_out
 
     chosen = read_loads(loads, "--loads") if loads else LOADS
-    rows = calibrate(
+    rows = carry_out(
         out, kinds=split(kinds) or KINDS, loads=chosen, requests=requests, trace=trace, tries=tries, runs=runs
     )
     header = list(rows[0]) if rows else []

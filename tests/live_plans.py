@@ -16,22 +16,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import uvicorn
 from fastapi import FastAPI
 
 from executors.live import (
-    Ask,
     Client,
-    Crew,
-    Done,
-    Gang,
-    Here,
-    Outcome,
-    Settings,
+    ClientRequest,
+    ProcessPool,
+    ProcessSettings,
+    RequestOutcome,
+    ServiceSettings,
     Task,
+    TaskResult,
+    WorkerSpec,
     build_service,
-    cloud_gangs,
-    edge_gang,
+    cloud_workers,
+    edge_worker,
+    run_service,
 )
 from hybridsd_sim.files import data_folder
 from hybridsd_sim.plan import Deployment, Plan, Stage
@@ -86,12 +86,12 @@ def small_plan(scenario: Scenario, profiles: Profiles, name: str, *, switch: int
     steps, cloud_steps = STEPS[name]
     k = cloud_steps if switch is None else switch
     pool = pool_site("rented", scenario.pools["rented"])
-    desk = fleet_site("desks", scenario.edge["desks"], profiles)
+    open_requests = fleet_site("desks", scenario.edge["desks"], profiles)
     stages = [Stage(start=0, stop=k, model="small", site=pool)] if k else []
     if k < steps:
-        stages.append(Stage(start=k, stop=steps, model="smaller", site=desk))
-    last = desk if name == "decoded" else stages[-1].site
-    extra = (desk,) if name == "decoded" else ()
+        stages.append(Stage(start=k, stop=steps, model="smaller", site=open_requests))
+    last = open_requests if name == "decoded" else stages[-1].site
+    extra = (open_requests,) if name == "decoded" else ()
     return Plan(
         stages=tuple(stages), text_encode_site=stages[0].site.name, vae_site=last.name, vae="taesd",
         network="ethernet", extra_sites=extra,
@@ -133,50 +133,52 @@ class Background:
 
 
 class Counting:
-    """A crew that writes down what it was given and for whom; everything else is the crew's."""
+    """A pool that writes down what it was given and for whom; everything else is the pool's."""
 
-    def __init__(self, crew: Crew) -> None:
-        self.crew = crew
+    def __init__(self, pool: ProcessPool) -> None:
+        self.pool = pool
         self.tasks: list[Task] = []
         self.workers: list[str] = []
 
     def up(self) -> tuple[str, ...]:
-        return self.crew.up()
+        return self.pool.up()
 
-    async def run(self, worker: str, task: Task, *, on_step: Any = None) -> Done:
+    async def run(self, worker: str, task: Task, *, on_step: Any = None) -> TaskResult:
         self.tasks.append(task)
         self.workers.append(worker)
-        return await self.crew.run(worker, task, on_step=on_step)
+        return await self.pool.run(worker, task, on_step=on_step)
 
 
 class Town:
     """A cloud, an edge and the plan between them, started once; services and clients come and go on them."""
 
     def __init__(self, folder: Path, *, nodes: int = 2) -> None:
-        self.here = Here(profiles=small_profiles(folder))
-        self.profiles = load_profiles(self.here.profiles)
+        self.settings = ProcessSettings(profiles=small_profiles(folder))
+        self.profiles = load_profiles(self.settings.profiles)
         self.scenario = small_scenario(folder)
         self.plan = small_deployment(self.scenario, self.profiles, nodes=nodes)
-        self.gangs = tuple(replace(gang, models=("small", "smaller")) for gang in cloud_gangs(self.plan, self.here))
+        self.specs = tuple(
+            replace(spec, models=("small", "smaller")) for spec in cloud_workers(self.plan, self.settings)
+        )
         every_plan = [part.plan for mix in self.plan.plans.values() for part in mix]
-        self.edge_gangs: Sequence[Gang] = [gang for gang in [edge_gang(every_plan, self.here)] if gang]
+        self.edge_specs: Sequence[WorkerSpec] = [spec for spec in [edge_worker(every_plan, self.settings)] if spec]
         self.background = Background()
 
     def scheduler(self, **settings: Any) -> Scheduler:
         """A scheduler that follows the plan with all workers idle."""
-        workers = [Worker(gang.name, gang.pool, gang.degree) for gang in self.gangs]
+        workers = [Worker(spec.name, spec.pool, spec.degree) for spec in self.specs]
         said = {"scenario": self.scenario, "profiles": self.profiles, "workers": workers} | settings
         return Scheduler.from_plan(self.plan, **said)
 
     @contextmanager
-    def crews(self) -> Iterator[tuple[Crew, Crew]]:
+    def pools(self) -> Iterator[tuple[ProcessPool, ProcessPool]]:
         """The cloud's workers and the edge's device, up."""
         stack = AsyncExitStack()
 
-        async def start() -> list[Crew]:
-            crews = [Crew(self.gangs), Crew(self.edge_gangs)]
-            await asyncio.gather(*(stack.enter_async_context(crew) for crew in crews))
-            return crews
+        async def start() -> list[ProcessPool]:
+            pools = [ProcessPool(specs, start_method="forkserver") for specs in (self.specs, self.edge_specs)]
+            await asyncio.gather(*(stack.enter_async_context(pool) for pool in pools))
+            return pools
 
         try:
             cloud, edge = self.background.run(start())
@@ -186,19 +188,19 @@ class Town:
             self.background.close()
 
     @contextmanager
-    def service(self, scheduler: Scheduler, crew: Any, **settings: Any) -> Iterator[str]:
+    def service(self, scheduler: Scheduler, pool: Any, **settings: Any) -> Iterator[str]:
         """The address of a service on a port of its own."""
         token = settings.pop("token", None)
-        chosen = Settings(**{"payload": "fp32", "checkpoint_every": 1} | settings)
-        app = build_service(scheduler, crew, gangs=self.gangs, token=token, settings=chosen)
+        chosen = ServiceSettings(**{"payload": "fp32", "checkpoint_every": 1} | settings)
+        app = build_service(scheduler, pool, specs=self.specs, token=token, settings=chosen)
         with served(self.background, app) as url:
             yield url
 
-    def ask(self, url: str, crew: Any, *asks: Ask, **settings: Any) -> list[Outcome]:
+    def ask(self, url: str, pool: Any, *asks: ClientRequest, **settings: Any) -> list[RequestOutcome]:
         """What becomes of these asks, put at the same time by one client."""
 
-        async def put() -> list[Outcome]:
-            async with Client(url, crew, **{"timeout_s": LONG_S} | settings) as client:
+        async def put() -> list[RequestOutcome]:
+            async with Client(url, pool, **{"timeout_s": LONG_S} | settings) as client:
                 return await asyncio.gather(*(client.ask(ask) for ask in asks))
 
         return self.background.run(put())
@@ -207,14 +209,13 @@ class Town:
 @contextmanager
 def served(background: Background, app: FastAPI) -> Iterator[str]:
     """An application on a real port of this machine."""
+    stack = AsyncExitStack()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
-        running = asyncio.run_coroutine_threadsafe(server.serve(sockets=[listener]), background.loop)
+        background.run(stack.enter_async_context(run_service(app, listener)))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            server.should_exit = True
-            running.result(LONG_S)
+            background.run(stack.aclose())
 
 
 # ---- Waiting and disturbing -----------------------------------------------------------------------------------------
@@ -229,17 +230,17 @@ def wait_for(happens: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def frozen(crew: Crew, worker: str) -> Iterator[None]:
+def frozen(pool: ProcessPool, worker: str) -> Iterator[None]:
     """A worker's processes stopped in their tracks, as on a machine that swaps."""
-    for pid in crew.pids(worker):
+    for pid in pool.pids(worker):
         os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        thaw(crew, worker)
+        thaw(pool, worker)
 
 
-def thaw(crew: Crew, worker: str) -> None:
+def thaw(pool: ProcessPool, worker: str) -> None:
     """Let them go on."""
-    for pid in crew.pids(worker):
+    for pid in pool.pids(worker):
         os.kill(pid, signal.SIGCONT)

@@ -1,8 +1,8 @@
 """The edge side: asks the cloud for an image, finishes what it began on a device of its own, says what became of it.
 
-A cut connection, a damaged answer or a lost worker are no ends: the order is sent again under its id, which finds the
-work that is under way or done, and the device begins again from its last checkpoint. What cannot be mended ends the
-request with a reason.
+A cut connection, a damaged response or a lost worker are no ends: the request is sent again under its id, which finds
+what is under way or done, and the device begins again from its last checkpoint. What cannot be mended ends the request
+with a reason.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -19,14 +19,26 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import httpx
+import stamina
 from pydantic import ValidationError
 
 from hybridsd_sim.errors import HybridSDError, InputError, Problem
 
-from . import messages as endings
-from .messages import DIGEST, Answer, DamagedError, EdgePart, Ended, Link, Order, Refusal, UnservedError, read_answer
-from .tasks import Done, Task, WorkerLost
-from .worker_pool import Crew
+from .messages import (
+    DIGEST,
+    DamagedResponseError,
+    EdgeReport,
+    EdgeStage,
+    ErrorResponse,
+    ImageRequest,
+    ImageResponse,
+    Reason,
+    UnservedError,
+    decode_response,
+)
+from .shaping import Link
+from .tasks import Task, TaskResult, WorkerLost
+from .worker_pool import ProcessPool
 
 CONNECT_S = 10.0
 """A host that does not take a call within this is not there."""
@@ -36,19 +48,20 @@ _SPARE_S = 30.0
 
 _CHECKPOINT_EVERY = 5
 
-_LAST_WORDS_S = 2.0
+_NOTICE_S = 2.0
 
-_LAST_WORDS_PAUSES_S = (0.0, 0.1, 0.4)
+_PAUSES: Mapping[str, float] = {"wait_initial": 0.1, "wait_max": 5.0, "wait_jitter": 0.0}
+"""Between attempts: a tenth of a second, and twice as long from one to the next."""
 
 _POLL_S = 0.05
 
 NAN = math.nan
 
-MakeCrew = Callable[[EdgePart], Awaitable[Crew]]
+StartPool = Callable[[EdgeStage], Awaitable[ProcessPool]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class ClientRequest:
     """An image that a user wants. `arrival_s` is when it was asked for (NaN: when the client is); `link` shapes."""
 
     id: str
@@ -61,7 +74,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class RequestOutcome:
     """What became of one request, as the client saw it.
 
     Times are `time.monotonic()` seconds here, NaN for what did not happen; those of a service on another machine are
@@ -119,9 +132,9 @@ def _zero_if_none(seconds: float) -> float:
 
 
 class Client:
-    """Asks one service, and finishes on `crew`, one worker a device; None serves images that the cloud finishes.
+    """Asks one service, and finishes on `pool`, one worker a device; None serves images that the cloud finishes.
 
-    Use it as an asynchronous context manager. The crew must be up, and stays its owner's; a function is called for one
+    Use it as an asynchronous context manager. The pool must be up, and stays its owner's; a function is called for one
     when a first image is handed over. `retries` more times an answer is asked for that does not arrive whole; after
     `timeout_s` a request ends whatever happens.
     """
@@ -129,19 +142,23 @@ class Client:
     def __init__(
         self,
         url: str,
-        crew: Crew | MakeCrew | None = None,
+        pool: ProcessPool | StartPool | None = None,
         *,
         token: str | None = None,
         retries: int = 3,
         timeout_s: float = 600.0,
         wait_s: float = 20.0,
     ) -> None:
-        self._crew, self._retries, self._timeout_s, self._wait_s = crew, retries, timeout_s, wait_s
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            remedy = "For example http://127.0.0.1:8471."
+            raise InputError(Problem("--ask", repr(url), "must be the address of a service", remedy))
+        self._pool, self._retries, self._timeout_s, self._wait_s = pool, retries, timeout_s, wait_s
         self._busy: Counter[str] = Counter()
         self._devices: list[str] = []
-        self._last_words: set[asyncio.Task[None]] = set()
+        self._notices: set[asyncio.Task[None]] = set()
         self._http = httpx.AsyncClient(
-            base_url=_checked_url(url),
+            base_url=url,
             headers={"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {}),
             timeout=httpx.Timeout(wait_s + _SPARE_S, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
@@ -154,180 +171,180 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if self._last_words:
-            _, unsaid = await asyncio.wait(self._last_words, timeout=_LAST_WORDS_S)
+        if self._notices:
+            _, unsaid = await asyncio.wait(self._notices, timeout=_NOTICE_S)
             for saying in unsaid:
                 saying.cancel()
             await asyncio.gather(*unsaid, return_exceptions=True)
         await self._http.aclose()
 
-    async def ask(self, ask: Ask) -> Outcome:
+    async def ask(self, request: ClientRequest) -> RequestOutcome:
         """The image, or the reason why there is none. Raises `InputError` for what no service would read.
 
         Cancelling the caller cancels the request, here and in the cloud.
         """
-        trip = _Trip(ask, self._wait_s)
+        progress = _RequestProgress(request, self._wait_s)
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._through(trip)
+                await self._through(progress)
         except UnservedError as ending:
-            trip.fail(ending.reason, ending.words)
+            progress.fail(ending.reason, ending.words)
         except TimeoutError:
-            trip.fail(endings.TIMEOUT)
-            self._say(self._take_back(ask.id))
+            progress.fail(Reason.TIMEOUT)
+            self._notify("DELETE", f"/v1/images/{request.id}")
         except asyncio.CancelledError:
-            self._say(self._take_back(ask.id))
+            self._notify("DELETE", f"/v1/images/{request.id}")
             raise
-        return trip.outcome
+        return progress.outcome
 
-    async def _through(self, trip: _Trip) -> None:
-        answer, payload = await self._answer(trip)
+    async def _through(self, progress: _RequestProgress) -> None:
+        answer, payload = await self._answer(progress)
         if answer.status == "unserved":
             raise UnservedError(answer.reason, "" if answer.error is None else answer.error.value)
         if answer.status == "served":
-            trip.note(status="served", image=payload, finish_s=time.monotonic())
+            progress.note(status="served", image=payload, finish_s=time.monotonic())
             return
+        done_path = f"/v1/images/{progress.request.id}/done"
         try:
-            done = await self._at_edge(trip, answer.edge, payload)
+            done = await self._at_edge(progress, answer.edge, payload)
         except UnservedError:
-            self._say(self._tell(trip.ask.id, Ended(outcome="failed")))
+            self._notify("POST", done_path, EdgeReport(outcome="failed").model_dump_json())
             raise
-        self._say(self._tell(trip.ask.id, Ended(step_s=done.step_s)))
+        self._notify("POST", done_path, EdgeReport(step_s=done.step_s).model_dump_json())
 
     # ---- The cloud --------------------------------------------------------------------------------------------------
 
-    async def _answer(self, trip: _Trip) -> tuple[Answer, bytes]:
-        """The answer, asked for until it is there and whole."""
-        while True:
-            try:
-                said, payload = await self._exchange(trip)
-            except httpx.HTTPError:
-                reason = endings.UNREACHABLE
-            except DamagedError:
-                reason = endings.DAMAGED
-            else:
-                if isinstance(said, Answer) and said.status != "open":
-                    return said, payload
-                if isinstance(said, Refusal):
-                    await _wait_as_told(said)
-                continue
-            if trip.outcome.retries >= self._retries:
-                raise UnservedError(reason)
-            trip.note(retries=trip.outcome.retries + 1)
-            await asyncio.sleep(0.05 * 2**trip.outcome.retries)
+    async def _answer(self, progress: _RequestProgress) -> tuple[ImageResponse, bytes]:
+        """The response that says how the cloud's part ended, asked for until it is there and whole."""
+        retries = stamina.retry_context(
+            on=(httpx.HTTPError, DamagedResponseError), attempts=self._retries + 1, timeout=None, **_PAUSES
+        )
+        try:
+            async for attempt in retries:
+                with attempt:
+                    progress.note(retries=attempt.num - 1)
+                    return await self._heard_out(progress)
+        except httpx.HTTPError as error:
+            raise UnservedError(Reason.UNREACHABLE) from error
+        except DamagedResponseError as error:
+            raise UnservedError(Reason.DAMAGED) from error
+        raise AssertionError("an attempt returns or raises")
 
-    async def _exchange(self, trip: _Trip) -> tuple[Answer | Refusal, bytes]:
-        order, sent_s = trip.order()
-        # A line of its own: what a damaged length leaves on it must not be read as the next answer.
+    async def _heard_out(self, progress: _RequestProgress) -> tuple[ImageResponse, bytes]:
+        """Ask as long as the service says that the request is under way, or that it is to be sent again later."""
+        while True:
+            said, payload = await self._exchange(progress)
+            if isinstance(said, ImageResponse):
+                if said.status != "open":
+                    return said, payload
+            elif said.retry_after_s is None:
+                raise UnservedError(Reason.REFUSED, f"{said.error.place}: {said.error.rule}")
+            else:
+                await asyncio.sleep(said.retry_after_s)
+
+    async def _exchange(self, progress: _RequestProgress) -> tuple[ImageResponse | ErrorResponse, bytes]:
+        message, sent_s = progress.message()
+        # A connection of its own: what a damaged length leaves on it must not be read as the next response.
         own = {"connection": "close"}
-        async with self._http.stream("POST", "/v1/images", content=order, headers=own) as response:
+        async with self._http.stream("POST", "/v1/images", content=message, headers=own) as response:
             heard_s = time.monotonic()
             body = await response.aread()
-        said, payload = read_answer(body, response.headers.get(DIGEST))
-        if isinstance(said, Answer):
+        said, payload = decode_response(body, response.headers.get(DIGEST))
+        if isinstance(said, ImageResponse):
             if said.has_payload and not payload:
-                raise DamagedError("the answer came without its payload")
-            trip.hear(said, payload, sent_s, heard_s)
+                raise DamagedResponseError("the answer came without its payload")
+            progress.hear(said, payload, sent_s, heard_s)
         return said, payload
 
     # ---- The edge ---------------------------------------------------------------------------------------------------
 
-    async def _at_edge(self, trip: _Trip, edge: EdgePart | None, begun: bytes) -> Done:
+    async def _at_edge(self, progress: _RequestProgress, edge: EdgeStage | None, begun: bytes) -> TaskResult:
         """Do what is left on a device, begun again from its last checkpoint if it dies."""
-        trip.note(edge_ready_s=time.monotonic())
-        if self._crew is None or edge is None:
-            raise UnservedError(endings.NO_EDGE)
-        crew = await self._made(self._crew, edge)
+        progress.note(edge_ready_s=time.monotonic())
+        if self._pool is None or edge is None:
+            raise UnservedError(Reason.NO_EDGE)
+        pool = self._pool
+        if callable(pool):  # the first image that needs a device
+            try:
+                pool = self._pool = await pool(edge)
+            except HybridSDError as error:
+                raise UnservedError(Reason.FAILED, str(error)) from error
         job = edge.job.model_dump()
         task = Task(
-            key="", model=edge.model, prompt=trip.ask.prompt, seed=trip.ask.seed, **job, begun=begun or None,
-            stop=edge.job.num_inference_steps, decode=True, checkpoint_every=_CHECKPOINT_EVERY,
+            key="", model=edge.model, prompt=progress.request.prompt, seed=progress.request.seed, **job,
+            begun=begun or None, stop=edge.job.num_inference_steps, decode=True, checkpoint_every=_CHECKPOINT_EVERY,
         )  # fmt: skip
         for life in range(self._retries + 1):
-            device = await self._free_device(crew)
+            device = await self._free_device(pool)
             try:
-                done = await self._on(crew, device, replace(task, key=f"{trip.ask.id}/edge{life}"))
+                done = await self._on(pool, device, replace(task, key=f"{progress.request.id}/edge{life}"))
             except WorkerLost as lost:
-                trip.note(restarts=trip.outcome.restarts + 1)
+                progress.note(restarts=progress.outcome.restarts + 1)
                 task = replace(task, begun=lost.checkpoint or task.begun)
             except HybridSDError as error:
-                raise UnservedError(endings.FAILED, str(error)) from error
+                raise UnservedError(Reason.FAILED, str(error)) from error
             else:
-                trip.finish(done, self._devices.index(device))
+                progress.finish(done, self._devices.index(device))
                 return done
-        raise UnservedError(endings.EDGE_LOST)
+        raise UnservedError(Reason.EDGE_LOST)
 
-    async def _made(self, crew: Crew | MakeCrew, edge: EdgePart) -> Crew:
-        """The crew, made now if this is the first image that needs one."""
-        if not callable(crew):
-            return crew
-        try:
-            self._crew = made = await crew(edge)
-        except HybridSDError as error:
-            raise UnservedError(endings.FAILED, str(error)) from error
-        return made
-
-    async def _free_device(self, crew: Crew) -> str:
+    async def _free_device(self, pool: ProcessPool) -> str:
         """The device with the least to do, as soon as one is up; `timeout_s` limits the wait."""
-        while not (up := crew.up()):  # noqa: ASYNC110 -- a crew has one listener, its owner
+        while not (up := pool.up()):  # noqa: ASYNC110 -- a pool has one listener, its owner
             await asyncio.sleep(_POLL_S)
         self._devices += [name for name in up if name not in self._devices]
         return min(up, key=lambda name: self._busy[name])
 
-    async def _on(self, crew: Crew, device: str, task: Task) -> Done:
+    async def _on(self, pool: ProcessPool, device: str, task: Task) -> TaskResult:
         self._busy[device] += 1
         try:
-            return await crew.run(device, task)
+            return await pool.run(device, task)
         finally:
             self._busy[device] -= 1
 
-    # ---- Last words -------------------------------------------------------------------------------------------------
+    # ---- Notices ----------------------------------------------------------------------------------------------------
 
-    def _say(self, words: Coroutine[Any, Any, None]) -> None:
+    def _notify(self, method: str, path: str, body: str | None = None) -> None:
         """Tell the service something that nobody waits for."""
-        saying = asyncio.create_task(words)
-        self._last_words.add(saying)
-        saying.add_done_callback(self._last_words.discard)
+        notice = asyncio.create_task(self._send(method, path, body))
+        self._notices.add(notice)
+        notice.add_done_callback(self._notices.discard)
 
-    async def _tell(self, name: str, ended: Ended) -> None:
-        await self._send("POST", f"/v1/images/{name}/done", ended.model_dump_json())
-
-    async def _take_back(self, name: str) -> None:
-        await self._send("DELETE", f"/v1/images/{name}")
-
-    async def _send(self, method: str, path: str, body: str | None = None) -> None:
+    async def _send(self, method: str, path: str, body: str | None) -> None:
         """Say it until it is heard, three times at most: the service forgets the request by itself in time."""
-        for pause_s in _LAST_WORDS_PAUSES_S:
-            await asyncio.sleep(pause_s)
-            with suppress(httpx.HTTPError):
-                if not (await self._http.request(method, path, content=body)).is_server_error:
-                    return
+        with suppress(httpx.HTTPError):
+            async for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=3, timeout=None, **_PAUSES):
+                with attempt:
+                    response = await self._http.request(method, path, content=body)
+                    if response.is_server_error:
+                        response.raise_for_status()
 
 
-class _Trip:
+class _RequestProgress:
     """One request under way: the outcome so far, and how to ask for the rest."""
 
-    def __init__(self, ask: Ask, wait_s: float) -> None:
-        self.ask, self._wait_s = ask, wait_s
+    def __init__(self, request: ClientRequest, wait_s: float) -> None:
+        self.request, self._wait_s = request, wait_s
         now = time.monotonic()
-        arrival_s = now if math.isnan(ask.arrival_s) else ask.arrival_s
-        self.outcome = Outcome(id=ask.id, request_class=ask.request_class, arrival_s=arrival_s)
-        self.order()  # what cannot be written is refused at once
+        arrival_s = now if math.isnan(request.arrival_s) else request.arrival_s
+        self.outcome = RequestOutcome(id=request.id, request_class=request.request_class, arrival_s=arrival_s)
+        self.message()  # what cannot be written is refused at once
 
-    def order(self) -> tuple[str, float]:
-        """The order as JSON, and the time at which it was written."""
-        ask, now = self.ask, time.monotonic()
+    def message(self) -> tuple[str, float]:
+        """The message as JSON, and the time at which it was written."""
+        request, now = self.request, time.monotonic()
         try:
-            order = Order(
-                id=ask.id, request_class=ask.request_class, prompt=ask.prompt, seed=ask.seed, slo_s=ask.slo_s,
-                link=ask.link, age_s=max(0.0, now - self.outcome.arrival_s), wait_s=self._wait_s,
+            message = ImageRequest(
+                id=request.id, request_class=request.request_class, prompt=request.prompt, seed=request.seed,
+                slo_s=request.slo_s, link=request.link, age_s=max(0.0, now - self.outcome.arrival_s),
+                wait_s=self._wait_s,
             )  # fmt: skip
         except ValidationError as error:
             raise InputError(
-                Problem(f"ask.{'.'.join(map(str, found['loc']))}", repr(found["input"])[:80], found["msg"])
+                Problem(f"request.{'.'.join(map(str, found['loc']))}", repr(found["input"])[:80], found["msg"])
                 for found in error.errors(include_url=False)
             ) from None
-        return order.model_dump_json(), now
+        return message.model_dump_json(), now
 
     def note(self, **changes: Any) -> None:
         self.outcome = replace(self.outcome, **changes)
@@ -335,7 +352,7 @@ class _Trip:
     def fail(self, reason: str, words: str = "") -> None:
         self.note(status="unserved", reason=reason, words=words)
 
-    def hear(self, answer: Answer, payload: bytes, sent_s: float, heard_s: float) -> None:
+    def hear(self, answer: ImageResponse, payload: bytes, sent_s: float, heard_s: float) -> None:
         """Take in what the cloud says it has done, on this machine's clock."""
         first_sent_s = sent_s if math.isnan(self.outcome.sent_s) else self.outcome.sent_s
         self.note(
@@ -346,7 +363,7 @@ class _Trip:
             bytes_down=len(payload),
         )
         if (held := answer.cloud) is not None:
-            shift_s = _shift_s(answer, sent_s, heard_s)
+            shift_s = clock_shift_s(answer, sent_s, heard_s)
             self.note(
                 worker=held.worker or None,
                 cloud_ready_s=held.ready_s + shift_s,
@@ -355,7 +372,7 @@ class _Trip:
                 cloud_step_s=held.step_s,
             )
 
-    def finish(self, done: Done, device: int) -> None:
+    def finish(self, done: TaskResult, device: int) -> None:
         """Take in what the device has done."""
         self.note(
             status="served",
@@ -368,27 +385,12 @@ class _Trip:
         )
 
 
-def _shift_s(answer: Answer, sent_s: float, heard_s: float) -> float:
+def clock_shift_s(answer: ImageResponse, sent_s: float, heard_s: float) -> float:
     """What to add to the service's times: nothing if its clock is ours, else what puts the exchange in the middle.
 
-    On one machine an order is received after it was sent, and answered before that is heard. On a clock that differs
+    On one machine a request is received after it was sent, and answered before that is heard. On a clock that differs
     they are moved to where both ways took equally long.
     """
     if sent_s <= answer.received_s and answer.answered_s <= heard_s:
         return 0.0
     return (sent_s - answer.received_s + heard_s - answer.answered_s) / 2
-
-
-async def _wait_as_told(refusal: Refusal) -> None:
-    """Wait before asking again, or raise `UnservedError` where that is of no use."""
-    if refusal.retry_after_s is None:
-        raise UnservedError(endings.REFUSED, f"{refusal.error.place}: {refusal.error.rule}")
-    await asyncio.sleep(refusal.retry_after_s)
-
-
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        remedy = "For example http://127.0.0.1:8471."
-        raise InputError(Problem("--ask", repr(url), "must be the address of a service", remedy))
-    return url

@@ -19,12 +19,14 @@ from hybridsd_sim.scheduling import Scheduler, Worker
 from hybridsd_sim.serving import is_loopback, names_of
 
 from ..hybrid import open_listener
-from .client import Ask, Client, Outcome
-from .messages import EdgePart, Link
-from .request import Settings
-from .service import build_service, served
-from .tasks import Gang
-from .worker_pool import Crew, Here, cloud_gangs, device_gang
+from .client import Client, ClientRequest, RequestOutcome
+from .dispatch import ProcessSettings, cloud_workers, device_worker
+from .messages import EdgeStage
+from .request import ServiceSettings
+from .service import build_service, run_service
+from .shaping import Link
+from .tasks import WorkerSpec
+from .worker_pool import ProcessPool
 
 Say = Callable[[str], None]
 
@@ -33,33 +35,35 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serving:
+class ServeOptions:
     """A service in the words of the command line; see `hybridsd-sim live --help`."""
 
     plan: Path
     host: str = "127.0.0.1"
     port: int = 8471
     token: str | None = None
-    here: Here = field(default_factory=Here)
-    settings: Settings = field(default_factory=Settings)
+    process: ProcessSettings = field(default_factory=ProcessSettings)
+    settings: ServiceSettings = field(default_factory=ServiceSettings)
 
 
-def serve(serving: Serving, say: Say) -> None:
+def serve(options: ServeOptions, say: Say) -> None:
     """Serve a plan until SIGINT or SIGTERM; `say` is told what is loaded and where. Raises `InputError` at once."""
-    _check_exposure(serving)
-    file = serving.plan / "plan.yaml" if serving.plan.is_dir() else serving.plan
-    gangs = cloud_gangs(load_deployment(file), serving.here)
-    workers = [Worker(gang.name, gang.pool, gang.degree) for gang in gangs]
-    folder = serving.here.profiles
+    if not options.token and not is_loopback(options.host):
+        rule = "can be reached from other machines, so that a token is needed"
+        raise InputError(Problem("--host", options.host, rule, "Add --token, or serve on 127.0.0.1."))
+    file = options.plan / "plan.yaml" if options.plan.is_dir() else options.plan
+    specs = cloud_workers(load_deployment(file), options.process)
+    workers = [Worker(spec.name, spec.pool, spec.degree) for spec in specs]
+    folder = options.process.profiles
     scheduler = Scheduler.from_plan(file, workers=workers, profiles=None if folder is None else load_profiles(folder))
-    with open_listener((serving.host, serving.port)) as listener:
-        asyncio.run(_serve(serving, scheduler, gangs, listener, say))
+    with open_listener((options.host, options.port)) as listener:
+        asyncio.run(_serve(options, scheduler, specs, listener, say))
 
 
 async def _serve(
-    serving: Serving, scheduler: Scheduler, gangs: Sequence[Gang], listener: socket.socket, say: Say
+    options: ServeOptions, scheduler: Scheduler, specs: Sequence[WorkerSpec], listener: socket.socket, say: Say
 ) -> None:
-    life = asyncio.create_task(_until_stopped(serving, scheduler, gangs, listener, say))
+    life = asyncio.create_task(_until_stopped(options, scheduler, specs, listener, say))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, life.cancel)
@@ -68,37 +72,30 @@ async def _serve(
 
 
 async def _until_stopped(
-    serving: Serving, scheduler: Scheduler, gangs: Sequence[Gang], listener: socket.socket, say: Say
+    options: ServeOptions, scheduler: Scheduler, specs: Sequence[WorkerSpec], listener: socket.socket, say: Say
 ) -> None:
-    for gang in gangs:
-        say(f"loading {gang.name}: {', '.join(gang.models)}, {gang.method} x{gang.degree}, {gang.threads} threads")
-    async with Crew(gangs) as crew:
+    for spec in specs:
+        say(f"loading {spec.name}: {', '.join(spec.models)}, {spec.method} x{spec.degree}, {spec.threads} threads")
+    async with ProcessPool(specs) as pool:
         app = build_service(
             scheduler,
-            crew,
-            gangs=gangs,
-            token=serving.token or None,
-            hosts=names_of(serving.host),
-            settings=serving.settings,
+            pool,
+            specs=specs,
+            token=options.token or None,
+            hosts=names_of(options.host),
+            settings=options.settings,
         )
-        async with served(app, listener) as running:
+        async with run_service(app, listener) as running:
             host, port = listener.getsockname()[:2]
-            say(f"serving {scheduler.scenario.name} on http://{host}:{port} with {len(crew.up())} workers")
+            say(f"serving {scheduler.scenario.name} on http://{host}:{port} with {len(pool.up())} workers")
             await asyncio.shield(running)
-
-
-def _check_exposure(serving: Serving) -> None:
-    """A service that others can reach asks for a token."""
-    if not serving.token and not is_loopback(serving.host):
-        rule = "can be reached from other machines, so that a token is needed"
-        raise InputError(Problem("--host", serving.host, rule, "Add --token, or serve on 127.0.0.1."))
 
 
 # ---- One image ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class FetchOptions:
     """One image of a service in the words of the command line."""
 
     url: str
@@ -109,44 +106,47 @@ class Wish:
     slo_s: float | None = None
     network: str | None = None
     token: str | None = None
-    here: Here = field(default_factory=Here)
+    process: ProcessSettings = field(default_factory=ProcessSettings)
 
 
-def fetch(wish: Wish) -> dict[str, Any]:
+def fetch(options: FetchOptions) -> dict[str, Any]:
     """Ask for one image, finish here what is left to the edge, and write it; what it took.
 
     Raises `InputError` for what cannot be asked, and `RunError` with the reason where there is no image.
     """
-    if wish.out.suffix.lower() != ".png" or not wish.out.absolute().parent.is_dir():
-        raise InputError(Problem("--out", str(wish.out), "must be a .png file in a folder that exists"))
-    network = None if wish.network is None else load_profiles(wish.here.profiles).network(wish.network)
+    if options.out.suffix.lower() != ".png" or not options.out.absolute().parent.is_dir():
+        raise InputError(Problem("--out", str(options.out), "must be a .png file in a folder that exists"))
+    network = None if options.network is None else load_profiles(options.process.profiles).network(options.network)
     link = None if network is None else Link.drawn(network)
-    ask = Ask(
-        id=uuid4().hex, request_class=wish.request_class, prompt=wish.prompt, seed=wish.seed, slo_s=wish.slo_s,
+    request = ClientRequest(
+        id=uuid4().hex, request_class=options.request_class, prompt=options.prompt, seed=options.seed,
+        slo_s=options.slo_s,
         link=link,
     )  # fmt: skip
-    outcome = asyncio.run(_fetch(wish, ask))
+    outcome = asyncio.run(_fetch(options, request))
     if outcome.status != "served" or outcome.image is None:
         raise RunError(f"no image: {outcome.reason}{f' ({outcome.words})' if outcome.words else ''}")
     try:
-        wish.out.write_bytes(outcome.image)
+        options.out.write_bytes(outcome.image)
     except OSError as error:
-        raise RunError(f"{wish.out} cannot be written: {error.strerror}") from error
-    return _told(outcome, wish.out)
+        raise RunError(f"{options.out} cannot be written: {error.strerror}") from error
+    return _told(outcome, options.out)
 
 
-async def _fetch(wish: Wish, ask: Ask) -> Outcome:
-    """The device's process is started when the hand-over says which model and decoder it takes."""
+async def _fetch(options: FetchOptions, request: ClientRequest) -> RequestOutcome:
+    """The device's process is started when the latent transfer says which model and decoder it takes."""
     async with AsyncExitStack() as stack:
 
-        async def device(edge: EdgePart) -> Crew:
-            return await stack.enter_async_context(Crew([device_gang([edge.model], edge.vae, wish.here)]))
+        async def device(edge: EdgeStage) -> ProcessPool:
+            return await stack.enter_async_context(
+                ProcessPool([device_worker([edge.model], edge.vae, options.process)])
+            )
 
-        client = await stack.enter_async_context(Client(wish.url, device, token=wish.token))
-        return await client.ask(ask)
+        client = await stack.enter_async_context(Client(options.url, device, token=options.token))
+        return await client.ask(request)
 
 
-def _told(outcome: Outcome, out: Path) -> dict[str, Any]:
+def _told(outcome: RequestOutcome, out: Path) -> dict[str, Any]:
     """The outcome for people and programs: no times of day, and nothing that is not a number."""
     return {
         "image": str(out),
@@ -166,8 +166,8 @@ def _told(outcome: Outcome, out: Path) -> dict[str, Any]:
     }
 
 
-def weights_of(pairs: Sequence[str] | None) -> Mapping[str, Path]:
-    """Folders by model, of MODEL=FOLDER each."""
+def parse_weights(pairs: Sequence[str] | None) -> Mapping[str, Path]:
+    """Folders by model, of MODEL=FOLDER each. Raises `InputError` for other pairs and for folders not there."""
     found = {}
     for pair in pairs or ():
         model, equals, folder = (part.strip() for part in pair.partition("="))

@@ -1,15 +1,12 @@
-"""What the service counts of itself, for Prometheus: base units, and no label that names a request or a user.
+"""Requests in the cloud's hands: each decided, denoised, begun again elsewhere if need be, and ended exactly once.
 
-What becomes of one request in the cloud: decided, denoised, begun again elsewhere if need be, ended exactly once.
-
-The scheduler decides when the request comes in. A worker that dies leaves its last checkpoint: what is left is decided
+The scheduler decides when a request comes in. A worker that dies leaves its last checkpoint: what is left is decided
 anew, and another worker, or the edge, goes on from there. However it ends, the request has a status and a reason, and
 the scheduler's ledger is closed.
 
-The works of a service by the names that clients gave them: a repeated order finds its work instead of a second one.
-
-Finished works are kept for a while, so that a client whose connection was cut can ask again; how many of them, and the
-bytes of their payloads, are bounded.
+`OpenRequests` knows them by the names that clients gave them, so that one that is sent again is not carried out twice.
+Those that have ended are kept for a while, for clients whose connection was cut; how many of them, and the bytes of
+their payloads, are bounded.
 """
 
 from __future__ import annotations
@@ -30,17 +27,45 @@ from hybridsd_sim.plan import Plan, Request, Stage, deadline_of
 from hybridsd_sim.pricing import request_of
 from hybridsd_sim.scheduling import CERTAIN_LATE, NO_CANDIDATE, CloudDone, Decision, Outcome, RequestDone, StepDone
 
-from . import messages as endings
-from .messages import Answer, EdgePart, Ended, Error, Held, Job, Order, Status, UnservedError, until
-from .tasks import Done, Task, WorkerLost
-from .worker_pool import Roster, plan_problems
+from .dispatch import Dispatcher, plan_problems
+from .messages import (
+    EdgeReport,
+    EdgeStage,
+    ErrorDetail,
+    ImageRequest,
+    ImageResponse,
+    ImageSettings,
+    Reason,
+    Status,
+    UnservedError,
+    WorkerTimes,
+    problem_of,
+)
+from .shaping import sleep_until
+from .tasks import Task, TaskResult, WorkerLost
+
+log = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 
+MAX_KEPT = 10_000
+"""Ended requests remembered at a time."""
 
-class Meters:
+RETRY_AFTER_S = 0.25
+"""There may be room again after so long: sooner than any image is made, later than a tight loop would ask."""
+
+_STOPPING_S = 5.0
+
+_MAY_PASS = {NO_CANDIDATE, Reason.NO_WORKER}
+"""Reasons that a worker that comes back may do away with; the others hold whoever is up."""
+
+_NO_TIME_S = 1e-3
+"""What is left of a promise that cannot be kept: the scheduler takes no promise of nothing."""
+
+
+class RequestMetrics:
     """The counters of one service, in a registry of their own."""
 
     def __init__(self) -> None:
@@ -63,23 +88,15 @@ class Meters:
         return generate_latest(self.registry)
 
 
-log = logging.getLogger(__name__)
-
-_MAY_PASS = {NO_CANDIDATE, endings.NO_WORKER}
-"""Reasons that a worker who comes back may do away with; the others hold whoever is up."""
-
-_NO_TIME_S = 1e-3
-"""What is left of a promise that cannot be kept: the scheduler takes no promise of nothing."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class ServiceSettings:
     """How a service treats its requests, and how much it takes on.
 
-    `payload` is the precision of hand-overs and checkpoints, fp16 as the planner prices them; `checkpoint_every` so
-    many steps a worker sends its state, 0 never. After `restarts` lost workers a request ends; it waits for lost
+    `payload` is the precision of latent transfers and checkpoints, fp16 as the planner prices them; a worker sends its
+    state every `checkpoint_every` steps, 0 never. After `restarts` lost workers a request ends; it waits for lost
     workers to come back for `patience_s` and is over after `timeout_s` in the cloud. Its answer is kept for `keep_s`,
-    and up to `keep_bytes` of all answers; an edge that says nothing for so long is lost.
+    and up to `keep_bytes` of all answers; an edge that says nothing for so long is lost. No more than `max_open`
+    requests are under way at a time, and no more than `requests_per_s` come in.
     """
 
     payload: str = "fp16"
@@ -91,21 +108,31 @@ class Settings:
     keep_bytes: int = 256 * 2**20
     max_open: int = 1024
     max_body_bytes: int = 65536
-    orders_per_s: float = 100.0
+    requests_per_s: float = 100.0
 
 
-class Work:
-    """A request from its order to its end. `payload` is the image or the hand-over once the task is done."""
+class OpenRequest:
+    """A request from its arrival to its end. `payload` is the image or the latent transfer once the task is done.
 
-    def __init__(self, order: Order, request: Request, roster: Roster, settings: Settings, meters: Meters) -> None:
-        self.order, self.request = order, request
-        self._roster, self._settings, self._meters = roster, settings, meters
-        self.arrival_s = time.monotonic() - order.age_s
+    `message` is what the client sent, `request` what its class asks for; `task` lives as long as the cloud's part does.
+    """
+
+    def __init__(
+        self,
+        message: ImageRequest,
+        request: Request,
+        dispatcher: Dispatcher,
+        settings: ServiceSettings,
+        counters: RequestMetrics,
+    ) -> None:
+        self.message, self.request = message, request
+        self._dispatcher, self._settings, self._counters = dispatcher, settings, counters
+        self.arrival_s = time.monotonic() - message.age_s
         self.deadline_s = deadline_of(self.arrival_s, request.slo_s)
         self.status: Status = "open"
         self.reason, self.words, self.payload = "", "", b""
-        self.cloud: Held | None = None
-        self.edge: EdgePart | None = None
+        self.cloud: WorkerTimes | None = None
+        self.edge: EdgeStage | None = None
         self.restarts = self.steps_done = 0
         self._plan: Plan | None = None
         self._decision: Decision | None = None
@@ -117,9 +144,9 @@ class Work:
 
     # ---- What others see and may do ---------------------------------------------------------------------------------
 
-    def answer(self, received_s: float) -> Answer:
-        """What can be said of it now, to an order received at `received_s`."""
-        return Answer(
+    def answer(self, received_s: float) -> ImageResponse:
+        """What can be said of it now, to a client whose message came at `received_s`."""
+        return ImageResponse(
             status=self.status,
             reason=self.reason,
             plan=self._plan.label if self._plan else "",
@@ -130,24 +157,27 @@ class Work:
             steps_done=self.steps_done,
             received_s=received_s,
             answered_s=time.monotonic(),
-            error=Error.of(endings.problem_of(self.reason, self.words)) if self.status == "unserved" else None,
+            error=ErrorDetail.of(problem_of(self.reason, self.words)) if self.status == "unserved" else None,
         )
 
     def end(self, reason: str) -> None:
-        """Give the request up where it is: in the queue, at the next step, or at the edge."""
+        """Give the request up where it is: in the queue, at the next step, or at the edge.
+
+        `reason` is one of `Reason`; the first one that is given counts. A request that has ended stays as it is.
+        """
         if self.task.done():
-            self.close(Ended(outcome="cancelled"))
+            self.close(EdgeReport(outcome="cancelled"))
         elif not self._why:
             self._why = reason
             self.task.cancel()
 
-    def close(self, ended: Ended) -> None:
+    def close(self, ended: EdgeReport) -> None:
         """The edge has said how its part ended; only the first word counts."""
         if self._settled or self.status != "handed_over" or self._decision is None or self._plan is None:
             return
         for seconds in ended.step_s[: self._plan.num_inference_steps]:
             self._observe(StepDone(self._decision.number, seconds, len(self._plan.stages) - 1))
-        reason = {"served": "", "failed": endings.FAILED, "cancelled": endings.CANCELLED}[ended.outcome]
+        reason = {"served": "", "failed": Reason.FAILED, "cancelled": Reason.CANCELLED}[ended.outcome]
         self._settle(ended.outcome, "served" if ended.outcome == "served" else "unserved", reason)
 
     def drop_payload(self) -> int:
@@ -167,52 +197,55 @@ class Work:
         except UnservedError as ending:
             self._fail(ending.reason, ending.words)
         except asyncio.CancelledError:
-            self._fail(self._why or endings.STOPPED)
+            self._fail(self._why or Reason.STOPPED)
         except TimeoutError:
-            self._fail(endings.TIMEOUT)
+            self._fail(Reason.TIMEOUT)
         except HybridSDError as error:
-            self._fail(endings.FAILED, str(error))
+            self._fail(Reason.FAILED, str(error))
         except Exception as error:  # noqa: BLE001 -- the client gets an answer whatever happens
             log.error("a request failed with %s", type(error).__name__)  # noqa: TRY400 -- a traceback may quote the prompt
-            self._fail(endings.FAILED)
+            self._fail(Reason.FAILED)
         finally:
             if watch is not None:
                 watch.cancel()
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         if self.status == "open":  # cancelled before it began
-            self._fail(self._why or endings.STOPPED)
+            self._fail(self._why or Reason.STOPPED)
 
     async def _serve(self) -> None:
         stage = await self._decide(0)
         begun, step = None, 0
         if stage is not None:
-            await self._arrive()
+            link, decision = self.message.link, self._decision
+            if link is not None and decision is not None and decision.candidate is not None:
+                # The prompt crosses the network first, and stands in the worker's queue from then on.
+                await sleep_until(self.arrival_s + link.up_s(decision.candidate.cost.bytes_up))
+            self._ready_s = time.monotonic()
         while stage is not None and (step < self._stop or self.edge is None):
             try:
                 self._finish(await self._attempt(stage, begun))
             except WorkerLost as lost:
                 if lost.checkpoint is not None:
                     begun, step = lost.checkpoint, lost.step
-                stage = await self._decide_again(step)
+                self.restarts += 1
+                self._counters.restarts.inc()
+                if self._decision is not None:
+                    self._observe(RequestDone(self._decision.number, time.monotonic(), "failed"))
+                if self.restarts > self._settings.restarts:
+                    raise UnservedError(Reason.WORKER_LOST) from lost
+                stage = await self._decide(step)
             else:
                 return
         self._hand_over(begun, step)
 
-    async def _arrive(self) -> None:
-        """Wait until the prompt has crossed the network, and stand in the worker's queue from then on."""
-        link, decision = self.order.link, self._decision
-        if link is not None and decision is not None and decision.candidate is not None:
-            await until(self.arrival_s + link.up_s(decision.candidate.cost.bytes_up))
-        self._ready_s = time.monotonic()
-
-    async def _attempt(self, stage: Stage, begun: bytes | None) -> Done:
+    async def _attempt(self, stage: Stage, begun: bytes | None) -> TaskResult:
         request, worker = self.request, self._worker or ""
         task = Task(
-            key=f"{self.order.id}/{self.restarts}",
+            key=f"{self.message.id}/{self.restarts}",
             model=stage.model,
-            prompt=self.order.prompt,
-            seed=self.order.seed,
+            prompt=self.message.prompt,
+            seed=self.message.seed,
             height_px=request.height_px,
             width_px=request.width_px,
             num_inference_steps=request.num_inference_steps,
@@ -224,7 +257,7 @@ class Work:
             payload=self._settings.payload,
             checkpoint_every=self._settings.checkpoint_every,
         )
-        return await self._roster.crew.run(worker, task, on_step=self._on_step)
+        return await self._dispatcher.pool.run(worker, task, on_step=self._on_step)
 
     def _on_step(self, step: int, seconds: float) -> None:
         self.steps_done = step + 1
@@ -241,27 +274,18 @@ class Work:
         until_s = time.monotonic() + self._settings.patience_s
         while True:
             now = time.monotonic()
-            decision = self._roster.decide(self._rest(step, now), now)
+            decision = self._dispatcher.decide(self._rest(step, now), now)
             reason = decision.reason
             if decision.plan is not None:
                 self._decision = decision
                 stage = self._follow(decision.plan, step)
-                self._worker = None if stage is None else self._roster.worker_for(stage, decision.worker)
+                self._worker = None if stage is None else self._dispatcher.worker_for(stage, decision.worker)
                 if stage is None or self._worker is not None:
                     return stage
                 self._observe(RequestDone(decision.number, now, "failed"))
-                reason = endings.NO_WORKER
-            if reason not in _MAY_PASS or self._roster.complete or not await self._roster.change(until_s):
+                reason = Reason.NO_WORKER
+            if reason not in _MAY_PASS or self._dispatcher.complete or not await self._dispatcher.change(until_s):
                 raise UnservedError(reason)
-
-    async def _decide_again(self, step: int) -> Stage | None:
-        self.restarts += 1
-        self._meters.restarts.inc()
-        if self._decision is not None:
-            self._observe(RequestDone(self._decision.number, time.monotonic(), "failed"))
-        if self.restarts > self._settings.restarts:
-            raise UnservedError(endings.WORKER_LOST)
-        return await self._decide(step)
 
     def _rest(self, step: int, now: float) -> Request:
         """What is left to do from `step` on, and of the time in which it was promised."""
@@ -274,42 +298,42 @@ class Work:
         Returns the cloud's stage, None without.
         """
         if problems := plan_problems(plan):
-            raise UnservedError(endings.FAILED, str(problems[0]))
+            raise UnservedError(Reason.FAILED, str(problems[0]))
         if self._plan is None or step == 0 or plan.make != self._plan.make:
             self._plan, self._stop = plan, step + plan.switch_step
         stages = plan.edge_stages or (plan.stages if plan.sites[plan.vae_site].tier == "edge" else ())
-        self.edge = EdgePart(model=stages[0].model, vae=plan.vae, start=self._stop, job=self._job()) if stages else None
+        self.edge = None
+        if stages:
+            request = self.request
+            job = ImageSettings(
+                height_px=request.height_px,
+                width_px=request.width_px,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                sampler=request.sampler,
+            )
+            self.edge = EdgeStage(model=stages[0].model, vae=plan.vae, start=self._stop, job=job)
         return next(iter(plan.cloud_stages), None)
-
-    def _job(self) -> Job:
-        request = self.request
-        return Job(
-            height_px=request.height_px,
-            width_px=request.width_px,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            sampler=request.sampler,
-        )
 
     def _on_deadline(self) -> None:
         """End what the policy calls hopeless."""
         now = time.monotonic()
-        if self._roster.weigh(self._rest(0, now), now).reason == CERTAIN_LATE:
-            self.end(endings.DEADLINE)
+        if self._dispatcher.preview(self._rest(0, now), now).reason == CERTAIN_LATE:
+            self.end(Reason.DEADLINE)
 
     # ---- Ending -----------------------------------------------------------------------------------------------------
 
-    def _finish(self, done: Done) -> None:
+    def _finish(self, done: TaskResult) -> None:
         """The cloud has done its part: the image is there, or the edge goes on."""
-        self.cloud = Held(
+        self.cloud = WorkerTimes(
             worker=self._worker or "",
             ready_s=self._ready_s,
             start_s=done.start_s,
             stop_s=done.stop_s,
             step_s=done.step_s,
         )
-        self._meters.wait.observe(done.start_s - self._ready_s)
-        self._meters.held.observe(done.stop_s - done.start_s)
+        self._counters.wait.observe(done.start_s - self._ready_s)
+        self._counters.held.observe(done.stop_s - done.start_s)
         if done.is_image:
             self.payload = done.payload
             self._settle("served", "served")
@@ -320,49 +344,43 @@ class Work:
         """The edge does what is left from `step` on; it is waited for, and not for ever."""
         now = time.monotonic()
         if self.edge is None or self._decision is None:
-            raise UnservedError(endings.FAILED, "nothing is left for the edge")
+            raise UnservedError(Reason.FAILED, "nothing is left for the edge")
         self.payload, self.edge = begun or b"", self.edge.model_copy(update={"start": step})
         if self.cloud is None and self.restarts:  # the last worker that held it is gone
-            self.cloud = Held(worker="", ready_s=self._ready_s, start_s=now, stop_s=now)
+            self.cloud = WorkerTimes(worker="", ready_s=self._ready_s, start_s=now, stop_s=now)
         self._observe(CloudDone(self._decision.number, now if self.cloud is None else self.cloud.stop_s))
         self.status = "handed_over"
 
     def _fail(self, reason: str, words: str = "") -> None:
         self.words = words
-        self._settle("cancelled" if reason == endings.CANCELLED else "failed", "unserved", reason)
+        self._settle("cancelled" if reason == Reason.CANCELLED else "failed", "unserved", reason)
 
     def _settle(self, outcome: Outcome, status: Status, reason: str = "") -> None:
         """Write down the end, once, and close the ledger."""
         self.reason, self._settled = reason, True
-        if not (status == "served" and self.status == "handed_over"):  # who asks again still gets the hand-over
+        if not (status == "served" and self.status == "handed_over"):  # who asks again still gets the latent transfer
             self.status = status
         if self._decision is not None:
             self._observe(RequestDone(self._decision.number, time.monotonic(), outcome))
-        self._meters.ended.labels(status, reason).inc()
+        self._counters.ended.labels(status, reason).inc()
 
     def _observe(self, event: CloudDone | RequestDone | StepDone) -> None:
-        self._roster.scheduler.observe(event)
-
-
-MOST_KEPT = 10_000
-"""Finished works remembered at a time."""
-
-ROOM_S = 0.25
-"""There may be room again after so long: sooner than any image is made, later than a tight loop would ask."""
-
-_STOPPING_S = 5.0
+        self._dispatcher.scheduler.observe(event)
 
 
 class BusyError(HybridSDError):
-    """An order that is not taken now; after `retry_after_s` it may be."""
+    """A request that is not taken now; after `retry_after_s` it may be."""
 
     def __init__(self, reason: str, retry_after_s: float) -> None:
         super().__init__(reason)
         self.retry_after_s = retry_after_s
 
 
-class Bucket:
-    """Lets `rate` events a second pass, and up to twice as many at once after a pause."""
+class TokenBucket:
+    """Lets `rate_per_s` events a second pass, and up to twice as many at once after a pause.
+
+    Tokens come in at the rate and an event takes one; the bucket holds two seconds of them, and at least one.
+    """
 
     def __init__(self, rate_per_s: float) -> None:
         self._rate_per_s, self._most = rate_per_s, max(1.0, 2.0 * rate_per_s)
@@ -379,78 +397,81 @@ class Bucket:
         return 0.0
 
 
-class Desk:
-    """Takes orders, finds works again, and forgets them in time."""
+class OpenRequests:
+    """Takes requests, finds them again, and forgets them in time."""
 
-    def __init__(self, roster: Roster, settings: Settings, meters: Meters) -> None:
-        self._roster, self._settings, self._meters = roster, settings, meters
-        self._bucket = Bucket(settings.orders_per_s)
-        self._works: dict[str, Work] = {}
-        self._kept: OrderedDict[Work, None] = OrderedDict()
+    def __init__(self, dispatcher: Dispatcher, settings: ServiceSettings, counters: RequestMetrics) -> None:
+        self._dispatcher, self._settings, self._counters = dispatcher, settings, counters
+        self._bucket = TokenBucket(settings.requests_per_s)
+        self._by_id: dict[str, OpenRequest] = {}
+        self._kept: OrderedDict[OpenRequest, None] = OrderedDict()
         self._kept_bytes = 0
-        meters.watch("hybridsd_live_open_requests", "Requests in the cloud's hands", lambda: self.num_open)
-        meters.watch("hybridsd_live_kept_bytes", "Payloads kept for who asks again", lambda: self._kept_bytes)
+        counters.watch("hybridsd_live_open_requests", "Requests in the cloud's hands", lambda: self.num_open)
+        counters.watch("hybridsd_live_kept_bytes", "Payloads kept for who asks again", lambda: self._kept_bytes)
 
     @property
     def num_open(self) -> int:
         """Requests that the cloud has not done its part of."""
-        return len(self._works) - len(self._kept)
+        return len(self._by_id) - len(self._kept)
 
-    def find(self, name: str) -> Work | None:
-        return self._works.get(name)
+    def find(self, name: str) -> OpenRequest | None:
+        return self._by_id.get(name)
 
-    def take(self, order: Order) -> Work:
-        """The work of an order: a new one, or that of the same order before.
+    def take(self, message: ImageRequest) -> OpenRequest:
+        """The request of a message: a new one, or the one that it was sent for before.
 
-        Raises `BusyError` where there are too many, and `InputError` for another order of the same name.
+        Raises `BusyError` where there are too many, and `InputError` for another request of the same name.
         """
         if wait_s := self._bucket.take():
-            raise BusyError("more orders a second than the service takes", wait_s)
-        known = self._works.get(order.id)
-        if known is not None and not known.order.same_image(order):
+            raise BusyError("more requests a second than the service takes", wait_s)
+        known = self._by_id.get(message.id)
+        if known is not None and not known.message.same_image(message):
             rule, remedy = "is the name of another request", "Give every request an id of its own."
-            raise InputError(Problem("id", order.id, rule, remedy))
+            raise InputError(Problem("id", message.id, rule, remedy))
         if known is not None and not known.dropped:
             return known
         if self.num_open >= self._settings.max_open:
-            raise BusyError("as many requests as the service takes are under way", ROOM_S)
+            raise BusyError("as many requests as the service takes are under way", RETRY_AFTER_S)
         if known is not None:
             self._forget(known)
-        work = self._works[order.id] = Work(order, self._request(order), self._roster, self._settings, self._meters)
-        work.task.add_done_callback(partial(self._keep, work))
-        return work
+        request = self._request(message)
+        settings, counters = self._settings, self._counters
+        open_request = OpenRequest(message, request, self._dispatcher, settings, counters)
+        self._by_id[message.id] = open_request
+        open_request.task.add_done_callback(partial(self._keep, open_request))
+        return open_request
 
-    def _request(self, order: Order) -> Request:
-        """What the order's class asks for; the scheduler refuses a class that it does not know."""
-        spec = self._roster.scheduler.scenario.requests.get(order.request_class)
+    def _request(self, message: ImageRequest) -> Request:
+        """What the message's class asks for; the scheduler refuses a class that it does not know."""
+        spec = self._dispatcher.scheduler.scenario.requests.get(message.request_class)
         if spec is None:
-            return Request(model="", request_class=order.request_class)
-        request = request_of(order.request_class, spec)
-        return request if order.slo_s is None else replace(request, slo_s=order.slo_s)
+            return Request(model="", request_class=message.request_class)
+        request = request_of(message.request_class, spec)
+        return request if message.slo_s is None else replace(request, slo_s=message.slo_s)
 
-    def _keep(self, work: Work, task: asyncio.Task[None]) -> None:
-        self._kept[work] = None
-        self._kept_bytes += len(work.payload)
-        task.get_loop().call_later(self._settings.keep_s, self._forget, work)
+    def _keep(self, open_request: OpenRequest, task: asyncio.Task[None]) -> None:
+        self._kept[open_request] = None
+        self._kept_bytes += len(open_request.payload)
+        task.get_loop().call_later(self._settings.keep_s, self._forget, open_request)
         for other in list(self._kept)[:-1]:  # the newest is being answered, whatever its size
             if self._kept_bytes <= self._settings.keep_bytes:
                 break
             self._kept_bytes -= other.drop_payload()
-        if len(self._kept) > MOST_KEPT:
+        if len(self._kept) > MAX_KEPT:
             self._forget(next(iter(self._kept)))
 
-    def _forget(self, work: Work) -> None:
+    def _forget(self, open_request: OpenRequest) -> None:
         """Nobody asks for it any more; if the edge has said nothing until now, it is lost."""
-        if work in self._kept:
-            del self._kept[work], self._works[work.order.id]
-            self._kept_bytes -= work.drop_payload()  # its timer may hold the work for longer
-            work.close(Ended(outcome="failed"))
+        if open_request in self._kept:
+            del self._kept[open_request], self._by_id[open_request.message.id]
+            self._kept_bytes -= open_request.drop_payload()  # its timer may hold the request for longer
+            open_request.close(EdgeReport(outcome="failed"))
 
     async def close(self) -> None:
-        """End everything that is under way."""
-        works = list(self._works.values())
-        for work in works:
-            if not work.task.done():
-                work.end(endings.STOPPED)
-        if works:
-            await asyncio.wait({work.task for work in works}, timeout=_STOPPING_S)
+        """End everything that is under way, and wait for a few seconds until it has."""
+        entries = list(self._by_id.values())
+        for open_request in entries:
+            if not open_request.task.done():
+                open_request.end(Reason.STOPPED)
+        if entries:
+            await asyncio.wait({open_request.task for open_request in entries}, timeout=_STOPPING_S)

@@ -1,11 +1,12 @@
-"""What a worker of the live service is, what it is asked to do, and what it answers.
+"""What a worker is, what it is asked to do, what it answers, and the channel over which that goes.
+
+The channel is a socket between two processes of one program. To the worker goes a task, or that one is cancelled; from
+it comes that it is up, of a task every step and checkpoint, and then that it is done, cancelled or has failed. Messages
+are pickled: the socket has no name, so that only the process that started the other one can be at its end. It is no
+`multiprocessing.connection` because the pool reads it on its event loop, which must not wait for the rest of a message
+from a worker that has stopped.
 
 Times are seconds of `time.monotonic()`, which all processes of one machine share.
-
-What the crew and a worker say to each other: whole messages over a socket between two processes of one program.
-
-To the worker: a task, or that one is cancelled. From it: that it is up; of a task every step and checkpoint, and then
-that it is done, cancelled or has failed. A message is (kind, ticket, value); the ticket names the task, 0 none.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from ..parallel import Option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gang:
-    """A worker: `degree` processes that work as one, of which rank 0 speaks for all.
+class WorkerSpec:
+    """A worker to start: `degree` processes that work as one, of which rank 0 speaks for all.
 
     `models` are names of the catalogue, all loaded before the worker is up; with `weights` a model's parts come from
     its folder. `vae` names another decoder for models without weights. A process has `threads` CPU threads; `cpus` are
@@ -62,10 +63,10 @@ class Task:
 
     `key` is the caller's, unique among the tasks under way. Steps before `stop` are done here; where `stop` is
     `num_inference_steps` the latents are final, and `decode` then makes the image of them. `begun` is a serialised
-    hand-over to go on from, of another site or a checkpoint of this one; None begins with noise from `seed`. Whenever
-    a multiple of `checkpoint_every` steps of the image is done, the state is sent as a hand-over of precision
-    `payload`; 0 never sends it. From one in fp32 a single device goes on to the bit; a parallel method does its
-    synchronous steps again first.
+    latent transfer to go on from, of another site or a checkpoint of this one; None begins with noise from `seed`.
+    Whenever a multiple of `checkpoint_every` steps of the image is done, the state is sent as a latent transfer of
+    precision `payload`; 0 never sends it. From one in fp32 a single device goes on to the bit; a parallel method does
+    its synchronous steps again first.
     """
 
     key: str
@@ -85,8 +86,8 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """A task that is done: a PNG if `is_image`, else a serialised hand-over, and the seconds that each part took.
+class TaskResult:
+    """A task that is done: a PNG if `is_image`, else a serialised latent transfer, and the seconds that each part took.
 
     The worker held the task from `start_s` to `stop_s`. Parts that the task did not have took 0 s. `step_s` has an
     entry for every step done, in order; `serialise_s` is that of the payload, PNG too, and of all checkpoints.
@@ -106,8 +107,8 @@ class Done:
 class WorkerLost(RunError):  # noqa: N818 -- what happened to it, as in `except WorkerLost`
     """The worker died with the task.
 
-    `checkpoint` is the last state that it had sent, a serialised hand-over from which a task like this one goes on at
-    step `step`; None and 0 where it had sent nothing.
+    `checkpoint` is the last state that it had sent, a serialised latent transfer from which a task like this one goes
+    on at step `step`; None and 0 where it had sent nothing.
     """
 
     def __init__(self, reason: str, *, checkpoint: bytes | None = None, step: int = 0) -> None:
@@ -116,99 +117,97 @@ class WorkerLost(RunError):  # noqa: N818 -- what happened to it, as in `except 
         self.step = step
 
 
-class Cancelled(RunError):  # noqa: N818 -- likewise
+class TaskCancelled(RunError):  # noqa: N818 -- likewise
     """The task was cancelled, in the queue or between two steps."""
 
 
-Message = tuple["Kind", int, Any]
+PoolMessage = tuple["MessageKind", int, Any]
+"""(kind, ticket, value): the ticket names the task, 0 none."""
 
 _LENGTH = struct.Struct("!Q")
 
 
-class Kind(StrEnum):
+class MessageKind(StrEnum):
     """What a message is; its value in brackets."""
 
     task = "task"  # (Task)
     cancel = "cancel"
     up = "up"
     step = "step"  # (its index, its seconds)
-    checkpoint = "checkpoint"  # (the first step that is left, a serialised hand-over)
-    done = "done"  # (Done)
+    checkpoint = "checkpoint"  # (the first step that is left, a serialised latent transfer)
+    done = "done"  # (TaskResult)
     cancelled = "cancelled"
-    failed = "failed"  # (Failure); ticket 0: the worker could not start
+    failed = "failed"  # (RankFailure); ticket 0: the worker could not start
 
 
-def written(kind: Kind, ticket: int, value: object = None) -> bytes:
-    """A message as bytes, its length before it."""
+def encode_message(kind: MessageKind, ticket: int, value: object = None) -> bytes:
+    """A message as bytes: its length (8 bytes, big-endian), then the pickled triple."""
     data = pickle.dumps((kind, ticket, value))
     return _LENGTH.pack(len(data)) + data
 
 
-async def read(reader: asyncio.StreamReader) -> Message:
+async def read_message(reader: asyncio.StreamReader) -> PoolMessage:
     """The next message. Raises `asyncio.IncompleteReadError` at the end of the stream."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    message: Message = pickle.loads(await reader.readexactly(length))  # noqa: S301 -- from a process of our own
+    message: PoolMessage = pickle.loads(await reader.readexactly(length))  # noqa: S301 -- from a process of our own
     return message
 
 
-class Line:
-    """The worker's end. Its calls wait until the other end has taken or sent a whole message."""
+class Channel:
+    """The worker's end, which blocks: its calls wait until the other end has taken or sent a whole message."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
-        self._mail = select.poll()
-        self._mail.register(end, select.POLLIN)
+        self._poller = select.poll()
+        self._poller.register(end, select.POLLIN)
 
-    def send(self, kind: Kind, ticket: int = 0, value: object = None) -> None:
-        self._end.sendall(written(kind, ticket, value))
+    def send(self, kind: MessageKind, ticket: int = 0, value: object = None) -> None:
+        self._end.sendall(encode_message(kind, ticket, value))
 
-    def receive(self) -> Message:
-        """The next message. Raises `EOFError` once the crew has gone."""
+    def receive(self) -> PoolMessage:
+        """The next message. Raises `EOFError` once the pool has gone."""
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
-        message: Message = pickle.loads(self._exactly(length))  # noqa: S301 -- from the process that started this one
+        message: PoolMessage = pickle.loads(self._exactly(length))  # noqa: S301 -- from the process that started this one
         return message
 
-    def has_mail(self) -> bool:
+    def has_message(self) -> bool:
         """Whether something has come that was not received."""
-        return bool(self._mail.poll(0))
+        return bool(self._poller.poll(0))
 
     def _exactly(self, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            part = self._end.recv(min(count - len(data), 2**20))
-            if not part:
-                raise EOFError("the crew has gone")
-            data += part
-        return bytes(data)
+        data = self._end.recv(count, socket.MSG_WAITALL)
+        if len(data) < count:
+            raise EOFError("the pool has gone")
+        return data
 
 
-class Inbox:
-    """The tasks that wait at a worker, in order of arrival, and what was called off."""
+class TaskQueue:
+    """The tasks that wait at a worker, in order of arrival, and what was cancelled."""
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._waiting: dict[int, Task] = {}
-        self._called_off: set[int] = set()
+        self._cancelled: set[int] = set()
 
     def next(self) -> tuple[int, Task]:
         """The next task and its ticket, once there is one."""
         while not self._waiting:
             self._receive()
-        self._called_off.clear()  # of tasks that have ended, as those that wait leave the queue at once
+        self._cancelled.clear()  # of tasks that have ended, as those that wait leave the queue at once
         ticket = next(iter(self._waiting))
         return ticket, self._waiting.pop(ticket)
 
-    def calls_off(self, ticket: int) -> bool:
+    def is_cancelled(self, ticket: int) -> bool:
         """Whether this task, which is under way, is no longer wanted; reads what has come since it was last asked."""
-        while self._line.has_mail():
+        while self._channel.has_message():
             self._receive()
-        return ticket in self._called_off
+        return ticket in self._cancelled
 
     def _receive(self) -> None:
-        kind, ticket, task = self._line.receive()
-        if kind is Kind.task:
+        kind, ticket, task = self._channel.receive()
+        if kind is MessageKind.task:
             self._waiting[ticket] = task
         elif self._waiting.pop(ticket, None) is not None:
-            self._line.send(Kind.cancelled, ticket)
+            self._channel.send(MessageKind.cancelled, ticket)
         else:  # the task under way, or one that has ended meanwhile
-            self._called_off.add(ticket)
+            self._cancelled.add(ticket)

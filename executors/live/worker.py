@@ -1,15 +1,14 @@
-"""The processes of a gang, from their start until none of them is left.
+"""The process side of a worker: ranks that wait for tasks and do them one after the other, with the models they hold.
 
-The process side of a worker: ranks that wait for tasks and do them one after the other.
-
-Rank 0 leads. It talks to the crew, encodes prompts and decodes images, and after every step looks into its inbox and
+Rank 0 leads. It talks to the pool, encodes prompts and decodes images, and after every step looks into its queue and
 tells the other ranks over pipes whether to go on, so that all agree on what they do next. Waiting is blocking: an idle
 worker takes no processor time. The processes end when whoever started them does, in the middle of a step if need be.
 """
 
 from __future__ import annotations
 
-import asyncio
+import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -18,63 +17,84 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
-from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.errors import InputError, Problem, RunError, unknown_name
+from hybridsd_sim.perf import PIXELS_PER_LATENT
+from hybridsd_sim.profiles import load_profiles
 
-from ..hybrid import LatentTransfer, capture_transfer, parse, serialise, to_cpu
-from ..models import sampler_state
+from ..hybrid import PRECISIONS as PAYLOADS
+from ..hybrid import (
+    ExpectedTransfer,
+    LatentTransfer,
+    OnStep,
+    capture_transfer,
+    expected_transfer,
+    parse,
+    serialise,
+    to_cpu,
+)
+from ..models import Conditioning, Pipeline, build_sampler, decode, load_pipeline, resume, sampler_state, seeded_latents
 from ..parallel import (
     Alone,
+    Denoiser,
     Group,
     RankFailure,
-    describe_exit,
+    build_denoiser,
+    denoise,
+    denoising_of,
     join_rendezvous,
-    open_rendezvous,
+    rank_unet,
+    resolve_settings,
     synchronised_clock,
 )
-from .tasks import Done, Gang, Inbox, Kind, Line, Task
-from .worker_stage import Stage, png
+from ..profiling import PRECISIONS
+from .tasks import Channel, MessageKind, Task, TaskQueue, TaskResult, WorkerSpec
 
-_GO_ON, _STOP = b"+", b"-"
+MAX_DENOISERS = 16
+"""Denoisers that a rank of several keeps, for as many models, sizes and guidance scales."""
+
+_CONTINUE, _STOP = b"+", b"-"
 
 _GRACE_S = 2.0
 """A rank that cannot start leaves rank 0 that long to say what it saw of it."""
 
 
-class _CalledOff(Exception):  # noqa: N818 -- no error: nobody wants the task any more
+class _TaskStopped(Exception):  # noqa: N818 -- no error: nobody wants the task any more
     """Ends a task between two of its steps."""
 
 
-def live(gang: Gang, rank: int, port: int, ends: Sequence[Connection], crew: socket.socket | None) -> None:
+def run_rank(
+    spec: WorkerSpec, rank: int, port: int, ends: Sequence[Connection], channel_end: socket.socket | None
+) -> None:
     """A rank's whole life, in its own process.
 
-    The ranks of a gang of several meet at `port`. `ends` are rank 0's pipes to the others, or another's one from it;
-    `crew` is rank 0's socket.
+    The ranks of a worker of several meet at `port`. `ends` are rank 0's pipes to the others, or another's one from it;
+    `channel_end` is rank 0's socket.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; whoever started us decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if gang.cpus:
-        os.sched_setaffinity(0, {gang.cpus[rank]})
-    torch.set_num_threads(gang.threads)
+    if spec.cpus:
+        os.sched_setaffinity(0, {spec.cpus[rank]})
+    torch.set_num_threads(spec.threads)
     try:
-        if crew is not None:
-            _lead(gang, port, ends, Line(crew))
+        if channel_end is not None:
+            _lead(spec, port, ends, Channel(channel_end))
         else:
-            _follow(gang, rank, port, ends[0])
+            _follow(spec, rank, port, ends[0])
     except Exception as error:
         if not isinstance(error, EOFError) and not RankFailure.of(error).lost_another:
             raise
-    sys.exit(1)  # the crew or another rank has gone, and whoever noticed said so
+    sys.exit(1)  # the pool or another rank has gone, and whoever noticed said so
 
 
 def _end_with_parent() -> None:
@@ -83,45 +103,45 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _lead(gang: Gang, port: int, followers: Sequence[Connection], line: Line) -> None:
+def _lead(spec: WorkerSpec, port: int, followers: Sequence[Connection], channel: Channel) -> None:
     try:
-        stage = Stage(gang, _group(gang, 0, port))
-        stage.load_ends()
-        stage.group.barrier()
-    except Exception as error:  # noqa: BLE001 -- raised again by the crew
-        line.send(Kind.failed, 0, RankFailure.of(error))
+        runner = ModelRunner(spec, _group(spec, 0, port))
+        runner.load_ends()
+        runner.group.barrier()
+    except Exception as error:  # noqa: BLE001 -- raised again by the pool
+        channel.send(MessageKind.failed, 0, RankFailure.of(error))
         return
-    line.send(Kind.up)
-    Leader(stage, line, followers).serve()
+    channel.send(MessageKind.up)
+    GroupLeader(runner, channel, followers).serve()
 
 
-def _follow(gang: Gang, rank: int, port: int, leader: Connection) -> None:
+def _follow(spec: WorkerSpec, rank: int, port: int, leader: Connection) -> None:
     try:
-        stage = Stage(gang, _group(gang, rank, port))
-        stage.group.barrier()
+        runner = ModelRunner(spec, _group(spec, rank, port))
+        runner.group.barrier()
     except Exception:
         leader.poll(_GRACE_S)  # what ails all ranks is rank 0's to tell
         raise
     while True:
         task, begun = pickle.loads(leader.recv_bytes())  # noqa: S301 -- from rank 0
-        do_steps = stage.steps(task, begun, stage.sampler(task))
-        with suppress(_CalledOff):
-            do_steps(lambda *_: _heed(leader))
+        do_steps = runner.steps(task, begun, runner.sampler(task))
+        with suppress(_TaskStopped):
+            do_steps(lambda *_: _await_verdict(leader))
 
 
-def _heed(leader: Connection) -> None:
+def _await_verdict(leader: Connection) -> None:
     if leader.recv_bytes() == _STOP:
-        raise _CalledOff
+        raise _TaskStopped
 
 
-def _group(gang: Gang, rank: int, port: int) -> Group:
-    if gang.degree == 1:
-        return Alone(gang.device)
-    return join_rendezvous(rank, gang.degree, kind="nccl" if gang.device.startswith("cuda") else "gloo", port=port)
+def _group(spec: WorkerSpec, rank: int, port: int) -> Group:
+    if spec.degree == 1:
+        return Alone(spec.device)
+    return join_rendezvous(rank, spec.degree, kind="nccl" if spec.device.startswith("cuda") else "gloo", port=port)
 
 
 @dataclass(slots=True)
-class _Stopwatch:
+class _TaskTimer:
     """The seconds of a task, as they come in."""
 
     device: torch.device
@@ -153,68 +173,68 @@ class _Stopwatch:
         synchronised_clock(self.device)
         return time.monotonic()
 
-    def done(self, payload: bytes, *, is_image: bool) -> Done:
-        return Done(
+    def done(self, payload: bytes, *, is_image: bool) -> TaskResult:
+        return TaskResult(
             payload=payload, is_image=is_image, start_s=self.start_s, stop_s=self.now(),
             text_encode_s=self.text_encode_s, vae_decode_s=self.vae_decode_s, step_s=tuple(self.step_s),
             parse_s=self.parse_s, serialise_s=self.serialise_s,
         )  # fmt: skip
 
 
-class Leader:
+class GroupLeader:
     """Rank 0 at work: takes tasks from its inbox, leads the ranks through their steps, and answers."""
 
-    def __init__(self, stage: Stage, line: Line, followers: Sequence[Connection]) -> None:
-        self.stage, self.line, self.followers = stage, line, followers
-        self.inbox = Inbox(line)
+    def __init__(self, runner: ModelRunner, channel: Channel, followers: Sequence[Connection]) -> None:
+        self.runner, self.channel, self.followers = runner, channel, followers
+        self.queue = TaskQueue(channel)
         self._in_steps = False
 
     def serve(self) -> None:
-        """Do tasks until the crew has gone. A task that fails is answered with its error, and the next one is done.
+        """Do tasks until the pool has gone. A task that fails is answered with its error, and the next one is done.
 
-        A gang whose ranks stopped in different places cannot go on: its rank 0 ends, and the crew starts a new one.
+        A worker whose ranks stopped in different places cannot go on: its rank 0 ends, and the pool starts a new one.
         """
         while True:
-            ticket, task = self.inbox.next()
+            ticket, task = self.queue.next()
             try:
-                self.line.send(Kind.done, ticket, self._do(ticket, task))
-            except _CalledOff:
-                self.line.send(Kind.cancelled, ticket)
-            except Exception as error:  # noqa: BLE001 -- raised again by the crew
+                self.channel.send(MessageKind.done, ticket, self._do(ticket, task))
+            except _TaskStopped:
+                self.channel.send(MessageKind.cancelled, ticket)
+            except Exception as error:  # noqa: BLE001 -- raised again by the pool
                 failure = RankFailure.of(error)
                 if not failure.lost_another:
-                    self.line.send(Kind.failed, ticket, failure)
+                    self.channel.send(MessageKind.failed, ticket, failure)
                 if self._in_steps and self.followers:
                     return
 
-    def _do(self, ticket: int, task: Task) -> Done:
-        watch = _Stopwatch(self.stage.group.device, start_s=time.monotonic())
+    def _do(self, ticket: int, task: Task) -> TaskResult:
+        watch = _TaskTimer(self.runner.group.device, start_s=time.monotonic())
         self._in_steps = False
-        self.stage.check(task)
-        sampler = self.stage.sampler(task)
+        self.runner.check(task)
+        sampler = self.runner.sampler(task)
         begun = self._from_noise(task, sampler, watch) if task.begun is None else self._handed_over(task, watch)
-        if self.inbox.calls_off(ticket):
-            raise _CalledOff
+        if self.queue.is_cancelled(ticket):
+            raise _TaskStopped
         latents = self._steps(ticket, task, begun, sampler, watch)
         if not task.decode:
-            state = self._written(task, begun, sampler, latents, task.stop, watch)
+            state = self._write_state(task, begun, sampler, latents, task.stop, watch)
             return watch.done(state, is_image=False)
         with watch.time("vae_decode_s"):
-            pixels = self.stage.picture(task, latents)
+            pixels = self.runner.picture(task, latents)
         with watch.time("serialise_s"):
-            image = png(pixels)
+            image = encode_png(pixels)
         return watch.done(image, is_image=True)
 
-    def _from_noise(self, task: Task, sampler: Any, watch: _Stopwatch) -> LatentTransfer:
-        latents = self.stage.noise(task) * sampler.init_noise_sigma
+    def _from_noise(self, task: Task, sampler: Any, watch: _TaskTimer) -> LatentTransfer:
+        latents = self.runner.noise(task) * sampler.init_noise_sigma
         with watch.time("text_encode_s"):
-            conditioning = self.stage.encode(task)
-        space = self.stage.latent_space(task)
+            conditioning = self.runner.encode(task)
+        space = self.runner.latent_space(task)
         return to_cpu(capture_transfer(sampler, latents, 0, latent_space=space, conditioning=conditioning))
 
-    def _handed_over(self, task: Task, watch: _Stopwatch) -> LatentTransfer:
+    def _handed_over(self, task: Task, watch: _TaskTimer) -> LatentTransfer:
         with watch.time("parse_s"):
-            begun = parse(task.begun or b"", self.stage.expected(task))
+            begun = parse(task.begun or b"", self.runner.expected(task))
         if begun.guidance_scale != task.guidance_scale:
             rule = f"this side runs {task.guidance_scale}"
             raise InputError(Problem("hand-over guidance_scale", str(begun.guidance_scale), rule))
@@ -222,131 +242,182 @@ class Leader:
             raise InputError(Problem("hand-over step", str(begun.step), f"this task stops before step {task.stop}"))
         return begun
 
-    def _steps(self, ticket: int, task: Task, begun: LatentTransfer, sampler: Any, watch: _Stopwatch) -> Tensor:
+    def _steps(self, ticket: int, task: Task, begun: LatentTransfer, sampler: Any, watch: _TaskTimer) -> Tensor:
         def on_step(step: int, latents: Tensor) -> None:
-            self.line.send(Kind.step, ticket, (step, watch.end_step()))
+            self.channel.send(MessageKind.step, ticket, (step, watch.end_step()))
             if task.checkpoint_every and (step + 1) % task.checkpoint_every == 0 and step + 1 < task.stop:
-                state = self._written(task, begun, sampler, latents, step + 1, watch)
-                self.line.send(Kind.checkpoint, ticket, (step + 1, state))
-            self._agree(ticket)
+                state = self._write_state(task, begun, sampler, latents, step + 1, watch)
+                self.channel.send(MessageKind.checkpoint, ticket, (step + 1, state))
+            cancelled = self.queue.is_cancelled(ticket)
+            self._tell(_STOP if cancelled else _CONTINUE)  # for all ranks, so that none waits for another that stopped
+            if cancelled:
+                raise _TaskStopped
             watch.begin_step()
 
         self._in_steps = True
         if self.followers:
             self._tell(pickle.dumps((replace(task, begun=None), begun)))
-        do_steps = self.stage.steps(task, begun, sampler)
+        do_steps = self.runner.steps(task, begun, sampler)
         watch.begin_step()
         latents = do_steps(on_step)
         self._in_steps = False
         return latents
 
-    def _agree(self, ticket: int) -> None:
-        """Decide for all ranks whether to go on."""
-        called_off = self.inbox.calls_off(ticket)
-        self._tell(_STOP if called_off else _GO_ON)
-        if called_off:
-            raise _CalledOff
-
     def _tell(self, said: bytes) -> None:
         for follower in self.followers:
             follower.send_bytes(said)
 
-    def _written(
-        self, task: Task, begun: LatentTransfer, sampler: Any, latents: Tensor, step: int, watch: _Stopwatch
+    def _write_state(
+        self, task: Task, begun: LatentTransfer, sampler: Any, latents: Tensor, step: int, watch: _TaskTimer
     ) -> bytes:
-        """The state before `step` as a hand-over of the task's precision."""
+        """The state before `step` as a latent transfer of the task's precision."""
         with watch.time("serialise_s"):
             state = replace(begun, latents=latents, step=step, state=sampler_state(sampler))
             return serialise(state, task.payload)
 
 
-StartMethod = Literal["spawn", "forkserver"]
-
-GRACE_S = 2.0
-"""Processes whose line is closed have that long to end by themselves, so that they can say why."""
-
-_READ_AHEAD_BYTES = 2**22
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 
-class Processes:
-    """The ranks of a gang as processes; they start with the object and end together."""
+@dataclass(frozen=True, slots=True)
+class _ReusableDenoiser:
+    """A denoiser for task after task: to put hooks on a UNet can take as long as a step of it.
 
-    def __init__(self, gang: Gang, start_method: StartMethod = "spawn") -> None:
-        self._gang, self._start_method = gang, start_method
-        self._store = open_rendezvous() if gang.degree > 1 else None  # the ranks meet there as long as they live
-        self._ours, theirs = socket.socketpair()
-        self._ranks: list[BaseProcess] = []
-        self._ended: list[int] = []
-        self._one_ended = asyncio.Event()
-        with theirs, ExitStack() as held:
-            try:
-                self._start(theirs, held)
-            except BaseException:
-                self._kill()
-                self._ours.close()
-                raise
+    `held` is what it is conditioned on; the next prompt is written into the same tensors, of which it may hold views.
+    """
 
-    def _start(self, theirs: socket.socket, held: ExitStack) -> None:
-        """Start every rank; what is `held` goes over to them, so that each notices when another's end closes."""
-        context = _context(self._gang, self._start_method)
-        pipes = [context.Pipe(duplex=False) for _ in range(1, self._gang.degree)]
-        for end in (end for pipe in pipes for end in pipe):
-            held.enter_context(end)
-        port = self._store.port if self._store else 0
-        for rank in range(self._gang.degree):
-            ends: Sequence[Connection] = [leads for _, leads in pipes] if rank == 0 else [pipes[rank - 1][0]]
-            job = (self._gang, rank, port, ends, theirs if rank == 0 else None)
-            process = context.Process(target=live, args=job, name=f"{self._gang.name}.{rank}", daemon=True)
-            process.start()
-            self._ranks.append(process)
-            asyncio.get_running_loop().add_reader(process.sentinel, self._note_end, rank)
+    denoiser: Denoiser
+    held: Conditioning
 
-    @property
-    def pids(self) -> tuple[int, ...]:
-        return tuple(process.pid or 0 for process in self._ranks)
-
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The line to rank 0."""
-        return await asyncio.open_unix_connection(sock=self._ours, limit=_READ_AHEAD_BYTES)
-
-    async def one_ends(self) -> None:
-        """Wait until a rank has ended, for a grace: whoever closes the line is about to."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._one_ended.wait(), GRACE_S)
-
-    async def end(self) -> str:
-        """Kill the ranks that live and wait until all have ended; what the first one died of, in words."""
-        self._kill()
-        await asyncio.to_thread(self._join)
-        codes = {rank: self._ranks[rank].exitcode or 0 for rank in self._ended or range(len(self._ranks))}
-        rank, code = min(
-            codes.items(), key=lambda item: item[1]
-        )  # who was killed, before who missed it: signals are < 0
-        for process in self._ranks:
-            process.close()
-        which = f"rank {rank} of {self._gang.degree} " if self._gang.degree > 1 else ""
-        return f"worker {self._gang.name} died: {which}{describe_exit(code)}"
-
-    def _note_end(self, rank: int) -> None:
-        """A rank has ended: note it with those that ended just before it, and take the others along."""
-        self._ended = [other for other, process in enumerate(self._ranks) if other == rank or process.exitcode]
-        self._one_ended.set()
-        self._kill()
-
-    def _kill(self) -> None:
-        for process in self._ranks:
-            asyncio.get_running_loop().remove_reader(process.sentinel)
-            process.kill()
-
-    def _join(self) -> None:
-        for process in self._ranks:
-            process.join()
+    def take(self, conditioning: Conditioning) -> Denoiser:
+        self.held.embeds.copy_(conditioning.embeds)
+        for name, tensor in self.held.added.items():
+            tensor.copy_(conditioning.added[name])
+        return self.denoiser
 
 
-def _context(gang: Gang, start_method: StartMethod) -> SpawnContext | ForkServerContext:
-    """How processes start. A CUDA driver that an import woke up would not survive a fork."""
-    if start_method == "spawn" or gang.device.startswith("cuda"):
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+class ModelRunner:
+    """What a rank of a worker works with: every rank has the UNets, and rank 0 loads both ends of an image too.
+
+    Raises `InputError` for models, weights and profiles that are not there.
+    """
+
+    def __init__(self, spec: WorkerSpec, group: Group) -> None:
+        self.spec, self.group = spec, group
+        profiles = load_profiles(spec.profiles)
+        self._latent_spaces = {name: profiles.model(name).latent_space for name in spec.models}
+        self.models: Mapping[str, Pipeline] = {
+            name: load_pipeline(
+                profiles.model(name).name,
+                weights=spec.weights.get(name),
+                vae=spec.vae,
+                device=group.device,
+                dtype=PRECISIONS[spec.precision],
+                profiles=profiles,
+            )
+            for name in spec.models
+        }
+        self._settings = lru_cache(maxsize=64)(self._legal_settings)
+        self._denoisers: dict[object, _ReusableDenoiser] = {}
+        for model in self.models.values():
+            _ = model.unet
+
+    def load_ends(self) -> None:
+        """Build text encoders and decoders now, so that no task waits for them."""
+        for model in self.models.values():
+            _ = model.text_encoders, model.tokenizers, model.vae
+
+    # ---- What can be done -------------------------------------------------------------------------------------------
+
+    def check(self, task: Task) -> None:
+        """Raises `InputError` for a task that this worker cannot do, whatever state it goes on from."""
+        if task.model not in self.models:
+            raise InputError(unknown_name("model", task.model, tuple(self.models)))
+        problems = [] if task.payload in PAYLOADS else [unknown_name("payload", task.payload, tuple(PAYLOADS))]
+        if not 0 <= task.stop <= task.num_inference_steps:
+            rule = f"must lie in 0 to {task.num_inference_steps}, the number of steps"
+            problems.append(Problem("stop", str(task.stop), rule))
+        elif task.decode and task.stop < task.num_inference_steps:
+            rule = f"the latents are no image before step {task.num_inference_steps}"
+            problems.append(Problem("decode", f"after step {task.stop}", rule, "Let them be handed over."))
+        if not math.isfinite(task.guidance_scale):
+            problems.append(Problem("guidance_scale", str(task.guidance_scale), "must be a finite number"))
+        if problems:
+            raise InputError(problems)
+        self._settings(task.model, task.height_px, task.width_px, task.guidance_scale)
+
+    def _legal_settings(self, model: str, height_px: int, width_px: int, guidance_scale: float) -> Mapping[str, Any]:
+        unprompted = Conditioning(embeds=torch.empty(0), guidance_scale=guidance_scale)
+        unet = self.models[model].unet
+        job = denoising_of(unet, unprompted, images=1, height_px=height_px, width_px=width_px, steps=1)
+        return resolve_settings(self.spec.method, job, self.spec.degree, self.spec.options)
+
+    def expected(self, task: Task) -> ExpectedTransfer:
+        """What a latent transfer must be for the task to go on from it."""
+        model = self.models[task.model]
+        own = expected_transfer(model.unet, self.latent_space(task), model.prediction)
+        shape = (1, own.channels or 0, task.height_px // PIXELS_PER_LATENT, task.width_px // PIXELS_PER_LATENT)
+        return replace(own, sampler=task.sampler, num_inference_steps=task.num_inference_steps, shape=shape)
+
+    # ---- What is done -----------------------------------------------------------------------------------------------
+
+    def latent_space(self, task: Task) -> str:
+        """The catalogue's word for where the task's latents live."""
+        return self._latent_spaces[task.model]
+
+    def encode(self, task: Task) -> Conditioning:
+        """The conditioning of the task's prompt."""
+        return self.models[task.model].encode(
+            [task.prompt], height_px=task.height_px, width_px=task.width_px, guidance_scale=task.guidance_scale
+        )
+
+    def noise(self, task: Task) -> Tensor:
+        """Standard normal latents (1, C, H, W) of the task's seed."""
+        unet = self.models[task.model].unet
+        return seeded_latents(unet, images=1, height_px=task.height_px, width_px=task.width_px, seed=task.seed)
+
+    def sampler(self, task: Task) -> Any:
+        """A sampler for this task alone. Raises `InputError` for one that cannot be built."""
+        prediction = self.models[task.model].prediction
+        return build_sampler(task.sampler, task.num_inference_steps, prediction=prediction, device=self.group.device)
+
+    def steps(self, task: Task, begun: LatentTransfer, sampler: Any) -> Callable[[OnStep], Tensor]:
+        """What does the task's steps from where `begun` stands, with all ranks of the worker; returns the latents."""
+        resume(sampler, begun.state, begun.step)
+        denoiser, latents = self._denoiser(task, begun), begun.latents.to(self.group.device)
+        return lambda on_step: denoise(denoiser, sampler, latents, start=begun.step, stop=task.stop, on_step=on_step)
+
+    def picture(self, task: Task, latents: Tensor) -> Tensor:
+        """The image (3, H, W) of final latents, values in 0 to 1. Raises `RunError` for one with NaN or infinity."""
+        image = decode(self.models[task.model].vae, latents.to(self.group.device))[0]
+        pixels = (image.float().cpu() / 2 + 0.5).clamp(0, 1)
+        if not torch.isfinite(pixels).all():
+            raise RunError("the image holds NaN or infinite values; run it with fp32")
+        return pixels
+
+    def _denoiser(self, task: Task, begun: LatentTransfer) -> Denoiser:
+        unet = self.models[task.model].unet
+        if begun.conditioning is None:
+            raise RunError("the hand-over has no embeddings")
+        conditioning = begun.conditioning.to(self.group.device, unet.dtype)
+        if self.group.size == 1:
+            return build_denoiser("single", unet, conditioning, self.group, {}, latents=begun.latents)
+        key = (task.model, begun.latents.shape, conditioning.guidance_scale, conditioning.embeds.shape)
+        if key not in self._denoisers:
+            while len(self._denoisers) >= MAX_DENOISERS:
+                del self._denoisers[next(iter(self._denoisers))]
+            added = {name: tensor.clone() for name, tensor in conditioning.added.items()}
+            held = replace(conditioning, embeds=conditioning.embeds.clone(), added=added)
+            settings = self._settings(task.model, task.height_px, task.width_px, task.guidance_scale)
+            unet = rank_unet(self.models[task.model], self.group)
+            denoiser = build_denoiser(self.spec.method, unet, held, self.group, settings, latents=begun.latents)
+            self._denoisers[key] = _ReusableDenoiser(denoiser, held)
+        return self._denoisers[key].take(conditioning)
+
+
+def encode_png(pixels: Tensor) -> bytes:
+    """The image (3, H, W), values in 0 to 1, as a PNG file."""
+    levels = (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, format="PNG")
+    return file.getvalue()

@@ -1,3 +1,3 @@
 from .command import LOADS as LOADS
-from .command import calibrate as calibrate
-from .setting import KINDS as KINDS
+from .command import validate as validate
+from .testbed import KINDS as KINDS

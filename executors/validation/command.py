@@ -27,17 +27,16 @@ from hybridsd_sim.workload import import_trace
 from ..profiling import LocalDevice, commit, library_versions, processor
 from . import recording as kept
 from .compare import Comparison, Pair, compare
-from .observe import Protocol, observe
-from .recording import Observed, replay
-from .setting import KINDS, kind_of, plan_of, shared_out
-from .testbed import build_testbed, write_catalogue
+from .observe import ObservationProtocol, observe
+from .recording import ObservedPart, replay
+from .testbed import KINDS, build_testbed, kind_of, plan_of, share_requests, write_catalogue
 
 LOADS = (0.3, 0.6, 0.8)
 
 RUNS, REPLAYS, REPORT, TESTBED = "runs", "replays", "report", "testbed"
 
 
-def calibrate(
+def validate(
     out: Path,
     *,
     kinds: Sequence[str] = tuple(KINDS),
@@ -47,7 +46,7 @@ def calibrate(
     runs: Path | None = None,
     tries: int = 5,
 ) -> list[dict[str, Any]]:
-    """Calibrate the simulator on this machine; returns a row for each run, and writes all of it into `out`.
+    """Validate the simulator on this machine; returns a row for each run, and writes all of it into `out`.
 
     Every kind gets as many of the `requests`, shared out over the `loads` so that its runs take equally long. Arrivals
     are LoadGen's Poisson, or those of a `trace` at the rate of each load. Runs are made in parts, and void parts again
@@ -57,24 +56,24 @@ def calibrate(
     folder = out / RUNS if runs is None else runs
     with _progress() as say:
         if runs is None:
-            protocol = Protocol(trace=None if trace is None else import_trace(trace))
+            protocol = ObservationProtocol(trace=None if trace is None else import_trace(trace))
             wanted = [kind_of(name) for name in kinds]
-            each = shared_out(math.ceil(requests / len(wanted)), loads)
+            each = share_requests(math.ceil(requests / len(wanted)), loads)
             testbed = build_testbed(out / TESTBED)
             for kind in tries * wanted:
                 asyncio.run(observe(kind, each, testbed, folder, protocol, say))
         return _report(_found(folder), out, say)
 
 
-def _found(folder: Path) -> list[Observed]:
+def _found(folder: Path) -> list[ObservedPart]:
     found = kept.find(folder)
     if not found:
         rule = "holds no run that `validate` observed"
-        raise InputError(Problem("--from", str(folder), rule, "Name the `runs` of another calibration."))
+        raise InputError(Problem("--from", str(folder), rule, "Name the `runs` of another validation."))
     return found
 
 
-def _report(found: Sequence[Observed], out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _report(found: Sequence[ObservedPart], out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Replay the sound parts of every run, compare, and write records, figures and pages."""
     catalogue = load_profiles(write_catalogue(out / TESTBED / "profiles"))
     runs, rows, lost = [], [], []
@@ -97,13 +96,13 @@ def _report(found: Sequence[Observed], out: Path, say: Callable[[str], None]) ->
     return rows
 
 
-def _replayed(part: Observed, catalogue: Profiles, out: Path) -> Records:
+def _replayed(part: ObservedPart, catalogue: Profiles, out: Path) -> Records:
     simulated = replay(part, catalogue, out / "arrivals")
     kept.write_times(out / REPLAYS / f"{part.name}.parquet", kept.of_records(simulated))
     return simulated
 
 
-def _run(parts: Sequence[Observed], pairs: Sequence[Pair], comparison: Comparison) -> dict[str, Any]:
+def _run(parts: Sequence[ObservedPart], pairs: Sequence[Pair], comparison: Comparison) -> dict[str, Any]:
     """A run and its replay as the report wants them: figures of its sound parts, and what each part was like."""
     first = next(part for part in parts if not part.void)
     return {
@@ -118,7 +117,7 @@ def _run(parts: Sequence[Observed], pairs: Sequence[Pair], comparison: Compariso
     }  # fmt: skip
 
 
-def _part(part: Observed) -> dict[str, Any]:
+def _part(part: ObservedPart) -> dict[str, Any]:
     """What a part was like, sound or void."""
     seconds = (part.step_before_s, part.step_during_s, part.step_after_s)
     return {
@@ -139,7 +138,7 @@ def _latencies(parts: Sequence[Records]) -> list[float]:
     return found
 
 
-def _row(parts: Sequence[Observed], comparison: Comparison | None) -> dict[str, Any]:
+def _row(parts: Sequence[ObservedPart], comparison: Comparison | None) -> dict[str, Any]:
     """What the command prints of a run; without a sound part, nothing is compared."""
     names = ("latency_p50_s", "latency_mean_s", "latency_p95_s", "served_per_s")
     return {

@@ -40,7 +40,7 @@ Pair = tuple[Records, Records]
 """A part of a live run, and its replay."""
 
 
-class Passage(NamedTuple):
+class RequestTimes(NamedTuple):
     """The requests of a run as arrays: seconds of latency, of waiting for workers, and of holding the busiest one.
 
     `span_s` is the time from first arrival to last image, of all parts together.
@@ -99,7 +99,7 @@ class Comparison:
         return next(figure for figure in self.figures if figure.name == name)
 
 
-Statistic = Callable[[Passage, npt.NDArray[np.intp]], float]
+Statistic = Callable[[RequestTimes, npt.NDArray[np.intp]], float]
 
 RELATIVE: Mapping[str, Statistic] = {
     "latency_mean_s": lambda run, at: float(run.latency_s[at].mean()),
@@ -126,11 +126,12 @@ def compare(parts: Sequence[Pair], load: float, *, resamples: int = RESAMPLES, s
     for live, simulated in parts:
         if len(live) != len(simulated):
             raise RunError(f"{len(live)} requests were served live and {len(simulated)} in the simulation")
-    side = _busiest(parts)
+    # Held the longest, live: the worker whose queue makes the waiting.
+    side = max(SIDES, key=lambda side: sum(float(_seconds(live.rows(), side)[1].sum()) for live, _ in parts))
     pair = tuple(_joined([_passage(part[which], side) for part in parts]) for which in (0, 1))
     count = len(pair[0].latency_s)
     block = block_length(pair[0].latency_s)
-    draws = blocks_again(count, block, resamples, np.random.default_rng(seed))
+    draws = resample_blocks(count, block, resamples, np.random.default_rng(seed))
     limits = limits_at(load)
     whole = np.arange(count)
     figures = [_figure(name, how, pair, whole, draws, _relative, limits.get(name)) for name, how in RELATIVE.items()]
@@ -140,21 +141,16 @@ def compare(parts: Sequence[Pair], load: float, *, resamples: int = RESAMPLES, s
 
 
 def limits_at(load: float) -> Mapping[str, float]:
-    """What is asked at a load; nothing above the loads that are spoken of."""
+    """By how much, relative to live, each figure may be off at a load (`LIMITS`); empty above the loads named there."""
     return next((limits for most, limits in LIMITS if load <= most + 1e-9), {})
 
 
-def _busiest(parts: Sequence[Pair]) -> str:
-    """The side whose worker was held the longest, live."""
-    return max(SIDES, key=lambda side: sum(float(_seconds(live.rows(), side)[1].sum()) for live, _ in parts))
-
-
-def _passage(records: Records, busiest: str) -> Passage:
+def _passage(records: Records, busiest: str) -> RequestTimes:
     rows = records.rows()
     if not len(rows) or (column(rows, "status") != SERVED).any():
         raise RunError(f"{int((column(rows, 'status') != SERVED).sum())} of {len(rows)} requests were not served")
     arrival_s, finish_s = column(rows, "arrival_s"), column(rows, "finish_s")
-    return Passage(
+    return RequestTimes(
         latency_s=finish_s - arrival_s,
         wait_s=sum((_seconds(rows, side)[0] for side in SIDES), np.zeros(len(rows))),
         held_s=_seconds(rows, busiest)[1],
@@ -163,10 +159,16 @@ def _passage(records: Records, busiest: str) -> Passage:
     )
 
 
-def _joined(passages: Sequence[Passage]) -> Passage:
+def _joined(passages: Sequence[RequestTimes]) -> RequestTimes:
     """The requests of all parts, one part after the other."""
-    *columns, spans_s = zip(*passages, strict=True)
-    return Passage(*(np.concatenate(each) for each in columns), span_s=sum(spans_s))
+    latency_s, wait_s, held_s, in_time, spans_s = zip(*passages, strict=True)
+    return RequestTimes(
+        latency_s=np.concatenate(latency_s),
+        wait_s=np.concatenate(wait_s),
+        held_s=np.concatenate(held_s),
+        in_time=np.concatenate(in_time),
+        span_s=sum(spans_s),
+    )
 
 
 def _seconds(rows: np.ndarray, side: str) -> tuple[Floats, Floats]:
@@ -186,7 +188,7 @@ def _absolute(live: float, simulated: float) -> float:
 def _figure(
     name: str,
     how: Statistic,
-    pair: Sequence[Passage],
+    pair: Sequence[RequestTimes],
     whole: npt.NDArray[np.intp],
     draws: npt.NDArray[np.intp],
     off: Callable[[float, float], float],
@@ -201,7 +203,7 @@ def _figure(
     )  # fmt: skip
 
 
-def _rate(pair: Sequence[Passage], limit: float | None) -> Figure:
+def _rate(pair: Sequence[RequestTimes], limit: float | None) -> Figure:
     """Throughput, from the first arrival to the last image; one figure a run, so that there is no interval."""
     live, simulated = (run.served_per_s for run in pair)
     off = _relative(live, simulated)
@@ -225,7 +227,7 @@ def block_length(values: Floats) -> int:
     return longest
 
 
-def blocks_again(count: int, block: int, times: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+def resample_blocks(count: int, block: int, times: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
     """Positions of requests drawn again in blocks of neighbours: (times, count), each row a series of its own."""
     blocks = -(-count // block)
     starts = rng.integers(0, count - block + 1, size=(times, blocks, 1))

@@ -1,4 +1,4 @@
-"""The profile behind a calibration: cost rows of the parts of a request, from tasks that its workers were seen to do.
+"""The profile behind a validation: cost rows of the parts of a request, from tasks that its workers were seen to do.
 
 What a worker does around the parts that it times itself (it takes the task, makes a PNG of the image, answers, turns to
 the next one) is counted to the last part. So is what is left of the mean beyond the medians of the parts before: all
@@ -19,22 +19,21 @@ from hybridsd_sim.profiles import CostRow, Meta
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.version import __version__
 
-from ..live import Done
+from ..live import TaskResult
 from ..profiling import LocalDevice, MeasuredFile, Timing, commit, library_versions, processor
-from .setting import REQUEST_CLASS
-from .testbed import CLOUD, EDGE, TEXT_ENCODER
+from .testbed import CLOUD, EDGE, REQUEST_CLASS, TEXT_ENCODER
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TimedTask:
     """A task that was done, and the seconds for which it held its worker."""
 
-    done: Done
+    done: TaskResult
     held_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class WorkerProfile:
     """Cost rows of the parts of a request, and the pace of the workers then: the median step of each device.
 
     `stack_s` are the seconds for which a request is in nobody's hands beyond what the model of its link says: what
@@ -45,7 +44,7 @@ class Profile:
     stack_s: float = 0.0
     pace: Mapping[str, float] = field(default_factory=dict)
 
-    def at(self, pace: Mapping[str, float]) -> Profile:
+    def at(self, pace: Mapping[str, float]) -> WorkerProfile:
         """The same workers at another pace: all that a device does takes longer, or less, in that proportion."""
         rows = tuple(_scaled(row, pace[row.device] / self.pace[row.device]) for row in self.rows)
         return replace(self, rows=rows, pace=pace)
@@ -63,7 +62,7 @@ def drift(before: Mapping[str, float], after: Mapping[str, float]) -> float:
     return max(abs(after[device] / seconds - 1.0) for device, seconds in before.items())
 
 
-def profile_of(scenario: Scenario, plan: Plan, tasks: Sequence[Sequence[Held]], notes: str) -> Profile:
+def profile_of(scenario: Scenario, plan: Plan, tasks: Sequence[Sequence[TimedTask]], notes: str) -> WorkerProfile:
     """The profile that the tasks of each stage of a plan make; `notes` say how they came about."""
     rows: list[CostRow] = []
     handed_over = 0
@@ -71,7 +70,7 @@ def profile_of(scenario: Scenario, plan: Plan, tasks: Sequence[Sequence[Held]], 
         site = _Site(scenario, plan, stage, notes)
         rows += site.rows(held, handed_over)
         handed_over = len(held[0].done.payload)
-    return Profile(rows=tuple(rows))
+    return WorkerProfile(rows=tuple(rows))
 
 
 def device_of(stage: Stage) -> str:
@@ -87,7 +86,7 @@ class _Site:
         self._spec = scenario.requests[REQUEST_CLASS]
         self._plan, self._stage, self._notes = plan, stage, notes
 
-    def rows(self, tasks: Sequence[Held], handed_over: int) -> Iterator[CostRow]:
+    def rows(self, tasks: Sequence[TimedTask], handed_over: int) -> Iterator[CostRow]:
         """A row for what comes before the steps, one for a step, one for what comes after."""
         stage = self._stage
         before_s = [one.done.text_encode_s + one.done.parse_s for one in tasks]
@@ -96,10 +95,10 @@ class _Site:
         after_s = [one.held_s - before - steps for one, before, steps in zip(tasks, before_s, steps_s, strict=True)]
         factor = max(rest_s, min(after_s)) / median(after_s)
         after_s = [factor * second for second in after_s]
-        gang = {"method": stage.method, "degree": stage.degree, "options": "ranks=gloo" if stage.degree > 1 else ""}
+        group = {"method": stage.method, "degree": stage.degree, "options": "ranks=gloo" if stage.degree > 1 else ""}
         a_step_s = [seconds / stage.num_steps for seconds in steps_s]
         yield self._before(before_s, handed_over)
-        yield self._row(stage.model, "step", a_step_s, "mean of a task", **self._size, **self._guided, **gang)
+        yield self._row(stage.model, "step", a_step_s, "mean of a task", **self._size, **self._guided, **group)
         yield self._after(after_s, len(tasks[0].done.payload))
 
     def _before(self, seconds: Sequence[float], handed_over: int) -> CostRow:

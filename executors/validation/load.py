@@ -20,7 +20,7 @@ import numpy as np
 from hybridsd_sim.errors import InputError, Problem, RunError
 from hybridsd_sim.workload import Trace
 
-from ..live import until
+from ..live import sleep_until
 
 AnswerT = TypeVar("AnswerT")
 
@@ -32,7 +32,7 @@ LEAD_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Sent(Generic[AnswerT]):
+class SentRequest(Generic[AnswerT]):
     """A request that was sent: when it was due, by how many seconds it was sent later, and what came of it."""
 
     arrival_s: float
@@ -40,23 +40,23 @@ class Sent(Generic[AnswerT]):
     answer: AnswerT
 
 
-async def replay_trace(arrivals_s: Sequence[float], send: Send[AnswerT]) -> list[Sent[AnswerT]]:
+async def replay_trace(arrivals_s: Sequence[float], send: Send[AnswerT]) -> list[SentRequest[AnswerT]]:
     """Send one request for each arrival, in seconds from the first one, which must not fall; all answers, in order."""
     first_s = time.monotonic() + LEAD_S
     tasks = []
     for number, after_s in enumerate(arrivals_s):
         due_s = first_s + after_s - arrivals_s[0]
-        await until(due_s)
+        await sleep_until(due_s)
         tasks.append(asyncio.create_task(_sent(send, number, due_s)))
     return list(await asyncio.gather(*tasks))
 
 
-async def _sent(send: Send[AnswerT], number: int, arrival_s: float) -> Sent[AnswerT]:
+async def _sent(send: Send[AnswerT], number: int, arrival_s: float) -> SentRequest[AnswerT]:
     late_s = time.monotonic() - arrival_s
-    return Sent(arrival_s, late_s, await send(number, arrival_s))
+    return SentRequest(arrival_s, late_s, await send(number, arrival_s))
 
 
-def piece_of(trace: Trace, first: int, count: int, rate_per_s: float) -> list[float]:
+def trace_piece(trace: Trace, first: int, count: int, rate_per_s: float) -> list[float]:
     """The arrivals of `count` requests from the `first` on, counted from 0, of a trace that begins anew at its end.
 
     The trace as a whole has the rate; a piece is as busy as it is in the trace. Raises `InputError` where all arrive at
@@ -72,7 +72,7 @@ def piece_of(trace: Trace, first: int, count: int, rate_per_s: float) -> list[fl
 
 async def drive_loadgen(
     rate_per_s: float, requests: int, send: Send[AnswerT], *, logs: Path, seed: int = 1
-) -> list[Sent[AnswerT]]:
+) -> list[SentRequest[AnswerT]]:
     """Let LoadGen send `requests` requests at Poisson times of a rate; all answers, in order of arrival.
 
     A request is due when LoadGen issues it. Its logs go into the folder `logs`. Raises `RunError` if it sends another
@@ -81,7 +81,7 @@ async def drive_loadgen(
     import mlperf_loadgen
 
     loop, numbers = asyncio.get_running_loop(), count()
-    tasks: list[asyncio.Task[Sent[AnswerT]]] = []
+    tasks: list[asyncio.Task[SentRequest[AnswerT]]] = []
 
     def begin(number: int, query: int, arrival_s: float) -> None:
         task = loop.create_task(_sent(send, number, arrival_s))

@@ -5,7 +5,7 @@ others share change theirs within a minute. So what requests cost is measured in
 the pace just before each part, and a part whose workers have another pace behind it is void: its rows do not stand for
 it, and it has to be made again. The pace after a part is the one before the next, but after a void one it is waited
 until the pace is steady. All loads of a kind are served by the same processes, so that the profile behind a part is
-that of the very workers. A part is kept as soon as it is done, so that a calibration can be cut off at any moment and
+that of the very workers. A part is kept as soon as it is done, so that a validation can be cut off at any moment and
 goes on where it was.
 """
 
@@ -28,16 +28,29 @@ from hybridsd_sim.profiles import Profiles, load_profiles
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.workload import Trace
 
-from ..live import Ask, Client, Link, Outcome, Settings
+from ..live import Client, ClientRequest, Link, RequestOutcome, ServiceSettings
 from . import recording as kept
-from .cost_rows import Profile, drift, write_profile
-from .load import Sent, drive_loadgen, piece_of, replay_trace
-from .recording import Observed, drawn_links, facts_of, times_of
-from .rehearse import PROMPT, WARMUP_RUNS, Crews, Rehearsal, alone, pace, rehearse, serving, working
-from .setting import (
+from .cost_rows import WorkerProfile, drift, write_profile
+from .load import SentRequest, drive_loadgen, replay_trace, trace_piece
+from .recording import ObservedPart, draw_links, facts_of, times_of
+from .rehearse import (
+    PROMPT,
+    WARMUP_RUNS,
+    ProcessPools,
+    Rehearsal,
+    measure_pace,
+    open_client,
+    rehearse,
+    start_workers,
+    time_alone,
+)
+from .testbed import (
+    CLOUD,
+    EDGE,
     REQUEST_CLASS,
     SLO_LATENCIES,
-    Kind,
+    ServingKind,
+    Testbed,
     balanced_switch_step,
     bottleneck_s,
     candidate_of,
@@ -45,13 +58,12 @@ from .setting import (
     scenario_of,
     trace_arrivals,
 )
-from .testbed import CLOUD, EDGE, Testbed
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Protocol:
+class ObservationProtocol:
     """How runs are made: seconds of a part, of a rehearsal and of taking the pace, and the drift that voids a part.
 
     A rehearsal has `fewest_rehearsed` requests or more, and is made anew, up to `rehearsals` times, if the pace drifted
@@ -78,28 +90,33 @@ class Protocol:
 
 
 async def observe(
-    kind: Kind, requests: Mapping[float, int], testbed: Testbed, out: Path, protocol: Protocol, say: Say
+    kind: ServingKind,
+    requests: Mapping[float, int],
+    testbed: Testbed,
+    out: Path,
+    protocol: ObservationProtocol,
+    say: Say,
 ) -> None:
     """Serve a kind at every load as many requests as the sound parts in `out` lack of the `requests` of that load.
 
     What is void of it has to be made again. Raises `InputError` if another driver sent the requests in `out`.
     """
     before = {load: _kept(kind, load, out, protocol) for load in requests}
-    todo = [load for load, parts in before.items() if _missing(requests[load], parts)]
+    todo = [load for load, parts in before.items() if missing_requests(requests[load], parts)]
     if not todo:
         return
     catalogue = load_profiles(testbed.profiles)
     middle = kind.num_inference_steps // 2
     deployment = deployment_of(kind, _endless(kind, protocol.seed), catalogue, switch_step=middle)
     say(f"{kind.name}: loading the models")
-    async with working(deployment, testbed) as crews:
-        bench = _Bench(kind, crews, catalogue, protocol, out, say)
-        await bench.settle(deployment, next((part.deployment for parts in before.values() for part in parts), None))
+    async with start_workers(deployment, testbed) as pools:
+        observer = RunObserver(kind, pools, catalogue, protocol, out, say)
+        await observer.settle(deployment, next((part.deployment for parts in before.values() for part in parts), None))
         for load in todo:
-            await bench.serve(load, requests[load], before[load])
+            await observer.serve(load, requests[load], before[load])
 
 
-def _kept(kind: Kind, load: float, out: Path, protocol: Protocol) -> list[Observed]:
+def _kept(kind: ServingKind, load: float, out: Path, protocol: ObservationProtocol) -> list[ObservedPart]:
     """The parts that `out` holds of a run."""
     mine = [part for part in kept.find(out) if (part.kind, part.load) == (kind.name, load)]
     for part in mine:
@@ -109,28 +126,36 @@ def _kept(kind: Kind, load: float, out: Path, protocol: Protocol) -> list[Observ
     return mine
 
 
-def _missing(wanted: int, parts: Iterable[Observed]) -> int:
+def missing_requests(wanted: int, parts: Iterable[ObservedPart]) -> int:
     """Requests that sound parts do not have yet."""
     return max(0, wanted - _served(parts))
 
 
-def _served(parts: Iterable[Observed]) -> int:
+def _served(parts: Iterable[ObservedPart]) -> int:
     """Requests of the sound parts."""
     return sum(len(part.late_s) for part in parts if not part.void)
 
 
-def _endless(kind: Kind, seed: int) -> Scenario:
+def _endless(kind: ServingKind, seed: int) -> Scenario:
     """A request a second for as long as anybody asks: for whatever does not depend on when requests arrive."""
     return scenario_of(kind, arrivals={"process": "constant", "rate_per_s": 1.0}, span_s=1e6, seed=seed)
 
 
-class _Bench:
+class RunObserver:
     """The workers of one kind, the plan that suits them, and what was last known of their costs."""
 
-    def __init__(self, kind: Kind, crews: Crews, catalogue: Profiles, protocol: Protocol, out: Path, say: Say) -> None:
-        self.kind, self.crews, self.catalogue = kind, crews, catalogue
+    def __init__(
+        self,
+        kind: ServingKind,
+        pools: ProcessPools,
+        catalogue: Profiles,
+        protocol: ObservationProtocol,
+        out: Path,
+        say: Say,
+    ) -> None:
+        self.kind, self.pools, self.catalogue = kind, pools, catalogue
         self.protocol, self.out, self.say = protocol, out, say
-        self.settings = Settings()
+        self.settings = ServiceSettings()
         self.scenario = _endless(kind, protocol.seed)
         self.deployment: Deployment
         self.known: Profiles
@@ -138,17 +163,17 @@ class _Bench:
     async def settle(self, deployment: Deployment, before: Deployment | None) -> None:
         """Time the workers alone, and choose the switch step by that unless parts `before` have one."""
         if before is None:
-            first = await alone(self.crews, self.scenario, deployment, self.settings)
+            first = await time_alone(self.pools, self.scenario, deployment, self.settings)
             step = balanced_switch_step(self.kind, self.catalogue.with_costs(first.rows))
             before = deployment_of(self.kind, self.scenario, self.catalogue, switch_step=step)
         self.deployment = before
-        alone_now = await alone(self.crews, self.scenario, self.deployment, self.settings)
+        alone_now = await time_alone(self.pools, self.scenario, self.deployment, self.settings)
         self.known = self.catalogue.with_costs(alone_now.rows)
 
     def _serving(self, scenario: Scenario, profiles: Profiles) -> AbstractAsyncContextManager[Client]:
-        return serving(self.crews, scenario, self.deployment, profiles, self.settings)
+        return open_client(self.pools, scenario, self.deployment, profiles, self.settings)
 
-    async def _rehearse(self, rate_per_s: float, seed: int) -> Profile:
+    async def rehearse_load(self, rate_per_s: float, seed: int) -> WorkerProfile:
         """What requests take at that rate; those of another seed than any part's."""
         count = max(self.protocol.fewest_rehearsed, math.ceil(self.protocol.rehearsal_s * rate_per_s))
         draws = np.random.default_rng(seed)
@@ -157,9 +182,9 @@ class _Bench:
         cost = candidate_of(self.scenario, self.deployment, self.known).cost
         rehearsal = Rehearsal(arrivals_s=arrivals_s, links=links, cost=cost)
         async with self._serving(self.scenario, self.known) as client:
-            return await rehearse(client, self.crews, self.scenario, self.deployment, rehearsal)
+            return await rehearse(client, self.pools, self.scenario, self.deployment, rehearsal)
 
-    async def serve(self, load: float, wanted: int, parts: Sequence[Observed]) -> None:
+    async def serve(self, load: float, wanted: int, parts: Sequence[ObservedPart]) -> None:
         """Serve what a run misses after its `parts`, in further parts of about the same length.
 
         A void part is tried again as long as there are attempts.
@@ -167,28 +192,30 @@ class _Bench:
         profile, before = await self._profile(load)
         folder = self.out / "profiles" / kept.name_of(self.kind.name, load)
         write_profile(profile.rows, folder, warmup_runs=WARMUP_RUNS)
-        more = math.ceil(_missing(wanted, parts) / self._rate(load) / self.protocol.part_s)
-        count = math.ceil(_missing(wanted, parts) / more)
+        more = math.ceil(missing_requests(wanted, parts) / self._rate(load) / self.protocol.part_s)
+        count = math.ceil(missing_requests(wanted, parts) / more)
         done, part = list(parts), None
         for _ in range(self.protocol.attempts * more):
             if part is not None:
                 before = await self._steady_pace() if part.void else part.step_after_s
-            part = await self._observe(load, done, count, profile.at(before))
+            part = await self.observe_part(load, done, count, profile.at(before))
             kept.save(part, self.out)
             done.append(part)
-            if not _missing(wanted, done):
+            if not missing_requests(wanted, done):
                 return
         self.say(
-            f"{kept.name_of(self.kind.name, load)}: given up for now, {_missing(wanted, done)} requests are missing"
+            f"{kept.name_of(self.kind.name, load)}: given up for now, "
+            f"{missing_requests(wanted, done)} requests are missing"
         )
 
-    async def _profile(self, load: float) -> tuple[Profile, Mapping[str, float]]:
+    async def _profile(self, load: float) -> tuple[WorkerProfile, Mapping[str, float]]:
         """What is measured in a rehearsal, at the mean of the paces around it, and the pace just now."""
-        tried: list[tuple[float, Profile]] = []
+        tried: list[tuple[float, WorkerProfile]] = []
+        after: Mapping[str, float] = {}
         for number in range(self.protocol.rehearsals):
             before = await self._steady_pace()
-            rehearsed = await self._rehearse(self._rate(load), self._seed(load, -number))
-            after = await self._pace()
+            rehearsed = await self.rehearse_load(self._rate(load), self._seed(load, -number))
+            after = await self.take_pace()
             mean = {device: (before[device] + after[device]) / 2.0 for device in before}
             tried.append((drift(before, after), replace(rehearsed, pace=mean)))
             if tried[-1][0] <= self.protocol.drift_limit:
@@ -199,22 +226,24 @@ class _Bench:
 
     async def _steady_pace(self) -> Mapping[str, float]:
         """The pace, as soon as it is the same twice in a row."""
-        last = await self._pace()
+        last = await self.take_pace()
         for _ in range(1, self.protocol.patience):
-            before, last = last, await self._pace()
+            before, last = last, await self.take_pace()
             if drift(before, last) <= self.protocol.drift_limit:
                 return last
         self.say(f"{self.kind.name}: steps do not get steady")
         return last
 
-    async def _pace(self) -> Mapping[str, float]:
-        return await pace(self.crews, self.scenario, self.deployment, self.settings, self.protocol.pace_s)
+    async def take_pace(self) -> Mapping[str, float]:
+        return await measure_pace(self.pools, self.scenario, self.deployment, self.settings, self.protocol.pace_s)
 
     def _rate(self, load: float) -> float:
         """Requests a second that make this load, by what is known now."""
         return load / bottleneck_s(candidate_of(self.scenario, self.deployment, self.known))
 
-    async def _observe(self, load: float, done: Sequence[Observed], count: int, profile: Profile) -> Observed:
+    async def observe_part(
+        self, load: float, done: Sequence[ObservedPart], count: int, profile: WorkerProfile
+    ) -> ObservedPart:
         """The part of `count` requests after those that are `done`, by the profile at the pace before it."""
         profiles = self.known = self.catalogue.with_costs(profile.rows)
         number = 1 + max((part.part for part in done), default=0)
@@ -231,11 +260,11 @@ class _Bench:
         async with self._serving(scenario, profiles) as client:
             links = self._links(profiles, count, seed)
             sent = await self._drive(client, links, rate_per_s, _served(done), seed, self.out / "logs" / name)
-        after = await self._pace()
+        after = await self.take_pace()
         drifted = drift(profile.pace, after)
         void = " (void)" if drifted > self.protocol.drift_limit else ""
         self.say(f"{name}: {count} requests served, steps drifted by {drifted:.2%}{void}")
-        return Observed(
+        return ObservedPart(
             kind=self.kind.name,
             load=load,
             part=number,
@@ -259,7 +288,7 @@ class _Bench:
         """Each request's own link; none for requests that cross no network."""
         if not self.kind.in_cloud:
             return [None] * count
-        return [*drawn_links(_endless(self.kind, seed), profiles, count)]
+        return [*draw_links(_endless(self.kind, seed), profiles, count)]
 
     def _seed(self, load: float, number: int) -> int:
         """A seed of its own for every part of every run: no two have the same gaps between arrivals."""
@@ -267,20 +296,20 @@ class _Bench:
 
     async def _drive(
         self, client: Client, links: Sequence[Link | None], rate_per_s: float, first: int, seed: int, logs: Path
-    ) -> list[Sent[Outcome]]:
-        async def send(number: int, arrival_s: float) -> Outcome:
+    ) -> list[SentRequest[RequestOutcome]]:
+        async def send(number: int, arrival_s: float) -> RequestOutcome:
             return await client.ask(replace(_ask(f"r{number}", number, links[number]), arrival_s=arrival_s))
 
         if self.protocol.trace is not None:
-            return await replay_trace(piece_of(self.protocol.trace, first, len(links), rate_per_s), send)
+            return await replay_trace(trace_piece(self.protocol.trace, first, len(links), rate_per_s), send)
         return await drive_loadgen(rate_per_s, len(links), send, logs=logs, seed=seed)
 
 
-def _ask(name: str, seed: int, link: Link | None) -> Ask:
-    return Ask(id=name, request_class=REQUEST_CLASS, prompt=PROMPT, seed=seed, link=link)
+def _ask(name: str, seed: int, link: Link | None) -> ClientRequest:
+    return ClientRequest(id=name, request_class=REQUEST_CLASS, prompt=PROMPT, seed=seed, link=link)
 
 
-def _steps(sent: Sequence[Sent[Outcome]]) -> dict[str, float]:
+def _steps(sent: Sequence[SentRequest[RequestOutcome]]) -> dict[str, float]:
     """The median step of each device while it served."""
     by_device = {
         CLOUD: [second for one in sent for second in one.answer.cloud_step_s],

@@ -1,11 +1,9 @@
 """A part of a live run as it is kept: what was served, the profile known before it, what its requests went through.
 
 A part is two files: `<name>.json` says what was run and how it was measured, `<name>.parquet` has the times of each
-request, of which its records are made. The JSON is written last, so that a part which has one is whole.
-
-What the client saw of a live run, as records in the simulator's own format, under the simulator's own laws.
-
-Simulates a live run again: the same arrivals on the same links, under the plan, from the profile known before.
+request. The JSON is written last, so that a part which has one is whole. The times of a part become records in the
+simulator's own format, under the simulator's own laws (`build_records`), and its arrivals are simulated again: on the
+same links, under the same plan, from the profile known before (`replay`).
 """
 
 from __future__ import annotations
@@ -38,25 +36,31 @@ from hybridsd_sim.simulation import (
 )
 from hybridsd_sim.workload import Draws
 
-from ..live import Link, Outcome
-from .load import Sent
-from .setting import POOL, REQUEST_CLASS, candidate_of, plan_of
+from ..live import Link, RequestOutcome
+from .load import SentRequest
+from .testbed import POOL, REQUEST_CLASS, candidate_of, plan_of
 
 Floats = npt.NDArray[np.float64]
+
+FORMAT = 3
+"""Of the files of a part; others are refused."""
+
+POLICY = "planned"
+"""Requests follow the plan, live and simulated."""
 
 TICK_S = 2.0**-22
 """Times are kept to a quarter of a microsecond, in binary, so that sums of them stay exact and files small."""
 
 
 def facts_of(
-    sent: Sequence[Sent[Outcome]], scenario: Scenario, deployment: Deployment, profiles: Profiles
+    sent: Sequence[SentRequest[RequestOutcome]], scenario: Scenario, deployment: Deployment, profiles: Profiles
 ) -> PlanFacts:
     """What the plan says of every request, with the bytes that really came down."""
     facts = plan_facts(scenario, profiles, candidate_of(scenario, deployment, profiles))
     return facts._replace(bytes_down=round(median(one.answer.bytes_down for one in sent)))
 
 
-def times_of(sent: Sequence[Sent[Outcome]]) -> dict[str, Floats]:
+def times_of(sent: Sequence[SentRequest[RequestOutcome]]) -> dict[str, Floats]:
     """The times of every request, from the first arrival on. Raises `RunError` unless all were served undisturbed."""
     outcomes = [one.answer for one in sent]
     if reasons := sorted({one.reason for one in outcomes if one.status != "served"}):
@@ -74,7 +78,7 @@ def rounded(times_s: Floats) -> Floats:
     return ticks
 
 
-def booked(times_s: Mapping[str, Floats], scenario: Scenario, facts: PlanFacts) -> Records:
+def build_records(times_s: Mapping[str, Floats], scenario: Scenario, facts: PlanFacts) -> Records:
     """The records of a run in which all requests were served. Raises `RunError` where it broke a law.
 
     `transfer_s` is the part of the latency in which neither side held the request or let it wait: the network, and what
@@ -99,11 +103,8 @@ def booked(times_s: Mapping[str, Floats], scenario: Scenario, facts: PlanFacts) 
     return done
 
 
-FORMAT = 3
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Observed:
+class ObservedPart:
     """One part of a live run of one kind at one load, `part` counted from 1; workers and queues are idle between parts.
 
     `scenario` has the part's own arrivals as a trace of the name `<name>.csv`, wherever that lies. Known before it: the
@@ -142,7 +143,7 @@ class Observed:
 
     def records(self) -> Records:
         """What happened, in the simulator's own format. Raises `RunError` where it broke a law."""
-        return booked(self.times_s, self.scenario, self.facts)
+        return build_records(self.times_s, self.scenario, self.facts)
 
     def profiles(self, catalogue: Profiles) -> Profiles:
         """What was known before the run: its rows, and its network as the machine lets requests through."""
@@ -159,7 +160,7 @@ def name_of(kind: str, load: float) -> str:
     return f"{kind}-{load:g}"
 
 
-def save(observed: Observed, folder: Path) -> None:
+def save(observed: ObservedPart, folder: Path) -> None:
     """Write a part into a folder, in the place of one of its name."""
     folder.mkdir(parents=True, exist_ok=True)
     write_times(folder / f"{observed.name}.parquet", {**observed.times_s, "late_s": observed.late_s})
@@ -167,32 +168,33 @@ def save(observed: Observed, folder: Path) -> None:
     write_atomically(folder / f"{observed.name}.json", f"{said}\n".encode())
 
 
-def find(folder: Path) -> list[Observed]:
+def find(folder: Path) -> list[ObservedPart]:
     """All parts in a folder, by kind, load and number. Raises `InputError` for files of another format."""
     return sorted((load(path) for path in folder.glob("*.json")), key=lambda run: (run.kind, run.load, run.part))
 
 
-def load(path: Path) -> Observed:
+def load(path: Path) -> ObservedPart:
     """The part whose JSON this is."""
     said = json.loads(path.read_text(encoding="utf-8"))
     if said.pop("format", None) != FORMAT:
         rule = f"this version reads runs of format {FORMAT}"
         raise InputError(Problem(str(path), "another format", rule, "Observe it again."))
     times_s = read_times(path.with_suffix(".parquet"))
-    return Observed(
+    facts: dict[str, Any] = {name: math.nan if value is None else value for name, value in said["facts"].items()}
+    return ObservedPart(
         **{
             **said,
             "scenario": Scenario.model_validate_json(json.dumps(said["scenario"])),
             "deployment": deployment_from_dict(said["deployment"]),
             "rows": tuple(CostRow.model_validate(row, strict=False) for row in said["rows"]),
-            "facts": _facts(said["facts"]),
+            "facts": PlanFacts(**{**facts, "batch_gpu_s": tuple(facts["batch_gpu_s"])}),
             "late_s": times_s.pop("late_s"),
             "times_s": times_s,
         }
     )
 
 
-def _said(observed: Observed) -> dict[str, Any]:
+def _said(observed: ObservedPart) -> dict[str, Any]:
     """All of a part but its requests, as plain data without folders."""
     plain = ("kind", "load", "part", "rate_per_s", "driver", "stack_s", "drift", "drift_limit")
     medians = ("step_before_s", "step_during_s", "step_after_s")
@@ -206,11 +208,6 @@ def _said(observed: Observed) -> dict[str, Any]:
         "facts": facts,
         "rows": [row.model_dump(mode="json", exclude_defaults=True) for row in observed.rows],
     }
-
-
-def _facts(said: Mapping[str, Any]) -> PlanFacts:
-    found = {name: math.nan if value is None else value for name, value in said.items()}
-    return PlanFacts(**{**found, "batch_gpu_s": tuple(found["batch_gpu_s"])})
 
 
 def _known(value: Any) -> Any:
@@ -244,10 +241,7 @@ def read_times(path: Path) -> dict[str, Floats]:
     return nothing | {name: table[name].to_numpy() for name in table.column_names}
 
 
-POLICY = "planned"
-
-
-def replay(observed: Observed, catalogue: Profiles, folder: Path) -> Records:
+def replay(observed: ObservedPart, catalogue: Profiles, folder: Path) -> Records:
     """The records of the simulation of a run. Its arrivals are written into `folder` as a trace, which is played.
 
     Simulated requests that cross no network begin at once; live ones ask first, and begin `stack_s` later.
@@ -282,7 +276,7 @@ def with_arrivals(scenario: Scenario, path: Path) -> Scenario:
     return scenario.with_overrides({f"requests.{REQUEST_CLASS}.arrivals": arrivals})
 
 
-def drawn_links(scenario: Scenario, profiles: Profiles, count: int) -> list[Link]:
+def draw_links(scenario: Scenario, profiles: Profiles, count: int) -> list[Link]:
     """The links of the first `count` requests of a scenario, in order of arrival: those that a simulation draws.
 
     They do not depend on when the requests arrive. Expects arrivals that give as many.

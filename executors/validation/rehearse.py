@@ -5,18 +5,8 @@ requests, at random times of the same rate as in the run, through the same servi
 cold caches, client, service and the other workers cost a worker at this load, and still nothing of the run itself. The
 pace, last, tells in a few seconds how fast the workers are just now.
 
-Cloud and edge of a calibration in one place: their workers, and the live service between them on a port of its own.
-
-Service, client and driver share one process and its event loop; every worker has processes of its own. The orders still
-cross a TCP connection.
-
-Keeps processors awake while requests are timed on them, and each process of a worker on a processor of its own.
-
-A processor that has nothing to do goes to sleep; the next task finds another clock, cold caches or, on a virtual
-machine, a host that has lent the processor to somebody else. Steps then take a few per cent more or less from one half
-minute to the next. A process of the lowest scheduling class (SCHED_IDLE) that does nothing on every processor prevents
-that, and gives way at once to whoever has something to do; but it counts against a container's CPU quota, under which
-nobody should calibrate. Both are Linux's; elsewhere nothing is done.
+Service, client and driver share one process and its event loop, and requests still cross a TCP connection; every worker
+has processes of its own, each on a CPU of its own that is kept awake.
 """
 
 from __future__ import annotations
@@ -41,27 +31,27 @@ from hybridsd_sim.scheduling import Scheduler, Worker
 
 from ..hybrid import open_listener
 from ..live import (
-    Ask,
     Client,
-    Crew,
-    Done,
-    Gang,
-    Here,
+    ClientRequest,
     Link,
     OnStep,
-    Outcome,
-    Settings,
+    ProcessPool,
+    ProcessSettings,
+    RequestOutcome,
+    ServiceSettings,
     Task,
+    TaskResult,
+    WorkerSpec,
     build_service,
-    cloud_gangs,
-    edge_gang,
-    served,
+    cloud_workers,
+    edge_worker,
+    run_service,
 )
 from ..profiling import MIN_RUNS
-from .cost_rows import Held, Profile, device_of, profile_of
+from .cost_rows import TimedTask, WorkerProfile, device_of, profile_of
 from .load import replay_trace
-from .setting import REQUEST_CLASS, plan_of
-from .testbed import Testbed
+from .recording import POLICY
+from .testbed import REQUEST_CLASS, Testbed, plan_of
 
 PROMPT = "a lighthouse at dusk"
 
@@ -71,23 +61,23 @@ _CLOUD, _EDGE = "cloud/0", "edge/0"
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ObservedTask:
     """A task that a worker did, and when it was given to it."""
 
     given_s: float
-    done: Done
+    done: TaskResult
 
 
-class WatchedCrew(Crew):
-    """A crew that remembers what its workers did, as long as `seen` is a list."""
+class WatchedPool(ProcessPool):
+    """A pool that remembers what its workers did, as long as `observed` is a list."""
 
-    seen: list[Seen] | None = None
+    observed: list[ObservedTask] | None = None
 
-    async def run(self, worker: str, task: Task, *, on_step: OnStep | None = None) -> Done:
+    async def run(self, worker: str, task: Task, *, on_step: OnStep | None = None) -> TaskResult:
         given_s = time.monotonic()
         done = await super().run(worker, task, on_step=on_step)
-        if self.seen is not None:
-            self.seen.append(Seen(given_s, done))
+        if self.observed is not None:
+            self.observed.append(ObservedTask(given_s, done))
         return done
 
 
@@ -101,57 +91,59 @@ class Rehearsal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crews:
-    """The workers of a calibration, of which the cloud's are `gangs`: one there, one at the edge, or one of them."""
+class ProcessPools:
+    """The workers of a validation, of which the cloud's are `specs`: one there, one at the edge, or one of them."""
 
-    cloud: WatchedCrew
-    edge: WatchedCrew
-    gangs: tuple[Gang, ...]
+    cloud: WatchedPool
+    edge: WatchedPool
+    specs: tuple[WorkerSpec, ...]
 
-    def of(self, stage: Stage) -> tuple[WatchedCrew, str]:
-        """The crew and the worker that do a stage."""
+    def of(self, stage: Stage) -> tuple[WatchedPool, str]:
+        """The pool and the worker that do a stage."""
         return (self.cloud, _CLOUD) if stage.site.tier == "cloud" else (self.edge, _EDGE)
 
 
-async def pace(
-    crews: Crews, scenario: Scenario, deployment: Deployment, settings: Settings, for_s: float
+async def measure_pace(
+    pools: ProcessPools, scenario: Scenario, deployment: Deployment, settings: ServiceSettings, for_s: float
 ) -> dict[str, float]:
     """The median step of each device while all workers do one task after the other and no requests are about."""
     begun, tasks = None, {}
     for stage in plan_of(deployment).stages:
-        tasks[device_of(stage)] = (*crews.of(stage), _task(scenario, stage, begun, settings))
+        tasks[device_of(stage)] = (*pools.of(stage), _task(scenario, stage, begun, settings))
         begun = (await _next(*tasks[device_of(stage)])).payload
     until_s = time.monotonic() + for_s
     step_s = await asyncio.gather(*[_steps(*task, until_s) for task in tasks.values()])
     return {device: median(seconds) for device, seconds in zip(tasks, step_s, strict=True)}
 
 
-async def _steps(crew: Crew, worker: str, task: Task, until_s: float) -> list[float]:
+async def _steps(pool: ProcessPool, worker: str, task: Task, until_s: float) -> list[float]:
     """Seconds of the steps of a task that is done again and again."""
     found: list[float] = []
     while not found or time.monotonic() < until_s:
-        found += (await _next(crew, worker, task)).step_s
+        found += (await _next(pool, worker, task)).step_s
     return found
 
 
-async def _next(crew: Crew, worker: str, task: Task) -> Done:
-    return await crew.run(worker, replace(task, key=f"pace/{time.monotonic_ns()}"))
+async def _next(pool: ProcessPool, worker: str, task: Task) -> TaskResult:
+    return await pool.run(worker, replace(task, key=f"pace/{time.monotonic_ns()}"))
 
 
-async def alone(crews: Crews, scenario: Scenario, deployment: Deployment, settings: Settings) -> Profile:
+async def time_alone(
+    pools: ProcessPools, scenario: Scenario, deployment: Deployment, settings: ServiceSettings
+) -> WorkerProfile:
     """A few tasks of each worker, one worker after the other, with nothing else to do."""
-    plan, begun, held = plan_of(deployment), None, []
+    plan, begun, timed = plan_of(deployment), None, []
     for stage in plan.stages:
-        crew, worker = crews.of(stage)
+        pool, worker = pools.of(stage)
         task = _task(scenario, stage, begun, settings)
         tasks = (replace(task, key=f"alone/{number}", seed=number) for number in range(WARMUP_RUNS + MIN_RUNS))
-        done = [await crew.run(worker, one) for one in tasks][WARMUP_RUNS:]
-        held.append([Held(one, one.stop_s - one.start_s) for one in done])
+        done = [await pool.run(worker, one) for one in tasks][WARMUP_RUNS:]
+        timed.append([TimedTask(one, one.stop_s - one.start_s) for one in done])
         begun = done[0].payload
-    return profile_of(scenario, plan, held, "worker alone")
+    return profile_of(scenario, plan, timed, "worker alone")
 
 
-def _task(scenario: Scenario, stage: Stage, begun: bytes | None, settings: Settings) -> Task:
+def _task(scenario: Scenario, stage: Stage, begun: bytes | None, settings: ServiceSettings) -> Task:
     spec = scenario.requests[REQUEST_CLASS]
     return Task(
         key="", model=stage.model, prompt=PROMPT, height_px=spec.height_px, width_px=spec.width_px,
@@ -162,26 +154,26 @@ def _task(scenario: Scenario, stage: Stage, begun: bytes | None, settings: Setti
 
 
 async def rehearse(
-    client: Client, crews: Crews, scenario: Scenario, deployment: Deployment, rehearsal: Rehearsal
-) -> Profile:
+    client: Client, pools: ProcessPools, scenario: Scenario, deployment: Deployment, rehearsal: Rehearsal
+) -> WorkerProfile:
     """Serve other requests at the load of the run, and see what workers do and what the machine adds to the network."""
     plan = plan_of(deployment)
     for number in range(WARMUP_RUNS):
         await _ask(client, number)
-    watched = [crews.of(stage)[0] for stage in plan.stages]
-    for crew in watched:
-        crew.seen = []
+    watched = [pools.of(stage)[0] for stage in plan.stages]
+    for pool in watched:
+        pool.observed = []
     try:
         sent = await replay_trace(rehearsal.arrivals_s, lambda number, _: _ask(client, number, rehearsal.links[number]))
-        seen = [list(crew.seen or ()) for crew in watched]
+        observed = [list(pool.observed or ()) for pool in watched]
     finally:
-        for crew in watched:
-            crew.seen = None
-    found = profile_of(scenario, plan, [list(held(tasks)) for tasks in seen], "served at the load of the run")
-    return replace(found, stack_s=_added_by_the_machine([one.answer for one in sent], rehearsal))
+        for pool in watched:
+            pool.observed = None
+    found = profile_of(scenario, plan, [list(hold_times(tasks)) for tasks in observed], "served at the load of the run")
+    return replace(found, stack_s=_stack_seconds([one.answer for one in sent], rehearsal))
 
 
-def _added_by_the_machine(outcomes: Sequence[Outcome], rehearsal: Rehearsal) -> float:
+def _stack_seconds(outcomes: Sequence[RequestOutcome], rehearsal: Rehearsal) -> float:
     """Median seconds for which requests are in nobody's hands beyond what the model of their links says."""
     cost = rehearsal.cost
     modelled_s = [
@@ -190,25 +182,25 @@ def _added_by_the_machine(outcomes: Sequence[Outcome], rehearsal: Rehearsal) -> 
     return max(0.0, median(outcome.transfer_s - s for outcome, s in zip(outcomes, modelled_s, strict=True)))
 
 
-async def _ask(client: Client, seed: int, link: Link | None = None) -> Outcome:
+async def _ask(client: Client, seed: int, link: Link | None = None) -> RequestOutcome:
     name = f"p{time.monotonic_ns()}"
-    outcome = await client.ask(Ask(id=name, request_class=REQUEST_CLASS, prompt=PROMPT, seed=seed, link=link))
+    outcome = await client.ask(ClientRequest(id=name, request_class=REQUEST_CLASS, prompt=PROMPT, seed=seed, link=link))
     if outcome.status != "served":
         raise RunError(f"a request of the profile was not served: {outcome.reason} {outcome.words}".rstrip())
     return outcome
 
 
-def held(tasks: Iterable[Seen]) -> Iterator[Held]:
+def hold_times(tasks: Iterable[ObservedTask]) -> Iterator[TimedTask]:
     """For how long each task held its worker: where the next one waited for it already, until that one began.
 
     Where none waited, to its own end, and then as long as a worker usually takes from one task to the next.
     """
-    ordered = sorted(tasks, key=lambda seen: seen.done.start_s)
+    ordered = sorted(tasks, key=lambda observed: observed.done.start_s)
     pauses = {a.done.start_s: b.done.start_s - a.done.stop_s for a, b in pairwise(ordered) if b.given_s < a.done.stop_s}
     usual_s = median(pauses.values()) if pauses else 0.0
-    for seen in ordered:
-        done = seen.done
-        yield Held(done, done.stop_s - done.start_s + pauses.get(done.start_s, usual_s))
+    for observed in ordered:
+        done = observed.done
+        yield TimedTask(done, done.stop_s - done.start_s + pauses.get(done.start_s, usual_s))
 
 
 _WATCH = """
@@ -223,25 +215,32 @@ while os.getppid() == parent:
 """
 
 
-def own_cpus() -> tuple[int, ...]:
+def available_cpus() -> tuple[int, ...]:
     """The CPUs that this process may use, by number; none where the system does not say."""
     return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
 
 
-def a_cpu_each(processes: Sequence[int]) -> list[tuple[int, ...]]:
+def assign_cpus(processes: Sequence[int], cpus: Sequence[int]) -> list[tuple[int, ...]]:
     """CPUs for workers of so many processes, one a process; none for anybody where there are too few."""
-    free = iter(own_cpus())
-    if sum(processes) > len(own_cpus()):
+    if sum(processes) > len(cpus):
         return [()] * len(processes)
+    free = iter(cpus)
     return [tuple(next(free) for _ in range(count)) for count in processes]
 
 
 @contextmanager
-def kept_awake() -> Iterator[tuple[int, ...]]:
-    """No CPU of this process sleeps inside the block; the ids of the processes that watch, which end with it."""
+def keep_cpus_awake() -> Iterator[tuple[int, ...]]:
+    """No CPU of this process sleeps inside the block; the ids of the processes that watch, which end with it.
+
+    A CPU that has nothing to do goes to sleep; the next task finds another clock, cold caches or, on a virtual machine,
+    a host that has lent the CPU to somebody else. Steps then take a few per cent more or less from one half minute to
+    the next. A process of the lowest scheduling class (SCHED_IDLE) that does nothing on every CPU prevents that, and
+    gives way at once to whoever has something to do; but it counts against a container's CPU quota, under which nobody
+    should measure. Linux only; elsewhere nothing is done.
+    """
     watchers: list[subprocess.Popen[bytes]] = []
     try:
-        for cpu in own_cpus() if hasattr(os, "SCHED_IDLE") else ():
+        for cpu in available_cpus() if hasattr(os, "SCHED_IDLE") else ():
             command = [sys.executable, "-c", _WATCH, str(cpu), str(os.getpid())]
             watchers.append(subprocess.Popen(command))  # noqa: S603 -- this very program
         yield tuple(watcher.pid for watcher in watchers)
@@ -252,36 +251,28 @@ def kept_awake() -> Iterator[tuple[int, ...]]:
             watcher.wait()
 
 
-POLICY = "planned"
+@asynccontextmanager
+async def start_workers(deployment: Deployment, testbed: Testbed) -> AsyncIterator[ProcessPools]:
+    """The workers that a deployment asks for, all up: a CPU thread each process, on CPUs that are kept awake."""
+    settings = ProcessSettings(threads=1, weights=testbed.weights, profiles=testbed.profiles)
+    device = edge_worker([plan_of(deployment)], settings)
+    sides = cloud_workers(deployment, settings), (device,) if device else ()
+    cpus = iter(assign_cpus([spec.degree for side in sides for spec in side], available_cpus()))
+    specs, devices = (tuple(replace(spec, cpus=next(cpus)) for spec in side) for side in sides)
+    with keep_cpus_awake():
+        async with WatchedPool(specs) as cloud, WatchedPool(devices) as edge:
+            yield ProcessPools(cloud=cloud, edge=edge, specs=specs)
 
 
 @asynccontextmanager
-async def working(deployment: Deployment, testbed: Testbed) -> AsyncIterator[Crews]:
-    """The workers that a deployment asks for, all up: a CPU thread each process, on processors that are kept awake."""
-    here = Here(threads=1, weights=testbed.weights, profiles=testbed.profiles)
-    device = edge_gang([plan_of(deployment)], here)
-    gangs, devices = _on_cpus(cloud_gangs(deployment, here), (device,) if device else ())
-    with kept_awake():
-        async with WatchedCrew(gangs) as cloud, WatchedCrew(devices) as edge:
-            yield Crews(cloud=cloud, edge=edge, gangs=gangs)
-
-
-def _on_cpus(*sides: tuple[Gang, ...]) -> Iterator[tuple[Gang, ...]]:
-    """The gangs of each side with a CPU for every process, where there are enough."""
-    cpus = iter(a_cpu_each([gang.degree for side in sides for gang in side]))
-    for side in sides:
-        yield tuple(replace(gang, cpus=next(cpus)) for gang in side)
-
-
-@asynccontextmanager
-async def serving(
-    crews: Crews, scenario: Scenario, deployment: Deployment, profiles: Profiles, settings: Settings
+async def open_client(
+    pools: ProcessPools, scenario: Scenario, deployment: Deployment, profiles: Profiles, settings: ServiceSettings
 ) -> AsyncIterator[Client]:
     """A client of the live service that follows the deployment."""
-    workers = [Worker(gang.name, gang.pool, gang.degree) for gang in crews.gangs]
+    workers = [Worker(spec.name, spec.pool, spec.degree) for spec in pools.specs]
     scheduler = Scheduler.from_plan(deployment, policy=POLICY, scenario=scenario, profiles=profiles, workers=workers)
-    service = build_service(scheduler, crews.cloud, gangs=crews.gangs, settings=settings)
+    service = build_service(scheduler, pools.cloud, specs=pools.specs, settings=settings)
     with open_listener(("127.0.0.1", 0)) as listener:
         host, port = listener.getsockname()
-        async with served(service, listener), Client(f"http://{host}:{port}", crews.edge) as client:
+        async with run_service(service, listener), Client(f"http://{host}:{port}", pools.edge) as client:
             yield client

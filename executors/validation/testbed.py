@@ -1,29 +1,38 @@
-"""What is served in a calibration: two small Stable Diffusion pipelines on disk, and a profiles folder that knows them.
+"""What is served in a validation: two small pipelines on disk, the profiles that know them, and who serves them how.
 
-The pipelines are real ones, whole and small: UNets that take some 40 to 60 ms for a guided step on one CPU thread, a
-CLIP text encoder with a tokenizer of single bytes, and a tiny autoencoder. Their weights are seeded random numbers,
-which cost what trained ones cost. The UNets are deep and narrow: their few megabytes of weights stay in the caches, so
-that neighbours who use the memory, on this machine or on its host, disturb their steps little.
+The pipelines are Stable Diffusion's, whole and small: UNets that take some 40 to 60 ms for a guided step on one CPU
+thread, a CLIP text encoder with a tokenizer of single bytes, and a tiny autoencoder. Their weights are seeded random
+numbers, which cost what trained ones cost. The UNets are deep and narrow: their few megabytes of weights stay in the
+caches, so that neighbours who use the memory, on this machine or on its host, disturb their steps little.
+
+Each kind of serving has a scenario and a plan of its own. Nothing here is measured: how long a request holds its worker
+comes from the cost rows of the profiles that are given.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models import AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
+from hybridsd_sim.errors import InputError, Problem, unknown_name
 from hybridsd_sim.files import data_folder
 from hybridsd_sim.perf import TEXT_TOKENS, unet_layers, unet_params
+from hybridsd_sim.plan import Deployment, Plan, Stage
+from hybridsd_sim.pricing import Candidate, fleet_site, make_candidate, pool_site, request_of
+from hybridsd_sim.profiles import Profiles
+from hybridsd_sim.scenario import Scenario
 
 from ..models import build_unet, fill
 
@@ -52,6 +61,150 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 _SOURCE = {"kind": "modelled", "source": "hybridsd_sim.executors, seeded weights", "source_date": "2026-11"}
+
+REQUEST_CLASS, POOL, FLEET = "picture", "cloud", "edge"
+
+NETWORK = "wifi6"
+
+SLO_LATENCIES = 3.0
+"""The promise, in latencies of a request that has everything to itself: at high load some requests miss it."""
+
+LONGEST_S = 3600.0
+"""Nobody waits longer than this behind the last arrival."""
+
+
+# ---- Kinds of serving -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingKind:
+    """A way of serving: how many steps a picture has, where they are done, and by how many ranks."""
+
+    name: str
+    num_inference_steps: int
+    in_cloud: bool = False
+    at_edge: bool = False
+    method: str = "single"
+    degree: int = 1
+
+
+KINDS: Mapping[str, ServingKind] = {
+    kind.name: kind
+    for kind in (
+        ServingKind(name="cloud", num_inference_steps=2, in_cloud=True),
+        ServingKind(name="edge", num_inference_steps=3, at_edge=True),
+        ServingKind(name="hybrid", num_inference_steps=5, in_cloud=True, at_edge=True),
+        ServingKind(name="parallel", num_inference_steps=3, in_cloud=True, method="cfg_parallel", degree=2),
+    )
+}
+"""Each holds its busiest worker for a sixth of a second or so: the shorter, the more requests an hour."""
+
+
+def kind_of(name: str) -> ServingKind:
+    """A kind by its name. Raises `InputError` for others."""
+    if name not in KINDS:
+        raise InputError(unknown_name("--kinds", name, tuple(KINDS)))
+    return KINDS[name]
+
+
+def scenario_of(
+    kind: ServingKind, *, arrivals: Mapping[str, Any], span_s: float, seed: int = 1, slo_s: float | None = None
+) -> Scenario:
+    """The scenario of a kind whose last request arrives after `span_s`; all of them end within the horizon."""
+    picture = {
+        "origin": FLEET, "model": LARGE, "small_models": [SMALL], "height_px": SIZE_PX, "width_px": SIZE_PX,
+        "num_inference_steps": kind.num_inference_steps, "sampler": "ddim", "arrivals": dict(arrivals), "slo_s": slo_s,
+    }  # fmt: skip
+    edge = {
+        "device": EDGE, "replicas": 1, "network": NETWORK, "ownership": "shared", "encodes_prompt": False,
+    }  # fmt: skip
+    cloud = {
+        "gpu": CLOUD, "gpus_per_node": kind.degree, "runtime": "eager", "precision": "fp32", "usd_per_gpu_hour": 0.05,
+        "replicas_max": 1,
+    }  # fmt: skip
+    return Scenario.model_validate(
+        {
+            "name": f"calibrate-{kind.name}",
+            "seed": seed,
+            "horizon_s": math.ceil(span_s + LONGEST_S),
+            "requests": {REQUEST_CLASS: picture},
+            "edge": {FLEET: edge},
+            "pools": {POOL: cloud},
+        },
+        strict=False,
+    )
+
+
+def deployment_of(kind: ServingKind, scenario: Scenario, profiles: Profiles, *, switch_step: int) -> Deployment:
+    """One worker wherever the kind has one, and the plan that all requests follow.
+
+    `switch_step` counts for kinds that have both sides. The prompt is encoded where the steps begin, the image decoded
+    where they end.
+    """
+    steps = kind.num_inference_steps
+    cloud, edge = pool_site(POOL, scenario.pools[POOL]), fleet_site(FLEET, scenario.edge[FLEET], profiles)
+    stop = (switch_step if kind.at_edge else steps) if kind.in_cloud else 0
+    stages = []
+    if kind.in_cloud:
+        stages.append(Stage(start=0, stop=stop, model=LARGE, site=cloud, method=kind.method, degree=kind.degree))
+    if kind.at_edge:
+        stages.append(Stage(start=stop, stop=steps, model=SMALL, site=edge))
+    first, last = stages[0].site.name, stages[-1].site.name
+    plan = Plan(stages=tuple(stages), text_encode_site=first, vae_site=last, vae=VAE, network=NETWORK)
+    return Deployment.pure({POOL: int(kind.in_cloud)}, {REQUEST_CLASS: plan})
+
+
+def candidate_of(scenario: Scenario, deployment: Deployment, profiles: Profiles) -> Candidate:
+    """The deployment's plan, priced for the class's requests."""
+    request = request_of(REQUEST_CLASS, scenario.requests[REQUEST_CLASS])
+    return make_candidate(scenario, profiles, request, plan_of(deployment))
+
+
+def plan_of(deployment: Deployment) -> Plan:
+    """The plan that all requests follow."""
+    return deployment.plans[REQUEST_CLASS][0].plan
+
+
+def bottleneck_s(candidate: Candidate) -> float:
+    """Seconds for which a request holds the worker that it holds the longest.
+
+    A load of 1 is a request every so many seconds, so that rates follow from it.
+    """
+    return max(candidate.cloud_s, candidate.edge_s)
+
+
+def balanced_switch_step(kind: ServingKind, profiles: Profiles) -> int:
+    """The switch step at which cloud and edge are loaded the most evenly; in the middle for kinds of one side."""
+    steps = kind.num_inference_steps
+    if not (kind.in_cloud and kind.at_edge):
+        return steps // 2
+    scenario = scenario_of(kind, arrivals={"process": "constant", "rate_per_s": 1.0}, span_s=1.0)
+
+    def busiest_s(step: int) -> float:
+        deployment = deployment_of(kind, scenario, profiles, switch_step=step)
+        return bottleneck_s(candidate_of(scenario, deployment, profiles))
+
+    return min(range(1, steps), key=busiest_s)
+
+
+def share_requests(requests: int, loads: Iterable[float]) -> dict[float, int]:
+    """How many of the requests each load gets: in proportion to it, so that all runs take equally long."""
+    wanted = list(loads)
+    if problems := [
+        Problem("--loads", str(load), "must lie above 0 and below 1, or queues grow for ever")
+        for load in wanted
+        if not 0.0 < load < 1.0
+    ]:
+        raise InputError(problems)
+    return {load: math.ceil(requests * load / sum(wanted)) for load in wanted}
+
+
+def trace_arrivals(path: Path) -> dict[str, Any]:
+    """Arrivals that are played from a file as they are."""
+    return {"process": "trace", "path": str(path)}
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +246,8 @@ def _write_pipeline(config: Mapping[str, Any], path: Path) -> None:
     """Under another name first, so that an interrupted writer leaves no half of one."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # neither library annotates it
+    diffusers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     build_unet(config).save_pretrained(part / "unet")
     _seeded_vae().save_pretrained(part / "vae")
     _seeded_text_encoder().save_pretrained(part / "text_encoder")
@@ -107,7 +260,8 @@ def _seeded_vae() -> AutoencoderTiny:
     narrow = {f"{side}_block_out_channels": (16,) * 4 for side in ("encoder", "decoder")}
     with torch.device("meta"):
         vae = AutoencoderTiny(**narrow, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4)
-    return fill(vae, seed=0, device="cpu", dtype=torch.float32)
+    filled: AutoencoderTiny = fill(vae, seed=0, device="cpu", dtype=torch.float32)
+    return filled
 
 
 def _seeded_text_encoder() -> CLIPTextModel:

@@ -7,8 +7,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from executors.live import Link, until
-from executors.live.messages import paced
+from executors.live import Link, sleep_until
+from executors.live.shaping import pace_payload
 from hybridsd_sim.pricing.transfers import transfer_s
 
 LATEST_S = 0.02
@@ -33,7 +33,7 @@ class Clock:
 async def heard(data, link, clock, start_s=None, slow_s=0.0):
     """What comes out and when; whoever takes it is `slow_s` about every piece."""
     pieces = []
-    async for piece in paced(data, link, start_s=start_s, clock=clock, sleep=clock.sleep):
+    async for piece in pace_payload(data, link, start_s=start_s, clock=clock, sleep=clock.sleep):
         pieces.append((clock(), piece))
         clock.now_s += slow_s
     return pieces
@@ -84,7 +84,7 @@ def test_a_receiver_that_pauses_catches_up():
 
     async def listen():
         times = []
-        async for _ in paced(bytes(100_000), link, clock=clock, sleep=clock.sleep):
+        async for _ in pace_payload(bytes(100_000), link, clock=clock, sleep=clock.sleep):
             if not times:
                 clock.now_s += 0.5
             times.append(clock())
@@ -101,7 +101,7 @@ def test_on_the_real_clock_nothing_comes_early():
 
     async def listen():
         began_s, out = time.monotonic(), 0
-        async for piece in paced(bytes(50_000), link):
+        async for piece in pace_payload(bytes(50_000), link):
             out += len(piece)
             assert out <= 1e6 * (time.monotonic() - began_s - 0.03) + 1e-3
         return out, time.monotonic() - began_s
@@ -114,7 +114,7 @@ def test_on_the_real_clock_nothing_comes_early():
 def test_until_waits_again_for_timers_that_ring_too_early():
     """A timer that rings at half the time is set again."""
     clock = Clock([-LATEST_S] * 50)
-    asyncio.run(until(1000.1, clock=clock, sleep=clock.sleep))
+    asyncio.run(sleep_until(1000.1, clock=clock, sleep=clock.sleep))
     assert clock() >= 1000.1
 
 

@@ -10,21 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration_runs import made_up, observed_of, run_of, slower
-from executors.validation import KINDS, calibrate
+from executors.validation import KINDS, validate
 from executors.validation import recording as kept
-from executors.validation.compare import block_length, blocks_again, compare, limits_at
+from executors.validation.compare import block_length, compare, limits_at, resample_blocks
 from executors.validation.recording import TICK_S
 from hybridsd_sim.errors import InputError, RunError
-from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.simulation import column
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Profiles:
-    """The testbed's catalogue with a made-up profile."""
-    return made_up(tmp_path_factory.mktemp("catalogue"))
-
+from validation_runs import observed_of, run_of, slower
 
 # ---- Comparison -----------------------------------------------------------------------------------------------------
 
@@ -110,7 +102,7 @@ def test_runs_that_are_not_of_the_same_served_requests_are_refused(known, tmp_pa
 def test_requests_are_drawn_again_in_blocks_of_neighbours(count, data):
     """Every series has as many requests as the run, all of the run's own, and whole blocks of neighbours."""
     block = data.draw(st.integers(1, count))
-    draws = blocks_again(count, block, 3, np.random.default_rng(data.draw(st.integers(0, 99))))
+    draws = resample_blocks(count, block, 3, np.random.default_rng(data.draw(st.integers(0, 99))))
     assert draws.shape == (3, count)
     assert draws.min() >= 0
     assert draws.max() < count
@@ -144,7 +136,7 @@ def test_the_report_says_what_was_compared(known, tmp_path):
     kept.save(observed_of(run, known, KINDS["cloud"]), tmp_path / "runs")
     kept.save(observed_of(run, known, KINDS["cloud"], part=2, drift=0.02), tmp_path / "runs")
     kept.save(observed_of(run_of(KINDS["edge"], known, tmp_path), known, KINDS["edge"], drift=0.02), tmp_path / "runs")
-    row, lost = calibrate(tmp_path / "out", runs=tmp_path / "runs")
+    row, lost = validate(tmp_path / "out", runs=tmp_path / "runs")
     assert (lost["run"], lost["requests"], lost["void_parts"], lost["holds"]) == ("edge-0.7", 0, 1, None)
     assert row["run"] == "cloud-0.7"
     assert row["holds"]
@@ -167,7 +159,7 @@ def test_runs_of_which_nothing_is_sound_are_reported_all_the_same(known, tmp_pat
     """The page says that nothing can be told, and no run is compared."""
     void = observed_of(run_of(KINDS["cloud"], known, tmp_path), known, KINDS["cloud"], drift=0.02)
     kept.save(void, tmp_path / "runs")
-    (lost,) = calibrate(tmp_path / "out", runs=tmp_path / "runs")
+    (lost,) = validate(tmp_path / "out", runs=tmp_path / "runs")
     assert (lost["parts"], lost["latency_p50_s_off"]) == (0, None)
     assert "Nothing is told of cloud-0.7" in (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
 
@@ -175,4 +167,4 @@ def test_runs_of_which_nothing_is_sound_are_reported_all_the_same(known, tmp_pat
 def test_a_folder_without_runs_is_refused(tmp_path):
     """There is nothing to compare, and nothing is observed."""
     with pytest.raises(InputError, match="--from"):
-        calibrate(tmp_path / "out", runs=tmp_path)
+        validate(tmp_path / "out", runs=tmp_path)

@@ -12,30 +12,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration_runs import made_up, observed_of, rows, run_of, set_up
-from executors.live import Done
-from executors.validation import KINDS, calibrate
+from executors.live import TaskResult
+from executors.validation import KINDS, validate
 from executors.validation import recording as kept
-from executors.validation.cost_rows import Held, Profile, drift, profile_of
-from executors.validation.observe import Protocol, _Bench, _missing, observe
-from executors.validation.setting import Kind, plan_of
-from executors.validation.testbed import CLOUD, EDGE, build_testbed
+from executors.validation.cost_rows import TimedTask, WorkerProfile, drift, profile_of
+from executors.validation.observe import ObservationProtocol, RunObserver, missing_requests, observe
+from executors.validation.testbed import CLOUD, EDGE, ServingKind, build_testbed, plan_of
 from hybridsd_sim import load_profiles
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.workload import import_trace
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Profiles:
-    """The testbed's catalogue with a made-up profile."""
-    return made_up(tmp_path_factory.mktemp("catalogue"))
+from validation_runs import observed_of, rows, run_of, set_up
 
 
 @given(cloud=st.floats(0.5, 2.0), edge=st.floats(0.5, 2.0))
 def test_a_profile_follows_the_pace_of_each_device(cloud, edge):
     """Whatever a device does takes longer in proportion to its pace; back at the old pace nothing has changed."""
-    profile = Profile(rows=tuple(rows()), stack_s=0.003, pace={CLOUD: 0.05, EDGE: 0.04})
+    profile = WorkerProfile(rows=tuple(rows()), stack_s=0.003, pace={CLOUD: 0.05, EDGE: 0.04})
     other = profile.at({CLOUD: 0.05 * cloud, EDGE: 0.04 * edge})
     again = other.at(profile.pace)
     assert {row.device for row in profile.rows} == {CLOUD, EDGE}
@@ -45,9 +38,9 @@ def test_a_profile_follows_the_pace_of_each_device(cloud, edge):
         assert back.seconds_median == pytest.approx(row.seconds_median)
 
 
-def done_in(before: float, steps: float, after: float, num_steps: int) -> Done:
+def done_in(before: float, steps: float, after: float, num_steps: int) -> TaskResult:
     """A task of so many seconds before, in and after its steps."""
-    return Done(
+    return TaskResult(
         payload=b"", is_image=True, start_s=0.0, stop_s=before + steps + after, text_encode_s=before,
         vae_decode_s=after, step_s=(steps / num_steps,) * num_steps, parse_s=0.0, serialise_s=0.0,
     )  # fmt: skip
@@ -62,7 +55,7 @@ def test_the_parts_of_a_task_are_together_as_long_as_tasks_are_on_average(known,
     scenario, deployment = set_up(KINDS["cloud"], known)
     plan = plan_of(deployment)
     seen = [
-        Held(done_in(before, step, after, plan.num_inference_steps), before + step + after)
+        TimedTask(done_in(before, step, after, plan.num_inference_steps), before + step + after)
         for before, step, after in tasks
     ]
     before, step, after = (row.seconds_median for row in profile_of(scenario, plan, [seen], "").rows)
@@ -76,31 +69,31 @@ def test_void_parts_are_made_again_and_sound_ones_are_not(known, tmp_path):
     """What a run misses is what it was to have less what its sound parts have."""
     run = run_of(KINDS["cloud"], known, tmp_path)
     sound, void = (observed_of(run, known, KINDS["cloud"], drift=drift) for drift in (0.01, 0.011))
-    assert _missing(250, []) == 250
-    assert _missing(250, [sound, void]) == 150
-    assert _missing(250, [sound, void, sound, sound]) == 0
+    assert missing_requests(250, []) == 250
+    assert missing_requests(250, [sound, void]) == 150
+    assert missing_requests(250, [sound, void, sound, sound]) == 0
 
 
-class Rehearsed(_Bench):
-    """A bench whose workers have the paces of a script, and whose parts are always the same hundred requests."""
+class Rehearsed(RunObserver):
+    """An observer whose workers have the paces of a script, and whose parts are always the same hundred requests."""
 
-    def __init__(self, known: Profiles, tmp_path: Path, protocol: Protocol, paces: list[float]) -> None:
+    def __init__(self, known: Profiles, tmp_path: Path, protocol: ObservationProtocol, paces: list[float]) -> None:
         self.said: list[str] = []
         super().__init__(KINDS["cloud"], None, known, protocol, tmp_path, self.said.append)
         _, self.deployment = set_up(self.kind, known)
         self.known, self.paces, self.profiles = known, iter(paces), []
         self.run = run_of(self.kind, known, tmp_path)
 
-    async def _pace(self):
+    async def take_pace(self):
         return {CLOUD: next(self.paces)}
 
-    async def _rehearse(self, rate_per_s, seed):
+    async def rehearse_load(self, rate_per_s, seed):
         mine = [row for row in rows() if row.device == CLOUD]
-        return Profile(rows=tuple(row.model_copy(update={"num_samples": 24}) for row in mine))
+        return WorkerProfile(rows=tuple(row.model_copy(update={"num_samples": 24}) for row in mine))
 
-    async def _observe(self, load, done, count, profile):
+    async def observe_part(self, load, done, count, profile):
         self.profiles.append(profile)
-        after = await self._pace()
+        after = await self.take_pace()
         part = observed_of(self.run, self.known, self.kind, part=len(done) + 1, drift=drift(profile.pace, after))
         return replace(part, rows=profile.rows, step_after_s=after)
 
@@ -111,13 +104,13 @@ def test_parts_are_served_by_rows_at_the_pace_just_before_them(known, tmp_path):
     paces += [1.2, 1.2, 1.2]  # once more: sound
     paces += [1.5, 1.6, 1.6]  # the first part is void; steady at 1.6
     paces += [1.6, 1.61]  # two sound parts
-    bench = Rehearsed(known, tmp_path, Protocol(), paces)
-    asyncio.run(bench.serve(0.7, 200, []))
-    assert not list(bench.paces)
-    assert [profile.pace[CLOUD] for profile in bench.profiles] == [1.2, 1.6, 1.6]
+    observer = Rehearsed(known, tmp_path, ObservationProtocol(), paces)
+    asyncio.run(observer.serve(0.7, 200, []))
+    assert not list(observer.paces)
+    assert [profile.pace[CLOUD] for profile in observer.profiles] == [1.2, 1.6, 1.6]
     assert [part.void for part in kept.find(tmp_path)] == [True, False, False]
     before = [row.seconds_median for row in rows() if row.device == CLOUD]
-    for profile in bench.profiles:
+    for profile in observer.profiles:
         after = [row.seconds_median for row in profile.rows]
         assert after == pytest.approx([second * profile.pace[CLOUD] / 1.2 for second in before])
 
@@ -126,11 +119,11 @@ def test_of_rehearsals_that_all_drifted_the_best_counts_and_attempts_end(known, 
     """What is always void is given up for now, and what is missing is said."""
     paces = [1.0, 1.0, 1.05, 1.05, 1.05, 1.2]  # two rehearsals, the first drifted less
     paces += [2.0, 2.0, 2.0, 3.0]  # two attempts, the pace steady between them
-    bench = Rehearsed(known, tmp_path, Protocol(rehearsals=2, attempts=2), paces)
-    asyncio.run(bench.serve(0.7, 30, []))
-    assert bench.profiles[0].rows[0].notes.endswith(f"times {1.2 / 1.025:.4f}, the pace before the part")
+    observer = Rehearsed(known, tmp_path, ObservationProtocol(rehearsals=2, attempts=2), paces)
+    asyncio.run(observer.serve(0.7, 30, []))
+    assert observer.profiles[0].rows[0].notes.endswith(f"times {1.2 / 1.025:.4f}, the pace before the part")
     assert all(part.void for part in kept.find(tmp_path))
-    assert bench.said[-1] == "cloud-0.7: given up for now, 30 requests are missing"
+    assert observer.said[-1] == "cloud-0.7: given up for now, 30 requests are missing"
 
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
@@ -141,9 +134,9 @@ def test_a_handful_of_requests_is_served_live_and_replayed(tmp_path):
 
     A run that was cut off goes on with what it lacks, but not with another driver. What is always void ends.
     """
-    kind = Kind(name="hybrid", num_inference_steps=2, in_cloud=True, at_edge=True)
+    kind = ServingKind(name="hybrid", num_inference_steps=2, in_cloud=True, at_edge=True)
     testbed = build_testbed(tmp_path / "testbed")
-    protocol = Protocol(rehearsal_s=0.1, part_s=0.3, pace_s=0.1, drift_limit=100.0, fewest_rehearsed=4)
+    protocol = ObservationProtocol(rehearsal_s=0.1, part_s=0.3, pace_s=0.1, drift_limit=100.0, fewest_rehearsed=4)
     for requests in (6, 9, 9):  # the second goes on where the first stopped, and the third has nothing left to do
         asyncio.run(observe(kind, {0.5: requests}, testbed, tmp_path / "runs", protocol, lambda _: None))
     parts = kept.find(tmp_path / "runs")
@@ -158,7 +151,7 @@ def test_a_handful_of_requests_is_served_live_and_replayed(tmp_path):
         }  # fmt: skip
     measured = load_profiles([testbed.profiles, tmp_path / "runs" / "profiles" / "hybrid-0.5"])
     assert len(measured.costs) == len(parts[-1].rows)
-    assert len(calibrate(tmp_path / "out", runs=tmp_path / "runs")) == 1
+    assert len(validate(tmp_path / "out", runs=tmp_path / "runs")) == 1
 
     (tmp_path / "trace.csv").write_text("arrival_s\n0.0\n1.0\n4.0\n", encoding="utf-8")
     other = replace(protocol, trace=import_trace(tmp_path / "trace.csv"))

@@ -17,9 +17,6 @@ from executors.validation import recording as kept
 from executors.validation.compare import compare, limits_at
 from executors.validation.cost_rows import drift
 from executors.validation.recording import TICK_S, replay
-from executors.validation.testbed import write_catalogue
-from hybridsd_sim import load_profiles
-from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.simulation import TIME_COLUMNS, column
 
 DATA = Path(__file__).parents[2] / "data" / "live"
@@ -27,12 +24,6 @@ PARTS = kept.find(DATA / "runs")
 RUNS = {run: list(parts) for run, parts in groupby(PARTS, key=lambda part: (part.kind, part.load))}
 FEWEST = 2000
 """Requests of all runs together, at least."""
-
-
-@pytest.fixture(scope="module")
-def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Profiles:
-    """The testbed's catalogue, without any rows."""
-    return load_profiles(write_catalogue(tmp_path_factory.mktemp("catalogue")))
 
 
 def test_the_kept_runs_are_sound():
@@ -57,7 +48,7 @@ def test_the_simulation_agrees_with_the_live_run(run, catalogue, tmp_path):
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_the_replay_is_the_one_that_was_kept(part, catalogue, tmp_path):
-    """Every time of every request is what it was when the calibration was made: the simulator has not moved."""
+    """Every time of every request is what it was when the validation was made: the simulator has not moved."""
     again = replay(part, catalogue, tmp_path).rows()
     before = kept.read_times(DATA / "replays" / f"{part.name}.parquet")
     for name in TIME_COLUMNS:

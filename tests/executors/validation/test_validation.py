@@ -1,4 +1,4 @@
-"""A calibration: what is run, how it is driven and timed, and how what came of it is booked and kept."""
+"""A validation: what is run, how it is driven and timed, and how what came of it is booked and kept."""
 
 from __future__ import annotations
 
@@ -12,45 +12,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration_runs import observed_of, outcomes_of, rows, run_of, set_up
-from executors.live import Done
+from executors.live import TaskResult
 from executors.models import load_pipeline
 from executors.validation import KINDS
 from executors.validation import recording as kept
 from executors.validation.compare import compare
 from executors.validation.cost_rows import drift
-from executors.validation.load import Sent, drive_loadgen, piece_of, replay_trace
-from executors.validation.recording import TICK_S, booked, drawn_links, facts_of, replay, times_of
-from executors.validation.rehearse import Seen, held
-from executors.validation.setting import (
+from executors.validation.load import SentRequest, drive_loadgen, replay_trace, trace_piece
+from executors.validation.recording import TICK_S, build_records, draw_links, facts_of, replay, times_of
+from executors.validation.rehearse import ObservedTask, hold_times
+from executors.validation.testbed import (
+    CONFIGS,
+    SIZE_PX,
     balanced_switch_step,
     bottleneck_s,
+    build_testbed,
     candidate_of,
     deployment_of,
     kind_of,
     plan_of,
     scenario_of,
-    shared_out,
+    share_requests,
 )
-from executors.validation.testbed import CONFIGS, SIZE_PX, build_testbed, write_catalogue
 from hybridsd_sim import load_profiles
 from hybridsd_sim.errors import InputError, RunError
-from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.simulation import check_laws, column
 from hybridsd_sim.workload import import_trace
-
-
-@pytest.fixture(scope="module")
-def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Profiles:
-    """The testbed's catalogue, without any rows."""
-    return load_profiles(write_catalogue(tmp_path_factory.mktemp("catalogue")))
-
-
-@pytest.fixture(scope="module")
-def known(catalogue: Profiles) -> Profiles:
-    """The testbed's catalogue with a made-up profile."""
-    return catalogue.with_costs(rows())
-
+from validation_runs import observed_of, outcomes_of, rows, run_of, set_up
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
@@ -83,7 +71,7 @@ def test_every_kind_runs_where_it_says(kind, known):
 @given(st.integers(1, 5000), st.lists(st.floats(0.05, 0.95), min_size=1, max_size=5, unique=True))
 def test_requests_are_shared_out_in_proportion_to_load(requests, loads):
     """So that all runs take equally long; none is lost by rounding."""
-    shares = shared_out(requests, loads)
+    shares = share_requests(requests, loads)
     assert sum(shares.values()) >= requests
     spans = [count / load for load, count in shares.items()]
     assert max(spans) - min(spans) <= 1.0 / min(loads)
@@ -93,7 +81,7 @@ def test_loads_and_kinds_that_cannot_be_run_are_refused():
     """A load of 1 has no end, and there are four kinds."""
     for load in (0.0, 1.0, 1.5):
         with pytest.raises(InputError, match="--loads"):
-            shared_out(100, [0.5, load])
+            share_requests(100, [0.5, load])
     with pytest.raises(InputError, match="hybird"):
         kind_of("hybird")
 
@@ -104,9 +92,9 @@ def test_drift_is_that_of_the_worst_device_whichever_way():
     assert drift({"a": 1.0}, {"a": 1.0}) == 0.0
 
 
-def done_at(start_s: float, stop_s: float) -> Done:
+def done_at(start_s: float, stop_s: float) -> TaskResult:
     """A task of two steps."""
-    return Done(
+    return TaskResult(
         payload=b"", is_image=True, start_s=start_s, stop_s=stop_s, text_encode_s=0.0, vae_decode_s=0.0,
         step_s=(0.1, 0.1), parse_s=0.0, serialise_s=0.0,
     )  # fmt: skip
@@ -116,8 +104,8 @@ def test_a_task_holds_its_worker_until_the_next_one_that_waits_begins():
     """Behind a task for which nobody waits, the usual pause is counted in place of the idle time."""
     spans = [(0.0, 1.0), (1.2, 2.0), (2.3, 3.0), (9.0, 9.9)]
     given = [0.0, 0.5, 0.6, 8.9]  # the last one came when the worker had long been idle
-    seen = [Seen(given_s, done_at(*span)) for given_s, span in zip(given, spans, strict=True)]
-    found = [one.held_s for one in held(reversed(seen))]
+    seen = [ObservedTask(given_s, done_at(*span)) for given_s, span in zip(given, spans, strict=True)]
+    found = [one.held_s for one in hold_times(reversed(seen))]
     assert found == pytest.approx([1.2, 1.1, 0.7 + 0.25, 0.9 + 0.25])
 
 
@@ -152,7 +140,7 @@ class Responder:
         return number * number
 
 
-def check_sent(sent: list[Sent[int]], responder: Responder) -> None:
+def check_sent(sent: list[SentRequest[int]], responder: Responder) -> None:
     """All were sent once, in order of arrival, none before it was due, and every answer is that of its request."""
     assert [one.answer for one in sent] == [number * number for number in range(responder.requests)]
     assert responder.asked == list(range(responder.requests))
@@ -164,7 +152,7 @@ def test_a_trace_is_sent_on_time_without_waiting_for_answers():
     """Requests are due as far apart as in the trace, those of one moment together."""
     times_s = [5.0, 5.02, 5.02, 5.06]
 
-    async def drive() -> tuple[list[Sent[int]], Responder]:
+    async def drive() -> tuple[list[SentRequest[int]], Responder]:
         responder = Responder(len(times_s))
         return await replay_trace(times_s, responder), responder
 
@@ -177,7 +165,7 @@ def test_loadgen_sends_as_many_as_asked_without_waiting_for_answers(tmp_path):
     """Poisson arrivals of the rate, in LoadGen's own log as well; another seed gives other arrivals."""
     rate, requests = 400.0, 60
 
-    async def drive(seed: int) -> tuple[list[Sent[int]], Responder]:
+    async def drive(seed: int) -> tuple[list[SentRequest[int]], Responder]:
         responder = Responder(requests)
         return await drive_loadgen(rate, requests, responder, logs=tmp_path / f"{seed}", seed=seed), responder
 
@@ -195,14 +183,14 @@ def test_parts_play_one_piece_of_a_trace_after_the_other(tmp_path):
     """At the rate asked for over the whole trace, beginning anew where it ends."""
     (tmp_path / "trace.csv").write_text("arrival_s\n0.0\n1.0\n3.0\n6.0\n", encoding="utf-8")
     trace = import_trace(tmp_path / "trace.csv")
-    pieces = [np.diff(piece_of(trace, first, 3, 0.5)).tolist() for first in (0, 1, 3)]
+    pieces = [np.diff(trace_piece(trace, first, 3, 0.5)).tolist() for first in (0, 1, 3)]
     assert pieces == [[1.0, 2.0], [2.0, 3.0], [1.0, 2.0]]
-    assert np.diff(piece_of(trace, 2, 2, 1.0)).tolist() == [1.5]
-    assert piece_of(trace, 0, 1, 1.0) == [0.0]
+    assert np.diff(trace_piece(trace, 2, 2, 1.0)).tolist() == [1.5]
+    assert trace_piece(trace, 0, 1, 1.0) == [0.0]
 
     (tmp_path / "burst.csv").write_text("arrival_s\n0.0\n0.0\n", encoding="utf-8")
     with pytest.raises(InputError, match="--trace"):
-        piece_of(import_trace(tmp_path / "burst.csv"), 0, 3, 1.0)
+        trace_piece(import_trace(tmp_path / "burst.csv"), 0, 3, 1.0)
 
 
 # ---- Records and files ----------------------------------------------------------------------------------------------
@@ -215,7 +203,7 @@ def test_what_a_client_saw_becomes_records_that_obey_the_laws(kind, known, tmp_p
     scenario, deployment = set_up(kind, known)
     sent = outcomes_of(run)
     facts = facts_of(sent, scenario, deployment, known)
-    found = booked(times_of(sent), scenario, facts)
+    found = build_records(times_of(sent), scenario, facts)
     check_laws(found, {"cloud": kind.degree}, {"edge": 1})
     assert facts.bytes_down == 81_000
     for name in ("cloud_start_s", "edge_stop_s", "finish_s", "transfer_s", "gpu_seconds", "node", "device", "degree"):
@@ -238,7 +226,7 @@ def test_links_are_those_that_the_simulation_draws(known, tmp_path):
     run = run_of(kind, known, tmp_path)
     scenario, deployment = set_up(kind, known)
     cost = candidate_of(scenario, deployment, known).cost
-    links = drawn_links(scenario, known, len(run))
+    links = draw_links(scenario, known, len(run))
     travelled = [link.up_s(cost.bytes_up) + link.down_s(cost.bytes_down) for link in links]
     np.testing.assert_allclose(column(run.rows(), "transfer_s"), travelled)
 

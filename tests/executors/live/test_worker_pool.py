@@ -13,22 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from crew_site import ENDLESS, SENDER, STEPS, levels, opened, pair_method, task
 from executors.hybrid import parse, serialise
-from executors.live.tasks import Cancelled, WorkerLost
+from executors.live.tasks import TaskCancelled, WorkerLost
 from executors.models import SamplerState
 from executors.models.samplers import SAMPLERS
-from executors.validation.rehearse import own_cpus
+from executors.validation.rehearse import available_cpus
 from hybridsd_sim.errors import InputError, RunError
 from small_models import HEIGHT_PX, WIDTH_PX
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The workers of this file's tests."""
-    with opened(tmp_path_factory.mktemp("site")) as site:
-        yield site
-
+from worker_site import ENDLESS, SENDER, STEPS, levels, pair_method, task
 
 # ---- What workers make ----------------------------------------------------------------------------------------------
 
@@ -52,14 +44,14 @@ def test_a_chain_of_workers_makes_the_picture_of_two_stages(site, sampler, switc
     assert (len(begun.step_s), len(ended.step_s)) == (switch, STEPS - switch)
 
 
-@pytest.mark.skipif(not own_cpus(), reason="this system does not say where processes run")
+@pytest.mark.skipif(not available_cpus(), reason="this system does not say where processes run")
 def test_a_worker_stays_on_the_processors_it_was_given(site):
     """One that was given none goes where the system likes."""
     on = {name: os.sched_getaffinity(site.workers.pids(name)[0]) for name in ("cloud", "edge")}
-    assert on == {"cloud": set(own_cpus()[-1:]), "edge": set(own_cpus())}
+    assert on == {"cloud": set(available_cpus()[-1:]), "edge": set(available_cpus())}
 
 
-def test_a_gang_makes_what_its_ranks_make_in_one_process(site):
+def test_a_worker_of_two_ranks_makes_what_its_ranks_make_in_one_process(site):
     """Two processes equal loopback ranks; prompts, sizes and guidance may change from task to task, and come back."""
     method = pair_method(site)
     first = task()
@@ -68,12 +60,12 @@ def test_a_gang_makes_what_its_ranks_make_in_one_process(site):
     assert not np.array_equal(site.picture(first), site.picture(first, **method)), "what is one step old must show"
 
 
-def test_a_gang_that_was_stopped_between_steps_starts_afresh(site):
+def test_a_worker_of_two_ranks_that_was_stopped_between_steps_starts_afresh(site):
     """Nothing of a task that was cancelled, with tensors between the ranks on their way, is left in the next one."""
 
     async def stop_it():
         stop = lambda step, _: step == 2 and site.workers.cancel("stopped")  # noqa: E731
-        with pytest.raises(Cancelled):
+        with pytest.raises(TaskCancelled):
             await site.workers.run("pair", task("stopped", **ENDLESS), on_step=stop)
 
     site.do(stop_it())
@@ -136,7 +128,7 @@ def test_cancelling_takes_effect_at_a_step_boundary_and_in_the_queue(site):
 
     running, waiting, wanted = site.do(call_off())
     assert [str(running), str(waiting)] == ["task running was cancelled", "task waiting was cancelled"]
-    assert {type(running), type(waiting)} == {Cancelled}
+    assert {type(running), type(waiting)} == {TaskCancelled}
     assert np.array_equal(levels(wanted), site.picture(task()))
 
 
@@ -177,7 +169,7 @@ def test_two_tasks_under_way_cannot_share_a_key(site):
     with pytest.raises(InputError, match=r"^worker: 'clod'; .* Did you mean cloud"):
         site.run("clod", task())
     with pytest.raises(InputError, match=r"^workers: x; every worker has a name of its own"):
-        site.crew(site.gang("x"), site.gang("x"))
+        site.pool(site.spec("x"), site.spec("x"))
 
 
 # ---- Tasks that cannot be done --------------------------------------------------------------------------------------

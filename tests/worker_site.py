@@ -1,4 +1,4 @@
-"""A crew of workers with small models, and what one process makes of the same tasks: for the tests of workers."""
+"""A pool of workers with small models, and what one process makes of the same tasks: for the tests of workers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from executors.hybrid import ExpectedTransfer, ImageRun, generate_image
-from executors.live import Crew, Gang, Task
+from executors.live import ProcessPool, Task, WorkerSpec
 from executors.models import load_pipeline
 from executors.parallel import denoising_of, resolve_settings
-from executors.validation.rehearse import own_cpus
+from executors.validation.rehearse import available_cpus
 from hybridsd_sim.profiles import load_profiles
 from small_models import HEIGHT_PX, WIDTH_PX
 from small_pipelines import small_catalogue, small_pipeline
@@ -41,7 +41,7 @@ def task(key="image", model="small", **changes):
 
 
 class Site:
-    """A crew on an event loop of its own that runs while a test waits for something."""
+    """A pool on an event loop of its own that runs while a test waits for something."""
 
     def __init__(self, folder):
         self.profiles = small_catalogue(folder / "profiles")
@@ -53,23 +53,23 @@ class Site:
         self.news = asyncio.Event()
         self.model = cache(self._model)
 
-    def gang(self, name, models=("small",), **changes):
+    def spec(self, name, models=("small",), **changes):
         """A worker with the small models."""
         weights = {model: self.weights[model] for model in models if model in self.weights}
-        return Gang(name=name, pool="p", models=models, weights=weights, profiles=self.profiles, **changes)
+        return WorkerSpec(name=name, pool="p", models=models, weights=weights, profiles=self.profiles, **changes)
 
-    def crew(self, *gangs, **options):
-        """A crew whose comings and goings are noted."""
-        return Crew(
-            gangs,
+    def pool(self, *specs, **options):
+        """A pool whose comings and goings are noted."""
+        return ProcessPool(
+            specs,
             **{"start_method": "forkserver"} | options,
-            on_up=lambda gang: self.hear("up", gang),
-            on_down=lambda gang: self.hear("down", gang),
+            on_up=lambda spec: self.hear("up", spec),
+            on_down=lambda spec: self.hear("down", spec),
         )
 
-    def hear(self, what, gang):
+    def hear(self, what, spec):
         """A worker has come or gone."""
-        self.heard.append((what, gang.name))
+        self.heard.append((what, spec.name))
         self.news.set()
 
     async def until(self, *wanted):
@@ -121,10 +121,10 @@ def opened(folder):
     """A site with a cloud worker on the last CPU, an edge worker with both models, and two ranks that work as one."""
     site = Site(folder)
     torch.set_num_threads(1)
-    site.workers = site.crew(
-        site.gang("cloud", cpus=own_cpus()[-1:]),
-        site.gang("edge", ("smaller", "small")),
-        site.gang("pair", method="asyncdiff", degree=2, options=STALE),
+    site.workers = site.pool(
+        site.spec("cloud", cpus=available_cpus()[-1:]),
+        site.spec("edge", ("smaller", "small")),
+        site.spec("pair", method="asyncdiff", degree=2, options=STALE),
     )
     with site.runner:
         site.do(site.workers.__aenter__())

@@ -17,36 +17,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crew_site import ENDLESS, LONG_S, SENDER, levels, opened, pair_method, task
 from executors.hybrid import parse
-from executors.live import worker_pool as crew
+from executors.live import worker_pool
 from executors.live.tasks import WorkerLost
-from executors.live.worker import Processes
+from executors.live.worker import WorkerProcesses
 from hybridsd_sim.errors import InputError
+from worker_site import ENDLESS, LONG_S, SENDER, levels, pair_method, task
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The workers of this file's tests."""
-    with opened(tmp_path_factory.mktemp("site")) as site:
-        yield site
-
-
-def kill(crew, worker, rank=0):
+def kill(worker_pool, worker, rank=0):
     """Kill one process of a worker."""
-    os.kill(crew.pids(worker)[rank], signal.SIGKILL)
+    os.kill(worker_pool.pids(worker)[rank], signal.SIGKILL)
 
 
 LONGER = {"num_inference_steps": 12, "stop": 12}
 
 
 def test_what_a_lost_worker_had_sent_is_gone_on_from_to_the_bit(site):
-    """Kill a worker in its steps, one rank of another, and end a crew: every task comes back, none waits for ever.
+    """Kill a worker in its steps, one rank of another, and end a pool: every task comes back, none waits for ever.
 
     From its checkpoint another worker makes the picture that it would have been, with one-step and two-step samplers.
     """
-    mortal = site.crew(
-        site.gang("single"), site.gang("ended"), site.gang("ranks", method="cfg_parallel", degree=2), restart=False
+    mortal = site.worker_pool(
+        site.spec("single"), site.spec("ended"), site.spec("ranks", method="cfg_parallel", degree=2), restart=False
     )
     ddim = task("ddim", checkpoint_every=2, **LONGER)
     dpm = task("dpm", checkpoint_every=3, sampler="dpmsolver++", **LONGER)
@@ -75,7 +68,7 @@ def test_what_a_lost_worker_had_sent_is_gone_on_from_to_the_bit(site):
     single, queued, two, (ended,), left = site.do(lose_all())
     assert str(single) == str(queued) == "worker single died: killed by SIGKILL"
     assert str(two) == "worker ranks died: rank 1 of 2 killed by SIGKILL"
-    assert str(ended) == "worker ended: its crew was ended"
+    assert str(ended) == "worker ended: its pool was ended"
     assert left == ("ended",)
     assert [event for event in site.heard if event[0] == "down"][-2:] in (
         [("down", "single"), ("down", "ranks")],
@@ -93,7 +86,7 @@ def test_what_a_lost_worker_had_sent_is_gone_on_from_to_the_bit(site):
 @pytest.mark.parametrize("step", [0, 3, 8])
 @pytest.mark.parametrize(("worker", "rank"), [("cloud", 0), ("pair", 0), ("pair", 1)])
 def test_a_worker_killed_at_any_step_gives_back_what_it_had_sent(site, worker, rank, step):
-    """Whichever rank dies: the gang is replaced, and goes on from the checkpoint with the steps that were left."""
+    """Whichever rank dies: the worker is replaced, and goes on from the checkpoint with the steps that were left."""
     wanted = task("killed", checkpoint_every=1, sampler="dpmsolver++", **LONGER)
 
     async def lose():
@@ -114,7 +107,7 @@ def test_a_worker_killed_at_any_step_gives_back_what_it_had_sent(site, worker, r
 
 
 def test_a_worker_that_dies_idle_is_there_again(site):
-    """Rank 0 is killed while both wait for work: the gang is down, is said to be, and comes back with new processes."""
+    """Rank 0 is killed while both wait for work: the worker is down, says so, and comes back with new processes."""
     before = site.workers.pids("pair")
     site.heard.clear()
 
@@ -139,7 +132,7 @@ def test_a_worker_that_the_machine_has_no_room_for_is_tried_again(site, monkeypa
     def grudging(*arguments):
         if refusals:
             raise refusals.pop()
-        return Processes(*arguments)
+        return WorkerProcesses(*arguments)
 
     async def come_back():
         kill(site.workers, "cloud")
@@ -147,16 +140,16 @@ def test_a_worker_that_the_machine_has_no_room_for_is_tried_again(site, monkeypa
         await site.until("up", "cloud")
         return await site.workers.run("cloud", task())
 
-    monkeypatch.setattr(crew, "Processes", grudging)
+    monkeypatch.setattr(worker_pool, "WorkerProcesses", grudging)
     assert np.array_equal(levels(site.do(come_back())), site.picture(task()))
     assert not refusals
 
 
-def test_a_crew_with_a_worker_that_cannot_start_says_why(site):
-    """What the worker found wrong comes out as it is, and the crew leaves nothing behind."""
+def test_a_pool_with_a_worker_that_cannot_start_says_why(site):
+    """What the worker found wrong comes out as it is, and the pool leaves nothing behind."""
 
     async def start():
-        async with site.crew(replace(site.gang("x"), models=("small", "smal"))):
+        async with site.worker_pool(replace(site.spec("x"), models=("small", "smal"))):
             pass
 
     children = set(active_children())
@@ -168,14 +161,14 @@ def test_a_crew_with_a_worker_that_cannot_start_says_why(site):
 ORPHANING = """
 import asyncio, sys
 from pathlib import Path
-from executors.live.crew import Crew
-from executors.live.tasks import Gang, Task
+from executors.live import Task, ProcessPool, WorkerSpec
 
 async def main(profiles, weights):
-    gang = Gang(name="w", pool="p", models=("small",), weights={"small": Path(weights)}, profiles=Path(profiles))
+    weights = {"small": Path(weights)}
+    worker = WorkerSpec(name="w", pool="p", models=("small",), weights=weights, profiles=Path(profiles))
     task = Task(key="x", model="small", height_px=192, width_px=64, num_inference_steps=900, stop=900)
-    async with Crew([gang]) as crew:
-        await crew.run("w", task, on_step=lambda step, _: step == 0 and print(*crew.pids("w"), flush=True))
+    async with ProcessPool([worker]) as pool:
+        await pool.run("w", task, on_step=lambda step, _: step == 0 and print(*pool.pids("w"), flush=True))
 
 if __name__ == "__main__":
     asyncio.run(main(*sys.argv[1:]))
@@ -183,7 +176,7 @@ if __name__ == "__main__":
 
 
 def test_workers_do_not_outlive_the_process_that_started_them(site, tmp_path):
-    """Kill the crew's process in the middle of a step: its workers end by themselves."""
+    """Kill the pool's process in the middle of a step: its workers end by themselves."""
     script = tmp_path / "parent.py"
     script.write_text(ORPHANING)
     said = [sys.executable, script, site.profiles, site.weights["small"]]
