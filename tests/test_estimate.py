@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridsd_sim.estimate import MINUS, exact, interval, money, number, percent, scaled, score, signed
+from hybridsd_sim.estimate import MINUS, PREFIXES, exact, interval, money, number, percent, scaled, score, signed
 
 
 def read(text):
@@ -77,3 +77,12 @@ def test_figures_of_one_size_share_a_prefix():
     show, unit = scaled(3.12e14, "FLOP/s")
     assert (show(3.12e14), unit) == ("312", "TFLOP/s")
     assert scaled(4.5e-6, "s")[1] == "µs"
+
+
+@given(st.floats(1e-9, 9e14))
+def test_scaled_figures_keep_their_size(value):
+    """A parameter's figure times its prefix is the parameter, to three digits, and stands between 1 and 1000."""
+    show, unit = scaled(value, "FLOP/s")
+    factor = {prefix: size for size, prefix in PREFIXES}[unit.removesuffix("FLOP/s")]
+    assert float(show(value).replace(",", "")) * factor == pytest.approx(value, rel=5.01e-3)
+    assert 0.99 <= float(show(value).replace(",", "")) <= 1000

@@ -402,12 +402,3 @@ def test_a_reach_that_cannot_be_said_is_left_out():
     assert numbers.reach({"value": 0.0, "low": 0.0, "high": 1.0}) == ""
     assert numbers.reach({"value": 1.0, "low": None, "high": 1.0}) == ""
     assert numbers.reach({"value": None, "low": None, "high": None}) == ""
-
-
-@given(st.floats(1e-9, 9e14))
-def test_scaled_figures_keep_their_size(value):
-    """A parameter's figure times its prefix is the parameter, to three digits, and stands between 1 and 1000."""
-    show, unit = numbers.scaled(value, "FLOP/s")
-    factor = {prefix: size for size, prefix in numbers.PREFIXES}[unit.removesuffix("FLOP/s")]
-    assert float(show(value).replace(",", "")) * factor == pytest.approx(value, rel=5.01e-3)
-    assert 0.99 <= float(show(value).replace(",", "")) <= 1000

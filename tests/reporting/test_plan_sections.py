@@ -261,7 +261,7 @@ def test_conditions_are_tabled_with_their_grounds(plan, shown):
     assert row_of(said["html"], "The plan in each scenario", "lossy")[6] == ["compiled", "recursion"]
     assert {"traffic -10%", "busy"} <= {each["name"] for each in said["json"]["sensitivity"] + said["json"]["robust"]}
     lines = [line for line in said["text"].splitlines() if line.startswith("traffic +10%")]
-    assert re.search(r"0\.913 \[0\.89, 0\.93\].*8\.8 \[8\.1, 9\.7\].*6\.5.*by compiled recursion", lines[0])
+    assert re.search(r"91\.3% \[89\.0-93\.0%\].*8\.80 \[8\.10-9\.70\].*6\.50.*by compiled recursion", lines[0])
 
 
 def test_the_confidence_is_told_with_its_draws(plan, shown):
@@ -274,7 +274,7 @@ def test_the_confidence_is_told_with_its_draws(plan, shown):
     assert everywhere(said, sentence)
     assert row_of(said["html"], "Share of the 200 draws", "laptop")[1] == ["99.0%", "▲"]
     assert said["json"]["confidence"]["probability"] == CONFIDENCE.probability
-    assert describe_confidence(Confidence(1.0, None, 50, {}, "simulate")).endswith("interval 0.93 to 1.00).")
+    assert describe_confidence(Confidence(1.0, None, 50, {}, "simulate")).endswith("interval 0.929–1.00).")
     assert describe_confidence(Confidence(0.95, 0.9, 50, {}, "simulate")).endswith("asked 0.9.")
 
 
