@@ -1,14 +1,9 @@
-"""What each plan takes, part by part, and how well each part is known: interval, kind, sources, and what they sum to.
+"""How well each plan's numbers are known: its parts with interval, kind and sources, their sums, the rates behind them.
 
-The ends of a total's interval are the sums of its parts' ends, as if all parts erred the same way: parts of one device
-do, and where they do not the interval is too wide rather than too narrow. A total is of the weakest kind among the
-parts that make it.
-
-What seconds are turned into money and joules with: prices and powers, each with its range, kind and source.
-
-How the numbers behind the plans are known: shares by kind, every part with its interval, and the rates behind money.
-
-Reads the plain data of `contents` and writes blocks of `markup`.
+The first half makes plain data from costs and profiles (`breakdowns`, `rates_of`), the second the section of a page
+that shows it (`how_known`). The ends of a total's interval are the sums of its parts' ends, as if all parts erred the
+same way: parts of one device do, and where they do not the interval is too wide rather than too narrow. A total is of
+the weakest kind among the parts that make it.
 """
 
 from __future__ import annotations

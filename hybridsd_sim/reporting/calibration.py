@@ -1,10 +1,7 @@
-"""What the speed of each device rests on: fitted parameters, the rows behind them, and how far the law misses these.
+"""What the speed of each device rests on: fitted parameters, the rows behind them, and how far the fit misses these.
 
-For every (device, runtime, precision) of a report's plans and pools, and the constants that all devices share.
-
-The section on calibration: what each device's speed rests on, and how far its law misses the rows it was fitted to.
-
-Reads the plain data of `contents` and writes blocks of `markup`.
+For every (device, runtime, precision) of a report's plans and pools, and for the constants that all devices share:
+first as plain data (`fits_of`, `constants_of`), then as the section of a page that shows it (`calibrated`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Two saved runs side by side: verdicts, what was asked differently, every figure with its change, and both curves.
+"""Two things side by side: two saved runs of a scenario, and live runs beside their replays in simulation.
 
-The report of a calibration: live runs beside their replays in simulation, figure by figure and curve over curve.
-
-Plain data in, a page out; what was run and how it was compared is the caller's business.
+`compare_page` tells verdicts, what was asked differently, every figure with its change, and both curves.
+`write_agreement` writes the page of a validation, figure by figure and curve over curve: plain data in, a page out;
+what was run and how it was compared is the caller's business.
 """
 
 from __future__ import annotations

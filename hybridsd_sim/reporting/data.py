@@ -1,11 +1,8 @@
-"""What a report says: plain data taken from a capacity plan or from simulations, before any page or figure.
+"""What a report says, as plain data taken from a capacity plan or from simulations, before any page or figure.
 
 Everything here can be written as JSON and drawn again later. A figure nobody knows is null beside a `note` that says
-why; shares, seconds and dollars keep full precision, since rounding is the pages' business.
-
-A capacity plan as plain data: what was chosen, what it saves, what a change would buy, how it fares elsewhere.
-
-Sentences stand beside the figures that they tell, under `said`, so that every page and the terminal say the same.
+why; shares, seconds and dollars keep full precision, since rounding is the pages' business. Sentences stand beside the
+figures that they tell, under `said`, so that every page and the terminal say the same.
 """
 
 from __future__ import annotations

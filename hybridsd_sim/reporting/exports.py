@@ -1,18 +1,13 @@
-"""The CSV files beside the results: a figure a line, with interval, unit, kind and, where it is empty, the reason.
+"""What machines read of a result: CSV tables, the requests as parquet, a timeline and a load test.
 
-`requests.parquet`: a row per request of every run, written block by block and read back for the timeline.
-
-The first requests of a run as a trace for Perfetto (https://ui.perfetto.dev): who held which GPU or device when.
-
-A process is a pool or an edge fleet; a thread is one GPU of a node, or one edge device. A gang shows on every GPU it
-held. Waiting is an asynchronous slice beside the pool, and an arrow leads from the cloud to the edge at a hand-over.
-Format: Chrome trace events (Trace Event Format, Google, 2016); times in microseconds from the start of the run.
-
-The chosen plan as a load test: what to send, when, and what the simulation expects to be measured.
-
-The requests are those of the scenario's own first replication: a lead-in at the end of the warm-up, which fills the
-service and is not counted, then a window long enough for every class that has an SLO to show its percentile. The script
-that sends them, `load_test.py`, stands beside the data and needs nothing else.
+- `tables`: a figure a line, with interval, unit, kind and, where it is empty, the reason.
+- `write_rows`, `first_rows`: a row per request of every run, written block by block.
+- `trace`: the first requests of a run for Perfetto (https://ui.perfetto.dev): who held which GPU or device when. A
+  process is a pool or an edge fleet, a thread one GPU or edge device; a worker group shows on every GPU it held.
+  Format: Chrome trace events (Trace Event Format, Google, 2016); times in microseconds from the start of the run.
+- `load_of`: the requests of the scenario's own first replication and what the simulation expects of them: a lead-in,
+  which fills the service and is not counted, then a window long enough for every class with an SLO to show its
+  percentile. The script that sends them, `load_test.py`, needs nothing else.
 """
 
 from __future__ import annotations

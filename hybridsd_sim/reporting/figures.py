@@ -1,6 +1,7 @@
-"""The two figures on how well numbers are known: latency by kind, and predicted against published step times.
+"""The figures of a report, drawn from the plain data of `data.contents`; one without anything to show is left out.
 
-The figures of a report, from the plain data of `contents`; a figure without anything to show is left out.
+Cost against latency, latency curves, dollars and GPU-seconds by component, load over time, the switch step, and how
+well it is all known: latency by kind, and step times as predicted and as published. `FIGURES` names them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A run's folder: what is saved, what is drawn from it, and how neither is ever seen half done.
 
-Data first (`provenance.json`, `plan.yaml`, the tables of `report.tables`, `requests.parquet`, `capacity.json`, and a
+Data first (`provenance.json`, `plan.yaml`, the tables of `exports`, `requests.parquet`, `capacity.json`, and a
 plan's load test), then pages, figures and the timeline from those files alone, so that a saved run drawn again gives
 the same bytes. A new folder is filled beside its place under a hidden name and moved there in one step; a failure
 leaves what was there.

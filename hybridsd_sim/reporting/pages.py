@@ -1,12 +1,8 @@
-"""What each figure shows, in words: its caption, and alternative text with the numbers that matter.
+"""The pages of a report, block by block: the answer, savings, reasons, margins, other conditions, evidence, words.
 
-The pages of a report, block by block: the answer, savings, reasons, margins, other plans and conditions, evidence.
-
-Reads the plain data of `contents` and writes blocks of `markup`; knows neither HTML nor Markdown.
-
-The chosen plan when something changes: limits, traffic, speeds, networks, and what nobody knows exactly.
-
-Reads the plain data of `contents` and writes blocks of `markup`. A section without anything to show is left out.
+`plan_page` and `simulation_page` turn the plain data of `data.contents` into the blocks of `blocks`; they know neither
+HTML nor Markdown. A section without anything to show is left out. `pictures` gives every drawn figure its caption, the
+kinds of the numbers behind it, and an alternative text that tells the numbers that matter.
 """
 
 from __future__ import annotations

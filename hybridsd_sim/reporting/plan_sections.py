@@ -1,10 +1,7 @@
-"""The chosen plan: in a sentence, how far from the cheapest it can be, what each class gets, and how busy pools are.
+"""The sections on the chosen plan and on plans beside it: what to rent, what it saves, the frontier, the evidence.
 
-A class may have several plans, each for a share of its requests; what is missing from their sum is turned away.
-
-The chosen plan among others: what it saves, the frontier, plans of other kinds, and every plan that was simulated.
-
-Reads the plain data of `contents` and writes blocks of `markup`. A section without anything to show is left out.
+A class may have several plans, each for a share of its requests; what is missing from their sum is turned away. Every
+section turns the plain data of `data.contents` into blocks, and is left out where it has nothing to show.
 """
 
 from __future__ import annotations
