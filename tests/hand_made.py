@@ -90,9 +90,11 @@ def part(name, site, seconds, kind="quoted", **more):
     devices = more.pop("devices", 1)
     usd = 1.5 * devices * seconds / 3600 if cloud else 0.0
     energy = 0.0 if cloud else 4.0 * seconds
-    figures = {"usd": usd, "energy_j": energy, "sources": (TABLE,), "low_s": 0.9 * seconds, "high_s": 1.1 * seconds}
+    known = {"low": 0.9 * seconds, "high": 1.1 * seconds, "kind": kind, "sources": (TABLE,)}
+    known |= {key: more.pop(key) for key in ("low", "high", "sources", "note", "within") if key in more}
+    charged = {"usd": usd, "energy_j": energy} | more
     return Part(
-        name=name, where=site.name, tier=site.tier, seconds=seconds, devices=devices, kind=kind, **(figures | more)
+        name=name, where=site.name, tier=site.tier, seconds=Estimate(seconds, **known), devices=devices, **charged
     )
 
 
@@ -106,7 +108,7 @@ def handed_over(k):
     site = stages[0].site.name
     plan = Plan(stages=stages, text_encode_site=site, vae_site=stages[-1].site.name, network="wifi5")
     cloud = [part("text_encode", A100, 0.02, "modelled"), part("denoise", A100, 0.06 * k, "measured")] if k else []
-    link = Part(name="handover", where="wifi5", tier="network", seconds=0.05, low_s=0.02, high_s=0.2, bytes_down=32768)
+    link = Part(name="handover", where="wifi5", tier="network", seconds=Estimate(0.05, 0.02, 0.2), bytes_down=32768)
     edge = [
         part("denoise", PHONE, 0.1 * (25 - k)),
         part("vae_decode", PHONE, 0.4, "modelled", sources=(), note="a rule"),
@@ -138,11 +140,8 @@ def in_the_cloud():
             name="image_transfer",
             where="wifi6",
             tier="network",
-            seconds=0.3,
-            low_s=0.1,
-            high_s=0.9,
+            seconds=Estimate(0.3, 0.1, 0.9, "quoted"),
             usd=1e-5,
-            kind="quoted",
         ),
     ]
     return candidate("studio", plan, parts, None)
@@ -165,8 +164,8 @@ def candidate(request_class, plan, parts, clip):
         pool_index=0 if cloud else -1,
         fleet_index=(1 if request_class == "laptop" else 0) if edge else -1,
         degree=max((stage.degree for stage in cloud), default=0),
-        cloud_s=sum(p.seconds for p in parts if p.tier == "cloud"),
-        edge_s=sum(p.seconds for p in parts if p.tier == "edge"),
+        cloud_s=sum(p.seconds.value for p in parts if p.tier == "cloud"),
+        edge_s=sum(p.seconds.value for p in parts if p.tier == "edge"),
         latency_s=cost.latency_s,
         usd_or_inf=cost.usd or 0.0,
         quality=clip,
@@ -174,7 +173,7 @@ def candidate(request_class, plan, parts, clip):
         edge_steps=sum(stage.num_steps for stage in edge),
         meets_slo=True,
         meets_floor=True,
-        batch_s=(sum(p.seconds for p in parts if p.tier == "cloud"),),
+        batch_s=(sum(p.seconds.value for p in parts if p.tier == "cloud"),),
     )
 
 
@@ -211,7 +210,7 @@ def served(option, arrival, deadline, free, number):
         start = max(now, free[node][slots].max())
         times = {"ready": now, "start": start, "stop": start + option.cloud_s}
         free[node][slots] = times["stop"]
-        link = sum(p.seconds for p in option.cost.parts if p.tier == "network")
+        link = sum(p.seconds.value for p in option.cost.parts if p.tier == "network")
         now = times["stop"] + link
     edge = (now, now, now + option.edge_s) if option.fleet_index >= 0 else (nan,) * 3
     finish = now if option.fleet_index < 0 else edge[2]

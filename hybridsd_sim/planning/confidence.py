@@ -88,7 +88,7 @@ def spreads(mixes: Mixes, sizer: Sizer) -> dict[str, Spread]:
 
 
 def _add(sums: list[float], part: Part, weight: float) -> None:
-    for index, seconds in enumerate((part.low_s, part.seconds, part.high_s)):
+    for index, seconds in enumerate((part.seconds.low, part.seconds.value, part.seconds.high)):
         sums[index] += weight * seconds
 
 

@@ -242,4 +242,4 @@ def _over(plan: Plan, scenario: Scenario, class_name: str) -> Plan:
 def busy_sites(mixes: Mixes) -> list[str]:
     """Pools and edge fleets at which the plans of the mixes spend seconds, in order of first use."""
     parts = (part for mix in mixes.values() for _, option in mix for part in option.cost.parts)
-    return list(dict.fromkeys(part.where for part in parts if part.tier != "network" and part.seconds > 0.0))
+    return list(dict.fromkeys(part.where for part in parts if part.tier != "network" and part.seconds.value > 0.0))

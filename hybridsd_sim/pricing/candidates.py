@@ -166,7 +166,7 @@ def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, pla
     cloud, edge = plan.cloud_stages, plan.edge_stages
     pools, fleets = list(scenario.pools), list(scenario.edge)
     spec, cloud_s = scenario.requests[request.request_class], cost.cloud_s
-    edge_held = [part.seconds for part in cost.parts if part.tier == "edge" and part.critical]
+    edge_held = [part.seconds.value for part in cost.parts if part.tier == "edge" and part.critical]
     promises = scenario.promises[request.request_class].asked_by(request)
     latency_s, usd = cost.latency_s, cost.usd
     batched = plan.batch_cap > 1
@@ -208,7 +208,7 @@ def slowed(candidate: Candidate, factors: Mapping[str, float]) -> Candidate:
         cost=cost,
         cloud_s=cloud_s,
         batch_s=(cloud_s, *(ratio * seconds for seconds in candidate.batch_s[1:])),
-        edge_s=sum(part.seconds for part in parts if part.tier == "edge" and part.critical),
+        edge_s=sum(part.seconds.value for part in parts if part.tier == "edge" and part.critical),
         latency_s=latency_s,
         usd_or_inf=float("inf") if usd is None else usd,
         meets_slo=candidate.promises.in_time(latency_s),

@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hybridsd_sim.estimate import KIND_ORDER, Kind
+from hybridsd_sim.estimate import Estimate, Kind, merged, weakest
 from hybridsd_sim.plan import Plan, Promises, Request
 from hybridsd_sim.pricing.quality import Quality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One component of a price: what, where, how long, and what it costs.
+    """One component of a price: what, where, how long at 90%, and what it costs.
 
-    `devices` are GPUs (or the one edge device) held; 0 for a transfer. `low_s` and `high_s` bound the seconds at 90%.
-    `critical` parts add to the latency; the edge's own text encoding runs beside the cloud and does not. `usd` or
-    `energy_j` None means unknown, with the reason in `unknown`. `within` is false where the figure lies outside what
-    was measured or quoted for that device.
+    `devices` are GPUs (or the one edge device) held for `seconds`; 0 for a transfer. `critical` parts add to the
+    latency; the edge's own text encoding runs beside the cloud and does not. `usd` or `energy_j` None means unknown,
+    with the reason in `unknown`. The seconds are not `within` where they lie outside what was measured or quoted for
+    that device. `comm_bytes` are what one GPU receives from the others, `comm_exposed_s` the seconds of exchange that
+    compute does not hide.
     """
 
     name: str
     where: str
     tier: str
-    seconds: float
-    low_s: float
-    high_s: float
+    seconds: Estimate
     devices: int = 0
     usd: float | None = 0.0
     energy_j: float | None = 0.0
@@ -33,11 +32,7 @@ class Part:
     bytes_down: int = 0
     comm_bytes: float = 0.0
     comm_exposed_s: float = 0.0
-    kind: Kind = "modelled"
-    sources: tuple[str, ...] = ()
-    note: str = ""
     unknown: str = ""
-    within: bool = True
     critical: bool = True
 
     def slowed(self, factors: Mapping[str, float]) -> Part:
@@ -48,8 +43,6 @@ class Part:
         return replace(
             self,
             seconds=factor * self.seconds,
-            low_s=factor * self.low_s,
-            high_s=factor * self.high_s,
             usd=None if self.usd is None else factor * self.usd,
             energy_j=None if self.energy_j is None else factor * self.energy_j,
             comm_exposed_s=factor * self.comm_exposed_s,
@@ -70,7 +63,7 @@ class PlanCost:
     @property
     def latency_s(self) -> float:
         """Arrival to image."""
-        return sum(part.seconds for part in self.parts if part.critical)
+        return sum(part.seconds.value for part in self.parts if part.critical)
 
     @property
     def denoise_parts(self) -> tuple[Part, ...]:
@@ -79,18 +72,17 @@ class PlanCost:
     @property
     def denoise_s(self) -> float:
         """The UNet loop alone, which is what the papers time."""
-        return sum(part.seconds for part in self.denoise_parts)
+        return sum(part.seconds.value for part in self.denoise_parts)
 
     @property
     def interval_s(self) -> tuple[float, float]:
         """90% interval of `denoise_s`."""
-        return sum(part.low_s for part in self.denoise_parts), sum(part.high_s for part in self.denoise_parts)
+        return _ends(self.denoise_parts)
 
     @property
     def latency_interval_s(self) -> tuple[float, float]:
         """90% interval of `latency_s`, as wide as if every part were at the same end of its own."""
-        critical = [part for part in self.parts if part.critical]
-        return sum(part.low_s for part in critical), sum(part.high_s for part in critical)
+        return _ends([part for part in self.parts if part.critical])
 
     @property
     def comm_exposed_s(self) -> float:
@@ -107,12 +99,12 @@ class PlanCost:
 
     @property
     def cloud_s(self) -> float:
-        """Seconds for which a gang is held."""
-        return sum(part.seconds for part in self.parts if part.tier == "cloud")
+        """Seconds for which a worker group is held."""
+        return sum(part.seconds.value for part in self.parts if part.tier == "cloud")
 
     @property
     def gpu_seconds(self) -> float:
-        return sum(part.seconds * part.devices for part in self.parts if part.tier == "cloud")
+        return sum(part.seconds.value * part.devices for part in self.parts if part.tier == "cloud")
 
     @property
     def usd(self) -> float | None:
@@ -133,17 +125,16 @@ class PlanCost:
     @property
     def kind(self) -> Kind:
         """The weakest kind among the parts that take time."""
-        return _weakest([part for part in self.parts if part.seconds > 0])
+        return weakest(part.seconds.kind for part in self.parts if part.seconds.value > 0)
 
     @property
     def steps_kind(self) -> Kind:
         """The weakest kind among the denoising steps, transfers and all else apart."""
-        return _weakest(self.denoise_parts)
+        return weakest(part.seconds.kind for part in self.denoise_parts)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        found = (source for part in self.parts for source in part.sources)
-        return tuple(dict.fromkeys((*found, *self.quality.clip.sources)))
+        return merged(*(part.seconds.sources for part in self.parts), self.quality.clip.sources)
 
     @property
     def unknowns(self) -> tuple[str, ...]:
@@ -160,11 +151,13 @@ class PlanCost:
     @property
     def outside(self) -> tuple[str, ...]:
         """Parts whose figure lies outside what was timed, each with its reason."""
-        return tuple(f"{part.name} on {part.where}: {part.note}" for part in self.parts if not part.within)
+        return tuple(
+            f"{part.name} on {part.where}: {part.seconds.note}" for part in self.parts if not part.seconds.within
+        )
 
 
-def _weakest(parts: Sequence[Part]) -> Kind:
-    return max((part.kind for part in parts), key=KIND_ORDER.__getitem__, default="modelled")
+def _ends(parts: Sequence[Part]) -> tuple[float, float]:
+    return sum(part.seconds.low for part in parts), sum(part.seconds.high for part in parts)
 
 
 def _total(values: Iterator[float | None]) -> float | None:

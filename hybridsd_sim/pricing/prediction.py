@@ -323,19 +323,19 @@ def _part(part: Part) -> dict[str, Any]:
     return {
         "name": part.name,
         "where": part.where,
-        "seconds": part.seconds,
-        "low_s": part.low_s,
-        "high_s": part.high_s,
+        "seconds": part.seconds.value,
+        "low_s": part.seconds.low,
+        "high_s": part.seconds.high,
         "devices": part.devices,
         "usd": part.usd,
         "edge_energy_j": part.energy_j,
         "bytes_up": part.bytes_up,
         "bytes_down": part.bytes_down,
         "comm_bytes": part.comm_bytes,
-        "kind": part.kind,
+        "kind": part.seconds.kind,
         "critical": part.critical,
-        "note": part.note,
-        "sources": list(part.sources),
+        "note": part.seconds.note,
+        "sources": list(part.seconds.sources),
     }
 
 

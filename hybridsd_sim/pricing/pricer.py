@@ -2,7 +2,7 @@
 
 `price` walks the plan's components in order (text encoder, denoising stages, VAE decoder, delivery), puts a transfer
 wherever the next component runs on the other side of the access network, and returns parts that sum to the total. A
-gang holds all its GPUs from its first component to its last, so every cloud part is charged for the whole gang.
+worker group holds all its GPUs from its first component to its last, so that every cloud part is charged for all.
 
 What crosses the network: the prompt on the way up; at a switch step the latent, for multistep samplers the solver's
 history, and the text embedding unless the edge encodes the prompt itself (then both sides encode, and the edge does so
@@ -33,10 +33,10 @@ from hybridsd_sim.pricing.quality import quality_of
 from hybridsd_sim.pricing.transfers import (
     PROMPT_BYTES,
     End,
-    handling,
-    handover_bytes,
     image_bytes,
     latent_elements,
+    latent_transfer_bytes,
+    serialisation_time,
     transfer_s,
 )
 from hybridsd_sim.profiles import Profiles, Runtime, derived
@@ -71,10 +71,10 @@ def price(
 
 
 def batch_seconds(plan: Plan, request: Request, profiles: Profiles, *, prefer: Sequence[str] = ()) -> tuple[float, ...]:
-    """For how long a gang is held by 1, 2, ... `plan.batch_cap` requests of the plan that it denoises together.
+    """For how long a worker group is held by 1, 2, ... `plan.batch_cap` requests that it denoises together, in seconds.
 
     The denoising and the VAE of n requests take what those of one request for n times as many images take, from the
-    same rows and laws; every prompt is encoded and every hand-over packed for itself. Where the rows of a larger batch
+    same rows and laws; every prompt is encoded and every latent serialised for itself. Where the rows of a larger batch
     say less than those of a smaller one, the smaller one's seconds count: more requests never take less time.
     """
     counts = range(1, plan.batch_cap + 1)
@@ -115,41 +115,45 @@ def _pricer_of(
 
 
 @dataclass(frozen=True, slots=True)
-class _Holder:
-    """The devices of a site that a part holds, and what they are charged: a gang by the hour, an edge device in watts.
+class _Devices:
+    """The devices of a site that a part holds, and what they are charged: GPUs by the hour, an edge device in watts.
 
     `rate` (USD a device-hour) or `power_w` is None where it is unknown, for the reason in `unknown`.
     """
 
     site: Site
-    devices: int
+    count: int
     rate: float | None
     power_w: float | None
     unknown: str
 
     def part(
-        self, name: str, time: Estimate, *, comm_bytes: float = 0.0, comm_exposed_s: float = 0.0, critical: bool = True
+        self,
+        name: str,
+        seconds: Estimate,
+        *,
+        comm_bytes: float = 0.0,
+        comm_exposed_s: float = 0.0,
+        critical: bool = True,
     ) -> Part:
-        """A part that holds these devices for a `time` in seconds, with its dollars or joules."""
-        seconds = time.value
+        """A part that holds these devices for so many seconds, with its dollars or joules."""
         usd: float | None = 0.0
-        energy: float | None = 0.0
+        energy_j: float | None = 0.0
         if self.site.tier == "edge":
-            energy = None if self.power_w is None else self.power_w * seconds
+            energy_j = None if self.power_w is None else self.power_w * seconds.value
         else:
-            usd = None if self.rate is None else self.rate * self.devices * seconds / 3600
+            usd = None if self.rate is None else self.rate * self.count * seconds.value / 3600
         return Part(
-            name=name, where=self.site.name, tier=self.site.tier, seconds=seconds, low_s=time.low, high_s=time.high,
-            devices=self.devices, usd=usd, energy_j=energy, comm_bytes=comm_bytes, comm_exposed_s=comm_exposed_s,
-            kind=time.kind, sources=time.sources, note=time.note, unknown=self.unknown, within=time.within,
+            name=name, where=self.site.name, tier=self.site.tier, seconds=seconds, devices=self.count, usd=usd,
+            energy_j=energy_j, comm_bytes=comm_bytes, comm_exposed_s=comm_exposed_s, unknown=self.unknown,
             critical=critical,
         )  # fmt: skip
 
 
 class _Pricer:
-    """Walks the components of plans of one make in order and yields their parts; they differ in steps alone.
+    """Prices plans of one make, which differ in steps alone: what no step changes is priced once.
 
-    `together` requests share the gang: the cloud's parts last as long as for all of them.
+    `together` requests share the worker group: the cloud's parts last as long as for all of them.
     """
 
     def __init__(
@@ -157,37 +161,36 @@ class _Pricer:
     ) -> None:
         self.plan, self.request, self.profiles, self.cold = plan, request, profiles, cold
         self.prefer, self.together = tuple(prefer), together
-        self.gang = {site.name: 1 for site in plan.sites.values()}
-        for stage in plan.stages:
-            self.gang[stage.site.name] = max(self.gang[stage.site.name], stage.degree)
-        self._holders: dict[str, _Holder] = {}
+        self._devices: dict[str, _Devices] = {}
         self._timers: dict[int, StageTimer] = {}
-        self._outline = tuple(self._walk())
-        self._slow_edges = tuple(self._overhead_laws())
+        self._outline = tuple(self._components())
+        runtimes = ((site, profiles.runtime(site.runtime)) for site in plan.sites.values() if site.tier == "edge")
+        self._slow_edges = [(site, runtime) for site, runtime in runtimes if runtime.overhead_share]
 
     def parts(self, plan: Plan) -> tuple[Part, ...]:
         """Every component of a plan of this make in order, then what the edge adds to its own."""
-        walked: list[Part] = []
+        parts: list[Part] = []
         for item in self._outline:
             if isinstance(item, Part):
-                walked.append(item)
+                parts.append(item)
             else:
-                walked += self._stage(plan.stages[item], self._timers[item])
-        return (*walked, *self._overheads(walked))
+                parts += self._stage(plan.stages[item], self._timers[item])
+        for site, runtime in self._slow_edges:
+            if overhead := self._overhead(site, runtime, parts):
+                parts.append(overhead)
+        return tuple(parts)
 
     def cloud_s(self, plan: Plan) -> float:
-        """Seconds for which a plan of this make holds its gang: what its cloud parts sum to."""
-        return sum(self._cloud_seconds(plan))
-
-    def _cloud_seconds(self, plan: Plan) -> Iterator[float]:
+        """Seconds for which a plan of this make holds its worker group: what its cloud parts sum to."""
+        held: list[Estimate] = []
         for item in self._outline:
             if isinstance(item, Part):
-                if item.tier == "cloud":
-                    yield item.seconds
+                held += [item.seconds] if item.tier == "cloud" else []
             elif (stage := plan.stages[item]).site.tier == "cloud":
-                yield from (phase.seconds.value for phase in self._timers[item].times(stage.num_steps))
+                held += (phase.seconds for phase in self._timers[item].times(stage.num_steps))
+        return sum(seconds.value for seconds in held)
 
-    def _walk(self) -> Iterator[Part | int]:
+    def _components(self) -> Iterator[Part | int]:
         """The components in order, with the index of a stage in place of its parts."""
         plan, encode, vae = self.plan, self.plan.sites[self.plan.text_encode_site], self.plan.sites[self.plan.vae_site]
         first = plan.stages[0].site
@@ -203,13 +206,13 @@ class _Pricer:
         here = encode
         for index, stage in enumerate(plan.stages):
             if stage.site.tier != here.tier:
-                yield from self._handover(index, here, stage, with_embedding=not own_copy)
+                yield from self._switch(index, here, stage, with_embedding=not own_copy)
             self._timers[index] = timer_of(stage, self._shared(stage.site), self.profiles, self.prefer)
             yield index
             here = stage.site
         if vae.tier != here.tier:
             latent = latent_elements(self.request) * self.request.num_images * 2
-            yield from self._crossing("latent_transfer", here, vae, latent)
+            yield from self._send("latent_transfer", here, vae, latent)
         yield self._vae_decode(vae)
         if vae.tier == "cloud" and plan.network:
             yield self._transfer("image_transfer", "edge", image_bytes(self.request))
@@ -231,53 +234,46 @@ class _Pricer:
                 row = self.profiles.model_load(site.device, model)
                 yield self._held(site).part("model_load", row.seconds)
 
-    def _handover(self, index: int, sender: Site, stage: Stage, *, with_embedding: bool) -> Iterator[Part]:
+    def _switch(self, index: int, sender: Site, stage: Stage, *, with_embedding: bool) -> Iterator[Part]:
         model = self.profiles.model(stage.model)
         if index == 0:
             payload, name = model.text_embedding_bytes_fp16 * (2 if self.request.guided else 1), "embedding_transfer"
         else:
-            payload = handover_bytes(self.request, model, with_embedding=with_embedding)
+            payload = latent_transfer_bytes(self.request, model, with_embedding=with_embedding)
             name = "handover"
-        yield from self._crossing(name, sender, stage.site, payload)
+        yield from self._send(name, sender, stage.site, payload)
 
-    def _crossing(self, name: str, sender: Site, receiver: Site, payload: int) -> Iterator[Part]:
+    def _send(self, name: str, sender: Site, receiver: Site, payload: int) -> Iterator[Part]:
         """Tensors on their way to the other side: serialised, sent, parsed."""
-        yield self._handled(name, "serialise", sender, payload)
+        yield self._serialisation(name, "serialise", sender, payload)
         yield self._transfer(name, receiver.tier, payload)
-        yield self._handled(name, "parse", receiver, payload)
+        yield self._serialisation(name, "parse", receiver, payload)
 
-    def _handled(self, name: str, end: End, site: Site, payload: int) -> Part:
-        """One end of a hand-over; in the cloud of all the requests that share the gang."""
-        found = handling(self.profiles, site.device, end, payload * self._together(site), prefer=self.prefer)
-        time = Estimate(found.seconds, *found.bounds_s, found.kind, found.sources, found.note)
-        return self._held(site).part(f"{name}_{end}", time)
+    def _serialisation(self, name: str, end: End, site: Site, payload: int) -> Part:
+        """One end of a transfer; in the cloud of all the requests that share the worker group."""
+        whole = payload * self._together(site)
+        seconds = serialisation_time(self.profiles, site.device, end, whole, prefer=self.prefer)
+        return self._held(site).part(f"{name}_{end}", seconds)
 
-    def _overheads(self, walked: Sequence[Part]) -> Iterator[Part]:
-        """What edge devices take beyond the sum of their components; what runs beside the cloud delays nobody."""
-        for site, law, note in self._slow_edges:
-            mine = [part for part in walked if part.tier == "edge" and part.where == site.name and part.critical]
-            timed = [part.seconds for part in mine if part.name in COMPONENTS]
-            if timed:
-                seconds = sum(timed)
-                share, low, high = law.overhead_share, law.overhead_low, law.overhead_high
-                ends = (seconds * low, seconds * high)
-                time = Estimate(seconds * share, *ends, "modelled", (law.overhead_source,), note)
-                yield self._held(site).part("device_overhead", time)
-
-    def _overhead_laws(self) -> Iterator[tuple[Site, Runtime, str]]:
-        """The edge devices that take more than the sum of their components, and what to say about it."""
-        for site in self.plan.sites.values():
-            law = self.profiles.runtime(site.runtime)
-            if site.tier == "edge" and law.overhead_share:
-                yield (
-                    site,
-                    law,
-                    f"{law.overhead_share:.1%} of the components' sum; holds no reloading for lack of memory",
-                )
+    def _overhead(self, site: Site, runtime: Runtime, parts: Sequence[Part]) -> Part | None:
+        """What an edge device takes beyond the sum of its components; what runs beside the cloud delays nobody."""
+        mine = [part for part in parts if part.tier == "edge" and part.where == site.name and part.critical]
+        timed = [part.seconds.value for part in mine if part.name in COMPONENTS]
+        if not timed:
+            return None
+        total, share = sum(timed), runtime.overhead_share
+        seconds = Estimate(
+            total * share,
+            total * runtime.overhead_low,
+            total * runtime.overhead_high,
+            sources=(runtime.overhead_source,),
+            note=f"{share:.1%} of the components' sum; holds no reloading for lack of memory",
+        )
+        return self._held(site).part("device_overhead", seconds)
 
     def _transfer(self, name: str, to_tier: str, payload: int) -> Part:
         if self.plan.network is None:
-            return Part(name=name, where="no network", tier="network", seconds=0.0, low_s=0.0, high_s=0.0)
+            return Part(name=name, where="no network", tier="network", seconds=Estimate.exact(0.0))
         return _transfer(name, self.plan.network, to_tier, payload, self.profiles)
 
     def _text_encode(self, site: Site) -> Part:
@@ -298,27 +294,29 @@ class _Pricer:
         return component_time(self.profiles, *where, component, size, self.prefer)
 
     def _stage(self, stage: Stage, timer: StageTimer) -> Iterator[Part]:
-        holder = self._held(stage.site)
+        devices = self._held(stage.site)
         for phase in timer.times(stage.num_steps):
             name = "denoise_warmup" if phase.name == "warmup" else "denoise"
-            yield holder.part(name, phase.seconds, comm_bytes=phase.comm_bytes, comm_exposed_s=phase.comm_exposed_s)
+            yield devices.part(name, phase.seconds, comm_bytes=phase.comm_bytes, comm_exposed_s=phase.comm_exposed_s)
 
-    def _held(self, site: Site) -> _Holder:
-        """The device of the site, or the whole gang."""
-        if site.name not in self._holders:
-            self._holders[site.name] = self._holder(site)
-        return self._holders[site.name]
+    def _held(self, site: Site) -> _Devices:
+        """The device of the site, or the whole worker group, which is as large as its largest stage."""
+        if site.name not in self._devices:
+            self._devices[site.name] = self._edge_device(site) if site.tier == "edge" else self._group(site)
+        return self._devices[site.name]
 
-    def _holder(self, site: Site) -> _Holder:
-        if site.tier == "edge":
-            power = site.power_w or self.profiles.edge_device(site.device).power_w
-            return _Holder(site, 1, 0.0, power, "" if power else f"no power figure for {site.device}")
+    def _edge_device(self, site: Site) -> _Devices:
+        power_w = site.power_w or self.profiles.edge_device(site.device).power_w
+        return _Devices(site, 1, 0.0, power_w, "" if power_w else f"no power figure for {site.device}")
+
+    def _group(self, site: Site) -> _Devices:
+        count = max((stage.degree for stage in self.plan.stages if stage.site.name == site.name), default=1)
         rate = site.usd_per_device_hour
         if rate is None:
             row = self.profiles.gpu_price(site.device, site.purchase, site.provider)
             rate = None if row is None else row.usd
         why = f"no {site.purchase} price for {site.device}" if rate is None else ""
-        return _Holder(site, self.gang[site.name], rate, 0.0, why)
+        return _Devices(site, count, rate, 0.0, why)
 
 
 @derived()
@@ -326,10 +324,13 @@ def _transfer(name: str, carrier: str, to_tier: str, payload: int, profiles: Pro
     """A payload on its way over a network at its median rates; the ends are those of its 5% and 95% quantiles."""
     network = profiles.network(carrier)
     rates = network.down_bytes_per_s if to_tier == "edge" else network.up_bytes_per_s
-    times = [transfer_s(payload, rates.at(u), network.rtt_s.at(1 - u)) for u in (0.5, 0.95, 0.05)]
-    egress = profiles.egress_usd_per_gib() * payload / 2**30 if to_tier == "edge" else 0.0
+    middle, low, high = (transfer_s(payload, rates.at(u), network.rtt_s.at(1 - u)) for u in (0.5, 0.95, 0.05))
     return Part(
-        name=name, where=network.name, tier="network", seconds=times[0], low_s=times[1], high_s=times[2],
-        usd=egress, bytes_down=payload if to_tier == "edge" else 0, bytes_up=0 if to_tier == "edge" else payload,
-        kind=network.kind, sources=(network.source,),
-    )  # fmt: skip
+        name=name,
+        where=network.name,
+        tier="network",
+        seconds=Estimate(middle, low, high, network.kind, (network.source,)),
+        usd=profiles.egress_usd_per_gib() * payload / 2**30 if to_tier == "edge" else 0.0,
+        bytes_down=payload if to_tier == "edge" else 0,
+        bytes_up=0 if to_tier == "edge" else payload,
+    )

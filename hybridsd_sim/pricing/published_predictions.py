@@ -1,19 +1,22 @@
 """What the model says about a published or measured figure: the plan behind the figure, priced.
 
-A cost row of one device is answered by the device's fitted law, never by the row itself; one of several devices by the
-price of its plan, without the rows that timed such gangs as a whole. Every other quantity that somebody published has
-its function in `QUANTITIES`.
+A cost row of one device is answered by the device's fit, never by the row itself; one of several devices by the price
+of its plan, without the rows that timed such worker groups as a whole. Every other quantity that somebody published has
+its function in `QUANTITIES`, by the name in the column `quantity` of `profiles/published/*.csv`: to predict a new one,
+write the function and add it there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import product
 from math import exp, hypot, log
+from operator import attrgetter
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.perf import denoising, find_method, fitted_component_time, fitted_step_time, timed_stage
 from hybridsd_sim.plan import Plan, Request, Site, Stage, Tier
 from hybridsd_sim.pricing.plan_cost import PlanCost
@@ -30,74 +33,63 @@ STEPS_OF_A_RUN = 21
 """Steps of the run of which one step is looked at: one synchronous, and an even number of steady ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """A predicted figure, with its 90% interval where the quantity has one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def over(self, other: Prediction) -> Prediction:
-        """The ratio of two figures whose errors are taken to be independent."""
-        middle = self.value / other.value
-        if self.low is None or self.high is None or other.low is None or other.high is None:
-            return Prediction(middle)
-        low = hypot(log(self.value / self.low), log(other.high / other.value))
-        high = hypot(log(self.high / self.value), log(other.value / other.low))
-        return Prediction(middle, middle * exp(-low), middle * exp(high))
+def ratio(above: Estimate, below: Estimate) -> Estimate:
+    """The ratio of two figures whose errors are taken to be independent; without an interval unless both have one."""
+    middle = above.value / below.value
+    if above.interval_or_none is None or below.interval_or_none is None:
+        return Estimate(middle)
+    low = hypot(log(above.value / above.low), log(below.high / below.value))
+    high = hypot(log(above.high / above.value), log(below.value / below.low))
+    return Estimate(middle, middle * exp(-low), middle * exp(high))
 
 
-def predict_cost_row(row: CostRow, profiles: Profiles) -> Prediction:
+def predict_cost_row(row: CostRow, profiles: Profiles) -> Estimate:
     """Seconds of a timed row. Raises `InputError` where no law reaches: unknown devices, plans that are not legal."""
     what = what_is_timed(row)
     if what == "one_gpu":
-        return _by_law(row, profiles)
+        return _fitted_time(row, profiles)
     if what == "multi_gpu":
-        return _multi_gpu_step(row, _without_gangs(profiles))
+        return _multi_gpu_step(row, _without_group_times(profiles))
     if what == "exchange":
-        return _exchange_round(row, _without_gangs(profiles))
+        return _exchange_round(row, _without_group_times(profiles))
     raise InputError(Problem("component", row.component, "is not a time that a law predicts"))
 
 
-def predict_figure(row: PublishedRow, profiles: Profiles) -> Prediction:
+def predict_figure(row: PublishedRow, profiles: Profiles) -> Estimate:
     """A published figure that is no cost row. Raises `InputError` for quantities without a function, and as above."""
     if row.quantity not in QUANTITIES:
         raise InputError(unknown_name("quantity", row.quantity, list(QUANTITIES)))
     return QUANTITIES[row.quantity](row, profiles)
 
 
-def _by_law(row: CostRow, profiles: Profiles) -> Prediction:
+def _fitted_time(row: CostRow, profiles: Profiles) -> Estimate:
     if row.component == "step":
-        found = fitted_step_time(row, profiles)
-    else:
-        where = (profiles, row.device, row.runtime, row.precision)
-        each = fitted_component_time(*where, row.model, (row.height_px, row.width_px))
-        found = row.batch_size * each
-    return Prediction(found.value, *found.interval)
+        return fitted_step_time(row, profiles)
+    where = (profiles, row.device, row.runtime, row.precision)
+    return row.batch_size * fitted_component_time(*where, row.model, (row.height_px, row.width_px))
 
 
 # ---- Cost rows of several devices -----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4)
-def _without_gangs(profiles: Profiles) -> Profiles:
-    """The profiles without measured steps of whole gangs, which a price would repeat; no device's law rests on them.
+def _without_group_times(profiles: Profiles) -> Profiles:
+    """The profiles without measured steps of whole worker groups, which a price would repeat; no fit rests on them.
 
-    Made once for each profiles, so that the laws are not fitted again for every row.
+    Made once for each profiles, so that devices are not fitted again for every row.
     """
-    return profiles.without(_is_gang_step) if any(map(_is_gang_step, profiles.costs)) else profiles
+    return profiles.without(_is_group_time) if any(map(_is_group_time, profiles.costs)) else profiles
 
 
-def _is_gang_step(row: CostRow) -> bool:
+def _is_group_time(row: CostRow) -> bool:
     return row.kind == "measured" and row.degree > 1 and row.component in {"step", "step_warmup"}
 
 
-def _multi_gpu_step(row: CostRow, profiles: Profiles) -> Prediction:
+def _multi_gpu_step(row: CostRow, profiles: Profiles) -> Estimate:
     """The average step of a run where the row says how many steps it had, else one step of the row's phase."""
     if "num_inference_steps" in read_options(row.options):
         cost = _price_of(*timed_stage(row), profiles)
-        return _per_step(cost.denoise_s, *cost.interval_s, cost.plan.num_inference_steps)
+        return _per_step(Estimate(cost.denoise_s, *cost.interval_s), cost.plan.num_inference_steps)
     stage, request = _one_step_in_a_run(row)
     cost = _price_of(stage, request, profiles)
     name = "denoise_warmup" if row.component == "step_warmup" else "denoise"
@@ -105,7 +97,7 @@ def _multi_gpu_step(row: CostRow, profiles: Profiles) -> Prediction:
     if part is None:
         raise InputError(Problem("component", row.component, f"{row.method} has no such step"))
     count = 1 if name == "denoise_warmup" else stage.num_steps - int(stage.option("warmup_steps", 0))
-    return _per_step(part.seconds, part.low_s, part.high_s, count)
+    return _per_step(part.seconds, count)
 
 
 def _one_step_in_a_run(row: CostRow) -> tuple[Stage, Request]:
@@ -118,16 +110,16 @@ def _one_step_in_a_run(row: CostRow) -> tuple[Stage, Request]:
     return stage, replace(request, num_inference_steps=STEPS_OF_A_RUN)
 
 
-def _per_step(seconds: float, low_s: float, high_s: float, steps: int) -> Prediction:
-    return Prediction(seconds / steps, low_s / steps, high_s / steps)
+def _per_step(seconds: Estimate, steps: int) -> Estimate:
+    return Estimate(seconds.value / steps, seconds.low / steps, seconds.high / steps)
 
 
-def _exchange_round(row: CostRow, profiles: Profiles) -> Prediction:
+def _exchange_round(row: CostRow, profiles: Profiles) -> Estimate:
     """Exposed seconds of one round of exchange."""
     stage, request = timed_stage(row.model_copy(update={"guidance": True}))
     phases = find_method(row.method).phases(denoising(stage, request, profiles), row.degree, dict(stage.options))
     rounds = sum(phase.rounds for phase in phases if phase.name == "steady")
-    return Prediction(_price_of(stage, request, profiles).comm_exposed_s / rounds)
+    return Estimate(_price_of(stage, request, profiles).comm_exposed_s / rounds)
 
 
 def _price_of(stage: Stage, request: Request, profiles: Profiles) -> PlanCost:
@@ -172,87 +164,66 @@ def _plan(row: PublishedRow, *, degree: int = 1, method: str | None = None, tier
     return Plan(stages=stages, text_encode_site=site.name, vae_site=site.name)
 
 
-def _flops_without_attention_products(row: PublishedRow, profiles: Profiles) -> Prediction:
-    return Prediction(plan_flops(_plan(row), _request(row, row.sides_px[0]), profiles)[1])
+def _flops_without_attention_products(row: PublishedRow, profiles: Profiles) -> Estimate:
+    return Estimate(plan_flops(_plan(row), _request(row, row.sides_px[0]), profiles)[1])
 
 
-def _macs_without_attention_products(row: PublishedRow, profiles: Profiles) -> Prediction:
-    return Prediction(_flops_without_attention_products(row, profiles).value / 2)
-
-
-def _decode_flops_without_attention_products(row: PublishedRow, profiles: Profiles) -> Prediction:
+def _decode_flops_without_attention_products(row: PublishedRow, profiles: Profiles) -> Estimate:
     component, side = profiles.component(row.model), row.sides_px[0]
     bare = component.model_copy(update={"flop_attention_512": 0.0})
-    return Prediction(bare.flop(side, side) * row.batch_size)
+    return Estimate(bare.flop(side, side) * row.batch_size)
 
 
-def _gang_price(
+def _group_price(
     row: PublishedRow, degree: int, side_px: int, profiles: Profiles, method: str | None = None
 ) -> PlanCost:
     return price(_plan(row, degree=degree, method=method), _request(row, side_px), profiles)
 
 
-def _traffic_elements_per_step(row: PublishedRow, profiles: Profiles, method: str | None = None) -> Prediction:
-    cost = _gang_price(row, row.degrees[0], row.sides_px[0], profiles, method)
-    return Prediction(cost.comm_bytes / ACTIVATION_BYTES / row.num_inference_steps)
+def _traffic_elements_per_step(row: PublishedRow, profiles: Profiles, method: str | None = None) -> Estimate:
+    cost = _group_price(row, row.degrees[0], row.sides_px[0], profiles, method)
+    return Estimate(cost.comm_bytes / ACTIVATION_BYTES / row.num_inference_steps)
 
 
-def _traffic_saved_against_distrifusion(row: PublishedRow, profiles: Profiles) -> Prediction:
+def _traffic_saved_against_distrifusion(row: PublishedRow, profiles: Profiles) -> Estimate:
     """Share of DistriFusion's traffic that a steady step saves."""
     ours, theirs = (
-        _steady_bytes(_gang_price(row, row.degrees[0], row.sides_px[0], profiles, method))
+        _steady_bytes(_group_price(row, row.degrees[0], row.sides_px[0], profiles, method))
         for method in (row.method, "distrifusion")
     )
-    return Prediction(1 - ours / theirs)
+    return Estimate(1 - ours / theirs)
 
 
 def _steady_bytes(cost: PlanCost) -> float:
     return sum(part.comm_bytes for part in cost.denoise_parts if part.name == "denoise")
 
 
-def _speedups(row: PublishedRow, profiles: Profiles) -> list[Prediction]:
+def _speedups(row: PublishedRow, profiles: Profiles) -> list[Estimate]:
     """The speed-up over one device at every degree and size of the row."""
     found = []
     for degree, side in product(row.degrees, row.sides_px):
-        one, many = (_gang_price(row, count, side, profiles) for count in (1, degree))
+        one, many = (_group_price(row, count, side, profiles) for count in (1, degree))
         low, high = many.interval_s
-        found.append(Prediction(*(one.denoise_s / seconds for seconds in (many.denoise_s, high, low))))
+        found.append(Estimate(one.denoise_s / many.denoise_s, one.denoise_s / high, one.denoise_s / low))
     return found
 
 
-def _speedup_least(row: PublishedRow, profiles: Profiles) -> Prediction:
-    return min(_speedups(row, profiles), key=lambda found: found.value)
-
-
-def _speedup_most(row: PublishedRow, profiles: Profiles) -> Prediction:
-    return max(_speedups(row, profiles), key=lambda found: found.value)
-
-
-def _comm_s(row: PublishedRow, profiles: Profiles) -> Prediction:
+def _comm_s(row: PublishedRow, profiles: Profiles) -> Estimate:
     """Exposed seconds of exchange over the run."""
-    return Prediction(_gang_price(row, row.degrees[0], row.sides_px[0], profiles).comm_exposed_s)
+    return Estimate(_group_price(row, row.degrees[0], row.sides_px[0], profiles).comm_exposed_s)
 
 
-def _latency_s(row: PublishedRow, profiles: Profiles) -> Prediction:
+def _latency_s(row: PublishedRow, profiles: Profiles) -> Estimate:
     """Prompt to picture on one device, alone."""
     cost = price(_plan(row, tier="edge"), _request(row, row.sides_px[0]), profiles)
-    parts = [part for part in cost.parts if part.critical]
-    return Prediction(cost.latency_s, sum(part.low_s for part in parts), sum(part.high_s for part in parts))
+    return Estimate(cost.latency_s, *cost.latency_interval_s)
 
 
-def _step_ratio(row: PublishedRow, profiles: Profiles) -> Prediction:
-    return _ratio(row, profiles, "step")
-
-
-def _decode_ratio(row: PublishedRow, profiles: Profiles) -> Prediction:
-    return _ratio(row, profiles, "vae_decode")
-
-
-def _ratio(row: PublishedRow, profiles: Profiles, component: str) -> Prediction:
+def _time_ratio(row: PublishedRow, profiles: Profiles, component: str) -> Estimate:
     """The model at the first size over the small model at the last one, both by the device's law."""
     above = _one_gpu_row(row, row.model, component, row.sides_px[0])
     below = _one_gpu_row(row, row.small_model or row.model, component, row.sides_px[-1])
-    return _by_law(above, profiles).over(_by_law(below, profiles))
+    return ratio(_fitted_time(above, profiles), _fitted_time(below, profiles))
 
 
 def _one_gpu_row(row: PublishedRow, model: str, component: str, side_px: int) -> CostRow:
@@ -265,16 +236,16 @@ def _one_gpu_row(row: PublishedRow, model: str, component: str, side_px: int) ->
     })  # fmt: skip
 
 
-QUANTITIES: Mapping[str, Callable[[PublishedRow, Profiles], Prediction]] = {
+QUANTITIES: Mapping[str, Callable[[PublishedRow, Profiles], Estimate]] = {
     "comm_s": _comm_s,
     "decode_flops_without_attention_products": _decode_flops_without_attention_products,
-    "decode_ratio": _decode_ratio,
+    "decode_ratio": partial(_time_ratio, component="vae_decode"),
     "flops_without_attention_products": _flops_without_attention_products,
     "latency_s": _latency_s,
-    "macs_without_attention_products": _macs_without_attention_products,
-    "speedup_least": _speedup_least,
-    "speedup_most": _speedup_most,
-    "step_ratio": _step_ratio,
+    "macs_without_attention_products": lambda row, profiles: 0.5 * _flops_without_attention_products(row, profiles),
+    "speedup_least": lambda row, profiles: min(_speedups(row, profiles), key=attrgetter("value")),
+    "speedup_most": lambda row, profiles: max(_speedups(row, profiles), key=attrgetter("value")),
+    "step_ratio": partial(_time_ratio, component="step"),
     "traffic_elements_per_step": _traffic_elements_per_step,
     "traffic_saved_against_distrifusion": _traffic_saved_against_distrifusion,
 }

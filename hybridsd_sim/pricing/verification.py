@@ -4,10 +4,10 @@ Every figure is predicted twice: with everything that is known, and with the fig
 fits (a resolution, a model or a device, as its table says). The second is the one to quote, but where figures shaped a
 constant of the catalogue: that stays (`kept_when_held_out` of a table counts them).
 
-The figures that predictions are held against, table by table, and what is left out of the fits for each.
-
-Cost rows that no registered table takes, such as a user's own measurements, form a table for each source or measured
-device.
+A table is a line of `profiles/published/tables.csv`. The cost rows that it names in `profiles/quoted` and its rows in
+the other files of that folder are its cases: to add one, write the line and the rows; code is needed only for a
+quantity that `published_predictions` does not know. Cost rows that no registered table takes, such as a user's own
+measurements, form a table for each source or measured device.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from statistics import fmean
 from typing import Any
 
 from hybridsd_sim.errors import InputError
+from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.perf import is_multi_gpu_time, is_shared_memory_time, own_fits
 from hybridsd_sim.perf import refit as fit_again
-from hybridsd_sim.pricing.published_predictions import Prediction, predict_cost_row, predict_figure, read_options
+from hybridsd_sim.pricing.published_predictions import predict_cost_row, predict_figure, read_options
 from hybridsd_sim.profiles import (
     CostRow,
     Group,
@@ -60,7 +61,7 @@ class Case:
     key: GroupKey
     row: CostRow | PublishedRow
 
-    def predict(self, profiles: Profiles) -> Prediction:
+    def predict(self, profiles: Profiles) -> Estimate:
         row = self.row
         return predict_cost_row(row, profiles) if isinstance(row, CostRow) else predict_figure(row, profiles)
 
@@ -163,8 +164,8 @@ class Checked:
     """A case with what was predicted, from everything and with its group left out; None, with the reason, where not."""
 
     case: Case
-    predicted: Prediction | None
-    held_out: Prediction | None
+    predicted: Estimate | None
+    held_out: Estimate | None
     fitted: bool = False
     why: str = ""
     why_held_out: str = ""
@@ -245,7 +246,7 @@ class CheckedTable:
 def coverage(cases: Iterable[Checked], *, held_out: bool = False) -> float | None:
     """Share of published values inside the predicted interval, over cases that have one."""
     found = ((case.held_out if held_out else case.predicted, case.case.published) for case in cases)
-    inside = [p.low <= value <= p.high for p, value in found if p and p.low is not None and p.high is not None]
+    inside = [p.low <= value <= p.high for p, value in found if p and p.interval_or_none is not None]
     return _mean(inside)
 
 
@@ -313,12 +314,12 @@ def used_in_fits(profiles: Profiles) -> frozenset[CostRow]:
     """The cost rows that shaped a device's law or one of the constants that devices share."""
     fits = own_fits(profiles)
     laws = {(fit.device, fit.runtime, fit.precision) for fit in fits}
-    shared = (row for row in profiles.costs if _shapes_constant(row, laws))
+    shared = (
+        row
+        for row in profiles.costs
+        if is_multi_gpu_time(row) or is_shared_memory_time(row) or _shapes_ratio(row, laws)
+    )
     return frozenset(row for fit in fits for row in fit.rows).union(shared)
-
-
-def _shapes_constant(row: CostRow, laws: Collection[tuple[str, str, str]]) -> bool:
-    return is_multi_gpu_time(row) or is_shared_memory_time(row) or _shapes_ratio(row, laws)
 
 
 def _shapes_ratio(row: CostRow, laws: Collection[tuple[str, str, str]]) -> bool:
@@ -332,7 +333,7 @@ def _check(case: Case, profiles: Profiles, used: frozenset[CostRow]) -> Checked:
     return Checked(case=case, predicted=prediction, held_out=None, fitted=fitted, why=why)
 
 
-def _predicted(case: Case, profiles: Profiles) -> tuple[Prediction | None, str]:
+def _predicted(case: Case, profiles: Profiles) -> tuple[Estimate | None, str]:
     try:
         return case.predict(profiles), ""
     except InputError as error:
@@ -379,12 +380,13 @@ def _table_data(table: CheckedTable) -> dict[str, Any]:
 
 def _case_data(found: Checked) -> dict[str, Any]:
     case, predicted = found.case, found.predicted
+    low, high = (predicted and predicted.interval_or_none) or (None, None)
     return {
         "label": case.label,
         "published": case.published,
         "predicted": None if predicted is None else predicted.value,
-        "low": None if predicted is None else predicted.low,
-        "high": None if predicted is None else predicted.high,
+        "low": low,
+        "high": high,
         "error": found.error,
         "held_out": None if found.held_out is None else found.held_out.value,
         "held_out_error": found.held_out_error,

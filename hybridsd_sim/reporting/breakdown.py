@@ -129,23 +129,24 @@ def _breakdown(cost: PlanCost, rates: Mapping[str, Rate]) -> Data:
 
 
 def _part(part: Part) -> Data:
-    figures = {"component": part.name, "where": part.where, "value": part.seconds, "unit": "s"}
-    bounds = {"low": part.low_s, "high": part.high_s, "kind": part.kind, "sources": list(part.sources)}
-    note = part.note or (OVER_USERS if part.tier == "network" and part.seconds else "")
-    return {**figures, **bounds, "note": note, "within": part.within, "critical": part.critical}
+    figures = {"component": part.name, "where": part.where, "value": part.seconds.value, "unit": "s"}
+    seconds = part.seconds
+    bounds = {"low": seconds.low, "high": seconds.high, "kind": seconds.kind, "sources": list(seconds.sources)}
+    note = seconds.note or (OVER_USERS if part.tier == "network" and seconds.value else "")
+    return {**figures, **bounds, "note": note, "within": seconds.within, "critical": part.critical}
 
 
 def shares(parts: Sequence[Part]) -> dict[Kind, float]:
     """How much of the latency is of each kind; they sum to 1 unless nothing takes time."""
-    critical = [part for part in parts if part.critical]
-    total = sum(part.seconds for part in critical) or 1.0
-    return {kind: sum(part.seconds for part in critical if part.kind == kind) / total for kind in KIND_ORDER}
+    critical = [part.seconds for part in parts if part.critical]
+    total = sum(seconds.value for seconds in critical) or 1.0
+    return {kind: sum(seconds.value for seconds in critical if seconds.kind == kind) / total for kind in KIND_ORDER}
 
 
 def _latency(cost: PlanCost) -> Data:
-    critical = [part for part in cost.parts if part.critical]
-    kind = weakest(part.kind for part in critical if part.seconds > 0)
-    ends, sources = cost.latency_interval_s, [part.sources for part in critical]
+    critical = [part.seconds for part in cost.parts if part.critical]
+    kind = weakest(seconds.kind for seconds in critical if seconds.value > 0)
+    ends, sources = cost.latency_interval_s, [seconds.sources for seconds in critical]
     return _total("latency_s", cost.latency_s, "s", ends, kind, sources)
 
 
@@ -171,8 +172,10 @@ def _product(
     for part, amount, rate in some:
         for side, share in enumerate(_reach(part, rate)):
             ends[side] += share * (amount or 0.0) / images
-    kinds = [part.kind for part, *_ in some if part.tier != "network"] + [rate.kind for *_, rate in some if rate]
-    sources = [(*part.sources, *(rate.sources if rate else ())) for part, _, rate in some]
+    kinds = [part.seconds.kind for part, *_ in some if part.tier != "network"] + [
+        rate.kind for *_, rate in some if rate
+    ]
+    sources = [(*part.seconds.sources, *(rate.sources if rate else ())) for part, _, rate in some]
     value = None if missing else sum(amount or 0.0 for _, amount, _ in some) / images
     note = "; ".join(dict.fromkeys(filter(None, missing))) if missing else "" if some else if_none
     return _total(name, value, unit, None if missing else (ends[0], ends[1]), weakest(kinds), sources, note)
@@ -181,9 +184,10 @@ def _product(
 def _reach(part: Part, rate: Rate | None) -> tuple[float, float]:
     """The ends of a part's dollars or joules as shares of their middle."""
     low, high = rate.reach if rate else (1.0, 1.0)
-    if part.tier == "network" or not part.seconds:
+    seconds = part.seconds
+    if part.tier == "network" or not seconds.value:
         return low, high
-    return low * part.low_s / part.seconds, high * part.high_s / part.seconds
+    return low * seconds.low / seconds.value, high * seconds.high / seconds.value
 
 
 def _scores(cost: PlanCost) -> Iterator[Data]:

@@ -61,7 +61,9 @@ def tally(name: str, result: SimResult, chosen: Sequence[Candidate], rates: Mapp
         "series": list(_series(result)),
         "components": list(_components(result, known)),
         "unserved": _unserved(result),
-        "kinds": sorted({part.kind for option in known.values() for part in option.cost.parts if part.seconds > 0}),
+        "kinds": sorted(
+            {part.seconds.kind for option in known.values() for part in option.cost.parts if part.seconds.value > 0}
+        ),
     }
 
 
@@ -252,7 +254,7 @@ def _split(option: Candidate | None, booked: np.ndarray) -> Iterator[tuple[str, 
     cost, rate = option.cost, _usd_per_gpu_s(option)
     yield COMPONENTS["model_load"], np.array([load_s * rate, load_s])
     for part in cost.parts:
-        held_s = part.seconds * part.devices if part.tier == "cloud" else 0.0
+        held_s = part.seconds.value * part.devices if part.tier == "cloud" else 0.0
         share_usd, share_s = _over(part.usd, cost.usd), _over(held_s, cost.gpu_seconds)
         name = TRANSFER if part.tier == "network" else COMPONENTS.get(part.name, HANDOVER)
         if part.tier != "edge":

@@ -122,7 +122,7 @@ def steps_s(candidate: Candidate, stage: Stage, profiles: Profiles) -> list[floa
     parts, request = iter(candidate.cost.denoise_parts), candidate.cost.request
     for one in candidate.plan.stages:
         counts = timer_of(one, request, profiles).counts(one.num_steps)
-        seconds = [seconds for _, steps, _ in counts for seconds in [next(parts).seconds / steps] * steps]
+        seconds = [seconds for _, steps, _ in counts for seconds in [next(parts).seconds.value / steps] * steps]
         if one is stage:
             return seconds
     return []

@@ -49,7 +49,10 @@ def pure(mine: Planner, text: str = "[0,10)") -> Mixes:
 
 def with_ends(option: Candidate, low: float, high: float) -> Candidate:
     """The same plan with intervals of its parts from `low` to `high` times their seconds."""
-    parts = (replace(part, low_s=low * part.seconds, high_s=high * part.seconds) for part in option.cost.parts)
+    parts = (
+        replace(part, seconds=replace(part.seconds, low=low * part.seconds.value, high=high * part.seconds.value))
+        for part in option.cost.parts
+    )
     return replace(option, cost=replace(option.cost, parts=tuple(parts)))
 
 

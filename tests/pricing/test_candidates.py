@@ -192,8 +192,8 @@ def test_a_slower_site_takes_its_factor_longer(
 
     for mine, theirs in zip(slow.cost.parts, option.cost.parts, strict=True):
         factor = by_tier[theirs.tier]
-        assert (mine.seconds, mine.low_s, mine.high_s) == pytest.approx(
-            (factor * theirs.seconds, factor * theirs.low_s, factor * theirs.high_s)
+        assert (mine.seconds.value, *mine.seconds.interval) == pytest.approx(
+            (factor * theirs.seconds.value, factor * theirs.seconds.low, factor * theirs.seconds.high)
         )
         assert (mine.usd, mine.energy_j) == pytest.approx((factor * (theirs.usd or 0), factor * (theirs.energy_j or 0)))
     assert slow.cloud_s == pytest.approx(pool * option.cloud_s)

@@ -21,7 +21,7 @@ from hybridsd_sim.perf.roofline import plain_kernels
 from hybridsd_sim.pricing import Candidate, PlanCost, PredictionQuery, find_candidates
 from hybridsd_sim.pricing.prediction import predict_cost
 from hybridsd_sim.pricing.pricer import COMPONENTS, batch_seconds
-from hybridsd_sim.pricing.transfers import End, handling, handover_bytes
+from hybridsd_sim.pricing.transfers import End, latent_transfer_bytes, serialisation_time
 from hybridsd_sim.profiles import PublishedRow, derived, load_published
 
 switch_steps = st.integers(0, 25)
@@ -35,12 +35,12 @@ def test_parts_sum_to_every_total(profiles: Profiles, k: int, network: str | Non
     """Seconds, dollars, joules and bytes of the parts are the totals; nothing is negative."""
     cost = price(hybrid(k, network=network), REQUEST, profiles, cold=cold)
 
-    assert cost.latency_s == pytest.approx(sum(p.seconds for p in cost.parts if p.critical))
+    assert cost.latency_s == pytest.approx(sum(p.seconds.value for p in cost.parts if p.critical))
     assert cost.usd == pytest.approx(sum(p.usd or 0.0 for p in cost.parts))
     assert cost.edge_energy_j == pytest.approx(sum(p.energy_j or 0.0 for p in cost.parts))
     assert cost.bytes_down == sum(p.bytes_down for p in cost.parts)
     assert cost.compute_s + cost.comm_exposed_s == pytest.approx(cost.denoise_s)
-    assert all(p.low_s <= p.seconds <= p.high_s and p.seconds >= 0 for p in cost.parts)
+    assert all(0 <= p.seconds.low <= p.seconds.value <= p.seconds.high for p in cost.parts)
 
 
 def test_switch_step_zero_does_no_denoising_in_the_cloud(profiles: Profiles) -> None:
@@ -84,10 +84,10 @@ def test_what_crosses_at_a_switch(profiles: Profiles, sampler: str, images: int,
     request = replace(REQUEST, sampler=sampler, num_images=images, guidance_scale=7.0 if guided else 1.0)
     model = profiles.model("sd14")
     history = {"ddim": 0, "euler": 0, "dpmsolver++": 1, "pndm": 3}[sampler]
-    alone = handover_bytes(request, model, with_embedding=False)
+    alone = latent_transfer_bytes(request, model, with_embedding=False)
 
     assert alone == 32_768 * images * (1 + history)
-    assert handover_bytes(request, model, with_embedding=True) - alone == 118_272 * (2 if guided else 1)
+    assert latent_transfer_bytes(request, model, with_embedding=True) - alone == 118_272 * (2 if guided else 1)
 
 
 def test_an_edge_that_encodes_the_prompt_spares_the_network(profiles: Profiles) -> None:
@@ -128,11 +128,11 @@ devices = st.sampled_from(["cpu-1core", "cpu-2core", "snapdragon-8-elite", "a100
 @given(devices, st.sampled_from(ENDS), st.integers(1, 10**7), st.integers(0, 10**7))
 def test_a_larger_payload_takes_no_less(profiles: Profiles, device: str, end: End, payload: int, more: int) -> None:
     """Seconds and both ends of their interval rise with the bytes, timed or not; the interval holds the seconds."""
-    small, large = (handling(profiles, device, end, size) for size in (payload, payload + more))
+    small, large = (serialisation_time(profiles, device, end, size) for size in (payload, payload + more))
 
-    assert large.seconds >= small.seconds > 0
-    assert all(a <= b for a, b in zip(small.bounds_s, large.bounds_s, strict=True))
-    assert small.bounds_s[0] <= small.seconds <= small.bounds_s[1]
+    assert large.value >= small.value > 0
+    assert all(a <= b for a, b in zip(small.interval, large.interval, strict=True))
+    assert small.low <= small.value <= small.high
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -140,21 +140,21 @@ def test_an_end_that_was_timed_takes_what_was_timed(profiles: Profiles, end: End
     """The only row of a device is given back at its payload as measured, and in proportion, modelled, elsewhere."""
     (row,) = profiles.cost_rows(device="cpu-1core", component=f"handover_{end}")
     payload = row.comm_bytes or 0
-    same, half = (handling(profiles, "cpu-1core", end, size) for size in (payload, payload // 2))
+    same, half = (serialisation_time(profiles, "cpu-1core", end, size) for size in (payload, payload // 2))
 
-    assert (same.seconds, same.kind, same.sources) == (pytest.approx(row.seconds_median), "measured", (row.source,))
-    assert same.bounds_s == pytest.approx(row.seconds.interval)
-    assert half.seconds == pytest.approx(same.seconds / 2)
+    assert (same.value, same.kind, same.sources) == (pytest.approx(row.seconds_median), "measured", (row.source,))
+    assert same.interval == pytest.approx(row.seconds.interval)
+    assert half.value == pytest.approx(same.value / 2)
     assert half.kind == "modelled"
 
 
 @pytest.mark.parametrize("end", ENDS)
 def test_an_end_that_nobody_timed_is_modelled_with_a_wide_interval(profiles: Profiles, end: End) -> None:
     """A gigabyte takes a second, give or take a factor."""
-    found = handling(profiles, "snapdragon-8-elite", end, 10**9)
+    found = serialisation_time(profiles, "snapdragon-8-elite", end, 10**9)
 
-    assert (found.seconds, found.kind) == (pytest.approx(1.0), "modelled")
-    assert found.bounds_s == (0.0, pytest.approx(10.0))
+    assert (found.value, found.kind) == (pytest.approx(1.0), "modelled")
+    assert found.interval == (0.0, pytest.approx(10.0))
 
 
 @given(st.integers(0, 24), st.integers(1, 3))
@@ -163,13 +163,13 @@ def test_a_phones_overhead_is_a_share_of_its_own_components(profiles: Profiles, 
     cost = price(hybrid(k), replace(REQUEST, num_images=images), profiles)
     (overhead,) = (part for part in cost.parts if part.name == "device_overhead")
     law = profiles.runtime(PHONE.runtime)
-    own = sum(p.seconds for p in cost.parts if p.where == PHONE.name and p.name in COMPONENTS)
+    own = sum(p.seconds.value for p in cost.parts if p.where == PHONE.name and p.name in COMPONENTS)
 
-    assert overhead.seconds == pytest.approx(law.overhead_share * own)
-    assert (overhead.low_s, overhead.high_s) == pytest.approx((law.overhead_low * own, law.overhead_high * own))
-    assert (overhead.where, overhead.kind, overhead.critical) == (PHONE.name, "modelled", True)
+    assert overhead.seconds.value == pytest.approx(law.overhead_share * own)
+    assert overhead.seconds.interval == pytest.approx((law.overhead_low * own, law.overhead_high * own))
+    assert (overhead.where, overhead.seconds.kind, overhead.critical) == (PHONE.name, "modelled", True)
     assert overhead.energy_j
-    assert overhead.sources == (law.overhead_source,)
+    assert overhead.seconds.sources == (law.overhead_source,)
 
 
 @pytest.mark.parametrize("k", [0, 10, 25])
@@ -204,7 +204,7 @@ def test_overheads_are_those_of_the_published_pairs(profiles: Profiles, runtime:
     """The catalogue's share is the geometric mean of end to end over components; the pairs lie in their intervals."""
     rows = [row for row in end_to_end() if row.runtime == runtime]
     costs = [on_the_edge(row, profiles) for row in rows]
-    sums = [sum(part.seconds for part in cost.parts if part.name in COMPONENTS) for cost in costs]
+    sums = [sum(part.seconds.value for part in cost.parts if part.name in COMPONENTS) for cost in costs]
     law = profiles.runtime(runtime)
 
     assert len(rows) >= 2
@@ -233,7 +233,7 @@ def test_a_gang_is_charged_for_all_its_gpus(profiles: Profiles) -> None:
     """Four GPUs cost four times the seconds they are held, text encoder and VAE included."""
     plan = hybrid(25, method="distrifusion", degree=4)
     cost = price(plan, REQUEST, profiles)
-    held = sum(part.seconds for part in cost.parts if part.tier == "cloud")
+    held = sum(part.seconds.value for part in cost.parts if part.tier == "cloud")
 
     assert cost.gpu_seconds == pytest.approx(4 * held)
 
@@ -307,7 +307,7 @@ def test_a_quoted_step_is_used_as_it_stands(profiles: Profiles) -> None:
     cost = predict_cost(PredictionQuery(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph"), profiles)
 
     assert cost.denoise_s == pytest.approx(5.02)
-    assert {part.kind for part in cost.denoise_parts} == {"quoted"}
+    assert {part.seconds.kind for part in cost.denoise_parts} == {"quoted"}
 
 
 def test_ones_own_step_replaces_every_other_source(profiles: Profiles) -> None:
@@ -318,7 +318,7 @@ def test_ones_own_step_replaces_every_other_source(profiles: Profiles) -> None:
     )
 
     assert one.denoise_s == pytest.approx(25.0)
-    assert {part.kind for part in one.denoise_parts} == {"measured"}
+    assert {part.seconds.kind for part in one.denoise_parts} == {"measured"}
     assert 12.5 < two.denoise_s < 25.0
     assert "--measured-step-s" in two.sources
 
@@ -456,7 +456,7 @@ def test_a_batch_is_priced_as_so_many_images(
     request = replace(REQUEST, num_images=images)
     plan = replace(hybrid(k, method=gang[0], degree=gang[1]), batch_cap=cap)
     alone = price(plan, request, profiles)
-    prompt_s = next(part.seconds for part in alone.parts if part.name == "text_encode")
+    prompt_s = next(part.seconds.value for part in alone.parts if part.name == "text_encode")
     found = batch_seconds(plan, request, profiles)
     many = [price(plan, replace(request, num_images=images * n), profiles).cloud_s for n in range(1, cap + 1)]
 

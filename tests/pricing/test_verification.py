@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridsd_sim.errors import InputError
+from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.perf import is_multi_gpu_time, is_shared_memory_time
-from hybridsd_sim.pricing.published_predictions import Prediction, predict_cost_row, predict_figure
+from hybridsd_sim.pricing.published_predictions import predict_cost_row, predict_figure, ratio
 from hybridsd_sim.pricing.verification import (
     Case,
     Checked,
@@ -98,7 +99,7 @@ def checked(published, predicted, *, width=0.1, counts=True):
         table="t", label="one", source=row.source, published=published, low=published, high=published, counts=counts,
         notes=row.notes, key=GroupKey("device", "", ""), row=row,
     )  # fmt: skip
-    prediction = Prediction(predicted, predicted * (1 - width), predicted * (1 + width))
+    prediction = Estimate(predicted, predicted * (1 - width), predicted * (1 + width))
     return Checked(case=case, predicted=prediction, held_out=prediction)
 
 
@@ -145,7 +146,7 @@ def test_an_outlier_is_listed_and_not_counted():
 
 def test_a_quantity_without_an_interval_has_no_coverage():
     """FLOPs are counted, not estimated: null, not 0 and not 1."""
-    bare = replace(checked(1.0, 1.0), predicted=Prediction(1.0))
+    bare = replace(checked(1.0, 1.0), predicted=Estimate(1.0))
 
     assert coverage([bare]) is None
     assert CheckedTable(table=table_of(), cases=[bare]).coverage90 is None
@@ -164,21 +165,21 @@ def test_what_cannot_be_predicted_is_listed_with_the_reason(profiles):
 @given(st.floats(0.1, 10), st.floats(0, 0.5), st.floats(0.1, 10), st.floats(0, 0.5))
 def test_a_ratio_is_as_sure_as_its_parts(a, a_width, b, b_width):
     """The interval holds the ratio, is wider than each part's, and narrower than both ends put against each other."""
-    above, below = (Prediction(v, v / (1 + w), v * (1 + w)) for v, w in ((a, a_width), (b, b_width)))
-    ratio = above.over(below)
+    above, below = (Estimate(v, v / (1 + w), v * (1 + w)) for v, w in ((a, a_width), (b, b_width)))
+    found = ratio(above, below)
 
-    assert ratio.value == pytest.approx(a / b)
-    assert above.low / below.high <= ratio.low * (1 + 1e-9)
-    assert ratio.low <= ratio.value * (1 + 1e-9)
-    assert ratio.high / ratio.value >= max(1 + a_width, 1 + b_width) * (1 - 1e-9)
-    assert ratio.high <= above.high / below.low * (1 + 1e-9)
+    assert found.value == pytest.approx(a / b)
+    assert above.low / below.high <= found.low * (1 + 1e-9)
+    assert found.low <= found.value * (1 + 1e-9)
+    assert found.high / found.value >= max(1 + a_width, 1 + b_width) * (1 - 1e-9)
+    assert found.high <= above.high / below.low * (1 + 1e-9)
 
 
 def test_the_order_of_configurations(few, distrifusion):
     """Published order is right order; turned around, every pair apart is wrong; equal figures are not ranked."""
     result = check_tables(few, distrifusion, refit=keep)[0]
-    turned = [replace(found, predicted=Prediction(1 / found.case.published), case=found.case) for found in result.cases]
-    right = [replace(found, predicted=Prediction(found.case.published)) for found in result.cases]
+    turned = [replace(found, predicted=Estimate(1 / found.case.published), case=found.case) for found in result.cases]
+    right = [replace(found, predicted=Estimate(found.case.published)) for found in result.cases]
     equal = [replace(found, case=replace(found.case, low=0.0, high=1e9)) for found in turned]
     tables = [replace(result, cases=cases) for cases in (right, turned, equal)]
 

@@ -137,14 +137,14 @@ def test_an_alternative_by_formula_is_broken_down_too(scenario, plan, profiles):
     found = contents(replace(plan, alternatives=(other,)), profiles)["plans"]
     mine = next(each for each in found if each["runs"] == [other.name])
     expected = price(later, request_of("phone", scenario.requests["phone"]), profiles)
-    assert [part["value"] for part in mine["parts"]] == [part.seconds for part in expected.parts]
-    assert [part["kind"] for part in mine["parts"]] == [part.kind for part in expected.parts]
+    assert [part["value"] for part in mine["parts"]] == [part.seconds.value for part in expected.parts]
+    assert [part["kind"] for part in mine["parts"]] == [part.seconds.kind for part in expected.parts]
 
 
 PARTS = st.lists(
     st.builds(
         lambda middle, down, up, kind, critical: part(
-            "denoise", A100, middle, kind, low_s=middle * down, high_s=middle * up, critical=critical
+            "denoise", A100, middle, kind, low=middle * down, high=middle * up, critical=critical
         ),
         st.floats(1e-6, 1e3), st.floats(0.0, 1.0), st.floats(1.0, 10.0), st.sampled_from(KINDS), st.booleans(),
     ),
@@ -165,10 +165,10 @@ def test_any_parts_add_up(parts, low, high, price_kind):
     assert latency["low"] <= latency["value"] * (1 + 1e-9)
     assert latency["value"] <= latency["high"] * (1 + 1e-9)
     assert money["value"] == pytest.approx(cost.usd / cost.request.num_images)
-    least = low * sum(part.usd * part.low_s / part.seconds for part in parts) / cost.request.num_images
-    most = high * sum(part.usd * part.high_s / part.seconds for part in parts) / cost.request.num_images
+    least = low * sum(part.usd * part.seconds.low / part.seconds.value for part in parts) / cost.request.num_images
+    most = high * sum(part.usd * part.seconds.high / part.seconds.value for part in parts) / cost.request.num_images
     assert (money["low"], money["high"]) == (pytest.approx(least), pytest.approx(most))
-    kinds = {part.kind for part in parts} | {price_kind}
+    kinds = {part.seconds.kind for part in parts} | {price_kind}
     assert money["kind"] == max(kinds, key=KIND_ORDER.__getitem__)
 
 

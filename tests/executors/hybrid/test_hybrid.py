@@ -46,7 +46,7 @@ from executors.models.samplers import SAMPLERS, history_size
 from executors.parallel import Alone, Denoiser, SingleDenoiser, denoise, denoising_of, resolve_settings, run_ranks
 from hybridsd_sim.errors import InputError, RunError
 from hybridsd_sim.plan import Request
-from hybridsd_sim.pricing.transfers import handover_bytes
+from hybridsd_sim.pricing.transfers import latent_transfer_bytes
 from rank_work import Case, denoiser_of
 from small_models import HEIGHT_PX, SMALL, SMALLER, WIDTH_PX
 
@@ -218,7 +218,7 @@ def test_payload_bytes_follow_the_formula(name, switch, images, with_embeds, gui
     assert len(data) == header + elements * {"fp32": 4, "fp16": 2}[precision]
     assert header < 1000
     if precision == "fp16" and switch and images == 1:
-        assert len(data) - header == handover_bytes(request, _Sd15, with_embedding=with_embeds)
+        assert len(data) - header == latent_transfer_bytes(request, _Sd15, with_embedding=with_embeds)
 
 
 class _Sd15:

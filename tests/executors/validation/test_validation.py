@@ -65,7 +65,7 @@ def test_every_kind_runs_where_it_says(kind, known):
     assert bool(plan.edge_stages) is kind.at_edge
     assert plan.num_inference_steps == kind.num_inference_steps
     assert candidate.degree == (kind.degree if kind.in_cloud else 0)
-    assert {part.kind for part in candidate.cost.parts if part.tier != "network"} == {"measured"}
+    assert {part.seconds.kind for part in candidate.cost.parts if part.tier != "network"} == {"measured"}
 
 
 @given(st.integers(1, 5000), st.lists(st.floats(0.05, 0.95), min_size=1, max_size=5, unique=True))
