@@ -20,7 +20,7 @@ import pytest
 from executors.hybrid import parse
 from executors.live import worker_pool
 from executors.live.tasks import WorkerLost
-from executors.live.worker import WorkerProcesses
+from executors.live.worker_pool import WorkerProcesses
 from hybridsd_sim.errors import InputError
 from worker_site import ENDLESS, LONG_S, SENDER, levels, pair_method, task
 
