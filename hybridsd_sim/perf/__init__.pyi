@@ -32,8 +32,8 @@ from .stage_time import timer_of as timer_of
 from .unet_layers import PIXELS_PER_LATENT as PIXELS_PER_LATENT
 from .unet_layers import TEXT_TOKENS as TEXT_TOKENS
 from .unet_layers import Unit as Unit
-from .unet_layers import Work as Work
+from .unet_layers import WorkTotals as WorkTotals
+from .unet_layers import total_work as total_work
 from .unet_layers import unet_layers as unet_layers
 from .unet_layers import unet_params as unet_params
 from .unet_layers import unet_units as unet_units
-from .unet_layers import work as work

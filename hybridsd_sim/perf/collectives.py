@@ -1,10 +1,9 @@
-"""What crosses a link and how long that takes: between the edge and the cloud, and between the GPUs of a gang.
+"""Seconds of one collective step of a worker group: what its ranks compute, what they exchange, and how sure that is.
 
-One round of a gang as a function of everything it rests on, and from that how sure its seconds are.
-
-A round takes as long as its slowest rank: the rank's kernels under the device's law (`calibration`), AsyncDiff's walks,
-and the part of the exchange that stays visible (`transfers`). Its interval follows from the covariance of the device's
-parameters, the spread of the method constants and of the link, and what the law left unexplained.
+A step takes as long as its slowest rank: the rank's kernels under the device fit, the modules whose cached outputs
+AsyncDiff only hands on, and the part of the exchange that compute does not hide. Its interval follows from the
+covariance of the device's parameters, the spread of the method constants and of the interconnect, and what the fit left
+unexplained.
 """
 
 from __future__ import annotations
@@ -104,9 +103,9 @@ def exchange_s(rank: RankWork, bytes_per_s: float, latency_s: float, compute_s: 
     return total - min(share * hideable, min(1.0, free * rank.window) * compute_s)
 
 
-def walk_s(rank: RankWork, launch_s_per_op: float, constants: Floats) -> float:
+def reused_modules_s(rank: RankWork, launch_s_per_op: float, constants: Floats) -> float:
     """Seconds in which the host walks over modules that only hand their cached outputs on (AsyncDiff)."""
-    return rank.walked_ops * launch_s_per_op * exp(constants[_NAMES.index("walk_share")])
+    return rank.reused_ops * launch_s_per_op * exp(constants[_NAMES.index("walk_share")])
 
 
 def actual_link(profiles: Profiles, name: str, degree: int) -> Interconnect:
@@ -119,7 +118,7 @@ _STEP = 1e-4
 """Nudge of a logarithm in numeric derivatives."""
 
 
-class Round:
+class CollectiveStep:
     """One round of a phase as a function of everything it rests on, each as a logarithm.
 
     The vector holds the device's law, then the method constants, then the link's bandwidth relative to its middle.
@@ -139,9 +138,9 @@ class Round:
         whole = [call_kernels(profiles, row)] if row else []
         self._anchor_s = row.seconds_median / calls(profiles, row.runtime, row.latents) if row else None
         self._batch = Batch([*whole, *(rank.kernels for rank in ranks)])
-        self._law, self._middle_s = fit.law, self._computed_s(fit.law)
+        self._law, self._middle_s = fit.log_parameters, self._computed_s(fit.log_parameters)
         constants, doubts = constants_of(profiles)
-        self.middle: Floats = np.concatenate([fit.law, constants, [0.0]])
+        self.middle: Floats = np.concatenate([fit.log_parameters, constants, [0.0]])
         link_spread = log(link.bandwidth_high / link.bandwidth_low) / (2 * Z90) if link else 0.0
         self._covariance = _blocks(fit.covariance, doubts, np.array([[link_spread**2]]))
         self._slower, doubt = contention(profiles, link, fit.device)
@@ -153,7 +152,7 @@ class Round:
         times = self._middle_s if (law == self._law).all() else self._computed_s(law)
         slowest = (0.0, 0.0)
         for rank, compute in zip(self.ranks, (times * self._slower).tolist(), strict=True):
-            busy, shown = compute + walk_s(rank, exp(law[-1]), constants), 0.0
+            busy, shown = compute + reused_modules_s(rank, exp(law[-1]), constants), 0.0
             if self.link:
                 rate = link_bytes_per_s(self.link, rank, self.degree, constants) * exp(width[0])
                 shown = exchange_s(rank, rate, self.link.latency_s, compute, constants)

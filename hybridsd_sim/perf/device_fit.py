@@ -1,6 +1,6 @@
-"""How fast a device computes, fitted from its own one-GPU rows: the few parameters of its law, and how sure they are.
+"""Device fits: how fast a device computes, from its own one-GPU rows, in six parameters, and how sure they are.
 
-A (device, runtime, precision) has a `Fit`: the law's six parameters (`roofline`) that agree best with the device's
+A (device, runtime, precision) has a `Fit`: the six parameters of the roofline that agree best with the device's
 one-GPU step rows and with the population of devices under that runtime, each weighed by how sure it is (maximum a
 posteriori, least squares in logarithms). Where rows are few the population decides what they leave open; a device
 without rows under a runtime has the population's parameters, shifted half of the way by which it differs under the
@@ -91,17 +91,17 @@ class Prior:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
-    """The law of a (device, runtime, precision) as far as its rows tell.
+    """The device fit of a (device, runtime, precision), as far as its rows tell.
 
-    `law` are the logarithms of `PARAMETERS`, `covariance` theirs. `sigma` is the standard deviation of a timed step's
-    logarithm around the law. `residuals` are log(law / row) for each of `rows`; without rows `origin` says what the law
-    rests on instead.
+    `log_parameters` are the natural logarithms of `PARAMETERS`, `covariance` theirs. `sigma` is the standard deviation
+    of a timed step's logarithm around the fit. `residuals` are log(fitted / timed) for each of `rows`; without rows
+    `origin` says what the fit rests on instead. `flops` are those of each row's call.
     """
 
     device: str
     runtime: str
     precision: str
-    law: Floats
+    log_parameters: Floats
     covariance: Floats
     sigma: float
     rows: tuple[CostRow, ...] = ()
@@ -116,7 +116,7 @@ class Fit:
         widths = Z90 * np.sqrt(np.diag(self.covariance))
         return {
             name: Estimate(exp(value), exp(value - width), exp(value + width), "modelled", self.sources, self.note)
-            for name, value, width in zip(PARAMETERS, self.law, widths, strict=True)
+            for name, value, width in zip(PARAMETERS, self.log_parameters, widths, strict=True)
         }
 
     @property
@@ -131,11 +131,11 @@ class Fit:
 
     def seconds(self, kernels: Kernels) -> float:
         """Seconds of one call."""
-        return float(Batch([kernels]).seconds(self.law)[0])
+        return float(Batch([kernels]).seconds(self.log_parameters)[0])
 
     def log_spread(self, kernels: Kernels) -> float:
         """Standard deviation of the logarithm of a timed call around `seconds`."""
-        gradient = Batch([kernels]).gradient(self.law)[0]
+        gradient = Batch([kernels]).gradient(self.log_parameters)[0]
         return sqrt(float(gradient @ self.covariance @ gradient) + self.sigma**2)
 
     def holds(self, flop: float) -> bool:
@@ -243,7 +243,7 @@ def _own_fit(profiles: Profiles, device: str, runtime: str, precision: str) -> F
         device=device,
         runtime=runtime,
         precision=precision,
-        law=law,
+        log_parameters=law,
         covariance=covariance,
         sigma=sigma,
         rows=rows,
@@ -389,7 +389,10 @@ def _unseen(profiles: Profiles, device: str, runtime: str, precision: str) -> Fi
     """The law under a runtime in which the device was never timed, from the population and its other runtimes."""
     others = _other_fits(profiles, device, runtime, precision)
     shares = population(profiles, runtime, precision)
-    rates = [fit.law[0] - population(profiles, fit.runtime, fit.precision).mean[0] + shares.mean[0] for fit in others]
+    rates = [
+        fit.log_parameters[0] - population(profiles, fit.runtime, fit.precision).mean[0] + shares.mean[0]
+        for fit in others
+    ]
     prior = _absolute(profiles, device, precision, shares, exp(float(np.median(rates))) if rates else None)
     mean, spread = prior.mean.copy(), prior.spread.copy()
     if others and peak_flop_per_s(profiles, device) is not None:
@@ -403,7 +406,7 @@ def _unseen(profiles: Profiles, device: str, runtime: str, precision: str) -> Fi
         device=device,
         runtime=runtime,
         precision=precision,
-        law=mean,
+        log_parameters=mean,
         covariance=np.diag(spread**2),
         sigma=SOURCE_SPREAD,
         origin=origin,
@@ -425,5 +428,5 @@ def _shift(profiles: Profiles, device: str, fits: Sequence[Fit]) -> tuple[float,
     for fit in fits:
         shares = population(profiles, fit.runtime, fit.precision)
         expected = _absolute(profiles, device, fit.precision, shares, None)
-        gaps.append(float(fit.law[0] - expected.mean[0]))
+        gaps.append(float(fit.log_parameters[0] - expected.mean[0]))
     return float(np.mean(gaps)), float(np.var(gaps)) / len(gaps)

@@ -294,7 +294,7 @@ class AsyncDiff(Method):
         stride = int(settings["stride"])
         works = component_works(job, degree - stride + 1, public_cut=bool(settings["public_cut"]))
         passes = stride * job.table.ops
-        return tuple(replace(work, walked_ops=passes - work.kernels.ops) for work in works)
+        return tuple(replace(work, reused_ops=passes - work.kernels.ops) for work in works)
 
 
 def option_types(options: Options) -> tuple[type, ...]:

@@ -78,7 +78,7 @@ class RankWork:
 
     `received_bytes` arrive in `messages` collectives, `blocking_messages` of which wait for everybody; `window` is the
     share of the rank's own compute behind which each of the others may hide: 0 blocks too, 1 is the whole round.
-    `walked_ops` are those of modules that only hand their cached outputs on. `latents` are those the rank holds. For
+    `reused_ops` are those of modules that only hand their cached outputs on. `latents` are those the rank holds. For
     broadcasts, `received_bytes` are all that cross the link in a round, the rank's own among them.
     """
 
@@ -89,7 +89,7 @@ class RankWork:
     messages: int = 0
     blocking_messages: int = 0
     window: float = 0.0
-    walked_ops: float = 0.0
+    reused_ops: float = 0.0
 
     @property
     def macs(self) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from hybridsd_sim.files import write_atomically
-from hybridsd_sim.perf.collectives import CONSTANTS, Round, constants_of
+from hybridsd_sim.perf.collectives import CONSTANTS, CollectiveStep, constants_of
 from hybridsd_sim.perf.device_fit import (
     Fit,
     fit_of,
@@ -29,7 +29,7 @@ from hybridsd_sim.perf.device_fit import (
 )
 from hybridsd_sim.perf.parallel_methods import METHODS, Option
 from hybridsd_sim.perf.roofline import NO_LIMIT, Floats
-from hybridsd_sim.perf.stage_time import stage_rounds
+from hybridsd_sim.perf.stage_time import stage_collectives
 from hybridsd_sim.plan import Request, Site, Stage
 from hybridsd_sim.profiles import EFFICIENCIES, CostRow, MethodConstant, Population, Profiles, alike
 
@@ -136,10 +136,10 @@ def _population(profiles: Profiles, runtime: str, precision: str, fits: Sequence
 def _shares(profiles: Profiles, fit: Fit) -> Floats:
     """Logarithms of a law relative to its device's datasheet; infinite where the datasheet says nothing."""
     peak, bandwidth = peak_flop_per_s(profiles, fit.device), memory_bytes_per_s(profiles, fit.device)
-    offsets = np.zeros(len(fit.law))
+    offsets = np.zeros(len(fit.log_parameters))
     offsets[0] = log(peak) if peak else np.inf
     offsets[3] = log(bandwidth) if bandwidth else np.inf
-    difference: Floats = fit.law - offsets
+    difference: Floats = fit.log_parameters - offsets
     return difference
 
 
@@ -234,7 +234,7 @@ class _Timed:
         stage, request = timed_stage(row)
         if row.kind == "measured":  # one steady step, and no run around it
             stage, request = _steady_run(stage, request)
-        self._rounds: list[tuple[int, Round]] = stage_rounds(stage, request, profiles)
+        self._rounds: list[tuple[int, CollectiveStep]] = stage_collectives(stage, request, profiles)
         self._observed = row.seconds_median * stage.num_steps
 
     def error(self, constants: Floats) -> float:

@@ -1,8 +1,8 @@
-"""Seconds of a stage's denoising, phase by phase, with their intervals.
+"""Seconds of a stage's denoising, phase by phase (synchronous warm-up, then steady), with their intervals.
 
-A phase takes as many times a round (`rounds`) as it has rounds. A step that was timed is used as it stands. Where only
-the device's own time of the whole step is known, the law only says which share of it a rank needs. What does not depend
-on the number of steps is worked out once for every stage that differs in nothing else.
+A phase takes its number of collective steps times the seconds of one. A step that was timed is used as it stands; where
+only the device's own time of the whole step is known, the device fit says which share of it a rank needs. What does not
+depend on the number of steps is worked out once for every stage that differs in nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import exp, hypot, log, sqrt
 
 from hybridsd_sim.errors import IllegalPlanError
 from hybridsd_sim.estimate import Z90, Estimate
-from hybridsd_sim.perf.collectives import Round, actual_link
+from hybridsd_sim.perf.collectives import CollectiveStep, actual_link
 from hybridsd_sim.perf.device_fit import ROWS_OF_DOUBT, SOURCE_SPREAD, Fit, calls, fit_of
 from hybridsd_sim.perf.parallel_methods import Count, Option, find_method, heaviest, option_types
 from hybridsd_sim.perf.partition import Denoising, RankWork, elements_of
@@ -102,7 +102,7 @@ def timer_of(stage: Stage, request: Request, profiles: Profiles, prefer: tuple[s
     return timer
 
 
-def stage_rounds(stage: Stage, request: Request, profiles: Profiles) -> list[tuple[int, Round]]:
+def stage_collectives(stage: Stage, request: Request, profiles: Profiles) -> list[tuple[int, CollectiveStep]]:
     """The rounds of a stage on several GPUs, phase by phase, with how many there are of each."""
     timer = StageTimer(stage, request, profiles, ())
     return [(rounds * timer.calls, timer.round(name)) for name, _, rounds in timer.counts(stage.num_steps)]
@@ -231,11 +231,11 @@ class StageTimer:
         call, least, most = (flop / 1e12 for flop in (work.kernels.flops, min(fit.flops), max(fit.flops)))
         return f"{fit.note}; a call of {call:.3g} TFLOPs, where {least:.3g} to {most:.3g} were timed"
 
-    def round(self, phase: str) -> Round:
+    def round(self, phase: str) -> CollectiveStep:
         """One round of a phase."""
         anchor = None if self.anchor is None else (self.anchor, self.level_spread)
         ranks = _ranks(self, phase, self.profiles)
-        return Round(ranks, self._fit, anchor, self._link(ranks), self.stage.degree, self.profiles)
+        return CollectiveStep(ranks, self._fit, anchor, self._link(ranks), self.stage.degree, self.profiles)
 
     def _link(self, ranks: Sequence[RankWork]) -> Interconnect | None:
         if not heaviest(ranks).messages:

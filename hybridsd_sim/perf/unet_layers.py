@@ -74,7 +74,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class WorkTotals:
     """Parameters and multiply-accumulates by kind of a set of layers, for one latent."""
 
     params: int
@@ -109,16 +109,16 @@ def unet_units(config: Mapping[str, Any], height_px: int, width_px: int) -> tupl
 def unet_params(config: Mapping[str, Any]) -> int:
     """Number of parameters, which no image size changes."""
     smallest_px = PIXELS_PER_LATENT << len(blueprint(config_text(config)).channels)
-    return work(unet_layers(config, smallest_px, smallest_px)).params
+    return total_work(unet_layers(config, smallest_px, smallest_px)).params
 
 
-def work(layers: Iterable[Layer]) -> Work:
+def total_work(layers: Iterable[Layer]) -> WorkTotals:
     """Parameters and MACs of any set of layers, summed by kind."""
     params, macs = 0, dict.fromkeys(("conv", "linear", "attention", "norm"), 0)
     for layer in layers:
         params += layer.params
         macs[layer.op.rpartition("_")[2]] += layer.macs
-    return Work(params, macs["conv"], macs["linear"], macs["attention"])
+    return WorkTotals(params, macs["conv"], macs["linear"], macs["attention"])
 
 
 # ---- Layers: one builder per kind -----------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def _units(text: str, height_px: int, width_px: int) -> tuple[Unit, ...]:
     for layer in _layers(text, height_px, width_px):
         groups.setdefault(layer.unit, []).append(layer)
     skips = _skips(groups)
-    sums = {name: work(layers) for name, layers in groups.items()}
+    sums = {name: total_work(layers) for name, layers in groups.items()}
     return tuple(
         Unit(name, sums[name].macs, sums[name].params, layers[-1].out_elements, skips.get(name))
         for name, layers in groups.items()

@@ -26,7 +26,7 @@ from itertools import accumulate
 from operator import add
 
 from hybridsd_sim.estimate import Estimate
-from hybridsd_sim.perf import StageTimer, Work, component_time, option_types, timer_of, unet_layers, work
+from hybridsd_sim.perf import StageTimer, WorkTotals, component_time, option_types, timer_of, total_work, unet_layers
 from hybridsd_sim.plan import Plan, Request, Site, Stage
 from hybridsd_sim.pricing.plan_cost import Part, PlanCost
 from hybridsd_sim.pricing.quality import quality_of
@@ -94,8 +94,8 @@ def plan_flops(plan: Plan, request: Request, profiles: Profiles) -> tuple[float,
 
 
 @derived()
-def _work_of(model: str, height_px: int, width_px: int, profiles: Profiles) -> Work:
-    return work(unet_layers(profiles.model(model).config, height_px, width_px))
+def _work_of(model: str, height_px: int, width_px: int, profiles: Profiles) -> WorkTotals:
+    return total_work(unet_layers(profiles.model(model).config, height_px, width_px))
 
 
 def _pricer_key(

@@ -30,7 +30,7 @@ from hybridsd_sim.profiles import (
     Profiles,
     Published,
     PublishedRow,
-    Table,
+    PublishedTable,
     alike,
     load_published,
     what_is_timed,
@@ -66,9 +66,11 @@ class Case:
         return predict_cost_row(row, profiles) if isinstance(row, CostRow) else predict_figure(row, profiles)
 
 
-def cases_of(profiles: Profiles, published: Published) -> dict[str, tuple[Table, list[Case]]]:
+def cases_of(profiles: Profiles, published: Published) -> dict[str, tuple[PublishedTable, list[Case]]]:
     """Every table with its cases, registered ones first; tables without rows are left out."""
-    found: dict[str, tuple[Table, list[Case]]] = {name: (table, []) for name, table in published.tables.items()}
+    found: dict[str, tuple[PublishedTable, list[Case]]] = {
+        name: (table, []) for name, table in published.tables.items()
+    }
     for figure in published.rows:
         table, cases = found[figure.table]
         cases.append(_figure_case(table, figure, profiles))
@@ -79,16 +81,16 @@ def cases_of(profiles: Profiles, published: Published) -> dict[str, tuple[Table,
     return {name: pair for name, pair in found.items() if pair[1]}
 
 
-def _own_table(row: CostRow) -> Table:
+def _own_table(row: CostRow) -> PublishedTable:
     """The table of a cost row that no registered table takes: of its measured device, or of its source."""
     several = "" if row.degree == 1 else ", several processes" if row.kind == "measured" else ", several GPUs"
     what = f"measured {row.device}" if row.kind == "measured" else row.source
     said = {"kind": row.kind, "source": row.source, "source_date": row.source_date}
     name = f"{what}{several}"
-    return Table.model_validate({"name": name, "title": name, "group": "device_model", **said})
+    return PublishedTable.model_validate({"name": name, "title": name, "group": "device_model", **said})
 
 
-def _cost_case(table: Table, row: CostRow, profiles: Profiles) -> Case:
+def _cost_case(table: PublishedTable, row: CostRow, profiles: Profiles) -> Case:
     low, high = row.seconds_p05 or row.seconds_median, row.seconds_p95 or row.seconds_median
     key = _key(table, _group(table.group, row.device, row.model, row.width_px, profiles))
     return Case(
@@ -97,7 +99,7 @@ def _cost_case(table: Table, row: CostRow, profiles: Profiles) -> Case:
     )  # fmt: skip
 
 
-def _figure_case(table: Table, row: PublishedRow, profiles: Profiles) -> Case:
+def _figure_case(table: PublishedTable, row: PublishedRow, profiles: Profiles) -> Case:
     key = _key(table, _group(table.group, row.device or "", row.model, row.sides_px[0], profiles))
     return Case(
         table=table.name, label=_figure_label(row), source=row.source, published=row.value, low=row.value,
@@ -122,7 +124,7 @@ def _network(model: str, profiles: Profiles) -> str:
     return next(name for name, other in profiles.models.items() if other.network == network)
 
 
-def _key(table: Table, group: str) -> GroupKey:
+def _key(table: PublishedTable, group: str) -> GroupKey:
     """A device is left out with the rows of all publications, a resolution or model with its own publication's."""
     return GroupKey(table.group, "" if table.group.startswith("device") else table.source, group)
 
@@ -184,7 +186,7 @@ class Checked:
 class CheckedTable:
     """A table with all its cases; the figures are over those that count and were predicted."""
 
-    table: Table
+    table: PublishedTable
     cases: Sequence[Checked]
     counted: Sequence[Checked] = field(init=False)
 

@@ -4,11 +4,9 @@ A folder holds `catalog/*.csv`, `fitted/*.csv`, `quoted/*.csv` and `measured/<de
 `<model>.meta.yaml` beside it.
 Rows of a later folder replace those of earlier ones that timed the very same and are no better known.
 
-What others published and we predict: the tables that predictions are held against, and the figures in them.
-
-Times of one component or step are cost rows and stay with the profiles; `tables.csv` says which of them form a table.
-What is no cost row (traffic, FLOPs, speed-ups, ratios, latencies end to end) stands in the other files of
-`profiles/published/`, a figure a row, with the plan that it belongs to and the quantity that it is.
+`profiles/published/` holds what predictions are compared with: `tables.csv` says which cost rows form a published
+table, the other files hold the published figures that are no cost rows (traffic, FLOPs, speed-ups, latencies end to
+end), a figure a row, with the plan that it belongs to and the quantity that it is.
 """
 
 from __future__ import annotations
@@ -247,7 +245,7 @@ Takes = Literal["one_gpu", "multi_gpu", "exchange"]
 RowT = TypeVar("RowT", bound=Row)
 
 
-class Table(Row):
+class PublishedTable(Row):
     """A table: which cost rows it takes, and what of it is left out of the fits together.
 
     It takes cost rows whose source begins with `source`, and continues with one of `parts` where there are any.
@@ -318,7 +316,7 @@ class PublishedRow(Row):
 class Published:
     """The registered tables by name, in the order of the registry, and the figures that are no cost rows."""
 
-    tables: Mapping[str, Table]
+    tables: Mapping[str, PublishedTable]
     rows: tuple[PublishedRow, ...]
 
 
@@ -340,7 +338,7 @@ def load_published(path: str | Path | None = None) -> Published:
     """
     folder = Path(path) if path is not None else data_folder("profiles") / "published"
     problems: list[Problem] = []
-    tables = list(_rows(folder / REGISTRY, Table, problems))
+    tables = list(_rows(folder / REGISTRY, PublishedTable, problems))
     files = sorted(file for file in folder.glob("*.csv") if file.name != REGISTRY)
     rows = [found for file in files for found in _rows(file, PublishedRow, problems)]
     problems += _name_problems(tables, rows)
@@ -349,7 +347,9 @@ def load_published(path: str | Path | None = None) -> Published:
     return Published({table.name: table for _, table in tables}, tuple(row for _, row in rows))
 
 
-def _name_problems(tables: Sequence[tuple[str, Table]], rows: Sequence[tuple[str, PublishedRow]]) -> Iterator[Problem]:
+def _name_problems(
+    tables: Sequence[tuple[str, PublishedTable]], rows: Sequence[tuple[str, PublishedRow]]
+) -> Iterator[Problem]:
     names = Counter(table.name for _, table in tables)
     for place, table in tables:
         if names[table.name] > 1:

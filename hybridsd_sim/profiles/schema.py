@@ -3,12 +3,8 @@
 Rows come from CSV cells, so that numbers arrive as text; an empty cell stands for a column left out. Each row says
 whether it is measured, quoted or modelled, and where it comes from.
 
-The shape of a timed row and of the meta that stands beside a measured file.
-
-The shape of what was fitted: populations of devices and the constants of parallel methods, a row each.
-
-They stand in `fitted/` of a profiles folder, written by `fitting` and read with the catalogue, so that a planner can
-look at every number the model rests on.
+Three families: the catalogue (devices, models, links, prices, scores), timed rows with the meta beside a measured file,
+and what `perf` fitted to those rows, kept in `fitted/` so that a planner can look at every number the model rests on.
 """
 
 from __future__ import annotations
@@ -55,13 +51,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(_no_blank_ends)]
 
 
-class Written(BaseModel):
+class Record(BaseModel):
     """Anything read from a profiles folder: frozen, strict, no unknown fields, no infinities."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class Row(Written):
+class Row(Record):
     """What every row says about itself: its kind covers the whole row, `notes` name the fields that follow a rule."""
 
     kind: Kind
@@ -179,7 +175,7 @@ class Interconnect(Row):
     shares_memory: bool = False
 
 
-class Quantiles(Written):
+class Quantiles(Record):
     """Five points of a distribution over users and moments."""
 
     p5: Positive
@@ -426,7 +422,7 @@ class CostRow(Row):
         return self
 
 
-class Protocol(Written):
+class TimingProtocol(Record):
     """How a measurement was made: runs before the clock counts, runs counted, and what was dropped from those."""
 
     warmup_runs: Annotated[int, Field(ge=0)]
@@ -434,7 +430,7 @@ class Protocol(Written):
     trimming: str = ""
 
 
-class Meta(Written):
+class Meta(Record):
     """What stands beside a measured file: the machine, the software, the protocol. No paths, no host names.
 
     `processor` is what the chip calls itself. `ceilings` are the machine's own limits, measured in the same run, with
@@ -446,7 +442,7 @@ class Meta(Written):
     driver: str = ""
     libraries: Mapping[str, str] = Field(default_factory=dict)
     date: Name
-    protocol: Protocol
+    protocol: TimingProtocol
     commit: str = ""
     fit_errors: Mapping[str, float] = Field(default_factory=dict)
     ceilings: Mapping[str, Positive] = Field(default_factory=dict)

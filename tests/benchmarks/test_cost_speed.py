@@ -15,7 +15,7 @@ from hybridsd_sim.perf import CONSTANTS, StageTimer, fit_of, refit
 from hybridsd_sim.perf.device_fit import call_kernels
 from hybridsd_sim.perf.population_fit import is_one_gpu_step
 from hybridsd_sim.perf.roofline import PARAMETERS, Batch
-from hybridsd_sim.perf.stage_time import stage_rounds
+from hybridsd_sim.perf.stage_time import stage_collectives
 from hybridsd_sim.planning.planner import prune
 from hybridsd_sim.pricing import Candidate, find_candidates
 
@@ -64,8 +64,8 @@ def test_a_stage_takes_little_more_than_its_rooflines(
 ) -> None:
     """The seconds of every phase with their interval, worked out anew: at most `MOST_OVERHEAD` of their rooflines."""
     stage = stage_of(method, degree)
-    rounds = [round_ for _, round_ in stage_rounds(stage, REQUEST, profiles)]
-    law = fit_of(profiles, SITE.device, SITE.runtime, SITE.precision).law
+    rounds = [round_ for _, round_ in stage_collectives(stage, REQUEST, profiles)]
+    law = fit_of(profiles, SITE.device, SITE.runtime, SITE.precision).log_parameters
 
     def rooflines() -> None:
         for round_ in rounds:
@@ -79,7 +79,7 @@ def test_a_law_is_fitted_in_few_looks_at_its_rows(benchmark: BenchmarkFixture, p
     """All rows of the device that was timed most often, fitted anew: at most so many times their rooflines."""
     rows = fit_of(profiles, SITE.device, SITE.runtime, SITE.precision).rows
     batch = Batch([call_kernels(profiles, row) for row in rows])
-    law = fit_of(profiles, SITE.device, SITE.runtime, SITE.precision).law
+    law = fit_of(profiles, SITE.device, SITE.runtime, SITE.precision).log_parameters
 
     def fit() -> None:
         again = profiles.without(lambda _: False)  # another object, of which nothing is remembered

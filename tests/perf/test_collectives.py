@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles
 from hybridsd_sim.perf import CONSTANTS, actual_link
-from hybridsd_sim.perf.collectives import constants_of, exchange_s, link_bytes_per_s, unexplained_share, walk_s
+from hybridsd_sim.perf.collectives import (
+    constants_of,
+    exchange_s,
+    link_bytes_per_s,
+    reused_modules_s,
+    unexplained_share,
+)
 from hybridsd_sim.perf.partition import Exchange, RankWork
 from hybridsd_sim.perf.roofline import plain_kernels
 from hybridsd_sim.profiles import Interconnect
@@ -235,7 +241,7 @@ def test_constants_are_the_fitted_ones_and_else_what_was_believed(profiles: Prof
 @given(st.floats(0.0, 5000.0), st.floats(1e-6, 1e-4))
 def test_walks_cost_the_host_a_share_of_its_launches(ops: float, launch_s: float) -> None:
     """Cached modules cost their launches times the share; without any nothing."""
-    rank = RankWork(kernels=plain_kernels(0, 0, 0, 1.0), latents=2, walked_ops=ops)
+    rank = RankWork(kernels=plain_kernels(0, 0, 0, 1.0), latents=2, reused_ops=ops)
     share = np.exp(BELIEVED[NAMES.index("walk_share")])
 
-    assert walk_s(rank, launch_s, BELIEVED) == pytest.approx(ops * launch_s * share)
+    assert reused_modules_s(rank, launch_s, BELIEVED) == pytest.approx(ops * launch_s * share)

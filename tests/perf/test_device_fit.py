@@ -138,9 +138,9 @@ def test_what_no_row_tells_stays_with_the_population() -> None:
     belief = starting_belief(bare(), RUNTIME, "fp16")
     rate, launch = PARAMETERS.index("linear_flop_per_s"), PARAMETERS.index("launch_s_per_op")
 
-    assert fit.law[launch] == pytest.approx(belief.mean[launch], abs=1e-3)
+    assert fit.log_parameters[launch] == pytest.approx(belief.mean[launch], abs=1e-3)
     assert np.sqrt(fit.covariance[launch, launch]) == pytest.approx(belief.spread[launch], rel=1e-3)
-    assert fit.law[rate] > belief.mean[rate] + log(PEAK) + 0.5 * belief.spread[rate]
+    assert fit.log_parameters[rate] > belief.mean[rate] + log(PEAK) + 0.5 * belief.spread[rate]
     assert np.sqrt(fit.covariance[rate, rate]) < 0.7 * belief.spread[rate]
 
 
@@ -223,7 +223,7 @@ def test_the_order_of_rows_does_not_matter(deviation: Floats, order: list[int]) 
     rows = [*rows_of(law), *rows_of(law, factor=1.1, source="another table")]
 
     shuffled = fitted_to([rows[index] for index in order])
-    assert shuffled.law == pytest.approx(fitted_to(rows).law, abs=1e-3)
+    assert shuffled.log_parameters == pytest.approx(fitted_to(rows).log_parameters, abs=1e-3)
 
 
 @settings(max_examples=20)
@@ -235,7 +235,7 @@ def test_a_row_of_several_gpus_never_enters_a_law(deviation: Floats, degree: int
     alone, beside = fitted_to(rows), fitted_to([*rows, gang])
 
     assert beside.rows == alone.rows
-    assert beside.law.tolist() == alone.law.tolist()
+    assert beside.log_parameters.tolist() == alone.log_parameters.tolist()
 
 
 def test_residuals_are_the_laws_error_in_its_rows() -> None:
@@ -353,7 +353,10 @@ def test_half_of_a_devices_difference_holds_under_another_runtime() -> None:
     rows = rows_of(true_law(np.array([1.0, 0, 0, 0, 0, 0])))
     known = bare().with_costs(rows)
     expected = population(known, RUNTIME, "fp16").mean[0] + log(PEAK)
-    seen, other = fit_of(known, "own", RUNTIME, "fp16").law[0], fit_of(known, "own", "compiled", "fp16").law[0]
+    seen, other = (
+        fit_of(known, "own", RUNTIME, "fp16").log_parameters[0],
+        fit_of(known, "own", "compiled", "fp16").log_parameters[0],
+    )
 
     assert seen > expected + 0.2
     assert other - (population(known, "compiled", "fp16").mean[0] + log(PEAK)) == pytest.approx(
@@ -414,7 +417,7 @@ def test_bf16_runs_as_fp16_does() -> None:
     half, brain = (fitted_to(rows, precision=name) for name in ("fp16", "bf16"))
 
     assert len(half.rows) == len(TIMED)
-    assert brain.law.tolist() == half.law.tolist()
+    assert brain.log_parameters.tolist() == half.log_parameters.tolist()
 
 
 def highest_rate(profiles: Profiles, device: str, precision: str) -> float:
@@ -430,7 +433,7 @@ def test_no_rate_goes_beyond_the_datasheet(profiles: Profiles) -> None:
 
     for fit in [*own_fits(profiles), *expected]:
         ceiling = highest_rate(profiles, fit.device, fit.precision)
-        assert exp(fit.law[0]) <= ceiling * 1.01, (fit.device, fit.runtime, fit.precision)
+        assert exp(fit.log_parameters[0]) <= ceiling * 1.01, (fit.device, fit.runtime, fit.precision)
 
 
 # ---- Calls ----------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def error(row: CostRow, profiles: Profiles) -> float:
 
 def laws(profiles: Profiles) -> dict[tuple[str, str, str], list[float]]:
     """The logarithms of every timed device's law."""
-    return {(fit.device, fit.runtime, fit.precision): fit.law.tolist() for fit in own_fits(profiles)}
+    return {(fit.device, fit.runtime, fit.precision): fit.log_parameters.tolist() for fit in own_fits(profiles)}
 
 
 # ---- The shipped tables ---------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_a_group_is_predicted_without_its_single_gpu_too(
 def test_a_population_lies_among_its_devices(few: Profiles) -> None:
     """The middle of each parameter is between the belief and the devices' own, which lie around it as it says."""
     means = {row.parameter: row for row in few.populations}
-    rates = [log(exp(fit.law[0]) / (few.peak_flop_per_s(fit.device) or 1)) for fit in own_fits(few)]
+    rates = [log(exp(fit.log_parameters[0]) / (few.peak_flop_per_s(fit.device) or 1)) for fit in own_fits(few)]
     believed = log(few.runtime("eager").efficiency)
     middle = log(means["linear_efficiency"].mean)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from hybridsd_sim import Profiles
-from hybridsd_sim.perf import Floats, layer_table, unet_layers, unet_units, work
+from hybridsd_sim.perf import Floats, layer_table, total_work, unet_layers, unet_units
 from hybridsd_sim.perf.partition import TIME_EMBEDDING
 from hybridsd_sim.perf.roofline import HEAD_WIDTHS, KINDS, PARAMETERS, Batch, Kernels, LayerTable, plain_kernels
 from small_models import SMALL
@@ -163,7 +163,7 @@ def test_bytes_added_to_kernels_are_read_at_the_memorys_rate() -> None:
 @given(models, sides_px, st.integers(1, 16))
 def test_flops_are_twice_the_macs(profiles: Profiles, model: str, side_px: int, latents: int) -> None:
     """The kernels of an evaluation hold the FLOPs of its layers, for each latent."""
-    macs = work(unet_layers(profiles.model(model).config, side_px, side_px)).macs
+    macs = total_work(unet_layers(profiles.model(model).config, side_px, side_px)).macs
 
     assert table_of(profiles, model, side_px).kernels(latents).flops == pytest.approx(2 * macs * latents)
 
@@ -196,7 +196,7 @@ def test_stripes_share_the_image_and_repeat_text_and_time(
 ) -> None:
     """All stripes together do the whole's FLOPs, and those of the layers without an image once for each stripe."""
     table, layers = table_of(profiles, model, side_px), unet_layers(profiles.model(model).config, side_px, side_px)
-    repeated = 2 * work(layer for layer in layers if layer.rows == 0).macs
+    repeated = 2 * total_work(layer for layer in layers if layer.rows == 0).macs
     stripe = table.kernels(1, stripe=1 / count).flops
 
     assert count * stripe == pytest.approx(table.kernels(1).flops + (count - 1) * repeated)
@@ -245,7 +245,7 @@ def test_weights_are_read_once_and_activations_for_each_latent(
 ) -> None:
     """Bytes are weights at their precision, and activations at theirs times the latents."""
     table, entry = table_of(profiles, model, side_px), profiles.model(model)
-    params = work(unet_layers(entry.config, side_px, side_px)).params
+    params = total_work(unet_layers(entry.config, side_px, side_px)).params
 
     def moved(count: int, *, weight_bytes: float = weight_bytes) -> float:
         kernels = table.kernels(count, weight_bytes=weight_bytes, element_bytes=element_bytes)

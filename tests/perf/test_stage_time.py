@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hybridsd_sim import Profiles, Request, Site, Stage
 from hybridsd_sim.errors import IllegalPlanError
 from hybridsd_sim.perf import METHODS, denoising, find_method, fit_of, fitted_step_time
-from hybridsd_sim.perf.collectives import Round
-from hybridsd_sim.perf.stage_time import PhaseTime, stage_rounds, stage_times
+from hybridsd_sim.perf.collectives import CollectiveStep
+from hybridsd_sim.perf.stage_time import PhaseTime, stage_collectives, stage_times
 from hybridsd_sim.profiles import CostRow
 
 A100 = Site(name="cloud", tier="cloud", device="a100-sxm-80gb", runtime="cudagraph", gpus_per_node=8)
@@ -146,13 +146,13 @@ def test_a_fixed_batch_runtime_pays_for_each_latent(profiles: Profiles, side_px:
 
 def compute_round(
     profiles: Profiles, site: Site, anchor: CostRow | None, method: str, degree: int, **options: object
-) -> Round:
+) -> CollectiveStep:
     """A steady round of SDXL without its link: compute alone."""
     request = job()
     work = denoising(stage_of(request, site), request, profiles)
     phase = find_method(method).phases(work, degree, options)[-1]  # type: ignore[arg-type]
     fit = fit_of(profiles, site.device, site.runtime, site.precision)
-    return Round(phase.ranks, fit, None if anchor is None else (anchor, 0.02), None, degree, profiles)
+    return CollectiveStep(phase.ranks, fit, None if anchor is None else (anchor, 0.02), None, degree, profiles)
 
 
 @given(st.floats(0.1, 10.0), st.sampled_from([("cfg_parallel", 2), ("distrifusion", 4), ("pcpp", 8)]), sites)
@@ -205,7 +205,7 @@ def test_more_gpus_never_compute_more_each(
         times = [
             sum(
                 count * max(float(t) for t in round_._batch.seconds(round_.middle[:6])[-len(round_.ranks) :])
-                for count, round_ in stage_rounds(
+                for count, round_ in stage_collectives(
                     stage_of(job(model), site, method, degree, **options), job(model), profiles
                 )
             )

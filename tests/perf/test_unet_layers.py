@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridsd_sim.errors import InputError
-from hybridsd_sim.perf import Unit, unet_layers, unet_params, unet_units, work
+from hybridsd_sim.perf import Unit, total_work, unet_layers, unet_params, unet_units
 from hybridsd_sim.perf.unet_layers import Layer
 
 Config = Mapping[str, Any]
@@ -151,7 +151,7 @@ def test_parameters_equal_the_checkpoints(name: str) -> None:
 @pytest.mark.parametrize(("name", "size_px"), GFLOPS)
 def test_flops_by_kind_equal_the_flop_counter(name: str, size_px: int) -> None:
     """Convolution, linear and attention FLOPs equal torch's own count to the last printed digit."""
-    done = work(unet_layers(MODELS[name], size_px, size_px))
+    done = total_work(unet_layers(MODELS[name], size_px, size_px))
     counted = tuple(round(2 * macs / 1e9, 2) for macs in (done.macs_conv, done.macs_linear, done.macs_attention))
     assert counted == GFLOPS[name, size_px]
 
@@ -169,7 +169,7 @@ def test_flops_by_kind_equal_the_flop_counter(name: str, size_px: int) -> None:
 )
 def test_macs_of_a_guided_step(name: str, size_px: int, gmacs: float, gmacs_with_attention: float) -> None:
     """A batch of two needs the MACs that the papers print, with and without the attention products."""
-    done = work(unet_layers(MODELS[name], size_px, size_px))
+    done = total_work(unet_layers(MODELS[name], size_px, size_px))
     assert round(2 * done.macs_without_attention / 1e9, 1) == gmacs
     assert round(2 * done.macs / 1e9, 1) == gmacs_with_attention
 
@@ -179,7 +179,7 @@ def test_macs_of_a_guided_step(name: str, size_px: int, gmacs: float, gmacs_with
 )  # bytedance/Hybrid-SD notebooks/plots/plot_steps_fid.py, 25 steps of SD 1.4 and then the 224M model
 def test_hybrid_sd_arithmetic(switch_step: int, published_tflop: float) -> None:
     """Hybrid SD's FLOPs follow from the two configs, to 0.1%."""
-    large, small = (work(unet_layers(MODELS[name], 512, 512)) for name in ("sd15", "hybrid-sd-224m"))
+    large, small = (total_work(unet_layers(MODELS[name], 512, 512)) for name in ("sd15", "hybrid-sd-224m"))
     macs = switch_step * large.macs_without_attention + (25 - switch_step) * small.macs_without_attention
     assert 2 * 2 * macs / 1e12 == pytest.approx(published_tflop, rel=1e-3)
 
@@ -351,7 +351,7 @@ def test_doubling_both_sides(config: Config, height_px: int, width_px: int) -> N
 @given(configs(), sides_px, sides_px)
 def test_units_sum_to_the_layers(config: Config, height_px: int, width_px: int) -> None:
     """MACs and parameters of the units add up to the whole, unit by unit in execution order."""
-    done, units = work(unet_layers(config, height_px, width_px)), unet_units(config, height_px, width_px)
+    done, units = total_work(unet_layers(config, height_px, width_px)), unet_units(config, height_px, width_px)
     assert (sum(unit.macs for unit in units), sum(unit.params for unit in units)) == (done.macs, done.params)
     assert done.macs == done.macs_without_attention + done.macs_attention
     assert done.params == unet_params(config)

@@ -28,7 +28,7 @@ from hybridsd_sim.pricing.verification import (
     to_json,
     used_in_fits,
 )
-from hybridsd_sim.profiles import Published, PublishedRow, Table, load_published, what_is_timed
+from hybridsd_sim.profiles import Published, PublishedRow, PublishedTable, load_published, what_is_timed
 from hybridsd_sim.reporting import verification_text
 
 CONTRACT = {"name", "source", "rows", "calibration_rows", "mare", "worst", "mare_held_out", "coverage90"}
@@ -89,7 +89,7 @@ def figure(**columns):
 def table_of(**columns):
     """A table of figures."""
     said = {"name": "t", "title": "t", "group": "device", "kind": "quoted", "source": "Somebody", "source_date": "2026"}
-    return Table.model_validate(said | columns)
+    return PublishedTable.model_validate(said | columns)
 
 
 def checked(published, predicted, *, width=0.1, counts=True):
