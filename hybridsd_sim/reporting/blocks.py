@@ -1,4 +1,6 @@
-"""What pages are made of, each written as HTML and as Markdown: the same blocks, two ways of writing them.
+"""What pages are made of: headings, paragraphs, lists, tables, figures, each of which `rendering` writes as HTML.
+
+How a block reads as Markdown it says itself.
 
 A `Cell` is what a table shows at one place: text, smaller lines beneath, and a mark (measured, quoted or modelled; yes
 or no) that never speaks by colour alone. A kind has one shape everywhere, in figures too. What nobody knows is an em
@@ -7,37 +9,13 @@ dash with its reason beneath.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
-from pathlib import Path
-from string import Template
 from typing import Any, Protocol
 
 from hybridsd_sim.estimate import DASH, Show, number
-from hybridsd_sim.files import write_atomically
 from hybridsd_sim.reporting.labels import Data, beneath, reach
-
-
-def write_pages(folder: Path, title: str, blocks: Sequence[Any], shown: Sequence[Any]) -> Path:
-    """Write figures, `report.md` and `index.html` into a folder; returns the page."""
-    for picture in shown:
-        head = '<?xml version="1.0" encoding="utf-8"?>\n'
-        write_atomically(folder / "figures" / f"{picture.name}.svg", f"{head}{picture.svg}\n".encode())
-    here = files("hybridsd_sim.reporting")
-    template = Template((here / "page.html").read_text(encoding="utf-8"))
-    links = "".join(f'<a href="#{b.anchor}">{b.text}</a>' for b in blocks if isinstance(b, Heading) and b.level == 2)
-    style = (here / "page.css").read_text(encoding="utf-8")
-    page = template.substitute(title=title, style=style, links=links, body=to_html(blocks))
-    write_atomically(folder / "report.md", to_markdown(blocks).encode())
-    write_atomically(folder / "index.html", page.encode())
-    return folder / "index.html"
-
-
-SHORT_LETTERS = 18
-"""Letters of a cell that stays on one line."""
 
 SIGNS = {True: "✓", False: "✗"}
 
@@ -49,8 +27,6 @@ MARKS = {"measured": "●", "quoted": "■", "modelled": "▲"}
 
 class Block(Protocol):
     """Something that stands on a page."""
-
-    def html(self) -> str: ...
 
     def markdown(self) -> str: ...
 
@@ -68,19 +44,6 @@ class Cell:
     answer: bool | None = None
     sources: tuple[int, ...] = ()
     mark: str = ""
-
-    def html(self) -> str:
-        text = escape(self.text)
-        if self.kind:
-            text = chip(self.kind)
-        elif self.answer is not None:
-            text = f'<span class="{ANSWERS[self.answer]}">{SIGNS[self.answer]} {text}</span>'
-        shape = f" {mark(self.mark)}" if self.mark else ""
-        notes = "".join(f' <a href="#source-{n}">[{n}]</a>' for n in self.sources)
-        lines = "".join(
-            f"<small{_classes(short=_is_short(line))}>{escape(line)}</small>" for line in self.sub.splitlines()
-        )
-        return f"{text}{shape}{notes}{lines}"
 
     def markdown(self) -> str:
         sign = "" if self.answer is None else f"{SIGNS[self.answer]} "
@@ -101,6 +64,11 @@ def cell(figure: Mapping[str, Any] | None, show: Show = number, sub: str = "") -
     return Cell(show(figure["value"]), lines, mark=figure.get("kind", ""))
 
 
+def ranged(figure: Data) -> Cell:
+    """A figure with its 90% interval, and that in per cent, beneath."""
+    return cell(figure, number, reach(figure))
+
+
 def answered(good: bool, reason: str = "") -> Cell:  # noqa: FBT001 - the answer itself
     """Yes or no, with its reason."""
     return Cell(ANSWERS[good], reason, answer=good)
@@ -114,9 +82,6 @@ class Heading:
     anchor: str
     level: int = 2
 
-    def html(self) -> str:
-        return f'<h{self.level} id="{self.anchor}">{escape(self.text)}</h{self.level}>'
-
     def markdown(self) -> str:
         return f"{'#' * self.level} {self.text}"
 
@@ -127,10 +92,6 @@ class Paragraph:
 
     text: str
     style: str = ""
-
-    def html(self) -> str:
-        style = f' class="{self.style}"' if self.style else ""
-        return f"<p{style}>{linked(self.text)}</p>"
 
     def markdown(self) -> str:
         return self.text
@@ -143,12 +104,6 @@ class Bullets:
     items: tuple[str, ...]
     numbered: bool = False
 
-    def html(self) -> str:
-        if not self.numbered:
-            return f"<ul>{''.join(f'<li>{linked(item)}</li>' for item in self.items)}</ul>"
-        items = "".join(f'<li id="source-{n}">{linked(item)}</li>' for n, item in enumerate(self.items, 1))
-        return f'<ol class="sources">{items}</ol>'
-
     def markdown(self) -> str:
         return "\n".join(f"{f'{n}.' if self.numbered else '-'} {item}" for n, item in enumerate(self.items, 1))
 
@@ -159,9 +114,6 @@ class Terms:
 
     items: tuple[tuple[str, str], ...]
 
-    def html(self) -> str:
-        return f"<dl>{''.join(f'<dt>{escape(word)}</dt><dd>{escape(text)}</dd>' for word, text in self.items)}</dl>"
-
     def markdown(self) -> str:
         return "\n".join(f"- **{word}**: {text}" for word, text in self.items)
 
@@ -171,15 +123,6 @@ class Cards:
     """The verdict: questions, each with yes or no and the reason."""
 
     items: tuple[tuple[str, bool, str], ...]
-
-    def html(self) -> str:
-        return f'<ul class="verdict">{"".join(self._card(*item) for item in self.items)}</ul>'
-
-    @staticmethod
-    def _card(name: str, good: bool, reason: str) -> str:  # noqa: FBT001 - the answer itself
-        sign = f'<span class="sign" aria-hidden="true">{SIGNS[good]}</span>'
-        head = f"<strong>{escape(name)}: {ANSWERS[good]}</strong>"
-        return f'<li class="{ANSWERS[good]}">{sign}{head}<span>{escape(reason)}</span></li>'
 
     def markdown(self) -> str:
         return "\n".join(f"- {SIGNS[good]} **{name}: {ANSWERS[good]}.** {reason}" for name, good, reason in self.items)
@@ -194,26 +137,6 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     strong: frozenset[int] = frozenset()
     words: frozenset[int] = frozenset({0})
-
-    def html(self) -> str:
-        head = "".join(self._html_head(n, text) for n, text in enumerate(self.head))
-        rows = "\n".join(self._html_row(n, row) for n, row in enumerate(self.rows))
-        return (
-            f'<div class="scroll"><table role="table"><caption>{escape(self.caption)}</caption>\n'
-            f'<thead><tr role="row">{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
-        )
-
-    def _html_head(self, position: int, text: str) -> str:
-        return f'<th scope="col" role="columnheader"{_classes(word=position in self.words)}>{escape(text)}</th>'
-
-    def _html_row(self, position: int, row: tuple[Cell, ...]) -> str:
-        cells = "".join(self._html_cell(n, item) for n, item in enumerate(row))
-        return f'<tr role="row"{_classes(strong=position in self.strong)}>{cells}</tr>'
-
-    def _html_cell(self, position: int, item: Cell) -> str:
-        look = _classes(word=position in self.words, short=_is_short(item.text))
-        tag, role = ("td", 'role="cell"') if position else ("th", 'scope="row" role="rowheader"')
-        return f'<{tag} {role}{look} data-label="{escape(self.head[position])}">{item.html()}</{tag}>'
 
     def markdown(self) -> str:
         rule = [":---" if n in self.words else "---:" for n in range(len(self.head))]
@@ -233,11 +156,10 @@ class Picture:
     caption: str
     kinds: tuple[str, ...] = ()
 
-    def html(self) -> str:
-        drawing = self.svg.replace(f'aria-label="{escape(self.title)}"', f'aria-label="{escape(self.alt)}"', 1)
-        caption = f"{escape(self.caption)} {' '.join(map(chip, self.kinds))}"
-        figure = f'<figure><div class="scroll" tabindex="0">{drawing}</div><figcaption>{caption}</figcaption></figure>'
-        return f'<h3 id="figure-{self.name}">{escape(self.title)}</h3>\n{figure}'
+    @property
+    def described(self) -> str:
+        """The SVG as it stands on the page: labelled with what it shows in words."""
+        return self.svg.replace(f'aria-label="{escape(self.title)}"', f'aria-label="{escape(self.alt)}"', 1)
 
     def markdown(self) -> str:
         kinds = f" ({', '.join(self.kinds)})" if self.kinds else ""
@@ -253,50 +175,5 @@ class Fold:
     blocks: tuple[Block, ...]
     opened: bool = False
 
-    def html(self) -> str:
-        tag = "details open" if self.opened else "details"
-        return f"<{tag}><summary>{escape(self.summary)}</summary>\n{to_html(self.blocks)}\n</details>"
-
     def markdown(self) -> str:
-        return f"**{self.summary}**\n\n{to_markdown(self.blocks)}".rstrip()
-
-
-def to_html(blocks: Iterable[Block]) -> str:
-    """Blocks as HTML, in order."""
-    return "\n".join(block.html() for block in blocks)
-
-
-def to_markdown(blocks: Iterable[Block]) -> str:
-    """Blocks as Markdown, in order; figures are linked under `figures/`."""
-    return "\n\n".join(block.markdown() for block in blocks) + "\n"
-
-
-def chip(kind: str) -> str:
-    """A kind as a small label: filled, outlined or dashed, so that it is told apart without colours."""
-    return f'<span class="chip {kind}">{MARKS[kind]} {kind}</span>'
-
-
-def mark(kind: str) -> str:
-    """A kind as its shape alone, for a figure among figures; readers that show no shapes hear the word."""
-    return f'<span class="mark {kind}" role="img" aria-label="{kind}" title="{kind}">{MARKS[kind]}</span>'
-
-
-def linked(text: str) -> str:
-    """Text with its addresses and arXiv numbers as links."""
-    safe = re.sub(r"(https?://[^\s<>()]+[^\s<>().,;:])", r'<a href="\1">\1</a>', escape(text))
-    return re.sub(r"(arXiv[: ](\d{4}\.\d{4,5}))(?!\d)", r'<a href="https://arxiv.org/abs/\2">\1</a>', safe)
-
-
-def _classes(**names: bool) -> str:
-    found = " ".join(name for name, is_so in names.items() if is_so)
-    return f' class="{found}"' if found else ""
-
-
-def _is_short(text: str) -> bool:
-    """Short figures and intervals stay on one line; reasons wrap."""
-    return 0 < len(text) <= SHORT_LETTERS
-
-
-def ranged(figure: Data) -> Cell:
-    """A figure with its 90% interval, and that in per cent, beneath."""
-    return cell(figure, number, reach(figure))
+        return "\n\n".join((f"**{self.summary}**", *(block.markdown() for block in self.blocks)))

@@ -25,12 +25,12 @@ from hybridsd_sim.reporting.blocks import (
     Terms,
     answered,
     cell,
-    write_pages,
 )
 from hybridsd_sim.reporting.figure_style import INK, LINES, PROMISE
 from hybridsd_sim.reporting.labels import NAMES, Data
 from hybridsd_sim.reporting.pages import cards, shown, words
 from hybridsd_sim.reporting.plan_sections import sentence
+from hybridsd_sim.reporting.rendering import write_pages
 from hybridsd_sim.scenario import ALL
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.files import canonical_json, write_atomically
-from hybridsd_sim.reporting.blocks import write_pages
+from hybridsd_sim.reporting.rendering import write_pages
 from hybridsd_sim.version import __version__
 
 if TYPE_CHECKING:

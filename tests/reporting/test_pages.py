@@ -25,6 +25,7 @@ from hybridsd_sim.estimate import number
 from hybridsd_sim.plan import Deployment, deployment_from_dict
 from hybridsd_sim.reporting import blocks as markup
 from hybridsd_sim.reporting import compare_reports, draw_report, run_id, write_report
+from hybridsd_sim.reporting.rendering import to_html
 from hybridsd_sim.scenario import load_yaml
 from hybridsd_sim.simulation import COLUMNS
 
@@ -561,10 +562,10 @@ def test_a_run_compared_with_itself_differs_in_nothing(report, tmp_path, undrawn
 def test_text_of_users_cannot_become_markup():
     """Names and reasons with angle brackets, quotes or bars are shown, not obeyed."""
     table = markup.Table("<b>", ('"quoted"',), ((markup.Cell("<script>alert(1)</script>", "a | b"),),))
-    Page(table.html())
-    assert "<script>" not in table.html()
+    Page(to_html([table]))
+    assert "<script>" not in to_html([table])
     assert "a \\| b" in table.markdown()
-    assert markup.Paragraph("<i>").html() == "<p>&lt;i&gt;</p>"
+    assert to_html([markup.Paragraph("<i>")]) == "<p>&lt;i&gt;</p>"
 
 
 def test_loading_the_package_draws_nothing():
