@@ -6,9 +6,15 @@ carries all the problems found, not only the first, so that a user mends a file 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +63,30 @@ def unknown_name(place: str, name: str, known: Sequence[str]) -> Problem:
     close = get_close_matches(name, known, n=3, cutoff=0.4)
     remedy = f"Did you mean {' or '.join(close)}?" if close else f"Known names: {', '.join(sorted(known))}."
     return Problem(place, repr(name), "no such name in the catalogue", remedy)
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in messages: JSON, text in single quotes, cut after 60 characters."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def dotted(loc: Sequence[str | int]) -> str:
+    """A location as text: names joined by dots, positions in brackets."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+
+
+def validation_problem(item: ErrorDetails, *, tags: Collection[str] = ()) -> Problem:
+    """One complaint of pydantic in the words of every other message, at the dotted path of what it complains of.
+
+    `tags` are parts of a location that stand for the alternatives of a union and not for keys.
+    """
+    if item["msg"].startswith("Extra inputs"):
+        rule = "no such key"
+    else:
+        rule = re.sub(r"^\w+ should", "must", item["msg"]).replace(" after validation", "")
+        rule = re.sub(r"\ban object|a valid (mapping|dictionary)", "a mapping of keys", rule)
+        rule = rule.replace("Field required", "this key is required")
+        rule = f"{rule[:1].lower()}{rule[1:]}"
+    place = dotted([part for part in item["loc"] if part not in tags])
+    return Problem(place, "missing" if item["type"] == "missing" else shown(item["input"]), rule)

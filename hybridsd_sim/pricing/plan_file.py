@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.errors import InputError, Problem, unknown_name, validation_problem
 from hybridsd_sim.plan import Deployment, Plan, Request
 from hybridsd_sim.pricing.search_space import plan_problems, request_of
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.scenario import RequestClass, Scenario, dotted, load_yaml, shown
+from hybridsd_sim.scenario import RequestClass, Scenario, load_yaml
 
 SHARES = "must each lie in (0, 1] and not exceed 1 together"
 
@@ -88,10 +88,8 @@ def _at(place: str, problem: Problem) -> Problem:
 
 def _explained(place: str, error: ValidationError) -> Iterator[Problem]:
     for item in error.errors(include_url=False):
-        value = "missing" if item["type"] == "missing" else shown(item["input"])
-        where = dotted([part for part in item["loc"] if part not in ("bool", "int", "float", "str")])
-        rule = item["msg"].replace("Input should", "must").replace("Field required", "this key is required")
-        yield Problem(f"{place}: {where}" if where else place, value, rule, REMEDY)
+        found = validation_problem(item, tags=("bool", "int", "float", "str"))
+        yield replace(found, place=f"{place}: {found.place}" if found.place else place, remedy=REMEDY)
 
 
 def _extra(data: Any, found: Deployment) -> Iterator[str]:

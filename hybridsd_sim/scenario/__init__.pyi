@@ -7,9 +7,7 @@ from .schema import EdgeFleet as EdgeFleet
 from .schema import Pool as Pool
 from .schema import RequestClass as RequestClass
 from .schema import Scenario as Scenario
-from .yaml_source import dotted as dotted
 from .yaml_source import dump_yaml as dump_yaml
 from .yaml_source import load_yaml as load_yaml
 from .yaml_source import read_scalar as read_scalar
 from .yaml_source import read_value as read_value
-from .yaml_source import shown as shown

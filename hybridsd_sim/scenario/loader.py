@@ -12,11 +12,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.errors import InputError, Problem, shown
 from hybridsd_sim.files import data_folder
 from hybridsd_sim.scenario.overrides import Blocks, apply_changes, check_blocks, entries, flag_alone
 from hybridsd_sim.scenario.schema import Scenario, class_problems
-from hybridsd_sim.scenario.yaml_source import Reading, load_yaml, plain, read_value, shown
+from hybridsd_sim.scenario.yaml_source import Reading, load_yaml, plain, read_value
 
 
 def load_scenario(

@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import Field
 
-from hybridsd_sim.errors import unknown_name
-from hybridsd_sim.scenario.yaml_source import Entries, Name, Reading, Written, shown
+from hybridsd_sim.errors import shown, unknown_name
+from hybridsd_sim.scenario.yaml_source import Entries, Name, Reading, Written
 
 Key = tuple[str, ...]
 

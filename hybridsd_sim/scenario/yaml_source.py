@@ -20,7 +20,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapSerializer, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.errors import InputError, Problem, dotted, shown, unknown_name, validation_problem
 
 V = TypeVar("V")
 
@@ -123,12 +123,6 @@ class Written(BaseModel):
         if update:
             raise TypeError("model_copy(update=...) skips validation; use with_overrides")
         return super().model_copy(deep=deep)
-
-
-def shown(value: Any) -> str:
-    """A value as it stands in messages: JSON, text in single quotes, cut after 60 characters."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def plain(value: Any) -> Any:
@@ -322,23 +316,9 @@ class Reading:
         for key, value, rule, remedy in item.get("ctx", {}).get("broken", ()):
             self.flag(f"{path}.{key}" if path else key, shown(value), rule, remedy)
         if item["type"] != "rules" and not any(problem.place.endswith(f": {path}") for _, problem in self.problems):
-            value = "missing" if item["type"] == "missing" else shown(item["input"])
-            rule = "must be true, false, a number or text" if union else _rule(item["msg"])
-            self.flag(path, value, rule, _remedy(model, loc, item))
-
-
-def dotted(loc: Sequence[str | int]) -> str:
-    """A location as text: names joined by dots, positions in brackets."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
-
-
-def _rule(message: str) -> str:
-    if message.startswith("Extra inputs"):
-        return "no such key"
-    text = re.sub(r"^\w+ should", "must", message).replace(" after validation", "")
-    text = re.sub(r"\ban object|a valid (mapping|dictionary)", "a mapping of keys", text)
-    text = text.replace("Field required", "this key is required")
-    return f"{text[:1].lower()}{text[1:]}"
+            found = validation_problem(item)
+            rule = "must be true, false, a number or text" if union else found.rule
+            self.flag(path, found.value, rule, _remedy(model, loc, item))
 
 
 def _remedy(model: type[Written], loc: Sequence[str | int], item: ErrorDetails) -> str:

@@ -1,13 +1,12 @@
-"""What clients send: requests, events, questions of the what-if page, plans. Read strictly, and all problems told.
+"""What serving systems ask for, read: bodies of HTTP requests, and the arguments of a call to a served model.
 
-Numbers are finite and bounded as in a scenario, and unknown keys are refused. What a request leaves out is as its class
-has it. Times are seconds on the server's clock, which every decision tells as `now_s`; the time of an event may be left
-out, and is then the moment at which it comes.
+Bodies are requests, events, questions of the what-if page and plans. They are read strictly: numbers are finite and
+bounded as in a scenario, unknown keys are refused, and all problems are told. Times are seconds on the server's clock,
+which every decision tells as `now_s`; an event without a time happens when it comes.
 
-Reads what a call to a served model asks for: from its arguments, whatever the engine's own names for them.
-
-A serving system hands a router the arguments of a call. They may be a `Request`, a mapping, an object with fields
-(a pydantic model, a dataclass), or plain keywords; what they leave out is that of the request's class.
+The arguments of a call belong to the served model and are read leniently: a `Request`, a mapping, an object with
+fields or keywords, under this project's names or those of diffusers. In both, what a request leaves out is as its
+class has it.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.errors import InputError, Problem, validation_problem
 from hybridsd_sim.plan import Request
-from hybridsd_sim.scenario import dotted, shown
 from hybridsd_sim.scheduling import CloudDone, Event, Outcome, RequestDone, StepDone, WorkerDown, WorkerUp
 
 MOST_EVENTS = 256
@@ -189,18 +187,19 @@ def read_events(body: bytes) -> list[EventSent]:
 
 def _problems(error: ValidationError) -> Iterator[Problem]:
     for item in error.errors(include_url=False, include_context=False)[:MOST_PROBLEMS]:
-        place = dotted([part for part in item["loc"] if part not in EVENT_NAMES])
-        place = f"body{place}" if place[:1] in {"", "["} else place
+        found = validation_problem(item, tags=EVENT_NAMES)
+        place = _cut(f"body{found.place}" if found.place[:1] in {"", "["} else found.place)
         if item["type"] == "extra_forbidden":
             close = get_close_matches(str(item["loc"][-1]), KEYS, n=1)
             remedy = f"Did you mean {close[0]}?" if close else "Leave it out."
-            yield Problem(_cut(place), "unknown key", "no such key", remedy)
+            yield Problem(place, "unknown key", found.rule, remedy)
         else:
-            value = "missing" if item["type"] in {"missing", "union_tag_not_found"} else shown(item["input"])
-            rule = item["msg"].replace("Input should", "must").replace("Field required", "this key is required")
-            yield Problem(
-                _cut(place), "not JSON" if item["type"] == "json_invalid" else value, rule, "See /openapi.json."
-            )
+            value = VALUES.get(item["type"], found.value)
+            yield replace(found, place=place, value=value, remedy="See /openapi.json.")
+
+
+VALUES = {"json_invalid": "not JSON", "union_tag_not_found": "missing"}
+"""What was sent where no part of it is to blame."""
 
 
 def _cut(text: str) -> str:

@@ -18,7 +18,7 @@ from executors.profiling.grid import ProfileTarget
 from hybridsd_sim.errors import Problem
 from own_catalogue import own_catalogue
 
-STEP_COMPONENTS = ["--num-inference-steps", "4", "--height-px", "64", "--threads", "1"]
+STEPS = ["--num-inference-steps", "4", "--height-px", "64", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def image(command, folder, tmp_path):
     def make(*arguments):
         path = tmp_path / "image.png"
         code, out, err = command(
-            "run", "--profiles", folder, "--out", path, "--format", "json", *STEP_COMPONENTS, *arguments
+            "run", "--profiles", folder, "--out", path, "--format", "json", *STEPS, *arguments
         )  # fmt: skip
         assert code == 0, err
         with Image.open(path) as picture:
@@ -240,7 +240,7 @@ def test_ranks_of_torchrun_paint_what_ranks_in_turn_do(image, folder, tmp_path) 
         path,
         "--format",
         "json",
-        *STEP_COMPONENTS,
+        *STEPS,
     ]
     said = subprocess.run(
         [sys.executable, *torchrun, "-m", "executors", *map(str, asked)],
@@ -257,7 +257,7 @@ def test_a_silent_edge_is_given_up_after_the_time_allowed(command, folder, tmp_p
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         code, _, err = command(
             "run", "--model", "small", "--switch-step", "0", "--edge", address, "--timeout-s", "0.5",
-            "--profiles", folder, "--out", tmp_path / "image.png", *STEP_COMPONENTS,
+            "--profiles", folder, "--out", tmp_path / "image.png", *STEPS,
         )  # fmt: skip
     assert code == 1
     assert "silent or too slow for 0.5 s" in err
@@ -292,7 +292,7 @@ def test_a_silent_edge_is_given_up_after_the_time_allowed(command, folder, tmp_p
 def test_wrong_input_stops_with_a_message_and_code_2(command, folder, tmp_path, arguments, message) -> None:
     """Place, value, rule and remedy go to standard error, nothing to standard output, and no file is made."""
     path = tmp_path / "image.png"
-    code, out, err = command("run", "--profiles", folder, "--out", path, *STEP_COMPONENTS, *arguments)
+    code, out, err = command("run", "--profiles", folder, "--out", path, *STEPS, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert message in err
@@ -303,7 +303,7 @@ def test_wrong_input_stops_with_a_message_and_code_2(command, folder, tmp_path, 
 def test_an_edge_that_is_not_there_stops_the_run_with_code_1(command, folder, tmp_path) -> None:
     """A run that began and cannot finish says whom it did not reach."""
     arguments = ["--model", "small", "--switch-step", "0", "--edge", "127.0.0.1:9"]
-    code, out, err = command("run", "--profiles", folder, "--out", tmp_path / "image.png", *STEP_COMPONENTS, *arguments)
+    code, out, err = command("run", "--profiles", folder, "--out", tmp_path / "image.png", *STEPS, *arguments)
     assert (code, out) == (1, "")
     assert "127.0.0.1:9" in err
 

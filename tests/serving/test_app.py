@@ -131,7 +131,7 @@ def test_of_events_of_which_one_is_wrong_none_counts(ask, scheduler):
 
 def test_of_events_of_which_one_worker_is_too_many_none_counts(ask, scheduler, clock, monkeypatch):
     """An end and a worker before it are not taken in either; one that goes makes room for the next."""
-    monkeypatch.setattr("hybridsd_sim.scheduling.ledger.MOST_WORKERS", 3)
+    monkeypatch.setattr("hybridsd_sim.scheduling.ledger.MAX_WORKERS", 3)
     ask.post("/v1/decide", MINE)
     end = {"event": "request_done", "number": 1}
     ups = [{"event": "worker_up", "worker": f"w{n}", "pool": "a100"} for n in range(2)]

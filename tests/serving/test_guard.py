@@ -131,7 +131,7 @@ def test_a_body_that_is_too_large_is_not_read(scheduler, chunked):
 
 def test_a_worker_beyond_what_is_kept_is_refused(ask, scheduler, monkeypatch):
     """A caller that reports ever new workers cannot fill the memory."""
-    monkeypatch.setattr("hybridsd_sim.scheduling.ledger.MOST_WORKERS", 3)
+    monkeypatch.setattr("hybridsd_sim.scheduling.ledger.MAX_WORKERS", 3)
     up = [{"event": "worker_up", "worker": f"w{n}", "pool": "a100"} for n in range(3)]
     assert ask("POST", "/v1/observe", json=up[:1]).status_code == 200
     assert "at most 3" in problems(ask("POST", "/v1/observe", json=up))[0]["rule"]
