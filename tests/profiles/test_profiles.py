@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim.errors import InputError, MissingDataError
 from hybridsd_sim.files import data_folder
-from hybridsd_sim.perf import unet_layers, unet_params, work
+from hybridsd_sim.perf import total_work, unet_layers, unet_params
 from hybridsd_sim.profiles import CostRow, Quantiles, load_profiles
 
 MODELS = "sd14 sd15 sd21 sdxl bk-sdm-base bk-sdm-small bk-sdm-tiny hybrid-sd-224m koala-700m ssd-1b segmind-vega"
@@ -171,7 +171,7 @@ def test_configs_give_the_published_parameters(profiles):
 def test_layers_give_the_published_work(profiles, name, gmacs):
     """MACs of a guided step at native size without attention products, as AsyncDiff and Hybrid SD print them."""
     model = profiles.model(name)
-    total = work(unet_layers(model.config, model.native_px, model.native_px))
+    total = total_work(unet_layers(model.config, model.native_px, model.native_px))
     assert 2 * total.macs_without_attention / 1e9 == pytest.approx(gmacs, rel=1e-3)
 
 

@@ -5,7 +5,7 @@ import pytest
 from executors.profiling import component_rows, count_rows, pcpp_bytes_rows
 from executors.profiling.flops import Count, count_component, count_model
 from hybridsd_sim.errors import IllegalPlanError, InputError
-from hybridsd_sim.perf import unet_layers, work
+from hybridsd_sim.perf import total_work, unet_layers
 from hybridsd_sim.perf.unet_layers import Layer
 from hybridsd_sim.profiles import Profiles
 from small_models import HEIGHT_PX, SMALL, WIDTH_PX
@@ -22,7 +22,7 @@ def counts(profiles: Profiles) -> dict[str, Count]:
 
 def by_layers(layers: tuple[Layer, ...]) -> dict[str, int]:
     """What the planner counts without torch, in the terms of a `Count`."""
-    total = work(layers)
+    total = total_work(layers)
     return {
         "params": total.params,
         "flop_conv": 2 * total.macs_conv,
