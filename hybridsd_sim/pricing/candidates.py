@@ -1,10 +1,8 @@
-"""Which plans are legal for a request class on a fleet, and why the others are not.
+"""Candidates: the legal plans of a request class on a fleet, each with its price, and why the others are refused.
 
-Takes every plan of the scenario's search space (`search_space`); refuses with a reason what breaks a rule (method,
-memory, node size, latent space, text encoder); prices the rest. `prune` keeps the plans that no other beats in
-everything, `slowed` says what becomes of a plan where a site is slower.
-
-What a policy may choose from: the candidates of each class on rented pools, priced anew for other request sizes.
+`find_candidates` takes every plan of the scenario's search space, refuses with a reason what breaks a rule (method,
+memory, node size, latent space) or what nobody timed, and prices the rest. `slowed` says what becomes of a candidate
+where a site is slower. `RentedCandidates` are those that a policy may choose from, priced anew for other request sizes.
 """
 
 from __future__ import annotations

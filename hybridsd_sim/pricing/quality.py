@@ -18,8 +18,8 @@ from hybridsd_sim.pricing.quality_losses import (
     NO_LOSS,
     Measure,
     TableValue,
-    alone,
     method_loss,
+    solo_scores,
     study,
     switch_curve,
     switch_loss,
@@ -154,7 +154,7 @@ def _values(
 @derived(most=1024)
 def _own_score(profiles: Profiles, model: str, measure: Measure) -> tuple[QualityRow, float] | None:
     """The first row that scores a model, with its score; one with a CLIP score goes before others."""
-    return min(alone(profiles.quality, model, measure), key=lambda one: one[0].clip is None, default=None)
+    return min(solo_scores(profiles.quality, model, measure), key=lambda one: one[0].clip is None, default=None)
 
 
 def _model_loss(plan: Plan, profiles: Profiles, large: str, measure: Measure) -> TableValue:

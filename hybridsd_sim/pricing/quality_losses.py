@@ -87,7 +87,7 @@ def score_of(row: QualityRow, measure: Measure) -> float | None:
     return {"clip": row.clip, "fid": row.fid, "lpips": row.lpips}[measure]
 
 
-def alone(rows: Iterable[QualityRow], model: str, measure: Measure) -> list[tuple[QualityRow, float]]:
+def solo_scores(rows: Iterable[QualityRow], model: str, measure: Measure) -> list[tuple[QualityRow, float]]:
     """Rows, with their scores, of a model that does every step on one GPU; those of its siblings do not count."""
     scored = ((row, score_of(row, measure)) for row in rows if row.large_model == model)
     return [
@@ -108,24 +108,24 @@ def loss_of(row: QualityRow, rows: Iterable[QualityRow], measure: Measure) -> fl
         return score
     bases = [
         (base.table != row.table, own)
-        for base, own in alone(rows, row.large_model, measure)
+        for base, own in solo_scores(rows, row.large_model, measure)
         if study(base.table) == study(row.table) and base.num_inference_steps == row.num_inference_steps
     ]
-    return worse(score, min(bases, key=lambda base: base[0])[1], measure) if bases else None
+    return score_lost(score, min(bases, key=lambda base: base[0])[1], measure) if bases else None
 
 
-def worse(score: float, base: float, measure: Measure) -> float:
+def score_lost(score: float, base: float, measure: Measure) -> float:
     """By how much a score is worse than a base: CLIP falls, FID rises."""
     return round(base - score if measure == "clip" else score - base, DECIMALS)
 
 
-def falling(points: Curve) -> list[tuple[float, float]]:
+def never_rising(points: Curve) -> list[tuple[float, float]]:
     """The lowest curve that never rises and lies nowhere below a point or below zero. Points stand in rising order."""
     losses = list(accumulate((loss for _, loss in reversed(points)), max, initial=0.0))[:0:-1]
     return [(at, loss) for (at, _), loss in zip(points, losses, strict=True)]
 
 
-def between(points: Curve, at: float) -> float | None:
+def interpolate(points: Curve, at: float) -> float | None:
     """The straight line between the two points around `at`; None outside them."""
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= at <= x1:
@@ -143,7 +143,7 @@ def switch_loss(profiles: Profiles, large: str, small: str, share: float, measur
     if len(printed) < 2:
         return TableValue.unknown(f"no published quality for {large} followed by {small}")
     sources = merged(source for _, _, source in printed if source)
-    value = between(_falling(printed), share)
+    value = interpolate(_falling(printed), share)
     if value is None:
         return TableValue.unknown(f"switch share {share:.2f} lies outside the published ones", sources)
     value = round(value, DECIMALS)
@@ -164,7 +164,7 @@ def switch_curve(profiles: Profiles, large: str, small: str, measure: Measure = 
 
 
 def _falling(printed: Points) -> list[tuple[float, float]]:
-    return falling([(share, loss) for share, loss, _ in printed])
+    return never_rising([(share, loss) for share, loss, _ in printed])
 
 
 @derived()
@@ -183,19 +183,20 @@ def _decimals(profiles: Profiles, table: str, large: str, measure: Measure) -> i
 
 
 def _printed(profiles: Profiles, table: str, large: str, small: str, measure: Measure) -> Points:
-    own = [row for row in profiles.quality if row.table == table]
-    kin = own if alone(own, large, measure) else [row for row in profiles.quality if study(row.table) == study(table)]
-    bases = alone(kin, large, measure)
+    own = kin = [row for row in profiles.quality if row.table == table]
+    if not solo_scores(own, large, measure):
+        kin = [row for row in profiles.quality if study(row.table) == study(table)]
+    bases = solo_scores(kin, large, measure)
     if not bases:
         return []
     points = {1.0: (0.0, "")}
-    for row, alone_score in alone(kin, small, measure)[:1]:
-        points[0.0] = (worse(alone_score, bases[0][1], measure), row.source)
+    for row, alone_score in solo_scores(kin, small, measure)[:1]:
+        points[0.0] = (score_lost(alone_score, bases[0][1], measure), row.source)
     for row in own:
         score = score_of(row, measure)
         if (row.large_model, row.small_model) == (large, small) and score is not None:
             share = (row.switch_step or 0) / row.num_inference_steps
-            points[share] = (worse(score, bases[0][1], measure), row.source)
+            points[share] = (score_lost(score, bases[0][1], measure), row.source)
     return [(share, loss, source) for share, (loss, source) in sorted(points.items())]
 
 
@@ -379,11 +380,11 @@ def _share_left(run: _Setting, measures: Sequence[Sequence[_Point]]) -> tuple[fl
     sweep = max((_longest_sweep(points) for points in measures), key=len)
     steps, first = sweep[0].run.steps, sweep[0].loss
     shares = [(float(point.run.warmup), min(1.0, point.loss / first) if first > 0 else 1.0) for point in sweep]
-    curve = [*falling(shares), (float(steps), 0.0)]
+    curve = [*never_rising(shares), (float(steps), 0.0)]
     position = run.warmup * min(1.0, steps / run.steps)
     if position <= curve[0][0]:
         return 1.0, sweep
-    left = between(curve, position)
+    left = interpolate(curve, position)
     return (0.0 if left is None else left), sweep
 
 

@@ -1,11 +1,8 @@
-"""Which rules a plan must keep: node size, its method's rules, a shared latent space, memory on every device.
+"""Every plan that a scenario's search space spans for a request class, and the rules that a legal one keeps.
 
-Every rule is stated once; each refusal carries place, value, rule and remedy.
-
-Every plan that a scenario's search space spans for a request class, legal or not.
-
-Cloud-only, edge-only and hybrid plans over pools, parallel methods, degrees, their options, switch steps, small models,
-VAEs and batch caps, as the scenario's `search` allows.
+The space: cloud-only, edge-only and hybrid plans over pools, parallel methods, degrees, their options, switch steps,
+small models, VAEs and batch caps, as the scenario's `search` allows. The rules: node size, the method's own, a shared
+latent space, memory on every device. Each is stated once; what breaks it is told with place, value, rule and remedy.
 """
 
 from __future__ import annotations
@@ -19,6 +16,9 @@ from hybridsd_sim.perf import ELEMENT_BYTES, find_method, job_of, option_types, 
 from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
 from hybridsd_sim.profiles import Profiles, derived
 from hybridsd_sim.scenario import EdgeFleet, Pool, RequestClass, Scenario
+
+DEFAULT_SWITCH_STRIDE = 5
+"""Without `search.switch_steps` every fifth step is a candidate, as in Hybrid SD's published tables."""
 
 LIVE_ACTIVATIONS = 4
 """Activations of the widest layer alive at once in a UNet call. Modelled: input, output, skip, workspace."""
@@ -132,10 +132,6 @@ def _elements(profiles: Profiles, model: str, height_px: int, width_px: int) -> 
     """Elements of a model's widest activation, and of all keys and values of its self-attention, for one latent."""
     layers = unet_layers(profiles.model(model).config, height_px, width_px)
     return max(layer.out_elements for layer in layers), sum(layer.kv_elements for layer in layers)
-
-
-DEFAULT_SWITCH_STRIDE = 5
-"""Without `search.switch_steps` every fifth step is a candidate, as in Hybrid SD's published tables."""
 
 
 def request_of(name: str, spec: RequestClass) -> Request:
