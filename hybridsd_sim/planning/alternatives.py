@@ -1,15 +1,14 @@
-"""Near-optimal plans that differ in kind: what else could be done for little more money.
+"""What else could be done: near-optimal plans that differ in kind, and what a small change of each limit buys.
 
-Calliope's "spores": the cheapest plan is one of many that cost about the same, and people have reasons of their own to
-take another one. Each kind (one pool only, one parallel method only, without a hand-over, with one in every request,
-without the pool most used, on demand only, spot only) gives its cheapest plan by formula, the calmest of those that
-cost about the same, which is tried on the scenario's own requests. At first the formula is asked for as much less
-traffic as makes it agree with the chosen plan; where nothing comes of that, for all of it, and then for some more.
+Alternatives are Calliope's "spores" (Lombardi et al., Joule 4, 2020): the cheapest plan is one of many that cost about
+the same, and people have reasons of their own to take another one. Each kind (one pool only, one parallel method only,
+without a switch, with one in every request, without the pool most used, on demand only, spot only) gives its cheapest
+plan by formula, the calmest of those that cost about the same, which is evaluated on the scenario's own requests. At
+first the formula is asked for as much less traffic as makes it agree with the chosen plan; where nothing comes of that,
+for all of it, and then for some more.
 
-Shadow prices: what a little more money, time, quality or traffic buys or costs.
-
-Nodes are whole, so a price at the margin is that of a finite step: a dollar an hour, a second of every SLO, 0.005 of
-CLIP, a tenth of the traffic. Before and after are both answers of the formulation, with what simulations taught the
+Margins are shadow prices over a finite step, because nodes are whole: a dollar an hour, a second of every SLO, 0.005 of
+CLIP, a tenth of the traffic. Before and after are both solutions of the formulation, with what simulations taught the
 formula, so that their difference is the change and not the formula's own error. "Nothing" is a true answer: where a
 dollar buys no node it buys nothing. Costs are rent and metered egress at the planning rates.
 """
@@ -17,6 +16,7 @@ dollar buys no node it buys nothing. Costs are rent and metered egress at the pl
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -29,7 +29,6 @@ from hybridsd_sim.planning.planner import (
     Keep,
     Planner,
     budgeted_goal,
-    first_that,
     fit_headroom,
     is_hybrid,
     latency_limits_s,
@@ -39,7 +38,6 @@ from hybridsd_sim.planning.planner import (
     vary,
 )
 from hybridsd_sim.planning.search import CALM, to_deployment
-from hybridsd_sim.pricing import Candidate
 
 NEAR_OPTIMAL = 1.3
 """Alternatives rent for at most this many times as much as the chosen plan."""
@@ -47,11 +45,17 @@ NEAR_OPTIMAL = 1.3
 MOST = 6
 """Alternatives told at most."""
 
-ROOMS = (1.0, 1.15)
+LAST_HEADROOMS = (1.0, 1.15)
 """Factors on the traffic for which a kind is asked in the end, until its plan holds."""
 
 SAME = 0.01
 """Plans that differ by less than this, in shares of the nodes and of the requests, are one."""
+
+DOLLARS, SECONDS, CLIP, TRAFFIC = 1.0, 1.0, 0.005, 0.1
+"""The steps: USD an hour, seconds of SLO, CLIP score of every floor, and share of the traffic."""
+
+LATENCIES, LATENCIES_BIG = 48, 8
+"""Latencies that the fastest plan is looked for among, a few per cent apart; fewer for big formulations."""
 
 
 def alternatives(planner: Planner, chosen: EvaluatedPlan) -> tuple[EvaluatedPlan, ...]:
@@ -66,10 +70,10 @@ def alternatives(planner: Planner, chosen: EvaluatedPlan) -> tuple[EvaluatedPlan
     found: list[EvaluatedPlan] = []
     condition = strict_condition(planner)
     first = 1.0 if condition is None else fit_headroom(planner, condition, chosen.usd_per_hour)
-    for room in dict.fromkeys((first, *ROOMS)):
-        answers = {name: _cheapest(planner, keep, chosen.usd_per_hour, room) for name, keep in waiting.items()}
-        tried = _tried(planner, {name: answer for name, answer in answers.items() if answer})
-        found += [plan for plan in tried if plan.feasible]
+    for headroom in dict.fromkeys((first, *LAST_HEADROOMS)):
+        solutions = {name: _cheapest(planner, keep, chosen.usd_per_hour, headroom) for name, keep in waiting.items()}
+        evaluated = _evaluate(planner, {name: solution for name, solution in solutions.items() if solution})
+        found += [plan for plan in evaluated if plan.feasible]
         held = {plan.name for plan in found}
         waiting = {name: keep for name, keep in waiting.items() if name not in held}
     return tuple(_most_different(planner, chosen, found))
@@ -97,23 +101,19 @@ def _all_kinds(planner: Planner, chosen: Deployment, pools: Sequence[str]) -> It
         used = max(range(len(pools)), key=lambda index: rents[index])
         yield f"without pool {pools[used]}", lambda option: option.pool_index != used
     for method in planner.scenario.search.methods:
-        yield f"only {method}", lambda option, m=method: _only(option, m)  # type: ignore[misc]
+        yield f"only {method}", lambda option, m=method: all(s.method == m for s in option.plan.cloud_stages)  # type: ignore[misc]
     yield "no hand-over", lambda option: not is_hybrid(option)
     yield "always a hand-over", is_hybrid
 
 
-def _only(option: Candidate, method: str) -> bool:
-    return all(stage.method == method for stage in option.plan.cloud_stages)
-
-
-def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, room: float) -> Solution | None:
+def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, headroom: float) -> Solution | None:
     """The calmest of the cheapest plans of a kind, within reach of the chosen rent; None where there is none."""
     condition = planner.condition(keep)
     if condition.forgiven:
         return None
     formulation = Formulation([condition])
     near = max(NEAR_OPTIMAL * rent_usd_per_hour, 0.0)
-    goal = budgeted_goal(planner, minimise="usd_per_hour", usd_per_hour=near, headroom=room)
+    goal = budgeted_goal(planner, minimise="usd_per_hour", usd_per_hour=near, headroom=headroom)
     best = formulation.solve(goal)
     if best is None:
         return None
@@ -121,19 +121,19 @@ def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, room: floa
     return formulation.solve(calm) or best
 
 
-def _tried(planner: Planner, answers: Mapping[str, Solution]) -> list[EvaluatedPlan]:
+def _evaluate(planner: Planner, solutions: Mapping[str, Solution]) -> list[EvaluatedPlan]:
     """Each plan's figures by the quickest level, under the name of its kind."""
     scenario, found, jobs = planner.scenario, [], {}
-    for name, answer in answers.items():
-        deployment = to_deployment(answer.mixes, answer.replicas)
+    for name, solution in solutions.items():
+        deployment = to_deployment(solution.mixes, solution.replicas)
         if quickest_level(scenario, deployment) == "screen":
             jobs[name] = EvaluationJob(scenario, planner.profiles, deployment, "screen")
         else:
             found.append(
-                EvaluatedPlan.from_formula(name, planner.sizer.assess(answer.mixes, answer.replicas), planner.sizer)
+                EvaluatedPlan.from_formula(name, planner.sizer.assess(solution.mixes, solution.replicas), planner.sizer)
             )
     for name, evaluation in zip(jobs, planner.evaluate(list(jobs.values())), strict=True):
-        found.append(EvaluatedPlan.from_evaluation(name, evaluation, answers[name].mixes))
+        found.append(EvaluatedPlan.from_evaluation(name, evaluation, solutions[name].mixes))
     return found
 
 
@@ -162,21 +162,12 @@ def distance(planner: Planner, one: EvaluatedPlan, other: EvaluatedPlan) -> floa
     both = sum(max(pair) for pair in nodes.values())
     moved = sum(abs(a - b) for a, b in nodes.values()) / both if both else 0.0
     rates = planner.sizer.rates
-    total = sum(rate for rate, _ in rates.values())
-    return moved + sum(rates[name][0] / total * (1.0 - _common(name, here, there)) for name in here.plans)
-
-
-def _common(name: str, here: Deployment, there: Deployment) -> float:
-    """The share of a class that two deployments serve alike."""
-    mine, theirs = ({part.plan: part.share for part in each.plans.get(name, ())} for each in (here, there))
-    return sum(min(share, theirs.get(plan, 0.0)) for plan, share in mine.items())
-
-
-DOLLARS, SECONDS, CLIP, TRAFFIC = 1.0, 1.0, 0.005, 0.1
-"""The steps: USD an hour, seconds of SLO, CLIP score of every floor, and share of the traffic."""
-
-LATENCIES, LATENCIES_BIG = 48, 8
-"""Latencies that the fastest plan is looked for among, a few per cent apart; fewer for big formulations."""
+    total, elsewhere = sum(rate for rate, _ in rates.values()), 0.0
+    for name, mix in here.plans.items():
+        theirs = {part.plan: part.share for part in there.plans.get(name, ())}
+        common = sum(min(part.share, theirs.get(part.plan, 0.0)) for part in mix)
+        elsewhere += rates[name][0] / total * (1.0 - common)
+    return moved + elsewhere
 
 
 def margins(planner: Planner, chosen: EvaluatedPlan) -> tuple[Margin, ...]:
@@ -192,17 +183,24 @@ def margins(planner: Planner, chosen: EvaluatedPlan) -> tuple[Margin, ...]:
     headroom = 1.0 if condition is None else fit_headroom(planner, condition, chosen.usd_per_hour)
     base = solve(planner, headroom=headroom)
     before = None if base is None else base.objective
-    found = list(_of_money(planner, condition, _dollars(planner, chosen), headroom)) if base and condition else []
-    for change, other in _changed(planner):
-        answer = solve(other, headroom=headroom)
-        after = None if answer is None else answer.objective
+    found: list[Margin] = []
+    if base and condition:
+        # The rent to which one more dollar is added: the plan's, or the budget where something else is minimised.
+        rent = math.inf if chosen.usd_per_hour is None else chosen.usd_per_hour
+        limit = planner.sizer.rent_limit_usd_per_hour
+        if limit is not None and planner.scenario.search.minimise != "usd_per_hour":
+            rent = limit
+        found += _margins_of_money(planner, condition, rent, headroom)
+    for change, other in _changes(planner):
+        solution = solve(other, headroom=headroom)
+        after = None if solution is None else solution.objective
         if before is not None and after is not None and abs(after - before) <= 2.0 * GAP * max(before, after):
             after = before  # the solver knows no difference smaller than its gap
         found.append(Margin(change, "usd_per_hour", before, after))
     return tuple(found)
 
 
-def _changed(planner: Planner) -> Iterator[tuple[str, Planner]]:
+def _changes(planner: Planner) -> Iterator[tuple[str, Planner]]:
     """The planner under each change whose cost is asked."""
     requests = planner.scenario.requests
     later = {f"requests.{name}.slo_s": s.slo_s + SECONDS for name, s in requests.items() if s.slo_s is not None}
@@ -210,25 +208,16 @@ def _changed(planner: Planner) -> Iterator[tuple[str, Planner]]:
         yield "one more second of every SLO", vary(planner, later)
     for sign, what in ((1.0, "more"), (-1.0, "less")):
         floors = {name: s.quality_floor for name, s in requests.items() if s.quality_floor is not None}
-        moved = {f"requests.{name}.quality_floor": _share(floor + sign * CLIP) for name, floor in floors.items()}
+        moved = {
+            f"requests.{name}.quality_floor": min(1.0, max(0.0, floor + sign * CLIP)) for name, floor in floors.items()
+        }
         if moved:
             yield f"{CLIP:g} of CLIP {what} on every quality floor", vary(planner, moved)
     for sign, what in ((1.0, "more"), (-1.0, "less")):
         yield f"ten per cent {what} traffic", vary(planner, {}, traffic=1.0 + sign * TRAFFIC)
 
 
-def _share(value: float) -> float:
-    return min(1.0, max(0.0, value))
-
-
-def _dollars(planner: Planner, chosen: EvaluatedPlan) -> float:
-    """The rent to which one more dollar is added: the plan's, or the budget where something else is minimised."""
-    rent = math.inf if chosen.usd_per_hour is None else chosen.usd_per_hour
-    limit = planner.sizer.rent_limit_usd_per_hour
-    return rent if limit is None or planner.scenario.search.minimise == "usd_per_hour" else limit
-
-
-def _of_money(planner: Planner, condition: Condition, rent: float, headroom: float) -> Iterator[Margin]:
+def _margins_of_money(planner: Planner, condition: Condition, rent: float, headroom: float) -> Iterator[Margin]:
     """What latency can fall to and quality rise to for one dollar of rent an hour more.
 
     The latency is what 95% of the requests of every plan keep.
@@ -242,10 +231,10 @@ def _of_money(planner: Planner, condition: Condition, rent: float, headroom: flo
         formulation = Formulation([replace(condition, within_s=limits_s[level])])
         return formulation.solve(Goal(minimise="nothing", usd_per_hour=dollars, headroom=headroom)) is not None
 
-    first = first_that(lambda level: fits(level, rent), len(limits_s))
+    first = bisect_left(range(len(limits_s)), x=True, key=lambda level: fits(level, rent))
     if first < len(limits_s):
         sooner = first > 0 and fits(first - 1, rent + DOLLARS)
-        then = first_that(lambda level: fits(level, rent + DOLLARS), first - 1) if sooner else first
+        then = bisect_left(range(first - 1), x=True, key=lambda level: fits(level, rent + DOLLARS)) if sooner else first
         yield Margin("one more dollar an hour", "latency_p95_s", limits_s[first], limits_s[then])
     goals = [Goal(minimise="quality_loss", usd_per_hour=rent + more, headroom=headroom) for more in (0.0, DOLLARS)]
     before, after = (_quality(planner, whole.solve(goal)) for goal in goals)
@@ -253,6 +242,6 @@ def _of_money(planner: Planner, condition: Condition, rent: float, headroom: flo
         yield Margin("one more dollar an hour", "quality", before, max(before, after))
 
 
-def _quality(planner: Planner, answer: Solution | None) -> float | None:
-    """The mean quality of an answer; None where there is none or its quality is not known."""
-    return None if answer is None else planner.sizer.assess(answer.mixes, answer.replicas).quality
+def _quality(planner: Planner, solution: Solution | None) -> float | None:
+    """The mean quality of an solution; None where there is none or its quality is not known."""
+    return None if solution is None else planner.sizer.assess(solution.mixes, solution.replicas).quality

@@ -1,23 +1,16 @@
-"""What a deployment promises by formula: waits, attainment, dollars and quality of mixes of plans on rented nodes.
+"""The analytic queueing model: waits, SLO attainment, dollars and quality of a deployment, in under a millisecond.
 
-The classes of a pool share its queue (`queueing.pool_wait`); a request is in time when wait, work and transfers stay
-inside its SLO. Transfers vary with the access network: an attainment is averaged over a fixed grid of link conditions.
-A batch is taken to be full, which is the slowest that a request can meet; nodes that may be taken away serve the share
-of the time that they are there, and a job that loses its node pays the lost work once more.
+The lowest of the three levels of fidelity (formula, compiled recursion, simulation). A pool that runs `c` gangs at a
+time is an M/G/c queue by Allen and Cunneen's approximation (A. O. Allen, Probability, Statistics, and Queueing Theory,
+2nd ed., 1990): Erlang C's probability of waiting, and beyond it an exponential wait whose mean carries the squared
+variation of arrivals and service. Exact for M/M/c and for the mean wait of M/G/1. Bursts wait more often than Erlang
+says: Hayward's approximation (Fredericks, Bell Syst. Tech. J. 59, 1980) takes traffic of peakedness z on c servers as
+Poisson traffic on c / z; jobs of one length have the peakedness of their arrivals' squared variation.
 
-Two corrections carry what simulation found and the formula does not know: `load_factors` are GPU-seconds held over
-those predicted (model loads, requests of other sizes), `strain` is the factor on a pool's traffic under which the
-formula gives the attainment that was simulated.
-
-How long a job waits for its gang: multi-server queue formulas, the first rung of the ladder of fidelity.
-
-A pool with `c` gangs at a time is treated as an M/G/c queue by Allen and Cunneen's approximation: the M/M/c probability
-of waiting (Erlang C), and beyond it an exponential wait whose mean carries the variation of arrivals and service. It is
-exact for M/M/c and for the mean wait of M/G/1; otherwise simulation confirms it.
-
-Arrivals that come in bursts wait more often than Erlang says, evenly spaced ones less often. Hayward's approximation
-(Fredericks 1980, for blocking) takes traffic of peakedness z on c servers as Poisson traffic on c / z: jobs of one
-length have the peakedness of their arrivals' squared variation.
+The classes of a pool share its queue. A request is in time when wait, work and transfers stay inside its SLO; transfers
+vary with the access network, so an attainment is a mean over a fixed grid of link conditions. A batch is taken to be
+full, the slowest that a request can meet; nodes that may be taken away serve the share of the time that they are there,
+and a job that loses its node pays the lost work once more.
 """
 
 from __future__ import annotations
@@ -31,11 +24,30 @@ import numpy as np
 from hybridsd_sim.plan import tightest
 from hybridsd_sim.pricing import Candidate, rental_usd_per_hour
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.scenario import Pool, Scenario
+from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.workload import arrival_chunks, mean_rate_per_s
 
 EVENNESS = 0.1
 """Least squared variation of arrivals: evenly spaced requests reach a pool through links of their own."""
+
+
+LINK_GRID = 20
+"""Link conditions over which an attainment is averaged: a Latin square of rate and round-trip quantiles."""
+
+REQUESTS_A_WINDOW = 50
+"""Requests, in the mean, of a window in which a trace's rate is taken to be steady."""
+
+QUANTILE_STEPS = 60
+"""Halvings in the search for a latency quantile: to nanoseconds."""
+
+EDGE_LOAD_MOST = 0.95
+"""Most of the time that edge devices may be busy."""
+
+EDGE_IDLE = 0.005
+"""Share of the time below which edge devices are taken to be free whenever they are needed."""
+
+EDGE_WAITS = (np.arange(10) + 0.5) / 10
+"""Shares of the requests that wait for an edge device, at whose waits their lateness is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,7 @@ class Wait:
 
     @property
     def mean_s(self) -> float:
+        """Mean wait of all requests, those that do not wait included, seconds."""
         return self.probability * self.scale_s if self.probability else 0.0
 
 
@@ -77,13 +90,10 @@ NO_WAIT = Wait(0.0, 0.0, 0.0)
 
 
 def erlang_c(servers: int, offered: float) -> float:
-    """Probability that an M/M/c customer waits; `offered` is the load in servers. 1 when overloaded.
-
-    Computed by the recursion of Erlang's B formula, which does not overflow.
-    """
+    """Probability that an M/M/c customer waits; `offered` is the load in servers (Erlangs). 1 when overloaded."""
     if offered >= servers:
         return 1.0
-    blocked = 1.0
+    blocked = 1.0  # Erlang B by its recursion in the servers: the closed form overflows from about 170 of them on
     for count in range(1, servers + 1):
         blocked = offered * blocked / (count + offered * blocked)
     share = offered / servers
@@ -102,7 +112,10 @@ def gang_servers(nodes: float, gpus_per_node: int, flows: Sequence[Flow]) -> flo
 
 
 def pool_wait(nodes: float, gpus_per_node: int, flows: Sequence[Flow]) -> Wait:
-    """The wait of a job that joins the pool's queue; a node that is there a part of the time counts that part."""
+    """The wait of a job that joins the pool's queue, by Allen and Cunneen's approximation.
+
+    A node that is there a part of the time counts that part. Overloaded, or without nodes: an infinite scale.
+    """
     rate = sum(flow.rate_per_s for flow in flows)
     if rate == 0.0:
         return NO_WAIT
@@ -134,25 +147,6 @@ def erlang_c_between(servers: float, offered: float) -> float:
     return at_low if share <= 0.0 else (1.0 - share) * at_low + share * erlang_c(low + 1, offered)
 
 
-LINK_GRID = 20
-"""Link conditions over which an attainment is averaged: a Latin square of rate and round-trip quantiles."""
-
-REQUESTS_A_WINDOW = 50
-"""Requests, in the mean, of a window in which a trace's rate is taken to be steady."""
-
-QUANTILE_STEPS = 60
-"""Halvings in the search for a latency quantile: to nanoseconds."""
-
-EDGE_LOAD_MOST = 0.95
-"""Most of the time that edge devices may be busy."""
-
-EDGE_IDLE = 0.005
-"""Share of the time below which edge devices are taken to be free whenever they are needed."""
-
-EDGE_WAITS = (np.arange(10) + 0.5) / 10
-"""Shares of the requests that wait for an edge device, at whose waits their lateness is looked at."""
-
-
 Mixes = Mapping[str, tuple[tuple[float, Candidate], ...]]
 """Per request class the shares of its requests and the candidates that serve them, the largest share first."""
 
@@ -182,9 +176,13 @@ class Sizing:
 
 @dataclass(slots=True)
 class Sizer:
-    """The formula for one scenario; keeps the link grid and the rates, so that a deployment takes under a millisecond.
+    """The formula for one scenario; keeps latencies and slacks of candidates, so that a deployment takes no time.
 
-    `rates` are requests a second and the variation (CV) of their gaps, by class; `strain` is by pool and by edge fleet.
+    `rates` are requests a second and the variation (CV) of their gaps, by class. Two corrections carry what simulation
+    found and the formula does not know: `load_factors` are, by pool, GPU-seconds held over those predicted (model
+    loads, requests of other sizes); `strain` is, by pool and edge fleet, the factor on its traffic under which the
+    formula gives the attainment that was simulated. `unit_rent` are dollars an hour of one node of each pool, infinite
+    where nobody knows its price.
     """
 
     scenario: Scenario
@@ -192,8 +190,7 @@ class Sizer:
     rates: dict[str, tuple[float, float]] = field(default_factory=dict)
     load_factors: dict[str, float] = field(default_factory=dict)
     strain: dict[str, float] = field(default_factory=dict)
-    unit_rent: dict[str, float] = field(default_factory=dict)
-    """Dollars an hour of one node of each pool; infinite where nobody knows its price."""
+    unit_rent: dict[str, float] = field(init=False, default_factory=dict)
     _slacks: dict[tuple[Candidate, float | None], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     _latencies: dict[Candidate, np.ndarray] = field(default_factory=dict)
 
@@ -202,6 +199,27 @@ class Sizer:
         for name in self.scenario.pools:
             rent = rental_usd_per_hour(self.scenario, self.profiles, {name: 1})
             self.unit_rent[name] = math.inf if rent is None else rent
+
+    def replace(
+        self,
+        scenario: Scenario | None = None,
+        *,
+        rates: Mapping[str, tuple[float, float]] | None = None,
+        strain: Mapping[str, float] | None = None,
+    ) -> Sizer:
+        """A copy with some fields changed. What was learnt is copied, so that neither teaches the other.
+
+        `rates` stay where none are given, also for another scenario; empty ones are found anew.
+        """
+        return Sizer(
+            scenario or self.scenario,
+            self.profiles,
+            rates=dict(self.rates if rates is None else rates),
+            load_factors=dict(self.load_factors),
+            strain=dict(self.strain if strain is None else strain),
+            _slacks=self._slacks if scenario is None else {},
+            _latencies=self._latencies,
+        )
 
     @property
     def rent_limit_usd_per_hour(self) -> float | None:
@@ -216,22 +234,19 @@ class Sizer:
 
     def latencies(self, candidate: Candidate) -> np.ndarray:
         """Latencies in seconds without queues over the link grid; of a full batch where plans batch."""
-        known = self._latencies.get(candidate)
-        if known is None:
-            known = self._latencies[candidate] = self._over_links(candidate)
-        return known
-
-    def _over_links(self, candidate: Candidate) -> np.ndarray:
-        held = candidate.batch_s[-1] + candidate.edge_s
-        plan = candidate.plan
-        if candidate.pool_index < 0 or plan.network is None:
-            return np.full(LINK_GRID, held)
-        network = self.profiles.network(plan.network)
-        rate_u = (np.arange(LINK_GRID) + 0.5) / LINK_GRID
-        rtt_u = ((np.arange(LINK_GRID) * 7) % LINK_GRID + 0.5) / LINK_GRID
-        up = candidate.cost.bytes_up / network.up_bytes_per_s.at_many(rate_u)
-        down = candidate.cost.bytes_down / network.down_bytes_per_s.at_many(rate_u)
-        return np.asarray(held + up + down + network.rtt_s.at_many(rtt_u))
+        if candidate not in self._latencies:
+            held_s, plan = candidate.batch_s[-1] + candidate.edge_s, candidate.plan
+            found = np.full(LINK_GRID, held_s)
+            if candidate.pool_index >= 0 and plan.network is not None:
+                network = self.profiles.network(plan.network)
+                # A Latin square: each quantile of the rate meets another one of the round trip, as independent ones do.
+                rate_u = (np.arange(LINK_GRID) + 0.5) / LINK_GRID
+                rtt_u = ((np.arange(LINK_GRID) * 7) % LINK_GRID + 0.5) / LINK_GRID
+                up = candidate.cost.bytes_up / network.up_bytes_per_s.at_many(rate_u)
+                down = candidate.cost.bytes_down / network.down_bytes_per_s.at_many(rate_u)
+                found = np.asarray(held_s + up + down + network.rtt_s.at_many(rtt_u))
+            self._latencies[candidate] = found
+        return self._latencies[candidate]
 
     def slacks(self, candidate: Candidate, within_s: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Seconds that a request may wait and still be in time, and how often each is met (weights that sum to 1).
@@ -240,25 +255,18 @@ class Sizer:
         """
         key = (candidate, within_s)
         if key not in self._slacks:
-            self._slacks[key] = self._find_slacks(candidate, within_s)
+            due_s = self.scenario.promises[candidate.request_class].deadline_s() if within_s is None else within_s
+            slack = due_s - self.latencies(candidate)
+            weights = np.full(LINK_GRID, 1.0 / LINK_GRID)
+            if candidate.pool_index >= 0 and (rate := self._preemption_rate(candidate)):
+                lost = 1.0 - math.exp(-rate * candidate.batch_s[-1])
+                slack = np.concatenate([slack, slack - candidate.batch_s[-1]])
+                weights = np.concatenate([(1.0 - lost) * weights, lost * weights])
+            self._slacks[key] = slack, weights
         return self._slacks[key]
 
-    def _find_slacks(self, candidate: Candidate, within_s: float | None) -> tuple[np.ndarray, np.ndarray]:
-        due_s = self.scenario.promises[candidate.request_class].deadline_s() if within_s is None else within_s
-        slack = due_s - self.latencies(candidate)
-        weights = np.full(LINK_GRID, 1.0 / LINK_GRID)
-        if candidate.pool_index < 0 or not (rate := self._preemption_rate(candidate)):
-            return slack, weights
-        lost = 1.0 - math.exp(-rate * candidate.batch_s[-1])
-        again = slack - candidate.batch_s[-1]
-        return np.concatenate([slack, again]), np.concatenate([(1.0 - lost) * weights, lost * weights])
-
     def _preemption_rate(self, candidate: Candidate) -> float:
-        return self._specs[candidate.pool_index].preemptions_per_s
-
-    @property
-    def _specs(self) -> list[Pool]:
-        return list(self.scenario.pools.values())
+        return list(self.scenario.pools.values())[candidate.pool_index].preemptions_per_s
 
     def share_in_time(
         self, candidate: Candidate, wait: Wait, within_s: float | None = None, edge: Wait = NO_WAIT
@@ -294,7 +302,10 @@ class Sizer:
 
     def assess(self, mixes: Mixes, replicas: Mapping[str, int]) -> Sizing:
         """What the formula predicts of mixes on so many nodes."""
-        waits = {name: self._pool_wait(index, mixes, replicas[name]) for index, name in enumerate(self.scenario.pools)}
+        waits = {}
+        for index, (name, spec) in enumerate(self.scenario.pools.items()):
+            flows = [self.flow(option, share) for share, option in _parts(mixes) if option.pool_index == index]
+            waits[name] = pool_wait(replicas[name] * spec.availability, spec.gpus_per_node, flows)
         edges = [self.edge_wait(site, mixes) for site in self.scenario.edge]
         attainment = {
             name: sum(
@@ -304,6 +315,14 @@ class Sizer:
             for name, mix in mixes.items()
         }
         missed = sum(max(0.0, self.wanted(name) - got) for name, got in attainment.items())
+        edge_load: dict[int, float] = {}
+        for share, option in _parts(mixes):
+            busy = share * self.rates[option.request_class][0] * option.edge_s
+            edge_load[option.fleet_index] = edge_load.get(option.fleet_index, 0.0) + busy
+        fleets = list(self.scenario.edge.values())
+        overload = sum(
+            max(0.0, busy / fleets[index].replicas - EDGE_LOAD_MOST) for index, busy in edge_load.items() if index >= 0
+        )
         return Sizing(
             mixes=mixes,
             replicas=dict(replicas),
@@ -311,14 +330,9 @@ class Sizer:
             egress_usd_per_hour=sum(self.egress_usd_per_hour(o, share) for share, o in _parts(mixes)),
             waits=waits,
             attainment=attainment,
-            missed=missed + self._edge_overload(mixes),
+            missed=missed + overload,
             quality=self._quality(mixes),
         )
-
-    def _pool_wait(self, index: int, mixes: Mixes, nodes: int) -> Wait:
-        spec = self._specs[index]
-        flows = [self.flow(option, share) for share, option in _parts(mixes) if option.pool_index == index]
-        return pool_wait(nodes * spec.availability, spec.gpus_per_node, flows)
 
     def edge_busy(self, option: Candidate, site: str) -> float:
         """Share of the time for which a fleet's devices are busy with a candidate, if all of its class has it."""
@@ -344,15 +358,6 @@ class Sizer:
         """Dollars an hour of metered egress of a share of the candidate's class."""
         dollars = sum(part.usd or 0.0 for part in option.cost.parts if part.tier == "network")
         return share * self.rates[option.request_class][0] * 3600 * dollars
-
-    def _edge_overload(self, mixes: Mixes) -> float:
-        """By how much edge fleets are asked for more than their devices can do."""
-        load: dict[int, float] = {}
-        for share, option in _parts(mixes):
-            busy = share * self.rates[option.request_class][0] * option.edge_s
-            load[option.fleet_index] = load.get(option.fleet_index, 0.0) + busy
-        fleets = list(self.scenario.edge.values())
-        return sum(max(0.0, busy / fleets[i].replicas - EDGE_LOAD_MOST) for i, busy in load.items() if i >= 0)
 
     def _quality(self, mixes: Mixes) -> float | None:
         """Mean CLIP score over the requests served; None if any is unknown."""

@@ -18,6 +18,10 @@ Interval = tuple[float, float, float]
 """A value with the ends of its 95% interval."""
 
 
+POLICY_OF = {"simulate": "planned", "screen": "screened"}
+"""How a plan's figures were found, by the level of its evaluation."""
+
+
 @dataclass(frozen=True, slots=True)
 class Margin:
     """What a small change of a limit or of the traffic buys or costs: a shadow price over a finite step.
@@ -111,7 +115,7 @@ class EvaluatedPlan:
 
     @classmethod
     def from_evaluation(cls, name: str, evaluation: Evaluation, mixes: Mixes) -> EvaluatedPlan:
-        """The figures of a plan that was tried."""
+        """A plan's figures by simulation or by the compiled recursion, with their 95% intervals."""
         everyone = evaluation.classes[ALL]
         feasible = evaluation.verdict.feasible
         return cls(
@@ -132,7 +136,7 @@ class EvaluatedPlan:
 
     @classmethod
     def from_formula(cls, name: str, sizing: Sizing, sizer: Sizer) -> EvaluatedPlan:
-        """The figures of a plan by formula alone."""
+        """A plan's figures by formula alone; the ends of their intervals are unknown (NaN)."""
         p95 = sizer.quantile(sizing, 0.95)
         total = sum(sizer.rates[cls][0] for cls in sizing.mixes)
         served = [(sizer.rates[cls][0] / total * share, o) for cls, mix in sizing.mixes.items() for share, o in mix]
@@ -164,10 +168,10 @@ class EvaluatedPlan:
 class CapacityPlan:
     """The answer: what to rent and how to serve each class, what it was compared with, and the evidence.
 
-    `evidence` are all plans tried in the search, in its order. `cost_usd_per_hour` is rent and egress at the planning
-    rates; `bound_usd_per_hour` is how low the search found no plan that it could not rule out, by the same rates.
-    `conflict` is the smallest set of constraints that no plan meets, empty where one does; `robust` the plan under each
-    named scenario, where that was asked.
+    `evidence` are all plans evaluated in the search, in its order. `cost_usd_per_hour` is rent and egress at the
+    planning rates; `bound_usd_per_hour` is how low the search found no plan that it could not rule out, by the same
+    rates. `conflict` is an irreducible infeasible set of constraints, empty where a plan meets all of them; `robust` is
+    the plan under each named scenario, where that was asked.
     """
 
     scenario: Scenario
@@ -205,15 +209,13 @@ class CapacityPlan:
 
     @property
     def usd_per_hour(self) -> float | None:
+        """Rent of the nodes, dollars an hour; None where a price is unknown."""
         return self.chosen_result.usd_per_hour
 
     @property
     def verdict(self) -> Verdict:
+        """What the simulation of the chosen plan says of its promises, and whether that can be believed."""
         return self.chosen_result.verdict
-
-
-POLICY_OF = {"simulate": "planned", "screen": "screened"}
-"""How a plan's figures were found, by the level of its evaluation."""
 
 
 def saving(plan: EvaluatedPlan, other: EvaluatedPlan) -> Saving:

@@ -6,7 +6,7 @@ wait has a known tail: with c gangs at a time and utilisation u
 
     P(wait > t) = C(c / z, u c / z) exp(-t / tau),    tau = residual / (c (1 - u)),
 
-Erlang's C, Hayward's peakedness z and Allen and Cunneen's scale (`queueing`). So each state serves a plan in time or
+Erlang's C, Hayward's peakedness z and Allen and Cunneen's scale (`analytic`). So each state serves a plan in time or
 does not, and the MILP picks one state for each pool: its cap is not a utilisation chosen by hand but the highest one at
 which the promise still holds. The caps kept for a pool are those of its own plans, at most `CAPS` for one number of
 nodes.
@@ -140,20 +140,20 @@ def service_demand(
     )
 
 
-def pool_states(spec: Pool | None, works: Sequence[ServiceDemand], demand: float) -> States:
-    """Every state of a pool worth considering; `demand` is the most node-seconds a second that it can be asked for.
+def pool_states(spec: Pool | None, demands: Sequence[ServiceDemand], load_most: float) -> States:
+    """Every state of a pool worth considering; `load_most` is the most node-seconds a second that it can be asked for.
 
     A pool that is not there, or that no plan uses, has none.
     """
-    if spec is None or not works or not spec.replicas_max:
-        return States(NO_INTS, NO_FLOATS, NO_FLOATS, NO_INTS, np.empty((len(works), 0), np.bool_))
-    peakedness = _peakedness(works)
-    few = len(works) > MANY
+    if spec is None or not demands or not spec.replicas_max:
+        return States(NO_INTS, NO_FLOATS, NO_FLOATS, NO_INTS, np.empty((len(demands), 0), np.bool_))
+    peakedness = _peakedness(demands)
+    few = len(demands) > MANY
     parts = [
-        _of_kind(spec, works, nodes, residual_s, degree, peakedness)
-        for residual_s in _residuals([work.residual_s for work in works], FEWER_KINDS if few else KINDS)
-        for degree in sorted({work.degree for work in works})
-        for nodes in _node_counts(spec, demand, FEWER_NODE_COUNTS if few else NODE_COUNTS)
+        _of_kind(spec, demands, nodes, residual_s, degree, peakedness)
+        for residual_s in _residuals([demand.residual_s for demand in demands], FEWER_KINDS if few else KINDS)
+        for degree in sorted({demand.degree for demand in demands})
+        for nodes in _node_counts(spec, load_most, FEWER_NODE_COUNTS if few else NODE_COUNTS)
     ]
     nodes, load, residuals, degrees, serves = zip(*parts, strict=True)
     return States(
@@ -181,10 +181,10 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
 
 
-def _node_counts(spec: Pool, demand: float, most: int) -> list[int]:
+def _node_counts(spec: Pool, load_most: float, most: int) -> list[int]:
     """Numbers of nodes from the fewest to what the whole demand could need, every few where there are too many."""
     first = max(1, spec.replicas_min)
-    last = min(spec.replicas_max, max(first, int(2.0 * demand / spec.availability) + 3))
+    last = min(spec.replicas_max, max(first, int(2.0 * load_most / spec.availability) + 3))
     if last - first < most:
         return list(range(first, last + 1))
     return sorted({round(count) for count in np.geomspace(first, last, most)})
@@ -192,7 +192,7 @@ def _node_counts(spec: Pool, demand: float, most: int) -> list[int]:
 
 def _of_kind(
     spec: Pool,
-    works: Sequence[ServiceDemand],
+    demands: Sequence[ServiceDemand],
     nodes: int,
     residual_s: float,
     degree: int,
@@ -200,37 +200,38 @@ def _of_kind(
 ) -> tuple[Ints, Floats, Floats, Ints, npt.NDArray[np.bool_]]:
     """The states of so many nodes that see one kind of jobs: a cap for each few plans that break at it."""
     gangs = nodes * spec.availability * (spec.gpus_per_node // degree)
-    breaks = _break_points(works, gangs, residual_s, degree, peakedness)
-    caps = _representatives(breaks[breaks > 0.0], FEWER_CAPS if len(works) > MANY else CAPS)
+    breaks = _break_points(demands, gangs, residual_s, degree, peakedness)
+    caps = _representatives(breaks[breaks > 0.0], FEWER_CAPS if len(demands) > MANY else CAPS)
     served = breaks[:, None] >= caps[None, :]
     count = len(caps)
     load = caps * nodes * spec.availability
     return (np.full(count, nodes), load, np.full(count, residual_s), np.full(count, degree), served)
 
 
-def _peakedness(works: Sequence[ServiceDemand]) -> dict[str, float]:
+def _peakedness(demands: Sequence[ServiceDemand]) -> dict[str, float]:
     """What each class sees of the squared variation of gaps, were all classes there that can be.
 
     Its own bursts, in which its requests meet each other; those of the others by half, for it meets them at any time.
     """
-    classes = {work.candidate.request_class: work for work in works}
-    total = sum(work.rate_per_s for work in classes.values())
+    classes = {demand.candidate.request_class: demand for demand in demands}
+    total = sum(demand.rate_per_s for demand in classes.values())
     beyond = {
-        name: work.rate_per_s / total * (work.peakedness - 1.0) if total else 0.0 for name, work in classes.items()
+        name: demand.rate_per_s / total * (demand.peakedness - 1.0) if total else 0.0
+        for name, demand in classes.items()
     }
     return {name: round(1.0 + (own + sum(beyond.values())) / 2.0, 6) for name, own in beyond.items()}
 
 
 def _break_points(
-    works: Sequence[ServiceDemand], gangs: float, residual_s: float, degree: int, peakedness: Mapping[str, float]
+    demands: Sequence[ServiceDemand], gangs: float, residual_s: float, degree: int, peakedness: Mapping[str, float]
 ) -> Floats:
     """For each plan the highest utilisation at which it is still in time; 0 where there is none."""
     seen = {name: _waiting(round(gangs, 9), z) for name, z in peakedness.items()}
-    waits = np.array([seen[work.candidate.request_class] for work in works])
+    waits = np.array([seen[demand.candidate.request_class] for demand in demands])
     scale = residual_s / (gangs * (1.0 - LOADS))
-    late = np.array([np.interp(np.log(scale), np.log(SCALES_S), work.late) for work in works])
-    hopeless, allowed = (np.array([getattr(work, key) for work in works]) for key in ("hopeless", "allowed"))
-    fits = np.array([work.degree <= degree for work in works])
+    late = np.array([np.interp(np.log(scale), np.log(SCALES_S), demand.late) for demand in demands])
+    hopeless, allowed = (np.array([getattr(demand, key) for demand in demands]) for key in ("hopeless", "allowed"))
+    fits = np.array([demand.degree <= degree for demand in demands])
     holds = (hopeless[:, None] + waits * late <= allowed[:, None]) & fits[:, None]
     last = holds.shape[1] - np.argmax(holds[:, ::-1], axis=1) - 1
     return np.where(holds.any(axis=1), LOADS[last], 0.0)

@@ -1,23 +1,16 @@
 """How sure a plan is, given the intervals of the step costs, and the cheapest plan that is sure enough.
 
-The factors of `uncertainty` are drawn many times; a plan is as sure as the share of draws in which it keeps every
-promise. Draws are tried by the compiled recursion; where that does not apply, by the formula, brought into line with
-one simulation.
-
-For a plan that holds with a probability that is asked, plans are searched for at prices of a higher quantile of every
-factor, on a ladder of quantiles: the lowest rung whose plan turns out sure enough. That the plan of a higher rung is
-surer is a heuristic, which is why the probability of each is found by itself.
-
-What is unknown about the seconds of plans: factors by site, how they are drawn, and how a plan fares under a draw.
-
 Nobody has timed every plan on every device: a cost part has seconds and the ends of a 90% interval. What is unknown is
-taken to be one factor for each site (pool or edge fleet) on every second spent there, independent of the other sites'.
-Its median is 1, the price itself; to either side it is log-normal, as wide as the interval of the seconds that the mix
-of plans spends there, all parts of a site being long together. Transfers are drawn per request anyway and stay.
+taken to be one factor for each site (pool or edge fleet) on every second spent there, independent of the other sites':
+median 1, log-normal to either side, as wide as the interval of the seconds that the mix of plans spends there, all
+parts of a site being long together. Transfers are drawn per request anyway and stay. Factors are drawn by Latin
+hypercube (McKay, Beckman and Conover, Technometrics 21, 1979), each site from a random stream of its own, so that two
+plans meet the same luck. A plan is as sure as the share of draws in which it keeps every promise, by the compiled
+recursion; where that does not apply, by the formula, brought into line with one simulation.
 
-Factors are drawn by Latin hypercube, each site from a random stream of its own, so that two plans meet the same luck.
-A draw is tried on the scenario's own requests by the compiled recursion, or by the formula after it was brought into
-line with what is known of the plan.
+For a plan that must hold with some probability, plans are searched for at prices of a higher quantile of every factor,
+on a ladder of quantiles: the lowest rung whose plan turns out sure enough. That a higher rung's plan is surer is a
+heuristic, which is why the probability of each is found by itself.
 """
 
 from __future__ import annotations
@@ -33,7 +26,7 @@ from hybridsd_sim.planning.capacity_plan import Confidence, EvaluatedPlan
 from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob
 from hybridsd_sim.planning.planner import Planner, quickest_level
 from hybridsd_sim.planning.search import BETTER, Found, PlanSearch, to_deployment
-from hybridsd_sim.pricing import Candidate, CandidateSet, Part, slowed
+from hybridsd_sim.pricing import Candidate, slowed
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.simulation import Inputs, screen, why_not
 from hybridsd_sim.workload import mean_rate_per_s, stream
@@ -55,6 +48,17 @@ STRAINS = (0.25, 4.0)
 SLACK = 1e-9
 """What rounding may cost a promise, as a share of its bound."""
 
+DRAWS = 200
+"""Draws of the factors."""
+
+REQUESTS_MOST = 40_000_000
+"""Requests that all draws together may carry: a few seconds' work."""
+
+RUNGS = tuple(NORMAL.cdf(0.2 * step) for step in range(16))
+"""Quantiles of the factors at which plans are searched for: from 0.5 to 0.9987, evenly in standard deviations."""
+
+SEARCHES = 8
+"""Searches at most."""
 
 Attained = Callable[[Mapping[str, float]], Mapping[str, float]]
 """The share of each class's requests in time, under factors on the seconds by site."""
@@ -83,13 +87,10 @@ def spreads(mixes: Mixes, sizer: Sizer) -> dict[str, Spread]:
     for name, mix in mixes.items():
         for share, option in mix:
             for part in (part for part in option.cost.parts if part.tier != "network"):
-                _add(sums.setdefault(part.where, [0.0, 0.0, 0.0]), part, sizer.rates[name][0] * share)
+                ends = sums.setdefault(part.where, [0.0, 0.0, 0.0])
+                for index, seconds in enumerate((part.seconds.low, part.seconds.value, part.seconds.high)):
+                    ends[index] += sizer.rates[name][0] * share * seconds
     return {site: _spread(*ends) for site, ends in sums.items()}
-
-
-def _add(sums: list[float], part: Part, weight: float) -> None:
-    for index, seconds in enumerate((part.seconds.low, part.seconds.value, part.seconds.high)):
-        sums[index] += weight * seconds
 
 
 def _spread(low_s: float, seconds: float, high_s: float) -> Spread:
@@ -124,22 +125,11 @@ def attainment_by_formula(
     sizer: Sizer, mixes: Mixes, replicas: Mapping[str, int], known: Evaluation, slowdowns: Mapping[str, float]
 ) -> Attained:
     """Draws tried by a copy of the formula, brought into line with how the plan fared under `slowdowns`."""
-    mine = copied(sizer)
+    mine = sizer.replace()
     nodes = {name: replicas.get(name, 0) for name in sizer.scenario.pools}
     for index, pool in enumerate(sizer.scenario.pools):
         _bring_into_line(mine, slowed_mixes(mixes, slowdowns), nodes, known, (index, pool))
     return lambda drawn: _attained(mine, slowed_mixes(mixes, drawn), nodes)
-
-
-def copied(sizer: Sizer) -> Sizer:
-    """A formula of its own, with what was learnt so far."""
-    return Sizer(
-        sizer.scenario,
-        sizer.profiles,
-        rates=dict(sizer.rates),
-        load_factors=dict(sizer.load_factors),
-        strain=dict(sizer.strain),
-    )
 
 
 def _bring_into_line(
@@ -204,22 +194,9 @@ def _mean(figures: Sequence[tuple[float, float | None]], unknown: float) -> floa
     return sum(share * (figure or 0.0) for share, figure in figures) / total
 
 
-DRAWS = 200
-"""Draws of the factors."""
-
-REQUESTS_MOST = 40_000_000
-"""Requests that all draws together may carry: a few seconds' work."""
-
-RUNGS = tuple(NORMAL.cdf(0.2 * step) for step in range(16))
-"""Quantiles of the factors at which plans are searched for: from 0.5 to 0.9987, evenly in standard deviations."""
-
-SEARCHES = 8
-"""Searches at most."""
-
-
 @dataclass(frozen=True, slots=True)
 class Confident:
-    """The plan of a search at a confidence: as it fares at the medians, how sure it is, and every plan tried.
+    """The plan of a search at a confidence: as it fares at the medians, how sure it is, and every plan evaluated.
 
     None for both where no plan holds at the medians. `confidence.probability` is below `confidence.asked` where no plan
     is sure enough: then this is the surest one found.
@@ -227,10 +204,11 @@ class Confident:
 
     found: Found | None
     confidence: Confidence | None
-    tried: tuple[EvaluatedPlan, ...] = ()
+    evaluated: tuple[EvaluatedPlan, ...] = ()
 
     @property
     def sure(self) -> bool:
+        """Whether the plan is as sure as was wanted."""
         return self.confidence is not None and self.confidence.probability >= (self.confidence.asked or 0.0)
 
 
@@ -268,17 +246,17 @@ def confident_search(planner: Planner, asked: float, *, draws: int = DRAWS) -> C
     Slower prices are those of one quantile of every site's factor, with the spread over all plans worth trying. Where
     no rung has a plan that is sure enough, the surest plan comes back, and its confidence says how sure.
     """
-    tester, tried = _Tester.of(planner, draws), list[EvaluatedPlan]()
+    tester, evaluated = _Tester.of(planner, draws), list[EvaluatedPlan]()
     options = planner.condition().plans
     spread = spreads({name: tuple((1.0, o) for o in kept if o) for name, kept in options.items()}, planner.sizer)
     attempts: dict[int, _Attempt | None] = {}
     low, high = -1, len(RUNGS)  # rungs whose plan is not sure enough; that are sure, or too slow for any plan
     rung = next(index for index in range(len(RUNGS)) if RUNGS[index] >= min(asked, RUNGS[-1]))
     while high - low > 1 and len(attempts) < SEARCHES and not _alike(attempts.get(low), attempts.get(high)):
-        attempts[rung] = one = _attempt(planner, tester, spread, RUNGS[rung], asked, tried)
+        attempts[rung] = one = _attempt(planner, tester, spread, RUNGS[rung], asked, evaluated)
         low, high = (rung, high) if one is not None and one.confidence.probability < asked else (low, rung)
         rung = 0 if low < 0 and 0 not in attempts else (low + high) // 2
-    return _chosen(planner, attempts, asked, tried)
+    return _chosen(planner, attempts, asked, evaluated)
 
 
 def _alike(one: _Attempt | None, other: _Attempt | None) -> bool:
@@ -294,18 +272,21 @@ def _attempt(
     spread: Mapping[str, Spread],
     quantile: float,
     asked: float,
-    tried: list[EvaluatedPlan],
+    evaluated: list[EvaluatedPlan],
 ) -> _Attempt | None:
     """The plan at the prices of one quantile of every factor; None where none holds."""
     slowdowns = {site: one.at(quantile) for site, one in spread.items()}
-    slow, original = _slowed(planner, slowdowns)
+    true = planner.found.by_class
+    dear = {name: tuple(slowed(option, slowdowns) for option in options) for name, options in true.items()}
+    original = {id(d): o for name, options in true.items() for d, o in zip(dear[name], options, strict=True)}
+    slow = replace(planner, found=replace(planner.found, by_class=dear), sizer=planner.sizer.replace())
     condition = replace(slow.condition(), slowdowns=slowdowns)
     if condition.forgiven:
         return None
     name = f"plan at the {quantile:.1%} quantile of the costs"
     search = PlanSearch([condition], planner.evaluate, quickest_level, name, planner.progress)
     found = search.run()
-    tried += search.tried
+    evaluated += search.evaluated
     if found is None or not found.feasible:
         return None
     mixes = {cls: tuple((share, original[id(option)]) for share, option in mix) for cls, mix in found.mixes.items()}
@@ -315,44 +296,25 @@ def _attempt(
     return _Attempt(mixes, found, sure, objective)
 
 
-def _slowed(planner: Planner, slowdowns: Mapping[str, float]) -> tuple[Planner, dict[int, Candidate]]:
-    """The same means at slower prices, with a formula of their own; and by `id` of the slow plans the true ones."""
-    found = planner.found
-    dearer = {name: tuple(slowed(o, slowdowns) for o in options) for name, options in found.by_class.items()}
-    original = {
-        id(dear): option
-        for name, options in found.by_class.items()
-        for dear, option in zip(dearer[name], options, strict=True)
-    }
-    return replace(planner, found=CandidateSet(dearer, found.refusals), sizer=copied(planner.sizer)), original
-
-
 def _chosen(
-    planner: Planner, attempts: Mapping[int, _Attempt | None], asked: float, tried: Sequence[EvaluatedPlan]
+    planner: Planner, attempts: Mapping[int, _Attempt | None], asked: float, evaluated: Sequence[EvaluatedPlan]
 ) -> Confident:
     """The best plan that is sure enough and holds at the medians; without one, the surest."""
     made = [one for _, one in sorted(attempts.items()) if one is not None]
     sure = sorted((one for one in made if one.confidence.probability >= asked), key=lambda one: one.objective)
-    others = sorted((one for one in made if one.confidence.probability < asked), key=_unsure)
+    others = sorted(
+        (one for one in made if one.confidence.probability < asked), key=lambda one: -one.confidence.probability
+    )
     plain = attempts.get(0)
-    answer = Confident(None, None, tuple(tried))
+    answer = Confident(None, None, tuple(evaluated))
     for one in (*sure, *others):
-        found = replace(_at_medians(planner, one), bound=plain.found.bound if plain else None)
+        replicas = {name: one.found.replicas.get(name, 0) for name in planner.scenario.pools}
+        job = EvaluationJob(planner.scenario, planner.profiles, to_deployment(one.mixes, replicas))
+        sizing, evaluations = planner.sizer.assess(one.mixes, replicas), tuple(planner.evaluate([job]))
+        found = Found(one.mixes, replicas, sizing, evaluations, plain.found.bound if plain else None)
         if found.feasible:
-            return Confident(found, one.confidence, tuple(tried))
+            return Confident(found, one.confidence, tuple(evaluated))
     return answer
-
-
-def _unsure(one: _Attempt) -> float:
-    return -one.confidence.probability
-
-
-def _at_medians(planner: Planner, one: _Attempt) -> Found:
-    """The plan as it fares when every second lasts what its price says."""
-    replicas = {name: one.found.replicas.get(name, 0) for name in planner.scenario.pools}
-    job = EvaluationJob(planner.scenario, planner.profiles, to_deployment(one.mixes, replicas))
-    sizing = planner.sizer.assess(one.mixes, replicas)
-    return Found(one.mixes, replicas, sizing, tuple(planner.evaluate([job])), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,7 +345,7 @@ class _Tester:
         """How sure a plan is; `known` is how it fared under factors by site, where that is known."""
         sizer = self.planner.sizer
         spread = spreads(mixes, sizer)
-        attained, level = self._means(mixes, replicas, known)
+        attained, level = self._attainment(mixes, replicas, known)
         certain = all(one == KNOWN for one in spread.values())
         drawn = factors(self.planner.scenario, spread, 1 if certain else self.draws)
         held = [self._held(slowed_mixes(mixes, one), attained(one)) for one in drawn]
@@ -412,7 +374,7 @@ class _Tester:
         as_few = self.planner.scenario.search.minimise == "turned_away_per_s"
         return sum(share for share, _ in mix) if as_few else 1.0
 
-    def _means(
+    def _attainment(
         self, mixes: Mixes, replicas: Mapping[str, int], known: tuple[Evaluation, Mapping[str, float]] | None
     ) -> tuple[Attained, str]:
         """How draws are tried, and what that is called."""

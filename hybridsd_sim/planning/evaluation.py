@@ -52,15 +52,11 @@ Level = Literal["screen", "simulate"]
 MOST_REPLICATIONS = 4
 """Times `replications` that an undecided plan gets at most, where `search.replications_max` says nothing."""
 
-Parts = Mapping[str, Sequence[tuple[float, Candidate]]]
-"""Per request class the shares of its requests and the priced plans that serve them."""
-
-
-_drawn: deque[Inputs] = deque()
-"""Requests of the scenarios screened last: drawing them takes longer than screening a deployment."""
-
 KEPT_REQUESTS = 500_000
 """Requests that are kept drawn, some 100 bytes each."""
+
+Parts = Mapping[str, Sequence[tuple[float, Candidate]]]
+"""Per request class the shares of its requests and the priced plans that serve them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +75,17 @@ class EvaluationJob:
     @property
     def key(self) -> str:
         """SHA-256 of what shapes the figures, and the numbers of replications that they may be over."""
-        return f"{self.digest}-{self.scenario.replications}-{_most(self)}"
+        return f"{self.digest}-{self.scenario.replications}-{self.replications_most}"
+
+    @property
+    def replications_most(self) -> int:
+        """Replications at which it stops, decided or not."""
+        count, most = self.scenario.replications, self.scenario.search.replications_max
+        return max(count, MOST_REPLICATIONS * count if most is None else most)
+
+    def key_over(self, replications: int) -> str:
+        """The key in the store of its figures over so many replications."""
+        return f"{self.digest}-{replications}"
 
     @property
     def digest(self) -> str:
@@ -110,6 +116,7 @@ class Evaluation:
 
     @property
     def feasible(self) -> bool:
+        """Whether every promise of the scenario is kept."""
         return self.verdict.feasible.ok
 
     @property
@@ -137,12 +144,12 @@ def evaluate(job: EvaluationJob, store: Store | None = None) -> Evaluation:
     """
     count, result = job.scenario.replications, None
     while True:
-        figures = store.get(_name(job, count)) if store else None
+        figures = store.get(job.key_over(count)) if store else None
         if figures is None:
             result = _run(job, count, result)
             figures = _figures(job, result, store)
         evaluation = _judged(job, figures)
-        if not (count := _more(job, evaluation)):
+        if not (count := _next_count(job, evaluation)):
             return evaluation
 
 
@@ -155,16 +162,16 @@ def evaluate_with_records(job: EvaluationJob, store: Store | None = None) -> tup
     while True:
         result = _run(job, count, result)
         evaluation = _judged(job, _figures(job, result, store))
-        if not (count := _more(job, evaluation)):
+        if not (count := _next_count(job, evaluation)):
             return result, evaluation
 
 
 def find_evaluation(job: EvaluationJob, store: Store) -> Evaluation | None:
     """The evaluation of a job where the store has all of it: nothing is run."""
     count = job.scenario.replications
-    while (figures := store.get(_name(job, count))) is not None:
+    while (figures := store.get(job.key_over(count))) is not None:
         evaluation = _judged(job, figures)
-        if not (count := _more(job, evaluation)):
+        if not (count := _next_count(job, evaluation)):
             return evaluation
     return None
 
@@ -180,49 +187,35 @@ def undecided(evaluation: Evaluation, scenario: Scenario) -> bool:
     return not lost and any(promise.undecided for promise in asked)
 
 
-def _most(job: EvaluationJob) -> int:
-    """Replications at which a job stops, decided or not."""
-    count = job.scenario.replications
-    most = job.scenario.search.replications_max
-    return max(count, MOST_REPLICATIONS * count if most is None else most)
-
-
-def _more(job: EvaluationJob, evaluation: Evaluation) -> int:
+def _next_count(job: EvaluationJob, evaluation: Evaluation) -> int:
     """Replications to go on to after an evaluation; 0 where it stands."""
-    most = _most(job)
+    most = job.replications_most
     going_on = evaluation.replications < most and undecided(evaluation, job.scenario)
     return min(2 * evaluation.replications, most) if going_on else 0
-
-
-def _name(job: EvaluationJob, count: int) -> str:
-    """The name in the store of a job's figures over so many replications."""
-    return f"{job.digest}-{count}"
 
 
 def _run(job: EvaluationJob, count: int, before: SimResult | None) -> SimResult:
     """The job's first `count` replications; those that ran `before` are not run again."""
     numbers = range(len(before.replications) if before else 0, count)
-    more = _screened(job, numbers) if job.level == "screen" else _simulated(job, numbers)
+    if job.level == "screen":
+        from hybridsd_sim.simulation import screen
+
+        inputs = _inputs(job.scenario, job.profiles, numbers)
+        more = screen(job.scenario, job.profiles, job.deployment, slowdowns=job.slowdowns, inputs=inputs).result
+    else:
+        more = simulate(
+            job.scenario,
+            job.profiles,
+            policy="planned",
+            plan=job.deployment,
+            slowdowns=job.slowdowns,
+            replications=numbers,
+        )
     return joined(before, more) if before else more
 
 
-def _simulated(job: EvaluationJob, numbers: range) -> SimResult:
-    return simulate(
-        job.scenario,
-        job.profiles,
-        policy="planned",
-        plan=job.deployment,
-        slowdowns=job.slowdowns,
-        replications=numbers,
-    )
-
-
-def _screened(job: EvaluationJob, numbers: range) -> SimResult:
-    """What the compiled recursion says of the same requests, in the form of a simulation."""
-    from hybridsd_sim.simulation import screen
-
-    inputs = _inputs(job.scenario, job.profiles, numbers)
-    return screen(job.scenario, job.profiles, job.deployment, slowdowns=job.slowdowns, inputs=inputs).result
+_drawn: deque[Inputs] = deque()
+"""Requests of the scenarios screened last: drawing them takes longer than screening a deployment."""
 
 
 def _inputs(scenario: Scenario, profiles: Profiles, numbers: range) -> Inputs:
@@ -248,18 +241,22 @@ def _figures(job: EvaluationJob, result: SimResult, store: Store | None) -> dict
         for name, row in figures_of(result.summary).items()
     }
     rented = [name for name, nodes in result.replicas.items() if nodes]
+    egress_usd_per_hour = 0.0
+    for name, mix in parts.items():
+        usd = sum(share * sum(p.usd or 0.0 for p in o.cost.parts if p.tier == "network") for share, o in mix)
+        egress_usd_per_hour += mean_rate_per_s(job.scenario.requests[name].arrivals) * 3600 * usd
     verdict = result.verdict
     figures = {
         "classes": classes,
         "rent_usd_per_hour": result.usd_per_hour,
-        "egress_usd_per_hour": _egress_usd_per_hour(job.scenario, parts),
+        "egress_usd_per_hour": egress_usd_per_hour,
         "load_ratio": {name: load_ratio(result.replications, parts, name) for name in rented},
         "utilisation": {name: _utilisation(result, name) for name in rented},
         "replications": len(result.replications),
         "findings": [[f.name, f.ok, f.reason] for f in (verdict.stable, verdict.converged, verdict.in_domain)],
     }
     if store:
-        store.put(_name(job, len(result.replications)), figures)
+        store.put(job.key_over(len(result.replications)), figures)
     return figures
 
 
@@ -312,15 +309,6 @@ def _utilisation(result: SimResult, pool: str) -> float:
     return min(1.0, held_gpu_s / (gpus_rented * float(np.diff(edges_s).sum()) * len(result.replications)))
 
 
-def _egress_usd_per_hour(scenario: Scenario, parts: Parts) -> float:
-    """Dollars an hour of metered traffic, with every class at the mean rate of its arrivals."""
-    total = 0.0
-    for name, mix in parts.items():
-        usd = sum(share * sum(p.usd or 0.0 for p in o.cost.parts if p.tier == "network") for share, o in mix)
-        total += mean_rate_per_s(scenario.requests[name].arrivals) * 3600 * usd
-    return total
-
-
 def load_ratio(replications: Sequence[Records], parts: Parts, pool: str) -> float:
     """GPU-seconds that a pool's served requests held over those that their plans predict; 1 where none was served.
 
@@ -348,11 +336,7 @@ def _predicted_gpu_s(records: Records, mine: np.ndarray, parts: Parts, pool_inde
         mix = [part for part in parts.get(records.classes[class_index], ()) if part[1].pool_index == pool_index]
         own = [part for part in mix if part[1].plan.label == records.plans[plan_index]]
         # A request of another size has a plan of its own; its class's mix predicts what one of the usual size takes.
-        total += int(counts[kind]) * _mean_gpu_s(own or mix, size)
+        served = [(share, o.degree * o.batch_s[min(size, len(o.batch_s)) - 1] / size) for share, o in own or mix]
+        mean_gpu_s = sum(share * gpu_s for share, gpu_s in served) / sum(share for share, _ in served)
+        total += int(counts[kind]) * mean_gpu_s
     return total
-
-
-def _mean_gpu_s(mix: Sequence[tuple[float, Candidate]], size: int) -> float:
-    """GPU-seconds of one request in a batch of this size, over the shares of a mix."""
-    each = [(share, o.degree * o.batch_s[min(size, len(o.batch_s)) - 1] / size) for share, o in mix]
-    return sum(share * gpu_s for share, gpu_s in each) / sum(share for share, _ in each)

@@ -1,15 +1,13 @@
-"""What was computed before, kept on disk by content hash: one small JSON file per entry.
+"""Evaluations of earlier runs, kept on disk by what shapes their figures: one small JSON file per entry.
 
-A file is written under another name and then renamed, so that a reader or an interrupted writer never leaves half of
-one. It carries its key and a checksum: what is damaged, foreign or unreadable counts as absent. Floats come back bit
-for bit; NaN and the infinities are written as Python's `json` writes them.
+An entry is found by the SHA-256 of everything that shapes its figures, and only while that holds. The program belongs
+to it, so that a changed one never takes up old figures: every source file of the package, and the versions of the
+libraries that draw and add up numbers. A trace counts by its content, not by its path. What the digest leaves out of a
+scenario are names, limits and the rest of the search space; everything else is in it, also keys to come.
 
-What shapes the figures of an evaluation, as one SHA-256: kept figures are found by it, and only while it holds.
-
-The program belongs to it, so that a changed one never takes up old figures: every source file of the package, and the
-versions of the libraries that draw and add up numbers. A trace counts by its content, not by its path. What the digest
-leaves out of a scenario are names, limits and the rest of the search space; everything else is in it, also keys that
-will be added one day.
+Files are written atomically, so that neither readers nor killed writers, of any number of processes and machines on a
+shared disk, ever see half of one (SQLite in write-ahead mode, as in diskcache, excludes network disks). Each carries
+its key and a checksum: what is damaged, foreign or unreadable counts as absent. Floats come back bit for bit.
 """
 
 from __future__ import annotations
@@ -22,14 +20,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from hybridsd_sim.files import write_atomically
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.profiles import Profiles
-from hybridsd_sim.scenario import RequestClass, Scenario
+from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.version import __version__
 
 MOST_FILES = 20_000
@@ -37,6 +36,19 @@ MOST_FILES = 20_000
 
 UNFINISHED_S = 3600.0
 """Age at which a file that was never renamed is taken to be left over from a run that was killed."""
+
+
+SEEN = {"seed", "horizon_s", "warmup_s", "requests", "edge", "pools"}
+"""Keys of a scenario that shape figures; of `search` only `prefer_sources` does."""
+
+LIMITS_OF_CLASS = {"quality_floor", "edge_energy_j", "usd_per_image"}
+"""Keys of a request class that shape no figure, but only what is thought of it."""
+
+SIZES_OF_POOL = {"replicas", "replicas_min", "replicas_max"}
+"""Keys of a pool in whose place the deployment says how many nodes there are."""
+
+LIBRARIES = ("numba", "numpy", "scipy", "simpy")
+"""What figures are computed with: another version may round another way or draw other numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +78,14 @@ class Store:
     def put(self, key: str, data: Any) -> None:
         """Keep plain data (what JSON can hold, floats included that are not finite) under the key."""
         text = json.dumps({"key": key, "check": _checksum(data), "data": data})
-        path = self._path(key)
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, text)
+            write_atomically(self._path(key), text.encode())
 
     def tidy(self, most: int = MOST_FILES) -> int:
         """Remove the entries used longest ago beyond `most`, and what killed writers left; how many entries stay."""
         entries = sorted(self._entries(".json"), key=lambda entry: entry[0], reverse=True)
         old_s = time.time() - UNFINISHED_S
-        left_over = [path for used_s, path in self._entries(".part") if used_s < old_s]
+        left_over = [path for used_s, path in self._entries(".tmp") if used_s < old_s]
         for path in [*left_over, *(path for _, path in entries[most:])]:
             path.unlink(missing_ok=True)
         return min(len(entries), most)
@@ -105,7 +115,7 @@ def default_folder() -> Path:
 
 
 def open_store(folder: Path) -> Store:
-    """The store in a folder, made and tidied. Raises `OSError` where it cannot be written."""
+    """The store in a folder, which is made and tidied. Raises `OSError` where it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=folder):
         pass
@@ -114,34 +124,8 @@ def open_store(folder: Path) -> Store:
     return store
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
-        written = Path(file.name)
-        try:
-            file.write(text)
-            file.close()
-            written.replace(path)
-        except BaseException:
-            written.unlink(missing_ok=True)
-            raise
-
-
 def _checksum(data: Any) -> str:
     return sha256(json.dumps(data).encode()).hexdigest()
-
-
-SEEN = {"seed", "horizon_s", "warmup_s", "requests", "edge", "pools"}
-"""Keys of a scenario that shape figures; of `search` only `prefer_sources` does."""
-
-LIMITS_OF_CLASS = {"quality_floor", "edge_energy_j", "usd_per_image"}
-"""Keys of a request class that shape no figure, but only what is thought of it."""
-
-SIZES_OF_POOL = {"replicas", "replicas_min", "replicas_max"}
-"""Keys of a pool in whose place the deployment says how many nodes there are."""
-
-LIBRARIES = ("numba", "numpy", "scipy", "simpy")
-"""What figures are computed with: another version may round another way or draw other numbers."""
 
 
 def content_digest(
@@ -153,13 +137,22 @@ def content_digest(
     """
     sites = {site for mix in deployment.plans.values() for part in mix for site in part.plan.sites}
     sites |= {name for name, nodes in deployment.replicas.items() if nodes}
+    classes = []
+    for name, spec in scenario.requests.items():
+        seen = spec.model_dump(mode="json", exclude=LIMITS_OF_CLASS)
+        if (path := spec.arrivals.path) is not None:
+            with suppress(OSError):  # where it cannot be read, the path counts, and the run will say so
+                about = Path(path).stat()
+                seen["arrivals"]["path"] = _file_digest(path, about.st_mtime_ns, about.st_size)
+        mix = [(float(part.share), part.plan.to_dict()) for part in deployment.plans.get(name, ())]
+        classes.append((name, seen, mix))
     content = [
         program_digest(),
         profiles.digest,
         level,
         sorted((name, float(factor)) for name, factor in slowdowns.items() if factor != 1.0),
         [scenario.seed, scenario.horizon_s, scenario.warmup_s, scenario.search.prefer_sources],
-        [(name, _seen_of_class(spec), _mix(deployment, name)) for name, spec in scenario.requests.items()],
+        classes,
         [(name, fleet.model_dump(mode="json")) for name, fleet in scenario.edge.items()],
         [
             (name, deployment.replicas.get(name, 0), pool.model_dump(mode="json", exclude=SIZES_OF_POOL))
@@ -172,28 +165,8 @@ def content_digest(
     return sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _seen_of_class(spec: RequestClass) -> dict[str, Any]:
-    data = spec.model_dump(mode="json", exclude=LIMITS_OF_CLASS)
-    if spec.arrivals.path is not None:
-        data["arrivals"]["path"] = _digest_of_file(spec.arrivals.path)
-    return data
-
-
-def _mix(deployment: Deployment, name: str) -> list[tuple[float, dict[str, Any]]]:
-    return [(float(part.share), part.plan.to_dict()) for part in deployment.plans.get(name, ())]
-
-
-def _digest_of_file(path: str) -> str:
-    """SHA-256 of a trace; of its path where it cannot be read, which the run will say."""
-    try:
-        about = Path(path).stat()
-        return _remembered_digest(path, about.st_mtime_ns, about.st_size)
-    except OSError:
-        return path
-
-
-@lru_cache(maxsize=16)
-def _remembered_digest(path: str, mtime_ns: int, size: int) -> str:  # noqa: ARG001 -- part of the key
+@lru_cache(maxsize=16)  # a trace is read once, not for every plan; time and size tell when it changed
+def _file_digest(path: str, mtime_ns: int, size: int) -> str:  # noqa: ARG001 -- part of the key
     return sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -206,12 +179,5 @@ def program_digest() -> str:
         digest.update(f"\0{path.relative_to(folder).as_posix()}\0".encode())
         digest.update(path.read_bytes())
     for name in LIBRARIES:
-        digest.update(f"\0{name} {_version(name)}".encode())
+        digest.update(f"\0{name} {version(name)}".encode())
     return digest.hexdigest()
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "absent"

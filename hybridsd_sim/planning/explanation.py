@@ -1,7 +1,8 @@
-"""Why the answer is what it is: sentences for a person, made from the plan's own figures.
+"""Why the plan is what it is: sentences for a person, from the candidates that were not chosen.
 
 Each function answers one question: what was chosen and what it saves, why this switch step, why not at the edge alone,
 why this degree and not on the other pool, and, where nothing holds, which constraint binds and what would lift it.
+How the plan's own figures read stands in `sentences`, which pages and terminal use without the candidates.
 """
 
 from __future__ import annotations
@@ -50,16 +51,11 @@ def _why_not(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[
         return
     yield f"No plan holds every promise: {broken.reason}"
     if plan.conflict:
-        yield from _conflict(plan)
+        yield describe_infeasible_set(plan.conflict)
+        yield from (describe_relaxation(each) for each in plan.conflict)
         return
     yield "By formula there is no conflict: every plan within its reach was late when it was tried."
     yield from _lifts(plan, found, sizer)
-
-
-def _conflict(plan: CapacityPlan) -> Iterator[str]:
-    """The smallest set of constraints that no plan meets, and what each of them would have to be."""
-    yield describe_infeasible_set(plan.conflict)
-    yield from (describe_relaxation(each) for each in plan.conflict)
 
 
 def _shares(name: str, mix: Mix) -> Iterator[str]:
@@ -132,21 +128,17 @@ def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str
 def _why_edge(plan: CapacityPlan, name: str, options: Sequence[Candidate]) -> Iterator[str]:
     """Why a class is served at the edge alone, or why it is not."""
     at_edge = [option for _, option in plan.mixes[name] if option.cloud_steps == 0]
-    if not at_edge:
-        yield _why_not_edge(name, options, plan)
+    could = [option for option in options if option.cloud_steps == 0]
+    if not at_edge and could:
+        best = max(could, key=lambda one: (one.meets_floor, one.meets_slo, one.quality or 0.0, -one.latency_s))
+        yield f"{name}: the edge alone ({best.plan.stages[0].model}) {_edge_fault(best, plan)}."
+    elif not at_edge:
+        reasons = [reason for (cls, reason) in plan.refusals if cls == name and "memory" in reason]
+        yield f"{name}: the edge alone cannot: {reasons[0] if reasons else 'no model runs there'}."
     elif not (at_edge[0].meets_floor and at_edge[0].meets_slo):
         yield f"{name}: the edge alone ({at_edge[0].plan.stages[0].model}) {_edge_fault(at_edge[0], plan)}."
     elif len(plan.mixes[name]) == 1:
         yield f"{name}: the device alone holds every promise, so nothing is rented for it."
-
-
-def _why_not_edge(name: str, options: Sequence[Candidate], plan: CapacityPlan) -> str:
-    edge = [one for one in options if one.cloud_steps == 0]
-    if not edge:
-        reasons = [reason for (cls, reason) in plan.refusals if cls == name and "memory" in reason]
-        return f"{name}: the edge alone cannot: {reasons[0] if reasons else 'no model runs there'}."
-    best = max(edge, key=lambda one: (one.meets_floor, one.meets_slo, one.quality or 0.0, -one.latency_s))
-    return f"{name}: the edge alone ({best.plan.stages[0].model}) {_edge_fault(best, plan)}."
 
 
 def _edge_fault(best: Candidate, plan: CapacityPlan) -> str:
@@ -192,18 +184,14 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
             alike = (one for one in rivals if one.plan.stages[0].method == method and one.degree == option.degree)
             same = next(alike, best)
             there, here = same.cost.comm_exposed_s, option.cost.comm_exposed_s
+            low, high = same.cost.latency_interval_s
+            caution = f" Its steps were not timed there: {interval(low, high)} s at 90%."
             yield (
                 f"{name}: on {pools[index]} the same gang takes {number(same.latency_s)} s, of which {number(there)} s "
                 f"are exchange that nothing hides (here {number(here)} s); the fastest there takes "
                 f"{number(best.latency_s)} s."
-                f"{_caution(same)}"
+                f"{caution if same.cost.outside else ''}"
             )
-
-
-def _caution(option: Candidate) -> str:
-    """A warning where a plan that was turned down was not priced from steps timed there."""
-    low, high = option.cost.latency_interval_s
-    return f" Its steps were not timed there: {interval(low, high)} s at 90%." if option.cost.outside else ""
 
 
 def _unused_pools(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
@@ -255,7 +243,14 @@ def _lifts(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[st
             changed = f"with an SLO of {number(fastest.latency_s)} s instead of {exact(spec.slo_s)} s"
             yield f"{name}: {changed} the {fastest.plan.label} would do on an idle fleet."
         yield from _floor_lifts(name, [one for one in options if one.meets_slo], plan)
-    yield from _budget_lift(plan)
+    budget = plan.scenario.budget.usd_per_hour
+    if budget is not None and plan.usd_per_hour is not None and plan.usd_per_hour > budget:
+        needed = money(plan.usd_per_hour)
+        yield f"A budget of {needed} USD an hour instead of {exact(budget)} would pay for the plan shown."
+    full = [name for name, spec in plan.scenario.pools.items() if plan.replicas_opt.get(name, 0) >= spec.replicas_max]
+    for name in full:
+        most = plan.scenario.pools[name].replicas_max
+        yield f"Pool {name} is at its replicas_max of {most}; more nodes may lift the limit."
 
 
 def _floor_lifts(name: str, in_time: Sequence[Candidate], plan: CapacityPlan) -> Iterator[str]:
@@ -277,14 +272,3 @@ def _floor_lifts(name: str, in_time: Sequence[Candidate], plan: CapacityPlan) ->
     if floor is not None and in_time and not scored:
         why = in_time[0].cost.quality.clip.note
         yield f"{name}: nobody published a score for these pictures ({why}); drop the floor."
-
-
-def _budget_lift(plan: CapacityPlan) -> Iterator[str]:
-    budget = plan.scenario.budget.usd_per_hour
-    if budget is not None and plan.usd_per_hour is not None and plan.usd_per_hour > budget:
-        needed = money(plan.usd_per_hour)
-        yield f"A budget of {needed} USD an hour instead of {exact(budget)} would pay for the plan shown."
-    full = [name for name, spec in plan.scenario.pools.items() if plan.replicas_opt.get(name, 0) >= spec.replicas_max]
-    for name in full:
-        most = plan.scenario.pools[name].replicas_max
-        yield f"Pool {name} is at its replicas_max of {most}; more nodes may lift the limit."

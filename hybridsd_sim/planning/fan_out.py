@@ -1,9 +1,9 @@
-"""Fans work out over local processes or a Ray cluster; the only room that knows Ray.
+"""Fans work out over local processes or a Ray cluster; the only module of the package that knows Ray.
 
 `workers` gives a `map` that keeps the order, whatever stands behind it: the results are those of the built-in one. What
 many items share (profiles of half a megabyte) travels once per worker. A process that is lost takes no result with it:
 what it had not handed in is computed again, by new processes or by Ray's other workers; work that loses its process
-time after time is given up with a `RunError`.
+time after time is given up with a `RunError`. That is what joblib and loky do not do: a killed worker ends their map.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LOST_ALONE = (
 PATIENCE_S = 10.0
 """Seconds that a Ray cluster may take to accept a connection."""
 
-KEPT_PROFILES = 8
+PROFILES_MOST = 8
 """Profiles that a worker keeps for the work to come."""
 
 Call = tuple[Callable[[Any], Any], Any]
@@ -81,7 +81,7 @@ def workers(jobs: int, ray: str | None = None) -> Iterator[Mapper | None]:
             yield fan_out
 
 
-class _Packer(pickle.Pickler):
+class _CallPickler(pickle.Pickler):
     """Pickles calls without the profiles inside them; each of those is passed on once, as the bytes of its own."""
 
     def __init__(self, file: io.BytesIO, names: dict[int, str], share: Callable[[str, bytes], None]) -> None:
@@ -98,7 +98,7 @@ class _Packer(pickle.Pickler):
         return self._names[id(obj)]
 
 
-class _Unpacker(pickle.Unpickler):
+class _CallUnpickler(pickle.Unpickler):
     """Puts profiles back in place: the very same object for every call, so that what is remembered of it holds."""
 
     def __init__(self, packed: bytes, fetch: Callable[[str], bytes]) -> None:
@@ -107,25 +107,25 @@ class _Unpacker(pickle.Unpickler):
 
     def persistent_load(self, name: str) -> Profiles:
         if name not in _received:
-            if len(_received) >= KEPT_PROFILES:
+            if len(_received) >= PROFILES_MOST:
                 del _received[next(iter(_received))]
             _received[name] = pickle.loads(self._fetch(name))  # noqa: S301 -- this very program packed it
         return _received[name]
 
 
-def _packed(calls: Sequence[Call], share: Callable[[str, bytes], None]) -> list[bytes]:
+def _pickle_calls(calls: Sequence[Call], share: Callable[[str, bytes], None]) -> list[bytes]:
     """Each call as bytes; `share` gets every profiles in them once."""
     names: dict[int, str] = {}
     found = []
     for call in calls:
-        _Packer(file := io.BytesIO(), names, share).dump(call)
+        _CallPickler(file := io.BytesIO(), names, share).dump(call)
         found.append(file.getvalue())
     return found
 
 
-def _carry_out(packed: bytes, fetch: Callable[[str], bytes]) -> Any:
+def _call(packed: bytes, fetch: Callable[[str], bytes]) -> Any:
     """In a worker: make the call."""
-    function, item = _Unpacker(packed, fetch).load()
+    function, item = _CallUnpickler(packed, fetch).load()
     return function(item)
 
 
@@ -149,7 +149,7 @@ class _Processes:
             process.join()
 
     def __call__(self, function: Callable[[Any], Any], items: Iterable[Any], /) -> Iterator[Any]:
-        calls = _packed([(function, item) for item in items], self._share)
+        calls = _pickle_calls([(function, item) for item in items], self._share)
         return self._results(calls, [self._submit(call) for call in calls])
 
     def _new_pool(self) -> ProcessPoolExecutor:
@@ -161,7 +161,7 @@ class _Processes:
 
     def _submit(self, call: bytes) -> Future[Any]:
         try:
-            return self._pool.submit(_carry_out_from_folder, call, self._folder)
+            return self._pool.submit(_call_from_folder, call, self._folder)
         except BrokenProcessPool as error:
             lost: Future[Any] = Future()
             lost.set_exception(error)
@@ -179,7 +179,10 @@ class _Processes:
                     losses += 1
                     if losses > RESTARTS:
                         raise RunError(LOST_ALONE) from None
-                    pool = self._renew(pool)
+                    if self._pool is pool:  # else another map of the same workers has seen to it
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        self._pool = self._new_pool()
+                    pool = self._pool
                     # Alone, so that nobody else's death is counted against it.
                     futures[index] = self._submit(calls[index])
                 else:
@@ -192,20 +195,13 @@ class _Processes:
             for future in futures:
                 future.cancel()
 
-    def _renew(self, broken: ProcessPoolExecutor) -> ProcessPoolExecutor:
-        """New processes in place of the broken pool's, unless another map has seen to it."""
-        if self._pool is broken:
-            broken.shutdown(wait=False, cancel_futures=True)
-            self._pool = self._new_pool()
-        return self._pool
-
 
 def _is_lost(future: Future[Any]) -> bool:
     return future.cancelled() or (future.done() and isinstance(future.exception(), BrokenProcessPool))
 
 
-def _carry_out_from_folder(packed: bytes, folder: Path) -> Any:
-    return _carry_out(packed, lambda name: (folder / name).read_bytes())
+def _call_from_folder(packed: bytes, folder: Path) -> Any:
+    return _call(packed, lambda name: (folder / name).read_bytes())
 
 
 def _live_with_parent() -> None:
@@ -256,18 +252,13 @@ def _connect(ray: Any, jobs: int, address: str) -> None:
         if address == LOCAL:
             ray.init(address=LOCAL, num_cpus=jobs, include_dashboard=False, **quiet)
         else:
-            _knock(address)
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if host and port.isdigit():  # where nobody answers, Ray itself goes on trying for minutes
+                socket.create_connection((host, int(port)), timeout=PATIENCE_S).close()
             ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         rule = f"no Ray cluster can be used there: {error}"
         raise InputError(Problem("--ray", address, rule, "Give local, or the address of a running cluster.")) from error
-
-
-def _knock(address: str) -> None:
-    """Raise `OSError` where nobody answers: Ray itself goes on trying for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=PATIENCE_S).close()
 
 
 class _RayMap:
@@ -279,12 +270,12 @@ class _RayMap:
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
-        self._task = ray.remote(max_retries=RESTARTS, num_cpus=1)(_carry_out_from_refs)
+        self._task = ray.remote(max_retries=RESTARTS, num_cpus=1)(_call_from_refs)
         self._ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def __call__(self, function: Callable[[Any], Any], items: Iterable[Any], /) -> Iterator[Any]:
         shared: dict[str, Any] = {}
-        calls = _packed([(function, item) for item in items], lambda n, c: shared.update({n: self._ray.put(c)}))
+        calls = _pickle_calls([(function, item) for item in items], lambda n, c: shared.update({n: self._ray.put(c)}))
         begun = deque(self._task.remote(call, shared) for call in calls[: self._ahead])
         return self._results(begun, calls[self._ahead :], shared)
 
@@ -304,10 +295,10 @@ class _RayMap:
             raise RunError(f"{LOST}: {error}") from None
 
 
-def _carry_out_from_refs(packed: bytes, shared: dict[str, Any]) -> Any:
+def _call_from_refs(packed: bytes, shared: dict[str, Any]) -> Any:
     import ray
 
-    return _carry_out(packed, lambda name: ray.get(shared[name]))
+    return _call(packed, lambda name: ray.get(shared[name]))
 
 
 def _program(_: object) -> str:

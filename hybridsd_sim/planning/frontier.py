@@ -6,15 +6,16 @@ the best quality, the fastest, and for rents in between those of the best qualit
 On every fleet the best quality is then looked for within some L between the least that it can keep and none, and on the
 largest ones nodes are added while that still shortens waits.
 
-Every plan found is tried on the scenario's own requests by the compiled recursion, or told by formula alone where that
-does not apply. The formula is careful about SLOs: on each fleet it is asked for the boldest of `HEADROOMS` at which
-the plan that comes out still holds. The promises of the scenario hold for every point; what another one beats is left
-out.
+Every plan found is evaluated on the scenario's own requests by the compiled recursion, or told by formula alone where
+that does not apply. The formula is careful about SLOs: on each fleet it is asked for the boldest of `HEADROOMS` at
+which the plan that comes out still holds. The promises of the scenario hold for every point; what another one beats is
+left out.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +30,6 @@ from hybridsd_sim.planning.planner import (
     BIG,
     Planner,
     budgeted_goal,
-    first_that,
     latency_limits_s,
     quickest_level,
     strict_condition,
@@ -47,8 +47,8 @@ SOLVES, SOLVES_BIG = 200, 24
 FLEETS = 9
 """Rents between the cheapest and the dearest fleet at which the best quality is looked for."""
 
-FLEETS_TRIED = 14
-"""Fleets on which plans are tried at most."""
+FLEETS_EVALUATED = 14
+"""Fleets on which plans are evaluated at most."""
 
 LATENCIES = 32
 """Limits L from the fastest plan to the slowest one, geometrically spaced."""
@@ -72,7 +72,7 @@ SPARE = 6
 """Most nodes added to a fleet of one pool only to shorten waits."""
 
 TIME_LIMIT_S = 10.0
-"""Seconds after which the solver's best answer so far is taken."""
+"""Seconds after which the solver's best solution so far is taken."""
 
 
 def frontier(planner: Planner, chosen: EvaluatedPlan) -> tuple[EvaluatedPlan, ...]:
@@ -81,7 +81,11 @@ def frontier(planner: Planner, chosen: EvaluatedPlan) -> tuple[EvaluatedPlan, ..
     `chosen` is among them, or beaten by one of them, if it holds. Where no plan keeps every promise by formula, there
     is only `chosen`, or nothing if that does not hold either.
     """
-    points = [_on_the_same_ground(planner, chosen)] if chosen.feasible else []
+    points = [chosen] if chosen.feasible else []
+    if points and chosen.deployment is not None and quickest_level(planner.scenario, chosen.deployment) == "simulate":
+        # Where the recursion does not apply all other points are by formula, so this one is too.
+        sizing = planner.sizer.assess(planner.priced(chosen.deployment), chosen.deployment.replicas)
+        points = [EvaluatedPlan.from_formula(chosen.name, sizing, planner.sizer)]
     condition = strict_condition(planner)
     if condition is not None:
         curve = _Curve(planner, condition)
@@ -93,30 +97,20 @@ def frontier(planner: Planner, chosen: EvaluatedPlan) -> tuple[EvaluatedPlan, ..
     return tuple(sorted(best, key=lambda point: (_dollars(point), point.latency_p95_s[0])))
 
 
-def _on_the_same_ground(planner: Planner, chosen: EvaluatedPlan) -> EvaluatedPlan:
-    """The chosen plan; by formula where the recursion does not apply, for then all other points are by formula too."""
-    if chosen.deployment is None or quickest_level(planner.scenario, chosen.deployment) == "screen":
-        return chosen
-    mixes = planner.priced(chosen.deployment)
-    return EvaluatedPlan.from_formula(
-        chosen.name, planner.sizer.assess(mixes, chosen.deployment.replicas), planner.sizer
-    )
-
-
 def _dollars(point: EvaluatedPlan) -> float:
     return math.inf if point.usd_per_hour is None else point.usd_per_hour
 
 
 @dataclass(slots=True)
 class _Curve:
-    """The formulation within each limit L, what it answered, and the plans that were tried."""
+    """The formulation within each limit L, its solutions, and the plans that were evaluated."""
 
     planner: Planner
     condition: Condition
     limits_s: list[float | None] = field(default_factory=list)
     _formulations: dict[int, Formulation] = field(default_factory=dict)
-    _answers: dict[tuple[int, Fleet, float], Solution | None] = field(default_factory=dict)
-    _tried: dict[object, EvaluatedPlan] = field(default_factory=dict)
+    _solutions: dict[tuple[int, Fleet, float], Solution | None] = field(default_factory=dict)
+    _evaluated: dict[object, EvaluatedPlan] = field(default_factory=dict)
     _solved: int = 0
     _best: float = math.inf
 
@@ -124,15 +118,15 @@ class _Curve:
         self.limits_s = [*latency_limits_s(self.condition, LATENCIES), None]
 
     def points(self, known: Sequence[Fleet]) -> list[EvaluatedPlan]:
-        """Every plan that was tried and holds: on the fleets found, those `known`, and some with more nodes."""
+        """Every plan that was evaluated and holds: on the fleets found, those `known`, and some with more nodes."""
         fleets = _spread([*known, *sorted(self._fleets() - {*known}, key=lambda fleet: (self._rent(fleet), fleet))])
         boldest = self._boldest(fleets)
         found = {fleet: self._on(fleet, boldest[fleet]) for fleet in fleets}
         rivals = [sizing for sizings in found.values() for sizing in sizings]
         calm = [self._calmest(mine[0]) for mine in found.values() if mine]
-        self._try([*rivals, *(self._swapped(rivals) if rivals else ()), *calm])
-        self._try(self._unbeaten([more for mine in found.values() for more in self._spared(mine, fleets)], rivals))
-        return [point for point in self._tried.values() if point.feasible]
+        self._evaluate([*rivals, *(self._swapped(rivals) if rivals else ()), *calm])
+        self._evaluate(self._unbeaten([more for mine in found.values() for more in self._spared(mine, fleets)], rivals))
+        return [point for point in self._evaluated.values() if point.feasible]
 
     def fleet(self, replicas: Mapping[str, int]) -> Fleet:
         """Nodes in the scenario's order of pools."""
@@ -145,15 +139,15 @@ class _Curve:
         rents = self.planner.sizer.unit_rent
         return sum(count * rents[name] for name, count in self._replicas(fleet).items() if count)
 
-    def _solve(self, level: int, **asked: Any) -> Solution | None:
-        """An answer within the limit of a level; None also when enough programs were solved."""
+    def _solve(self, level: int, **constraints: Any) -> Solution | None:
+        """An solution within the limit of a level; None also when enough programs were solved."""
         if level not in self._formulations:
             self._formulations[level] = Formulation([replace(self.condition, within_s=self.limits_s[level])])
         formulation = self._formulations[level]
         if self._solved >= (SOLVES if formulation.size < BIG else SOLVES_BIG):
             return None
         self._solved += 1
-        return formulation.solve(budgeted_goal(self.planner, time_limit_s=TIME_LIMIT_S, **asked))
+        return formulation.solve(budgeted_goal(self.planner, time_limit_s=TIME_LIMIT_S, **constraints))
 
     def _fleets(self) -> set[Fleet]:
         """The cheapest fleet, that of the best quality, the fastest, and between their rents those of best quality."""
@@ -165,43 +159,43 @@ class _Curve:
         least = self._sizing(finest).quality
         self._best = _score(self._sizing(finest))
         limit = {} if least is None else {"quality": least - SAME_QUALITY}
-        tight = first_that(lambda level: self._solve(level, minimise="nothing") is not None, none)
+        tight = bisect_left(range(none), x=True, key=lambda level: self._solve(level, minimise="nothing") is not None)
         fastest = self._solve(tight, minimise="usd_per_hour") or cheapest
         ends = [cheapest, self._solve(none, minimise="usd_per_hour", **limit) or finest, fastest]
         fleets = {self.fleet(end.replicas) for end in ends}
-        for rent in self._rents([self._rent(fleet) for fleet in fleets]):
+        rents = [self._rent(fleet) for fleet in fleets]
+        span, nodes = max(rents) - min(rents), [r for r in self.planner.sizer.unit_rent.values() if 0.0 < r < math.inf]
+        if not nodes or not math.isfinite(span):
+            return fleets
+        step = max(min(nodes), span / FLEETS)  # a node of the cheapest pool, or more
+        for rent in [min(rents) + step * count * (1.0 + 1e-9) for count in range(math.ceil(span / step))]:
             for level in (none, (tight + none) // 2):
-                answer = self._solve(level, minimise="quality_loss", usd_per_hour=rent)
-                fleets |= {self.fleet(answer.replicas)} if answer else set()
+                solution = self._solve(level, minimise="quality_loss", usd_per_hour=rent)
+                fleets |= {self.fleet(solution.replicas)} if solution else set()
         return fleets
-
-    def _rents(self, ends: Sequence[float]) -> list[float]:
-        """Rents between the ends, a node of the cheapest pool apart or more."""
-        span = max(ends) - min(ends)
-        steps = [rent for rent in self.planner.sizer.unit_rent.values() if 0.0 < rent < math.inf]
-        if not steps or not math.isfinite(span):
-            return []
-        step = max(min(steps), span / FLEETS)
-        return [min(ends) + step * count * (1.0 + 1e-9) for count in range(math.ceil(span / step))]
 
     def _finest(self, level: int, fleet: Fleet, headroom: float) -> Solution | None:
         """The best quality on a fleet within the limit of a level."""
         key = (level, fleet, headroom)
-        if key not in self._answers:
-            asked = {"replicas": self._replicas(fleet), "headroom": headroom}
-            self._answers[key] = self._solve(level, minimise="quality_loss", **asked)
-        return self._answers[key]
+        if key not in self._solutions:
+            constraints = {"replicas": self._replicas(fleet), "headroom": headroom}
+            self._solutions[key] = self._solve(level, minimise="quality_loss", **constraints)
+        return self._solutions[key]
 
     def _boldest(self, fleets: Sequence[Fleet]) -> dict[Fleet, float]:
         """For each fleet the least headroom at which the plan of the best quality holds, by halving; 1 if none does."""
         none, last = len(self.limits_s) - 1, len(HEADROOMS) - 1
         high, held = dict.fromkeys(fleets, last), dict.fromkeys(fleets, last)
-        low = {fleet: last if self._saturated(fleet) else -1 for fleet in fleets}
+        low = dict.fromkeys(fleets, -1)
+        for fleet in fleets:  # nothing is gained by boldness where the formula has the best quality there is already
+            solution = self._finest(none, fleet, 1.0)
+            if solution is not None and _score(self._sizing(solution)) >= self._best - SAME_QUALITY:
+                low[fleet] = last
         while unsure := [fleet for fleet in fleets if high[fleet] - low[fleet] > 1]:
             middle = {fleet: (low[fleet] + high[fleet]) // 2 for fleet in unsure}
-            answers = {fleet: self._finest(none, fleet, HEADROOMS[at]) for fleet, at in middle.items()}
-            sizings = {fleet: self._sizing(answer) for fleet, answer in answers.items() if answer}
-            points = dict(zip(sizings, self._try(list(sizings.values())), strict=True))
+            solutions = {fleet: self._finest(none, fleet, HEADROOMS[at]) for fleet, at in middle.items()}
+            sizings = {fleet: self._sizing(solution) for fleet, solution in solutions.items() if solution}
+            points = dict(zip(sizings, self._evaluate(list(sizings.values())), strict=True))
             for fleet, at in middle.items():
                 if fleet in points and not points[fleet].feasible:
                     low[fleet] = at
@@ -210,11 +204,6 @@ class _Curve:
                     held[fleet] = at if fleet in points else held[fleet]
         return {fleet: HEADROOMS[at] for fleet, at in held.items()}
 
-    def _saturated(self, fleet: Fleet) -> bool:
-        """Whether the formula has the best quality there is on this fleet: nothing is gained by boldness."""
-        answer = self._finest(len(self.limits_s) - 1, fleet, 1.0)
-        return answer is not None and _score(self._sizing(answer)) >= self._best - SAME_QUALITY
-
     def _on(self, fleet: Fleet, boldest: float) -> list[Sizing]:
         """The best quality within some limits on one fleet, the tightest limit first; of equal quality the fastest.
 
@@ -222,11 +211,11 @@ class _Curve:
         """
         none = len(self.limits_s) - 1
         usual = boldest if self._finest(none, fleet, 1.0) is None else 1.0
-        tight = first_that(lambda level: self._finest(level, fleet, usual) is not None, none)
+        tight = bisect_left(range(none), x=True, key=lambda level: self._finest(level, fleet, usual) is not None)
         found: list[Sizing] = []
         for level in sorted({round(level) for level in np.linspace(tight, none, LEVELS)}):
-            answer = self._finest(level, fleet, boldest if level == none else usual)
-            sizing = None if answer is None else self._sizing(answer)
+            solution = self._finest(level, fleet, boldest if level == none else usual)
+            sizing = None if solution is None else self._sizing(solution)
             if sizing and not any(_score(sizing) <= _score(other) + SAME_QUALITY for other in found):
                 found.append(sizing)
         return found
@@ -244,7 +233,13 @@ class _Curve:
             mixes = [{**sizing.mixes, name: ((1.0, o),)} for name, options in used.items() for o in options]
             others = [sizer.assess(each, sizing.replicas) for each in mixes]
             finer = [o for o in others if o.missed <= 0.0 and _score(o) > _score(sizing) - SAME_QUALITY]
-            found += self._finest_within(slowest_s, sorted(finer, key=_score, reverse=True))
+            best: list[tuple[float, Sizing]] = []
+            for other in sorted(finer, key=_score, reverse=True):
+                if best and _score(other) < _score(best[0][1]) - SAME_QUALITY:
+                    break
+                p95_s = sizer.quantile(other, 0.95)
+                best += [(p95_s, other)] if p95_s <= slowest_s else []
+            found += [min(best, key=lambda pair: pair[0])[1]] if best else []
         return found
 
     def _calmest(self, sizing: Sizing) -> Sizing:
@@ -266,16 +261,6 @@ class _Curve:
             mixes[name] = ((1.0, min(able, key=lambda o: (o.gpu_seconds, o.full_batch_latency_s))),)
         return self.planner.sizer.assess(mixes, sizing.replicas)
 
-    def _finest_within(self, seconds: float, finest_first: Sequence[Sizing]) -> list[Sizing]:
-        """The best picture whose p95 latency is at most so long, and the fastest of those as good; none, or one."""
-        best: list[tuple[float, Sizing]] = []
-        for sizing in finest_first:
-            if best and _score(sizing) < _score(best[0][1]) - SAME_QUALITY:
-                break
-            p95_s = self.planner.sizer.quantile(sizing, 0.95)
-            best += [(p95_s, sizing)] if p95_s <= seconds else []
-        return [min(best, key=lambda pair: pair[0])[1]] if best else []
-
     def _spared(self, sizings: Sequence[Sizing], fleets: Sequence[Fleet]) -> Iterator[Sizing]:
         """The fastest and the finest mix with more nodes of one pool, as long as these shorten the p95 latency.
 
@@ -294,8 +279,8 @@ class _Curve:
                     p95_s = shorter_s
                     yield spared
 
-    def _sizing(self, answer: Solution) -> Sizing:
-        return self.planner.sizer.assess(answer.mixes, answer.replicas)
+    def _sizing(self, solution: Solution) -> Sizing:
+        return self.planner.sizer.assess(solution.mixes, solution.replicas)
 
     def _unbeaten(self, sizings: Sequence[Sizing], rivals: Sequence[Sizing]) -> list[Sizing]:
         """Those that neither each other nor the rivals beat by formula."""
@@ -303,20 +288,20 @@ class _Curve:
         points = [EvaluatedPlan.from_formula("", sizing, sizer) for sizing in (*sizings, *rivals)]
         return [s for s, point in zip(sizings, points, strict=False) if not any(dominates(o, point) for o in points)]
 
-    def _try(self, sizings: Sequence[Sizing]) -> list[EvaluatedPlan]:
+    def _evaluate(self, sizings: Sequence[Sizing]) -> list[EvaluatedPlan]:
         """The plans' figures on the scenario's own requests, or by formula where the recursion does not apply."""
         planner = self.planner
-        fresh = {self._key(sizing): sizing for sizing in sizings if self._key(sizing) not in self._tried}
+        fresh = {self._key(sizing): sizing for sizing in sizings if self._key(sizing) not in self._evaluated}
         jobs: dict[object, EvaluationJob] = {}
         for key, sizing in fresh.items():
             deployment = to_deployment(sizing.mixes, sizing.replicas)
             if quickest_level(planner.scenario, deployment) == "screen":
                 jobs[key] = EvaluationJob(planner.scenario, planner.profiles, deployment, "screen")
             else:
-                self._tried[key] = EvaluatedPlan.from_formula(NAME, sizing, planner.sizer)
+                self._evaluated[key] = EvaluatedPlan.from_formula(NAME, sizing, planner.sizer)
         for key, evaluation in zip(jobs, planner.evaluate(list(jobs.values())), strict=True):
-            self._tried[key] = EvaluatedPlan.from_evaluation(NAME, evaluation, fresh[key].mixes)
-        return [self._tried[self._key(sizing)] for sizing in sizings]
+            self._evaluated[key] = EvaluatedPlan.from_evaluation(NAME, evaluation, fresh[key].mixes)
+        return [self._evaluated[self._key(sizing)] for sizing in sizings]
 
     def _key(self, sizing: Sizing) -> object:
         parts = [(id(o), round(share, 5)) for mix in sizing.mixes.values() for share, o in mix]
@@ -324,8 +309,8 @@ class _Curve:
 
 
 def _spread(fleets: Sequence[Fleet]) -> list[Fleet]:
-    """At most `FLEETS_TRIED` of them, evenly spread, the first and the last included."""
-    return [fleets[at] for at in sorted({round(at) for at in np.linspace(0, len(fleets) - 1, FLEETS_TRIED)})]
+    """At most `FLEETS_EVALUATED` of them, evenly spread, the first and the last included."""
+    return [fleets[at] for at in sorted({round(at) for at in np.linspace(0, len(fleets) - 1, FLEETS_EVALUATED)})]
 
 
 def _score(sizing: Sizing) -> float:

@@ -1,11 +1,12 @@
-"""Why nothing holds: the smallest set of constraints that no plan meets together, and what it takes to mend each.
+"""Why nothing holds: an irreducible infeasible set of constraints, and the least relaxation of each of them.
 
-A set of constraints conflicts if no plan meets all of them; it is irreducible if every smaller part of it can be met.
-One is found by QuickXplain (Junker, AAAI 2004), which asks whether a plan exists some k log(n / k) times for k of
-n constraints; two orders of the constraints may find two sets, of which the smaller is told. A constraint is
-dropped by lifting it in the scenario (no SLO, no floor, a hundred thousand nodes), and the formulation says whether a
-plan exists. It speaks with what simulations taught the formula, so that it also explains a scenario of which it once
-believed that it could be met; where it still believes so there is no conflict to tell.
+A set of constraints is infeasible if no plan meets all of them, and irreducible (an IIS) if every smaller part of it
+can be met (Chinneck, Feasibility and Infeasibility in Optimization, 2008). One is found by QuickXplain (Junker, AAAI
+2004), which asks whether a plan exists some k log(n / k) times for k of n constraints; two orders of the constraints
+may find two sets, of which the smaller is told. A constraint is dropped by lifting it in the scenario (no SLO, no
+floor, a hundred thousand nodes), and the formulation says whether a plan exists. It speaks with what simulations taught
+the formula, so that it also explains a scenario of which it once believed that it could be met; where it still believes
+so there is no set to tell.
 
 The relaxation of a constraint is the least change of it alone, with all others as they are, that makes a plan possible.
 Floors, energies and prices move from one plan's figure to the next, nodes and devices are counted; seconds and dollars
@@ -14,11 +15,12 @@ are found to within `PRECISION` of the change.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybridsd_sim.planning.capacity_plan import Relaxation
-from hybridsd_sim.planning.planner import Planner, first_that, solve, vary
+from hybridsd_sim.planning.planner import Planner, solve, vary
 
 PRECISION = 0.005
 """Share of a change to which it is known."""
@@ -54,16 +56,18 @@ class _Constraint:
 _Set = tuple[_Constraint, ...]
 
 
-def conflict(planner: Planner) -> tuple[Relaxation, ...]:
-    """The smallest conflicting set found, with the least relaxation of each of its members alone.
+def irreducible_infeasible_set(planner: Planner) -> tuple[Relaxation, ...]:
+    """The smallest irreducible infeasible set found, with the least relaxation of each of its members alone.
 
     Empty where the formula has a plan, and where none would exist even without all these constraints.
     """
     constraints = list(_constraints(planner))
     orders = [constraints, constraints[::-1]] if len(constraints) <= FEW else [constraints]
-    cores = [_core(planner, order) for order in orders]
-    core = min((found for found in cores if found), key=len, default=())
-    return tuple(Relaxation(one.name, one.asked, _needed(planner, one), one.unit) for one in constraints if one in core)
+    found = [_irreducible_subset(planner, order) for order in orders]
+    smallest = min((one for one in found if one), key=len, default=())
+    return tuple(
+        Relaxation(one.name, one.asked, _relax(planner, one), one.unit) for one in constraints if one in smallest
+    )
 
 
 def _constraints(planner: Planner) -> Iterator[_Constraint]:
@@ -114,14 +118,14 @@ def _exists(planner: Planner, changes: Mapping[str, float | None]) -> bool:
     return solve(vary(planner, changes), minimise="nothing") is not None
 
 
-def _core(planner: Planner, constraints: Sequence[_Constraint]) -> _Set:
-    """An irreducible conflicting subset; those that stand first are kept rather than those that stand last."""
+def _irreducible_subset(planner: Planner, constraints: Sequence[_Constraint]) -> _Set:
+    """An irreducible infeasible subset, by QuickXplain; what stands first is kept rather than what stands last."""
 
-    def conflicts(kept: Sequence[_Constraint]) -> bool:
+    def infeasible(kept: Sequence[_Constraint]) -> bool:
         return not _exists(planner, {one.key: one.lifted for one in constraints if one not in kept})
 
     def explain(background: _Set, rest: _Set, *, grew: bool) -> _Set:
-        if grew and conflicts(background):
+        if grew and infeasible(background):
             return ()
         if len(rest) == 1:
             return rest
@@ -130,12 +134,12 @@ def _core(planner: Planner, constraints: Sequence[_Constraint]) -> _Set:
         early = explain((*background, *late), first, grew=bool(late))
         return early + late
 
-    if not constraints or not conflicts(constraints) or conflicts(()):
+    if not constraints or not infeasible(constraints) or infeasible(()):
         return ()
     return explain((), tuple(constraints), grew=False)
 
 
-def _needed(planner: Planner, one: _Constraint) -> float | None:
+def _relax(planner: Planner, one: _Constraint) -> float | None:
     """The least relaxed value of one constraint alone at which a plan exists; None where none does."""
 
     def enough(value: float | None) -> bool:
@@ -144,26 +148,22 @@ def _needed(planner: Planner, one: _Constraint) -> float | None:
     if not enough(one.lifted):
         return None
     if one.steps is not None:
-        at = first_that(lambda index: enough(one.steps[index]), len(one.steps))  # type: ignore[index]
+        at = bisect_left(range(len(one.steps)), x=True, key=lambda index: enough(one.steps[index]))  # type: ignore[index]
         return one.steps[at] if at < len(one.steps) else None
     if one.lifted is not None:
-        return _counted(enough, int(one.asked), int(one.lifted))
-    return _measured(enough, one.asked)
+        return _least_count(enough, int(one.asked), int(one.lifted))
+    return _least_value(enough, one.asked)
 
 
-def _counted(enough: Callable[[float], bool], few: int, many: int) -> int:
+def _least_count(enough: Callable[[float], bool], few: int, many: int) -> int:
     """The least whole number above `few` that is enough, where `many` are: by doubling the step, then by halving."""
     step = 1
     while few + step < many and not enough(few + step):
         few, step = few + step, 2 * step
-    many = min(many, few + step)
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (few, middle) if enough(middle) else (middle, many)
-    return many
+    return bisect_left(range(many), x=True, lo=few + 1, hi=min(many, few + step), key=enough)
 
 
-def _measured(enough: Callable[[float], bool], asked: float) -> float | None:
+def _least_value(enough: Callable[[float], bool], asked: float) -> float | None:
     """The least value above `asked` that is enough, to within `PRECISION` of the change."""
     low, high = asked, 2.0 * asked
     while not enough(high):

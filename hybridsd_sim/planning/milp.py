@@ -1,10 +1,10 @@
 """The formulation: which mix of plans serves each class, on how many nodes of each pool, as a mixed-integer program.
 
 Symbols: classes i with `rate_i` requests a second; plans j of a class, `w_ij` node-seconds of their pool a request,
-`h_ij` seconds of its gang, `r_ij` residual work, `egress_ij` dollars a request, `q_ij` CLIP score, `e_ij` seconds of
+`h_ij` seconds of its gang, `r_ij` residual demand, `egress_ij` dollars a request, `q_ij` CLIP score, `e_ij` seconds of
 an edge device; pools p of `rent_p` dollars an hour a node; states s of a pool with `n_s` nodes and `load_s`
-node-seconds a second, caps of an edge fleet on the time that its devices are busy (`surface`); conditions b, one
-unless the plan must hold under several scenarios.
+node-seconds a second, caps of an edge fleet on the time that its devices are busy (`capacity_states`); conditions b,
+one unless the plan must hold under several scenarios.
 
     x_ij in [0, 1]      share of class i served by plan j                        the same under every condition
     u_ib in [0, 1]      share of class i turned away                             0 unless that is what is minimised
@@ -22,12 +22,8 @@ unless the plan must hold under several scenarios.
                headroom sum_ij rate_i e_ij x_ij <= devices times a cap under which plan j is in time   edge fleets
                sum_p rent_p n_p <= budget,  mean q >= floor,  ...                what is asked (`Goal`)
 
-Every part of a mix keeps its class's promises by itself: nobody is late so that the average holds. `refuted` fleets are
-cut off: some pool must have more nodes than each of them. Solved by HiGHS through scipy.
-
-What is asked of the formulation, under which conditions, and what it answers.
-
-The rows of a linear program, gathered one by one and handed to scipy as one sparse matrix.
+Every part of a mix keeps its class's promises by itself: nobody is late so that the average holds. No-good cuts take
+fleets out: some pool must have more nodes than each of them. Solved by HiGHS through scipy, as one sparse matrix.
 """
 
 from __future__ import annotations
@@ -58,15 +54,37 @@ from hybridsd_sim.workload import mean_rate_per_s
 Minimise = Literal["usd_per_hour", "quality_loss", "turned_away_per_s", "load", "nothing"]
 
 
+UNKNOWN_RENT = 1e6
+"""Dollars an hour of a node whose price nobody knows: it is rented when nothing else will do, and keeps no budget."""
+
+GAP, LARGE_GAP, LARGE = 1e-4, 1e-3, 2000
+"""Relative gap at which the solver stops; the second for programs of so many columns."""
+
+OUT_OF_TIME = 1
+"""Status of scipy's `milp` where a limit ended the search."""
+
+SMALLEST_SHARE = 0.005
+"""Parts of a mix below this are given to the others."""
+
+TIE = 1e-6
+"""Weight of the dollars where something else is minimised: the cheapest of equals."""
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+Part = tuple[int, Ints, Floats]
+"""Some entries of a row: its number, their columns and their weights."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """What is asked of the formulation. Dollars are an hour; None asks nothing.
+    """An objective and its constraints. Dollars are an hour; None constrains nothing.
 
     `minimise` "load" is the rent of the nodes while they are busy: the calmest of the plans that meet the rest;
     "nothing" asks only whether there is one. `usd_per_hour` bounds the rent, `total_usd_per_hour` rent and egress
     together. `quality` is the least mean CLIP score. `turned_away_per_s` bounds what is turned away. `headroom`
-    multiplies the traffic: below 1 the formula is taken to be too careful by so much. `replicas` fixes nodes. `refuted`
-    fleets, and smaller ones, are not to be used, nor plans `without` which it has to do.
+    multiplies the traffic: below 1 the formula is taken to be too careful by so much. `replicas` fixes nodes. Fleets
+    of `no_good_cuts`, and smaller ones, are not to be used, nor plans `without` which it has to do.
     """
 
     minimise: Minimise = "usd_per_hour"
@@ -76,7 +94,7 @@ class Goal:
     turned_away_per_s: float | None = 0.0
     headroom: float = 1.0
     replicas: Mapping[str, int] | None = None
-    refuted: tuple[Mapping[str, int], ...] = ()
+    no_good_cuts: tuple[Mapping[str, int], ...] = ()
     without: frozenset[Candidate] = frozenset()
     time_limit_s: float = 60.0
 
@@ -109,14 +127,6 @@ class Condition:
     name: str = ""
 
 
-Floats = npt.NDArray[np.float64]
-
-Ints = npt.NDArray[np.int64]
-
-Part = tuple[int, Ints, Floats]
-"""Some entries of a row: its number, their columns and their weights."""
-
-
 class Rows:
     """Rows of `A x <= b`, gathered in parts. Load rows keep their work apart, so that headroom can scale it."""
 
@@ -126,6 +136,7 @@ class Rows:
         self._scaled: list[Part] = []
 
     def at_most(self, columns: Sequence[int] | Ints, weights: Sequence[float] | Floats, most: float) -> None:
+        """`weights x <= most` over some columns."""
         self._parts.append(self._part(columns, weights))
         self._most.append(most)
 
@@ -146,6 +157,7 @@ class Rows:
         return rows
 
     def constraint(self, size: int) -> LinearConstraint:
+        """All rows as one sparse matrix of `size` columns."""
         rows = np.repeat([row for row, _, _ in self._parts], [len(columns) for _, columns, _ in self._parts])
         columns = np.concatenate([columns for _, columns, _ in self._parts])
         weights = np.concatenate([weights for _, _, weights in self._parts])
@@ -153,40 +165,24 @@ class Rows:
         return LinearConstraint(matrix, ub=np.array(self._most))
 
 
-UNKNOWN_RENT = 1e6
-"""Dollars an hour of a node whose price nobody knows: it is rented when nothing else will do, and keeps no budget."""
-
-GAP, LARGE_GAP, LARGE = 1e-4, 1e-3, 2000
-"""Relative gap at which the solver stops; the second for programs of so many columns."""
-
-OUT_OF_TIME = 1
-"""Status of scipy's `milp` where a limit ended the search."""
-
-SMALLEST_SHARE = 0.005
-"""Parts of a mix below this are given to the others."""
-
-TIE = 1e-6
-"""Weight of the dollars where something else is minimised: the cheapest of equals."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class _Side:
-    """A condition: `works[p]` are (column of x, work) of pool p, `edges` (columns of x, states) of edge fleets.
+class _Block:
+    """A condition: `demands[p]` are (column of x, demand) of pool p, `edges` (columns of x, states) of edge fleets.
 
     `first` are the first columns of the states of each pool, then of each of these fleets, and the end.
     """
 
     condition: Condition
-    works: list[list[tuple[int, ServiceDemand]]]
+    demands: list[list[tuple[int, ServiceDemand]]]
     states: list[States]
     first: list[int]
     edges: list[tuple[list[int], EdgeStates]]
 
 
 class Formulation:
-    """The program of one or several conditions: built once, asked many times with different goals.
+    """The program of one or several conditions: built once, solved many times for different goals.
 
-    `gave_up` says whether the solver ever ran out of time without an answer: then None was no proof.
+    `gave_up` says whether the solver ever ran out of time without a solution: then None was no proof.
     """
 
     def __init__(self, conditions: Sequence[Condition]) -> None:
@@ -201,37 +197,48 @@ class Formulation:
         self._turned = len(self._columns)
         self._nodes = self._turned + len(self.classes)
         at = self._nodes + len(self.pools)
-        self._sides: list[_Side] = []
+        self._blocks: list[_Block] = []
         for condition in conditions:
-            side = self._side(condition, at)
-            self._sides.append(side)
-            at = side.first[-1]
+            block = self._block(condition, at)
+            self._blocks.append(block)
+            at = block.first[-1]
         self.size = at
         self._rows = Rows()
-        for side in self._sides:
-            self._add_side(side)
-        for side in self._sides[1:]:  # the first one's budget is the goal's
-            self._add_budget(side.condition.sizer)
+        for block in self._blocks:
+            rates = {name: rate for name, (rate, _) in block.condition.sizer.rates.items()}
+            for index in range(len(self.pools)):
+                if block.demands[index]:
+                    self._add_pool(block, index, rates)
+            for index, (columns, states) in enumerate(block.edges, len(self.pools)):
+                z = np.arange(block.first[index], block.first[index + 1])
+                self._rows.at_most(z, np.ones(len(z)), 1.0)
+                self._add_service(columns, states.caps <= states.most[:, None], z)
+                self._rows.load([*columns, *z], states.busy, -states.caps)
+        for sizer in (block.condition.sizer for block in self._blocks[1:]):  # the first one's budget is the goal's
+            if (limit := sizer.rent_limit_usd_per_hour) is not None:
+                rent = [min(sizer.unit_rent.get(name, 0.0), UNKNOWN_RENT) for name in self.pools]
+                self._rows.at_most(range(self._nodes, self._nodes + len(self.pools)), rent, limit)
 
-    def _side(self, condition: Condition, at: int) -> _Side:
-        scenario, edges = condition.sizer.scenario, self._edges(condition)
+    def _block(self, condition: Condition, at: int) -> _Block:
+        """What a condition adds to the program; its states stand from column `at` on."""
+        scenario, rates, edges = condition.sizer.scenario, condition.sizer.rates, self._edges(condition)
         queued = {column for columns, _ in edges for column in columns}
-        works: list[list[tuple[int, ServiceDemand]]] = [[] for _ in self.pools]
+        demands: list[list[tuple[int, ServiceDemand]]] = [[] for _ in self.pools]
         for column, (name, j) in enumerate(self._columns):
             option = condition.plans[name][j]
             if option is not None and option.pool_index >= 0:
                 pool, alone = option.plan.cloud_stages[0].site.name, BOTH if column in queued else 1.0
-                work = service_demand(
+                demand = service_demand(
                     option, scenario.pools[pool], condition.sizer, *_promise(option, condition), alone
                 )
-                works[self.pools.index(pool)].append((column, work))
-        states = [
-            pool_states(scenario.pools.get(pool), [work for _, work in mine], self._demand(mine, condition))
-            for pool, mine in zip(self.pools, works, strict=True)
-        ]
+                demands[self.pools.index(pool)].append((column, demand))
+        states = []
+        for pool, mine in zip(self.pools, demands, strict=True):
+            load_most = self._together((c, rates[self._columns[c][0]][0] * demand.node_s) for c, demand in mine)
+            states.append(pool_states(scenario.pools.get(pool), [demand for _, demand in mine], load_most))
         first = [at + int(n) for n in np.cumsum([0, *(len(s) for s in states)])]
         last = np.cumsum([first[-1], *(len(states.caps) for _, states in edges)]).tolist()
-        return _Side(condition, works, states, [*first, *last[1:]], edges)
+        return _Block(condition, demands, states, [*first, *last[1:]], edges)
 
     def _edges(self, condition: Condition) -> list[tuple[list[int], EdgeStates]]:
         """For each edge fleet that could be too busy: the columns of the plans that use it, and its states."""
@@ -247,11 +254,6 @@ class Formulation:
             found += [] if states is None else [([column for column, _ in mine], states)]
         return found
 
-    def _demand(self, works: Sequence[tuple[int, ServiceDemand]], condition: Condition) -> float:
-        """The most node-seconds a second that a pool can be asked for."""
-        rates = condition.sizer.rates
-        return self._together([(c, rates[self._columns[c][0]][0] * work.node_s) for c, work in works])
-
     def _together(self, each: Iterable[tuple[int, float]]) -> float:
         """The most that values of columns come to, each class wholly on one of its plans; at least 0."""
         most: dict[str, float] = {}
@@ -260,34 +262,19 @@ class Formulation:
             most[name] = max(most.get(name, 0.0), float(value))
         return sum(most.values())
 
-    def _add_side(self, side: _Side) -> None:
-        rates = {name: rate for name, (rate, _) in side.condition.sizer.rates.items()}
-        for index in range(len(self.pools)):
-            if side.works[index]:
-                self._add_pool(side, index, rates)
-        for index, (columns, states) in enumerate(side.edges, len(self.pools)):
-            self._add_edge(columns, states, np.arange(side.first[index], side.first[index + 1]))
-
-    def _add_budget(self, sizer: Sizer) -> None:
-        """Another scenario's own limit on the rent, at its own prices."""
-        limit = sizer.rent_limit_usd_per_hour
-        if limit is not None:
-            rent = [min(sizer.unit_rent.get(name, 0.0), UNKNOWN_RENT) for name in self.pools]
-            self._rows.at_most(range(self._nodes, self._nodes + len(self.pools)), rent, limit)
-
-    def _add_pool(self, side: _Side, index: int, rates: Mapping[str, float]) -> None:
-        states, rows = side.states[index], self._rows
-        z = np.arange(side.first[index], side.first[index + 1])
+    def _add_pool(self, block: _Block, index: int, rates: Mapping[str, float]) -> None:
+        states, rows = block.states[index], self._rows
+        z = np.arange(block.first[index], block.first[index + 1])
         rows.at_most(z, np.ones(len(z)), 1.0)
         rows.at_most([*z, self._nodes + index], [*states.nodes, -1.0], 0.0)
-        columns = [column for column, _ in side.works[index]]
+        columns = [column for column, _ in block.demands[index]]
         self._add_service(columns, states.serves, z)
-        asked = np.array([rates[self._columns[c][0]] * work.node_s for c, work in side.works[index]])
-        strain = side.condition.sizer.strain.get(self.pools[index], 1.0)
-        rows.load([*columns, *z], asked * strain, -states.load)
-        self._add_stability(side, index, z)
+        busy = np.array([rates[self._columns[c][0]] * demand.node_s for c, demand in block.demands[index]])
+        strain = block.condition.sizer.strain.get(self.pools[index], 1.0)
+        rows.load([*columns, *z], busy * strain, -states.load)
+        self._add_stability(block, index, z)
         for residual in np.unique(states.residual_s)[:-1]:  # the longest residual bounds nothing
-            self._add_kind(side, index, float(residual), columns, rates)
+            self._add_kind(block, index, float(residual), columns, rates)
 
     def _add_service(self, columns: Sequence[int], serves: np.ndarray, z: np.ndarray) -> None:
         """A plan needs a state in which it is in time, and so do those of its class together that need no other."""
@@ -298,36 +285,31 @@ class Formulation:
                 within = [columns[k] for k in mine[~(serves[mine] & ~pattern).any(axis=1)]]
                 self._rows.at_most([*within, *z[pattern]], [1.0] * len(within) + [-1.0] * pattern.sum(), 0.0)
 
-    def _add_stability(self, side: _Side, index: int, z: np.ndarray) -> None:
+    def _add_stability(self, block: _Block, index: int, z: np.ndarray) -> None:
         """No fleet does more than its time, whatever headroom is asked: the load at the mean rates is at most 1."""
-        sizer, states = side.condition.sizer, side.states[index]
+        sizer, states = block.condition.sizer, block.states[index]
         mean = {name: mean_rate_per_s(spec.arrivals) for name, spec in sizer.scenario.requests.items()}
-        columns = [column for column, _ in side.works[index]]
-        busy = [mean[self._columns[column][0]] * work.node_s for column, work in side.works[index]]
+        columns = [column for column, _ in block.demands[index]]
+        busy = [mean[self._columns[column][0]] * demand.node_s for column, demand in block.demands[index]]
         there = states.nodes * sizer.scenario.pools[self.pools[index]].availability
         self._rows.at_most([*columns, *z], [*busy, *(-there)], 0.0)
 
     def _add_kind(
-        self, side: _Side, index: int, residual_s: float, columns: Sequence[int], rates: Mapping[str, float]
+        self, block: _Block, index: int, residual_s: float, columns: Sequence[int], rates: Mapping[str, float]
     ) -> None:
         """The mean residual work of the pool's jobs is at most `residual_s` where a state says so."""
-        mine = [work for _, work in side.works[index]]
-        rate = np.array([rates[self._columns[c][0]] / len(w.candidate.batch_s) for c, w in side.works[index]])
-        excess = rate * [2.0 * work.hold_s * (work.residual_s - residual_s) for work in mine]
-        z = np.arange(side.first[index], side.first[index + 1])[side.states[index].residual_s == residual_s]
+        mine = [demand for _, demand in block.demands[index]]
+        rate = np.array([rates[self._columns[c][0]] / len(w.candidate.batch_s) for c, w in block.demands[index]])
+        excess = rate * [2.0 * demand.hold_s * (demand.residual_s - residual_s) for demand in mine]
+        z = np.arange(block.first[index], block.first[index + 1])[block.states[index].residual_s == residual_s]
         most = self._together(zip(columns, excess, strict=True))
         self._rows.at_most([*columns, *z], [*excess, *(most for _ in z)], most)
-
-    def _add_edge(self, columns: Sequence[int], states: EdgeStates, z: np.ndarray) -> None:
-        self._rows.at_most(z, np.ones(len(z)), 1.0)
-        self._add_service(columns, states.caps <= states.most[:, None], z)
-        self._rows.load([*columns, *z], states.busy, -states.caps)
 
     def solve(self, goal: Goal) -> Solution | None:
         """The best mix and fleet for a goal; None where no plan meets it, or none was found in time (`gave_up`)."""
         rows = self._rows.with_headroom(goal.headroom)
         low, high, whole = self._bounds(goal)
-        for columns, weights, least in self._asked(goal):
+        for columns, weights, least in self._constraints(goal):
             rows.at_most(columns, [-w for w in weights], -least)
         found = milp(
             self._objective(goal.minimise),
@@ -339,14 +321,20 @@ class Formulation:
         if found.x is None:
             self.gave_up |= found.status == OUT_OF_TIME
             return None
-        return self._answer(found)
+        return self._solution(found)
 
     def _bounds(self, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         low, high = np.zeros(self.size), np.ones(self.size)
         for column, (name, j) in enumerate(self._columns):
-            unwanted = self._options[column] in goal.without
-            if unwanted or any(not self._possible(side, name, j) for side in self._sides):
-                high[column] = 0.0
+            high[column] = float(self._options[column] not in goal.without)
+            for condition in (block.condition for block in self._blocks):
+                option = condition.plans[name][j]
+                if option is None:
+                    high[column] = 0.0
+                elif option.pool_index < 0:  # at the edge alone no state of a pool says whether it is in time
+                    within_s, allowed = _promise(option, condition)
+                    if condition.sizer.share_in_time(option, NO_WAIT, within_s) < 1.0 - allowed:
+                        high[column] = 0.0
         if goal.turned_away_per_s == 0.0:
             high[self._turned : self._nodes] = 0.0
         for index, (name, spec) in enumerate(self.sizer.scenario.pools.items()):
@@ -357,15 +345,6 @@ class Formulation:
         whole = np.ones(self.size)
         whole[: self._nodes] = 0.0
         return low, high, whole
-
-    @staticmethod
-    def _possible(side: _Side, name: str, j: int) -> bool:
-        """Whether a plan exists under a condition and, at the edge, is in time there."""
-        option = side.condition.plans[name][j]
-        if option is None or option.pool_index >= 0:
-            return option is not None
-        within_s, allowed = _promise(option, side.condition)
-        return side.condition.sizer.share_in_time(option, NO_WAIT, within_s) >= 1.0 - allowed
 
     def _rent(self) -> np.ndarray:
         return np.array([min(self.sizer.unit_rent[name], UNKNOWN_RENT) for name in self.pools])
@@ -386,18 +365,14 @@ class Formulation:
         elif minimise == "turned_away_per_s":
             cost[self._turned : self._nodes] += [self.sizer.rates[name][0] for name in self.classes]
         else:
-            for side in self._sides:
-                self._add_load(cost, side)
+            for block in self._blocks:  # the rent of the nodes while they are busy, under each condition
+                rates = block.condition.sizer.rates
+                for rent, demands in zip(self._rent(), block.demands, strict=True):
+                    for column, demand in demands:
+                        cost[column] += rent * rates[self._columns[column][0]][0] * demand.node_s
         return cost
 
-    def _add_load(self, cost: np.ndarray, side: _Side) -> None:
-        """The rent of the nodes while they are busy under a condition."""
-        rates = side.condition.sizer.rates
-        for rent, works in zip(self._rent(), side.works, strict=True):
-            for column, work in works:
-                cost[column] += rent * rates[self._columns[column][0]][0] * work.node_s
-
-    def _asked(self, goal: Goal) -> Iterator[tuple[Sequence[int], Sequence[float], float]]:
+    def _constraints(self, goal: Goal) -> Iterator[tuple[Sequence[int], Sequence[float], float]]:
         """The goal's own constraints, as (columns, weights, least weighted sum)."""
         nodes = range(self._nodes, self._nodes + len(self.pools))
         shares = range(self._turned)
@@ -418,20 +393,20 @@ class Formulation:
             columns = [*mine, self._turned + self.classes.index(name)]
             yield columns, [1.0] * len(columns), 1.0
             yield columns, [-1.0] * len(columns), -1.0
-        for fleet in goal.refuted:
+        for fleet in goal.no_good_cuts:
             yield from self._unlike(fleet)
 
     def _unlike(self, fleet: Mapping[str, int]) -> Iterator[tuple[Sequence[int], Sequence[float], float]]:
         """Some pool has more nodes in its state than `fleet`, under some condition: only then it has them at all."""
         columns = [
-            side.first[index] + k
-            for side in self._sides
+            block.first[index] + k
+            for block in self._blocks
             for index, name in enumerate(self.pools)
-            for k in np.flatnonzero(side.states[index].nodes > fleet[name])
+            for k in np.flatnonzero(block.states[index].nodes > fleet[name])
         ]
         yield [int(c) for c in columns], [1.0] * len(columns), 1.0
 
-    def _answer(self, found: object) -> Solution:
+    def _solution(self, found: object) -> Solution:
         x: np.ndarray = found.x  # type: ignore[attr-defined]
         mixes = {name: self._mix(name, x) for name in self.classes}
         nodes = x[self._nodes : self._nodes + len(self.pools)]

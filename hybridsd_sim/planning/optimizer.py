@@ -30,7 +30,7 @@ from hybridsd_sim.planning.evaluation import (
 from hybridsd_sim.planning.evaluation_cache import Store
 from hybridsd_sim.planning.explanation import explain
 from hybridsd_sim.planning.frontier import frontier
-from hybridsd_sim.planning.infeasibility import conflict
+from hybridsd_sim.planning.infeasibility import irreducible_infeasible_set
 from hybridsd_sim.planning.milp import Condition, Formulation, Solution
 from hybridsd_sim.planning.planner import Keep, Planner, quickest_level
 from hybridsd_sim.planning.robustness import robust_conditions, robust_variations, sensitivity
@@ -87,11 +87,11 @@ def optimize(
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
-    """A search's answer, every plan that it tried, and how sure the answer is where that was searched for."""
+class _SearchOutcome:
+    """A search's answer, every plan that it evaluated, and how sure the answer is where that was searched for."""
 
     found: Found
-    tried: tuple[EvaluatedPlan, ...]
+    evaluated: tuple[EvaluatedPlan, ...]
     confidence: Confidence | None = None
 
     @property
@@ -110,16 +110,14 @@ class _Trials:
     last: tuple[str, SimResult] | None = field(default=None, repr=False)
 
     def __call__(self, jobs: Sequence[EvaluationJob]) -> list[Evaluation]:
-        if len(jobs) == 1:
-            return [self._here(jobs[0])]
-        return list(self.fan_out(Evaluator(self.store), jobs))
-
-    def _here(self, job: EvaluationJob) -> Evaluation:
+        if len(jobs) != 1:
+            return list(self.fan_out(Evaluator(self.store), jobs))
+        (job,) = jobs
         if job.level == "screen" or (self.store and find_evaluation(job, self.store)):
-            return evaluate(job, self.store)
+            return [evaluate(job, self.store)]
         result, evaluation = evaluate_with_records(job, self.store)
         self.last = (job.key, result)
-        return evaluation
+        return [evaluation]
 
     def records(self, job: EvaluationJob) -> SimResult:
         """The run behind a simulated job, simulated again unless it was the last one."""
@@ -128,7 +126,7 @@ class _Trials:
         return evaluate_with_records(job)[0]
 
 
-def _chosen(planner: Planner, robust: Mapping[str, Scenario]) -> _Outcome:
+def _chosen(planner: Planner, robust: Mapping[str, Scenario]) -> _SearchOutcome:
     """The plan for the scenario, for all scenarios, or at the confidence that is asked."""
     if robust:
         conditions = robust_conditions(planner, robust)
@@ -138,16 +136,16 @@ def _chosen(planner: Planner, robust: Mapping[str, Scenario]) -> _Outcome:
         return _best(planner.search("plan"))
     confident = confident_search(planner, asked)
     if confident.found is None:
-        return replace(_best(planner.search("plan")), tried=confident.tried)
-    return _Outcome(confident.found, confident.tried, confident.confidence)
+        return replace(_best(planner.search("plan")), evaluated=confident.evaluated)
+    return _SearchOutcome(confident.found, confident.evaluated, confident.confidence)
 
 
-def _best(search: PlanSearch) -> _Outcome:
+def _best(search: PlanSearch) -> _SearchOutcome:
     """What the search finds; where no plan is in reach of every promise, the one that misses least."""
     condition = search.conditions[0]
     hopeless = condition.forgiven or any(not options for options in condition.plans.values())
     found = None if hopeless else search.run()
-    return _Outcome(found or _least_bad(search, condition), tuple(search.tried))
+    return _SearchOutcome(found or _least_bad(search, condition), tuple(search.evaluated))
 
 
 def _least_bad(search: PlanSearch, condition: Condition) -> Found:
@@ -155,13 +153,13 @@ def _least_bad(search: PlanSearch, condition: Condition) -> Found:
     forgiving = replace(condition, forgiven=frozenset(condition.plans))
     formulation = Formulation([forgiving])
     goal = search.goal(minimise="turned_away_per_s", turned_away_per_s=None)
-    answer = formulation.solve(goal) or formulation.solve(replace(goal, usd_per_hour=None))
-    return search.simulated(answer or Solution({}, dict.fromkeys(search.scenario.pools, 0), 0.0, 0.0))
+    solution = formulation.solve(goal) or formulation.solve(replace(goal, usd_per_hour=None))
+    return search.simulate(solution or Solution({}, dict.fromkeys(search.scenario.pools, 0), 0.0, 0.0))
 
 
 def _baselines(
     planner: Planner, fan_out: Mapper, store: Store | None, less: str
-) -> dict[str, tuple[_Outcome, SimResult]]:
+) -> dict[str, tuple[_SearchOutcome, SimResult]]:
     """Cloud only, edge only and the paper's static switch, each with its own best pools and the scenario's promises.
 
     `less` is said of each where the chosen plan was asked for more.
@@ -176,19 +174,19 @@ def _baselines(
 
 def _baseline(
     job: tuple[Scenario, Profiles, CandidateSet, Store | None, str, str],
-) -> tuple[_Outcome, SimResult] | None:
+) -> tuple[_SearchOutcome, SimResult] | None:
     """One baseline, by a planner of its own, so that they can run side by side and none learns from another."""
     scenario, profiles, found, store, kind, name = job
     trials = _Trials(builtins.map, store)
     planner = Planner(scenario, profiles, found, Sizer(scenario, profiles), trials)
-    search = planner.search(name, _of_kind(kind, scenario.search.static_switch))
+    search = planner.search(name, _baseline_filter(kind, scenario.search.static_switch))
     if any(not options for options in search.conditions[0].plans.values()):
         return None
     outcome = _best(search)
     return outcome, trials.records(_job(planner, outcome.found))
 
 
-def _of_kind(kind: str, share: float) -> Keep:
+def _baseline_filter(kind: str, share: float) -> Keep:
     if kind == CLOUD_ONLY:
         return lambda option: option.edge_steps == 0
     if kind == EDGE_ONLY:
@@ -203,13 +201,13 @@ def _job(planner: Planner, found: Found) -> EvaluationJob:
 def _assembled(
     planner: Planner,
     trials: _Trials,
-    chosen: _Outcome,
-    baselines: Mapping[str, tuple[_Outcome, SimResult]],
+    chosen: _SearchOutcome,
+    baselines: Mapping[str, tuple[_SearchOutcome, SimResult]],
 ) -> CapacityPlan:
     """The plan, its baselines and the evidence."""
     found, dollars = chosen.found, planner.scenario.search.minimise == "usd_per_hour"
-    shown = {name: _evaluated(name, outcome.found) for name, (outcome, _) in baselines.items()}
-    tried = [*chosen.tried, *(one for outcome, _ in baselines.values() for one in outcome.tried)]
+    shown = {name: _summarise(name, outcome.found) for name, (outcome, _) in baselines.items()}
+    evidence = [*chosen.evaluated, *(one for outcome, _ in baselines.values() for one in outcome.evaluated)]
     return CapacityPlan(
         scenario=planner.scenario,
         feasible=chosen.feasible,
@@ -221,29 +219,32 @@ def _assembled(
         baselines=tuple(shown.values()),
         baseline_results={name: result for name, (_, result) in baselines.items()},
         alternatives=(),
-        evidence=tuple(tried),
+        evidence=tuple(evidence),
         switch_curve={
-            name: tuple(_curve(planner.found.by_class[name], mix[0][1])) for name, mix in found.mixes.items() if mix
+            name: tuple(_switch_curve(planner.found.by_class[name], mix[0][1]))
+            for name, mix in found.mixes.items()
+            if mix
         },
         refusals=planner.found.refusal_counts(),
         profiles_digest=planner.profiles.digest,
         bound_usd_per_hour=found.bound if dollars and chosen.confidence is None else None,
         cost_usd_per_hour=found.sizing.usd_per_hour if math.isfinite(found.sizing.usd_per_hour) else None,
-        savings=tuple(saving(_evaluated("plan", found), other) for other in shown.values()),
+        savings=tuple(saving(_summarise("plan", found), other) for other in shown.values()),
     )
 
 
-def _evaluated(name: str, found: Found) -> EvaluatedPlan:
+def _summarise(name: str, found: Found) -> EvaluatedPlan:
     return EvaluatedPlan.from_evaluation(name, found.evaluations[0], found.mixes)
 
 
 def _with_surroundings(
-    plan: CapacityPlan, planner: Planner, chosen: _Outcome, robust: Mapping[str, Scenario]
+    plan: CapacityPlan, planner: Planner, chosen: _SearchOutcome, robust: Mapping[str, Scenario]
 ) -> CapacityPlan:
     """The plan with what a planner asks next; where nothing holds, with the constraints that conflict."""
     if not chosen.found.feasible:
-        return replace(plan, conflict=conflict(planner))
-    shown = _evaluated("plan", chosen.found)
+        return replace(plan, conflict=irreducible_infeasible_set(planner))
+    found = chosen.found
+    shown = _summarise("plan", found)
     if not robust and chosen.confidence is None:  # else the plan keeps more than these would be asked to
         plan = replace(
             plan,
@@ -254,25 +255,22 @@ def _with_surroundings(
     return replace(
         plan,
         sensitivity=sensitivity(planner, plan.deployment),
-        confidence=chosen.confidence or _sure(planner, chosen.found),
+        confidence=chosen.confidence
+        or confidence(planner, found.mixes, found.replicas, None, known=found.evaluations[0]),
         robust=robust_variations(chosen.found, robust),
     )
 
 
-def _sure(planner: Planner, found: Found) -> Confidence:
-    return confidence(planner, found.mixes, found.replicas, None, known=found.evaluations[0])
-
-
-def _curve(options: Sequence[Candidate], chosen: Candidate) -> Iterator[Candidate]:
+def _switch_curve(options: Sequence[Candidate], chosen: Candidate) -> Iterator[Candidate]:
     by_step: dict[int, list[Candidate]] = {}
     for option in options:
         by_step.setdefault(option.cloud_steps, []).append(option)
     for step in sorted(by_step):
-        alike = [option for option in by_step[step] if _alike(option, chosen)]
+        alike = [option for option in by_step[step] if _comparable(option, chosen)]
         yield min(alike or by_step[step], key=lambda option: (option.usd_or_inf, option.latency_s))
 
 
-def _alike(option: Candidate, chosen: Candidate) -> bool:
+def _comparable(option: Candidate, chosen: Candidate) -> bool:
     mine, theirs = option.plan.cloud_stages, chosen.plan.cloud_stages
     same_cloud = not mine or not theirs or (mine[0].site, mine[0].method, mine[0].degree) == (
         theirs[0].site, theirs[0].method, theirs[0].degree

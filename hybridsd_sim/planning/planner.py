@@ -1,17 +1,15 @@
-"""What a planning run works with: candidates worth trying, the formula, and the means to try a plan.
+"""What a planning run works with: the candidates worth trying, the formula, and the means to evaluate a plan.
 
-`Planner` hands out conditions for the formulation and searches over some kind of plans; the rooms that answer one
-question each (frontier, margins, conflicts, robustness, confidence, sensitivity) start from it.
-
-A scenario whose promises, limits, fleets or traffic differ: the same plans judged anew, none priced again.
-
-What a plan costs and how long it takes does not depend on what is promised or on how many ask. So a changed SLO, floor,
-limit, budget, number of nodes or rate needs no new candidates, and a formulation of the changed scenario is there in
-milliseconds.
+`Planner` hands out conditions for the formulation and searches over some kind of plans; frontier, margins, infeasible
+sets, robustness, confidence and sensitivity start from it. `vary` gives it for a scenario whose promises, limits,
+fleets or traffic differ: what a plan costs and how long it takes depends on none of these, so the same candidates are
+judged anew and none is priced again.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hybridsd_sim.perf import Floats
-from hybridsd_sim.plan import Deployment, Promises, tightest
+from hybridsd_sim.plan import Deployment, tightest
 from hybridsd_sim.planning.analytic import Mixes, Sizer
 from hybridsd_sim.planning.evaluation import Level
 from hybridsd_sim.planning.milp import Condition, Formulation, Goal, Solution
@@ -28,71 +26,20 @@ from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, price_deploym
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
 
-
-def prune(options: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that no other beats: none on the same pool or at the edge alone is as good in every merit.
-
-    Merits are GPU-seconds, dollars, latency, degree, quality and edge energy; GPU-seconds and latency are those of a
-    full batch, so that a batch cap stays only where it lowers the load. Of equals the first is kept.
-    """
-    if not options:
-        return []
-    pools = np.array([option.pool_index for option in options])
-    merits = np.array([_merits(option) for option in options])
-    order = np.lexsort(merits.T[::-1])
-    kept: list[int] = []
-    for pool in dict.fromkeys(pools.tolist()):
-        rivals = order[(pools[order] == pool) | (pools[order] == -1)]
-        best = _unbeaten(merits[rivals])
-        kept += [int(index) for index in rivals[best] if pools[index] == pool]
-    return [options[index] for index in sorted(kept)]
-
-
-def _unbeaten(merits: Floats) -> list[int]:
-    """The rows that no row before them is as good as in everything; rows stand in rising order."""
-    found: list[int] = []
-    best = np.empty_like(merits)
-    for index, mine in enumerate(merits):
-        if not (best[: len(found)] <= mine).all(axis=1).any():
-            best[len(found)] = mine
-            found.append(index)
-    return found
-
-
-def thin(options: Sequence[Candidate], most: int) -> list[Candidate]:
-    """At most so many on each pool and at the edge, from the least load to the least latency, and the best picture."""
-    kept: set[int] = set()
-    for pool in {option.pool_index for option in options}:
-        mine = [index for index, option in enumerate(options) if option.pool_index == pool]
-        front: list[int] = []
-        for index in sorted(mine, key=lambda i: (options[i].gpu_seconds, options[i].full_batch_latency_s)):
-            if not front or options[index].full_batch_latency_s < options[front[-1]].full_batch_latency_s:
-                front.append(index)
-        kept |= {front[round(at)] for at in np.linspace(0, len(front) - 1, most).tolist()}
-        kept.add(max(mine, key=lambda i: options[i].quality or 0.0))
-    return [options[index] for index in sorted(kept)]
-
-
-def _merits(option: Candidate) -> tuple[float, ...]:
-    energy = option.cost.edge_energy_j
-    return (
-        option.gpu_seconds,
-        option.usd_or_inf,
-        option.full_batch_latency_s,
-        option.degree,
-        -(option.quality if option.quality is not None else -1.0),
-        energy if energy is not None else float("inf"),
-    )
-
-
-Keep = Callable[[Candidate], bool]
-"""Whether a plan is of the kind that is looked for."""
-
 MANY, FEW = 1000, 4
 """Plans in all beyond which each class keeps so many on each pool, and the best picture: the rest hardly differ."""
 
 LEAST_BAD = 3
 """Plans kept of a class for which none is in time."""
+
+BIG = 2000
+"""Columns from which a formulation takes seconds and not milliseconds, so that it is asked less."""
+
+HEADROOMS = (0.7, 0.76, 0.82, 0.88, 0.94, 0.97, 1.0)
+"""Factors on the traffic at which the formula is held against a plan that holds, the boldest first."""
+
+Keep = Callable[[Candidate], bool]
+"""Whether a plan is of the kind that is looked for."""
 
 
 def any_plan(_: Candidate) -> bool:
@@ -152,9 +99,7 @@ class Planner:
 
     def under(self, scenario: Scenario, found: CandidateSet | None = None) -> Planner:
         """The same means for another scenario, with what was learnt so far."""
-        learnt = self.sizer
-        sizer = Sizer(scenario, self.profiles, load_factors=dict(learnt.load_factors), strain=dict(learnt.strain))
-        return replace(self, scenario=scenario, found=found or self.found, sizer=sizer)
+        return replace(self, scenario=scenario, found=found or self.found, sizer=self.sizer.replace(scenario, rates={}))
 
 
 def quickest_level(scenario: Scenario, deployment: Deployment) -> Level:
@@ -175,45 +120,27 @@ def is_hybrid(option: Candidate) -> bool:
     return bool(option.cloud_steps and option.edge_steps)
 
 
-BIG = 2000
-"""Columns from which a formulation takes seconds and not milliseconds, so that it is asked less."""
-
-HEADROOMS = (0.7, 0.76, 0.82, 0.88, 0.94, 0.97, 1.0)
-"""Factors on the traffic at which the formula is held against a plan that holds, the boldest first."""
-
-
 def vary(planner: Planner, changes: Mapping[str, Any], *, traffic: float = 1.0) -> Planner:
     """The planner of a scenario with other values at dotted keys, and `traffic` times the requests of every class.
 
     `changes` may touch SLOs, floors, limits, budgets and numbers of nodes and devices; what the formula learnt stays.
     Raises `InputError` for a value that no scenario may have.
     """
-    known = planner.sizer
     scenario = planner.scenario.with_overrides(changes) if changes else planner.scenario
-    sizer = Sizer(
-        scenario,
-        planner.profiles,
-        rates={name: (rate * traffic, cv) for name, (rate, cv) in known.rates.items()},
-        load_factors=dict(known.load_factors),
-        strain=dict(known.strain),
-    )
-    return replace(planner, scenario=scenario, found=_judged(planner.found, scenario), sizer=sizer)
-
-
-def _judged(found: CandidateSet, scenario: Scenario) -> CandidateSet:
-    """The same candidates, each told anew whether it keeps the floor and the limits of its class."""
+    rates = {name: (rate * traffic, cv) for name, (rate, cv) in planner.sizer.rates.items()}
+    judged = {}
+    for name, options in planner.found.by_class.items():
+        kept = [option.cost.meets_floor(scenario.promises[name]) for option in options]
+        judged[name] = tuple(
+            option if keeps == option.meets_floor else replace(option, meets_floor=keeps)
+            for option, keeps in zip(options, kept, strict=True)
+        )
     return replace(
-        found,
-        by_class={
-            name: tuple(_judge(option, scenario.promises[name]) for option in options)
-            for name, options in found.by_class.items()
-        },
+        planner,
+        scenario=scenario,
+        found=replace(planner.found, by_class=judged),
+        sizer=planner.sizer.replace(scenario, rates=rates),
     )
-
-
-def _judge(option: Candidate, promises: Promises) -> Candidate:
-    kept = option.cost.meets_floor(promises)
-    return option if kept == option.meets_floor else replace(option, meets_floor=kept)
 
 
 def strict_condition(planner: Planner) -> Condition | None:
@@ -222,16 +149,16 @@ def strict_condition(planner: Planner) -> Condition | None:
     return None if condition.forgiven else condition
 
 
-def solve(planner: Planner, **asked: Any) -> Solution | None:
+def solve(planner: Planner, **constraints: Any) -> Solution | None:
     """The best answer to a goal under the scenario's budgets; None where no plan keeps every promise."""
     condition = strict_condition(planner)
-    return None if condition is None else Formulation([condition]).solve(budgeted_goal(planner, **asked))
+    return None if condition is None else Formulation([condition]).solve(budgeted_goal(planner, **constraints))
 
 
-def budgeted_goal(planner: Planner, **asked: Any) -> Goal:
-    """A goal under the scenario's budgets that serves everybody; a limit in `asked` holds besides the budgets."""
-    most = tightest(planner.sizer.rent_limit_usd_per_hour, asked.pop("usd_per_hour", None))
-    return Goal(usd_per_hour=most, turned_away_per_s=0.0, **asked)
+def budgeted_goal(planner: Planner, **constraints: Any) -> Goal:
+    """A goal under the scenario's budgets that serves everybody; a limit in `constraints` holds besides the budgets."""
+    most = tightest(planner.sizer.rent_limit_usd_per_hour, constraints.pop("usd_per_hour", None))
+    return Goal(usd_per_hour=most, turned_away_per_s=0.0, **constraints)
 
 
 def fit_headroom(planner: Planner, condition: Condition, rent_usd_per_hour: float | None) -> float:
@@ -247,7 +174,7 @@ def fit_headroom(planner: Planner, condition: Condition, rent_usd_per_hour: floa
         goal = budgeted_goal(planner, minimise="nothing", usd_per_hour=most, headroom=HEADROOMS[at])
         return formulation.solve(goal) is None
 
-    first = first_that(too_careful, len(HEADROOMS))
+    first = bisect_left(range(len(HEADROOMS)), x=True, key=too_careful)
     return HEADROOMS[first - 1] if first else 1.0
 
 
@@ -266,10 +193,57 @@ def latency_limits_s(condition: Condition, count: int) -> list[float]:
     return [float(limit) for limit in np.geomspace(fastest, max(longest, 1.01 * fastest), count)]
 
 
-def first_that(holds: Callable[[int], bool], count: int) -> int:
-    """The first of 0, 1, ..., count - 1 that holds, where all after it hold too; `count` where none does."""
-    low, high = -1, count
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+def prune(options: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that no other beats: none on the same pool or at the edge alone is as good in every merit.
+
+    Merits are GPU-seconds, dollars, latency, degree, quality and edge energy; GPU-seconds and latency are those of a
+    full batch, so that a batch cap stays only where it lowers the load. Of equals the first is kept.
+    """
+    if not options:
+        return []
+    pools = np.array([option.pool_index for option in options])
+    merits = np.array(
+        [
+            (
+                option.gpu_seconds,
+                option.usd_or_inf,
+                option.full_batch_latency_s,
+                option.degree,
+                1.0 if option.quality is None else -option.quality,
+                math.inf if option.cost.edge_energy_j is None else option.cost.edge_energy_j,
+            )
+            for option in options
+        ]
+    )
+    order = np.lexsort(merits.T[::-1])
+    kept: list[int] = []
+    for pool in dict.fromkeys(pools.tolist()):
+        rivals = order[(pools[order] == pool) | (pools[order] == -1)]
+        best = _unbeaten(merits[rivals])
+        kept += [int(index) for index in rivals[best] if pools[index] == pool]
+    return [options[index] for index in sorted(kept)]
+
+
+def _unbeaten(merits: Floats) -> list[int]:
+    """The rows that no row before them is as good as in everything; rows stand in rising order."""
+    found: list[int] = []
+    best = np.empty_like(merits)
+    for index, mine in enumerate(merits):
+        if not (best[: len(found)] <= mine).all(axis=1).any():
+            best[len(found)] = mine
+            found.append(index)
+    return found
+
+
+def thin(options: Sequence[Candidate], most: int) -> list[Candidate]:
+    """At most so many on each pool and at the edge, from the least load to the least latency, and the best picture."""
+    kept: set[int] = set()
+    for pool in {option.pool_index for option in options}:
+        mine = [index for index, option in enumerate(options) if option.pool_index == pool]
+        front: list[int] = []
+        for index in sorted(mine, key=lambda i: (options[i].gpu_seconds, options[i].full_batch_latency_s)):
+            if not front or options[index].full_batch_latency_s < options[front[-1]].full_batch_latency_s:
+                front.append(index)
+        kept |= {front[round(at)] for at in np.linspace(0, len(front) - 1, most).tolist()}
+        kept.add(max(mine, key=lambda i: options[i].quality or 0.0))
+    return [options[index] for index in sorted(kept)]

@@ -1,11 +1,12 @@
-"""One plan for several scenarios: the cheapest, by the base scenario's prices, that holds under each of them.
+"""When the world is not as written: one plan for several scenarios, and the chosen plan under other conditions.
 
-A condition of the formulation stands for each scenario. Plans are the same plan under two scenarios when models, steps,
-pools, methods and sites are; access networks, prices and the speed of what stands behind a pool's name may differ. A
-plan that one scenario does not have, or under which it breaks a promise on an idle fleet, is no choice at all; of the
-others those stay that are beaten by none under at least one of the scenarios.
+A robust plan is the cheapest, by the base scenario's prices, that holds under each of several scenarios; a condition of
+the formulation stands for each. Plans are the same plan under two scenarios when models, steps, pools, methods and
+sites are; access networks, prices and the speed of what stands behind a pool's name may differ. A plan that one
+scenario does not have, or under which it breaks a promise on an idle fleet, is no choice at all; of the others those
+stay that are beaten by none under at least one of the scenarios.
 
-The chosen plan, unchanged, when the world is not as written: other traffic, slower sites, other access networks.
+Sensitivity keeps the chosen plan as it is and changes one thing at a time: traffic, the speed of a site, the network.
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ from hybridsd_sim.planning.milp import Condition
 from hybridsd_sim.planning.planner import Planner, least_infeasible, prune, quickest_level
 from hybridsd_sim.planning.search import Found
 from hybridsd_sim.pricing import Candidate, find_candidates
-from hybridsd_sim.scenario import ArrivalSpec, Scenario
+from hybridsd_sim.scenario import Scenario
 
 BASE = "base"
 """What the scenario itself is called beside the named ones."""
 
+TRAFFIC = (0.8, 0.9, 1.1, 1.2)
+"""Factors on the rate of every request class."""
+
+SLOWER = (1.1, 1.2)
+"""Factors on the seconds spent at one site."""
+
 
 @dataclass(frozen=True, slots=True)
-class _Side:
+class _ScenarioPlans:
     """One scenario: its planner, and by class its plans by what they are, all of them and those within promises."""
 
     name: str
@@ -46,24 +53,24 @@ def robust_conditions(planner: Planner, scenarios: Mapping[str, Scenario]) -> li
     that exist everywhere; `robust_obstacles` says where it fails. Numbers of nodes are bounded by the planner's
     scenario. Raises `InputError` where a scenario has other request classes than the planner's.
     """
-    sides = _sides(planner, scenarios)
-    kept = {name: _kept(sides, name) for name in planner.scenario.requests}
-    forgiven = frozenset(name for name, keys in kept.items() if not _usable(sides, name))
+    aligned = _aligned(planner, scenarios)
+    kept = {name: _kept(aligned, name) for name in planner.scenario.requests}
+    forgiven = frozenset(name for name, keys in kept.items() if not _usable(aligned, name))
     return [
         Condition(
-            side.planner.sizer,
-            {name: [side.plans[name][key] for key in keys] for name, keys in kept.items()},
+            one.planner.sizer,
+            {name: [one.plans[name][key] for key in keys] for name, keys in kept.items()},
             forgiven=forgiven,
-            name=side.name,
+            name=one.name,
         )
-        for side in sides
+        for one in aligned
     ]
 
 
 def robust_obstacles(planner: Planner, scenarios: Mapping[str, Scenario]) -> tuple[str, ...]:
     """In words, for each class that no plan serves within its promises everywhere: under which scenarios that is so."""
-    sides = _sides(planner, scenarios)
-    return tuple(_obstacle(sides, name) for name in planner.scenario.requests if not _usable(sides, name))
+    aligned = _aligned(planner, scenarios)
+    return tuple(_obstacle(aligned, name) for name in planner.scenario.requests if not _usable(aligned, name))
 
 
 def robust_variations(found: Found, scenarios: Mapping[str, Scenario]) -> tuple[Variation, ...]:
@@ -74,25 +81,19 @@ def robust_variations(found: Found, scenarios: Mapping[str, Scenario]) -> tuple[
     )
 
 
-def _sides(planner: Planner, scenarios: Mapping[str, Scenario]) -> list[_Side]:
-    problems = [problem for name, other in scenarios.items() for problem in _strangers(planner.scenario, name, other)]
+def _aligned(planner: Planner, scenarios: Mapping[str, Scenario]) -> list[_ScenarioPlans]:
+    problems, base = [], planner.scenario.requests
+    for name, other in scenarios.items():
+        place, remedy = f"scenarios.{name}", "Give a class that falls silent a low rate, or plan the scenarios apart."
+        rule = "a robust plan serves the same classes always"
+        problems += [Problem(place, f"no requests.{cls}", rule, remedy) for cls in base if cls not in other.requests]
+        rule = "is not in the base scenario"
+        problems += [Problem(place, f"requests.{cls}", rule, remedy) for cls in other.requests if cls not in base]
     if problems:
         raise InputError(problems)
     bounded = [_with_bounds(planner.scenario, other) for other in scenarios.values()]
     others = (planner.under(other, find_candidates(other, planner.profiles)) for other in bounded)
-    return [_side(name, mine) for name, mine in zip((BASE, *scenarios), (planner, *others), strict=True)]
-
-
-def _strangers(base: Scenario, name: str, other: Scenario) -> Iterator[Problem]:
-    """Request classes that only one of two scenarios has."""
-    place = f"scenarios.{name}"
-    remedy = "Give a class that falls silent a low rate, or plan the scenarios apart."
-    for request_class in base.requests:
-        if request_class not in other.requests:
-            yield Problem(place, f"no requests.{request_class}", "a robust plan serves the same classes always", remedy)
-    for request_class in other.requests:
-        if request_class not in base.requests:
-            yield Problem(place, f"requests.{request_class}", "is not in the base scenario", remedy)
+    return [_scenario_plans(name, mine) for name, mine in zip((BASE, *scenarios), (planner, *others), strict=True)]
 
 
 def _with_bounds(base: Scenario, other: Scenario) -> Scenario:
@@ -107,14 +108,14 @@ def _with_bounds(base: Scenario, other: Scenario) -> Scenario:
     return other.with_overrides(changes) if changes else other
 
 
-def _side(name: str, planner: Planner) -> _Side:
+def _scenario_plans(name: str, planner: Planner) -> _ScenarioPlans:
     found = planner.found.by_class
     plans = {cls: {_identity(option.plan): option for option in options} for cls, options in found.items()}
     within = {
         cls: {_identity(option.plan): option for option in planner.within_promises(options)}
         for cls, options in found.items()
     }
-    return _Side(name, planner, plans, within)
+    return _ScenarioPlans(name, planner, plans, within)
 
 
 def _identity(plan: Plan) -> Hashable:
@@ -123,45 +124,34 @@ def _identity(plan: Plan) -> Hashable:
     return stages, plan.text_encode_site, plan.vae_site, plan.vae, plan.batch_cap
 
 
-def _usable(sides: Sequence[_Side], request_class: str) -> list[Hashable]:
+def _usable(aligned: Sequence[_ScenarioPlans], request_class: str) -> list[Hashable]:
     """The plans of a class that are within its promises under every scenario, in the base's order."""
-    first, *others = (side.within[request_class] for side in sides)
+    first, *others = (one.within[request_class] for one in aligned)
     return [key for key in first if all(key in other for other in others)]
 
 
-def _kept(sides: Sequence[_Side], request_class: str) -> list[Hashable]:
+def _kept(aligned: Sequence[_ScenarioPlans], request_class: str) -> list[Hashable]:
     """The usable plans that no other beats under some scenario; without any, the least bad that exist everywhere."""
-    usable = _usable(sides, request_class)
+    usable = _usable(aligned, request_class)
     if not usable:
-        return _least_bad_everywhere(sides, request_class)
+        first, *others = (one.plans[request_class] for one in aligned)
+        common = [option for key, option in first.items() if all(key in other for other in others)]
+        return [_identity(option.plan) for option in least_infeasible(common)]
     unbeaten = {
         _identity(option.plan)
-        for side in sides
-        for option in prune([side.within[request_class][key] for key in usable])
+        for one in aligned
+        for option in prune([one.within[request_class][key] for key in usable])
     }
     return [key for key in usable if key in unbeaten]
 
 
-def _least_bad_everywhere(sides: Sequence[_Side], request_class: str) -> list[Hashable]:
-    first, *others = (side.plans[request_class] for side in sides)
-    common = [option for key, option in first.items() if all(key in other for other in others)]
-    return [_identity(option.plan) for option in least_infeasible(common)]
-
-
-def _obstacle(sides: Sequence[_Side], request_class: str) -> str:
-    alone = [side.name for side in sides if not side.within[request_class]]
+def _obstacle(aligned: Sequence[_ScenarioPlans], request_class: str) -> str:
+    alone = [one.name for one in aligned if not one.within[request_class]]
     if alone:
         return f"{request_class}: no plan keeps its promises under {' or '.join(alone)}, even on an idle fleet"
-    names = [side.name for side in sides]
+    names = [one.name for one in aligned]
     listed = f"{', '.join(names[:-1])} and {names[-1]}"
     return f"{request_class}: each scenario has plans that keep its promises, but none does under {listed} alike"
-
-
-TRAFFIC = (0.8, 0.9, 1.1, 1.2)
-"""Factors on the rate of every request class."""
-
-SLOWER = (1.1, 1.2)
-"""Factors on the seconds spent at one site."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +173,11 @@ def sensitivity(planner: Planner, deployment: Deployment) -> tuple[Variation, ..
     changes = list(_changes(planner, deployment))
     once = {"search.replications_max": planner.scenario.replications}
     scenarios = [planner.scenario.with_overrides({**once, **change.overrides}) for change in changes]
-    jobs = [_job(planner, scenario, deployment, c.slowdowns) for scenario, c in zip(scenarios, changes, strict=True)]
+    jobs = []
+    for scenario, change in zip(scenarios, changes, strict=True):
+        moved = follow_networks(deployment, scenario)
+        level = quickest_level(scenario, moved)
+        jobs.append(EvaluationJob(scenario, planner.profiles, moved, level, change.slowdowns))
     evaluations = planner.evaluate(jobs)
     return tuple(
         Variation(
@@ -191,11 +185,6 @@ def sensitivity(planner: Planner, deployment: Deployment) -> tuple[Variation, ..
         )
         for change, one, scenario in zip(changes, evaluations, scenarios, strict=True)
     )
-
-
-def _job(planner: Planner, scenario: Scenario, deployment: Deployment, slowdowns: Mapping[str, float]) -> EvaluationJob:
-    moved = follow_networks(deployment, scenario)
-    return EvaluationJob(scenario, planner.profiles, moved, quickest_level(scenario, moved), slowdowns)
 
 
 def _changes(planner: Planner, deployment: Deployment) -> Iterator[_Change]:
@@ -214,14 +203,13 @@ def _changes(planner: Planner, deployment: Deployment) -> Iterator[_Change]:
 
 def traffic(scenario: Scenario, factor: float) -> dict[str, float]:
     """The overrides under which every class asks `factor` times as often; a trace is played so much faster."""
-    return dict(_paced(name, spec.arrivals, factor) for name, spec in scenario.requests.items())
-
-
-def _paced(name: str, arrivals: ArrivalSpec, factor: float) -> tuple[str, float]:
-    place = f"requests.{name}.arrivals"
-    if arrivals.rate_per_s is None:
-        return f"{place}.time_scale", arrivals.time_scale / factor
-    return f"{place}.rate_per_s", arrivals.rate_per_s * factor
+    changes = {}
+    for name, arrivals in ((name, spec.arrivals) for name, spec in scenario.requests.items()):
+        if arrivals.rate_per_s is None:
+            changes[f"requests.{name}.arrivals.time_scale"] = arrivals.time_scale / factor
+        else:
+            changes[f"requests.{name}.arrivals.rate_per_s"] = arrivals.rate_per_s * factor
+    return changes
 
 
 def follow_networks(deployment: Deployment, scenario: Scenario) -> Deployment:

@@ -1,18 +1,16 @@
-"""What a trial teaches the formula: strain on the pools and edge fleets whose requests were late.
+"""The search for one plan: the MILP proposes, trials on the scenario's own requests dispose.
 
-The search for one plan: the MILP proposes, simulation disposes, until nothing better is left to try.
-
-A proposal is tried on the scenario's own requests, by the compiled recursion where it applies and by simulation where
-not. It goes up first: the calmest of the cheapest plans by formula is tried; if it is late, the formula is corrected
-(`strain`: the traffic on a pool under which the formula would have been late too) and asked again, until a plan holds
-(the *incumbent*). Then it goes down: corrections that were learnt from one plan are no proof against another, so the
-formula is taken as it was and believed only where it says no at `TRUST` of the traffic. Of the plans that it leaves and
-that are better than the incumbent, the most robust is tried, the one that is in time at the highest traffic; while much
+A proposal is evaluated by the compiled recursion where it applies and by simulation where not. The search goes up
+first: the calmest of the cheapest plans by formula is evaluated; if it is late, the formula is corrected (`strain`: the
+traffic on a pool under which the formula would have been late too) and solved again, until a plan holds (the
+*incumbent*). Then it goes down: corrections that were learnt from one plan are no proof against another, so the formula
+is taken without them and believed only where it says no at `TRUST` of the traffic. Of the plans that it leaves and that
+are better than the incumbent, the most robust is evaluated, the one that is in time at the highest traffic; while much
 may be saved, the most robust of those that would save half of it. A fleet on which its most robust plan is late, and
-where trying costs little another choice of plans too, is refuted, and smaller ones with it; plans far less robust than
-one that was late (`MISJUDGED`) are not tried. When nothing better is left, the incumbent is the answer and what was
-left out is the bound: the search's, no proof. Where going up finds nothing, the most robust plan of all is where going
-down begins.
+where trials are cheap another choice of plans too, gets a no-good cut that takes smaller fleets along; plans far less
+robust than one that was late (`MISJUDGED`) are not evaluated. When nothing better is left, the incumbent is the
+solution and what was cut off is the bound: the search's, no proof. Where going up finds nothing, the most robust plan
+of all is where going down begins.
 """
 
 from __future__ import annotations
@@ -36,68 +34,6 @@ STRAIN_STEP, STRAIN_MOST = 1.02, 4.0
 
 EDGE_STEP = 1.2
 """Growth of the strain of an edge fleet whose devices had queues when its requests were late."""
-
-
-def as_it_was(sizer: Sizer) -> Sizer:
-    """The formula without the strain that was learnt."""
-    return replace(sizer, rates=dict(sizer.rates), load_factors=dict(sizer.load_factors), strain={})
-
-
-def correct(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> bool:
-    """Raise the strain of pools and edge fleets whose classes were late, so that the formula is too; whether any was.
-
-    GPU-seconds held beyond those predicted (model loads, larger requests) go into the load factors first.
-    """
-    deployment, grew = evaluation.deployment, False
-    for index, pool in enumerate(sizer.scenario.pools):
-        late = [
-            name
-            for name in late_classes(sizer, mixes, evaluation)
-            if any(o.pool_index == index for _, o in mixes[name])
-        ]
-        if not late:
-            continue
-        ratio = evaluation.load_ratio.get(pool, 1.0)
-        if ratio > 1.05:
-            sizer.load_factors[pool] = max(sizer.load_factors.get(pool, 1.0), ratio)
-        got = {name: evaluation.classes[name]["slo_attainment"].value for name in late}
-        known = sizer.strain.get(pool, 1.0)
-        sizer.strain[pool] = _strain(sizer, pool, mixes, deployment.replicas, got, known)
-        grew = grew or sizer.strain[pool] > known
-    for index, site in enumerate(sizer.scenario.edge):
-        late = [
-            name
-            for name in late_classes(sizer, mixes, evaluation)
-            if any(o.fleet_index == index for _, o in mixes[name])
-        ]
-        if late and sizer.edge_wait(site, mixes).probability:
-            sizer.strain[site] = EDGE_STEP * sizer.strain.get(site, 1.0)
-            grew = True
-    return grew
-
-
-def late_classes(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> list[str]:
-    """Classes that missed their SLO among those let in: the only promise that more nodes can mend."""
-    got = {name: evaluation.classes[name]["slo_attainment"].value for name in mixes}
-    asked = {name: sizer.wanted(name) * sum(share for share, _ in mix) for name, mix in mixes.items()}
-    return [name for name, value in got.items() if not value >= asked[name] * (1.0 - 1e-9)]
-
-
-def _strain(
-    sizer: Sizer, pool: str, mixes: Mixes, replicas: Mapping[str, int], got: Mapping[str, float], known: float
-) -> float:
-    """The factor on a pool's traffic under which the formula gives the attainment that was met, or less."""
-    low, high = known * STRAIN_STEP, STRAIN_MOST
-    if low >= high:
-        return high
-    for _ in range(20):
-        middle = (low + high) / 2.0
-        sizer.strain[pool] = middle
-        attained = sizer.assess(mixes, {name: replicas.get(name, 0) for name in sizer.scenario.pools}).attainment
-        enough = any(attained[name] <= max(value, 0.0) + 1e-6 for name, value in got.items())
-        low, high = (low, middle) if enough else (middle, high)
-    return high
-
 
 ROUNDS = 24
 """Plans that one search tries at most."""
@@ -156,29 +92,32 @@ class Found:
 
     @property
     def feasible(self) -> bool:
+        """Whether every promise is kept under every condition."""
         return all(one.feasible for one in self.evaluations)
 
     @property
     def simulated(self) -> bool:
+        """Whether the evaluations are simulations, and not the recursion's."""
         return all(one.level == "simulate" for one in self.evaluations)
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """What the most robust plan was asked: to stay under an objective; and the traffic at which it is in time."""
+class _Target:
+    """What the most robust plan had to do: stay under an objective; and the traffic at which it is in time."""
 
     objective: float
     headroom: float
 
-    def beyond(self, other: _Asked) -> _Asked:
-        return _Asked(max(self.objective, other.objective), max(self.headroom, other.headroom))
+    def beyond(self, other: _Target) -> _Target:
+        """The harder of both in each respect."""
+        return _Target(max(self.objective, other.objective), max(self.headroom, other.headroom))
 
 
 @dataclass(slots=True)
 class PlanSearch:
     """One search over the plans of `conditions`; the first condition's scenario says what is minimised and its prices.
 
-    `tried` are the plans in order, with what they were tried for. Formulas are corrected in place: `sizer.strain`.
+    `evaluated` are the plans in order, with why they were proposed. Formulas are corrected in place (`sizer.strain`).
     """
 
     conditions: Sequence[Condition]
@@ -186,14 +125,14 @@ class PlanSearch:
     levels: Callable[[Scenario, Deployment], Level]
     name: str
     progress: Callable[[str], None] = lambda _: None
-    tried: list[EvaluatedPlan] = field(default_factory=list)
-    _refuted: list[Mapping[str, int]] = field(default_factory=list)
+    evaluated: list[EvaluatedPlan] = field(default_factory=list)
+    _no_good_cuts: list[Mapping[str, int]] = field(default_factory=list)
     _seen: set[object] = field(default_factory=set)
     _plain: Formulation | None = None
     _reach: float | None = None
     _second: tuple[dict[str, int], frozenset[Candidate]] | None = None
-    _asked: _Asked | None = None
-    _late: _Asked | None = None
+    _target: _Target | None = None
+    _late: _Target | None = None
 
     @property
     def scenario(self) -> Scenario:
@@ -216,36 +155,36 @@ class PlanSearch:
         incumbent: Found | None = None
         last: Found | None = None
         proved = False
-        while not proved and len(self.tried) < ROUNDS:
+        while not proved and len(self.evaluated) < ROUNDS:
             proposal = self._proposal(incumbent)
             if proposal is not None:
-                last = self._try(proposal)
+                last = self._evaluate_proposal(proposal)
             elif incumbent is not None and not incumbent.simulated:
-                last = incumbent = self._confirmed(incumbent)
+                last = incumbent = self._confirm(incumbent)
             else:
                 proved = incumbent is not None
                 break
             if last.feasible:
                 incumbent, proved = last, proposal is None
             else:
-                self._refute(last, incumbent)
+                # Going up, correct the formula; going down, or where there is nothing to correct, cut the fleet off.
+                if not self._learn(last) or incumbent is not None or self._plain is not None:
+                    self._give_up(last)
+                if self._target is not None:
+                    self._late = self._target if self._late is None else self._late.beyond(self._target)
                 incumbent = incumbent if incumbent and incumbent.feasible else None
             self._say(incumbent)
         if incumbent is not None and not incumbent.simulated:
-            incumbent = self._confirmed(incumbent)
-        return self._with_bound(incumbent) if incumbent is not None and proved else incumbent or last
-
-    def _refute(self, last: Found, incumbent: Found | None) -> None:
-        """Going up, correct the formula; going down, or where there is nothing to correct, rule the fleet out."""
-        if not self._learn(last) or incumbent is not None or self._plain is not None:
-            self._give_up(last)
-        if self._asked is not None:
-            self._late = self._asked if self._late is None else self._late.beyond(self._asked)
+            incumbent = self._confirm(incumbent)
+        exact = self.scenario.search.minimise != "latency_p95_s" and not (self._plain and self._plain.gave_up)
+        if incumbent is not None and proved and exact:
+            return replace(incumbent, bound=self.objective(incumbent.sizing) * (1.0 - self._better))
+        return incumbent or last
 
     def _give_up(self, last: Found) -> None:
         """Rule a fleet out; where trying costs little, once its late classes had a second choice of plans on it."""
         if self._second is not None or last.simulated:
-            self._refuted.append(dict(last.replicas))
+            self._no_good_cuts.append(dict(last.replicas))
             self._second = None
             return
         late = late_classes(self.sizer, last.mixes, last.evaluations[0])
@@ -255,37 +194,35 @@ class PlanSearch:
     def _second_choice(self, incumbent: Found | None) -> Solution | None:
         """The calmest plan on the fleet that was late, without the plans that were; None rules the fleet out."""
         fleet, used = self._second or ({}, frozenset())
-        asked: dict[str, Any] = {"minimise": "load", "replicas": fleet, "without": used, "headroom": TRUST}
+        constraints: dict[str, Any] = {"minimise": "load", "replicas": fleet, "without": used, "headroom": TRUST}
         if incumbent is not None:
-            asked |= self._limits(self.objective(incumbent.sizing), 1.0 - self._better)
-        answer = self._plain.solve(self.goal(**asked)) if self._plain and used else None
-        if answer is None or _key(answer) in self._seen:
-            self._refuted.append(fleet)
+            constraints |= self._limits(self.objective(incumbent.sizing), 1.0 - self._better)
+        solution = self._plain.solve(self.goal(**constraints)) if self._plain and used else None
+        if solution is None or _key(solution) in self._seen:
+            self._no_good_cuts.append(fleet)
             self._second = None
             return None
-        return answer
-
-    def _with_bound(self, incumbent: Found) -> Found:
-        if self.scenario.search.minimise == "latency_p95_s" or (self._plain and self._plain.gave_up):
-            return incumbent
-        return replace(incumbent, bound=self.objective(incumbent.sizing) * (1.0 - self._better))
+        return solution
 
     def _proposal(self, incumbent: Found | None) -> Solution | None:
         """The calmest of the best plans by formula; with an incumbent, the most robust of those better than it."""
         if self.scenario.search.minimise == "latency_p95_s":
             return None if incumbent else self._fastest()
-        if incumbent is None and self._plain is None and len(self.tried) < CLIMB:
+        if incumbent is None and self._plain is None and len(self.evaluated) < CLIMB:
             formulation = Formulation(self.conditions)
-            best = formulation.solve(self.goal(refuted=tuple(self._refuted)))
+            best = formulation.solve(self.goal(no_good_cuts=tuple(self._no_good_cuts)))
             if best is not None:
-                asked = {"refuted": tuple(self._refuted), **self._limits(best.objective, 1.0 + CALM * self._finer)}
-                best = formulation.solve(self.goal(**{**asked, "minimise": "load"})) or best
+                constraints = {
+                    "no_good_cuts": tuple(self._no_good_cuts),
+                    **self._limits(best.objective, 1.0 + CALM * self._finer),
+                }
+                best = formulation.solve(self.goal(**{**constraints, "minimise": "load"})) or best
             if best is not None and _key(best) not in self._seen:
                 return best
         if self._second is not None and (other := self._second_choice(incumbent)) is not None:
             return other
         while (robust := self._most_robust(incumbent)) is not None and _key(robust) in self._seen:
-            self._refuted.append(dict(robust.replicas))  # going up it was late
+            self._no_good_cuts.append(dict(robust.replicas))  # going up it was late
         return robust
 
     def _most_robust(self, incumbent: Found | None) -> Solution | None:
@@ -294,33 +231,37 @@ class PlanSearch:
         None where none is left at `TRUST` of the traffic.
         """
         if self._plain is None:
-            self._plain = Formulation([replace(each, sizer=as_it_was(each.sizer)) for each in self.conditions])
+            self._plain = Formulation([replace(each, sizer=each.sizer.replace(strain={})) for each in self.conditions])
         best = None if incumbent is None else self.objective(incumbent.sizing)
         if best is not None and best <= 0.0:
             return None
-        asked: dict[str, Any] = {"refuted": tuple(self._refuted)}
+        constraints: dict[str, Any] = {"no_good_cuts": tuple(self._no_good_cuts)}
         goal = 0.0
         if best is not None:
-            asked |= self._limits(best, 1.0 - self._better)
-            reach = self._plain.solve(self.goal(**asked, headroom=TRUST))
+            constraints |= self._limits(best, 1.0 - self._better)
+            reach = self._plain.solve(self.goal(**constraints, headroom=TRUST))
             self._reach = best if reach is None else min(best, reach.bound)
             if reach is None:
                 return None
             low = max(reach.objective, 0.0 if self._late is None else self._late.objective)
             goal = (best + low) / 2.0 if low < (1.0 - MUCH) * best else best * (1.0 - self._better)
-            asked |= self._limits(goal, 1.0)
-        return self._at_most_traffic(self._plain, asked, goal)
+            constraints |= self._limits(goal, 1.0)
+        return self._at_most_traffic(self._plain, constraints, goal)
 
-    def _at_most_traffic(self, formulation: Formulation, asked: Mapping[str, Any], goal: float) -> Solution | None:
+    def _at_most_traffic(
+        self, formulation: Formulation, constraints: Mapping[str, Any], goal: float
+    ) -> Solution | None:
         """The plan that is in time at the highest traffic; None where that is far under what another was late at."""
         low, high, found = -1, len(HEADROOMS), None
         while high - low > 1:
             middle = (low + high) // 2
-            answer = formulation.solve(self.goal(**{**asked, "minimise": "load", "headroom": HEADROOMS[middle]}))
-            low, high, found = (low, middle, found) if answer is None else (middle, high, answer)
+            solution = formulation.solve(
+                self.goal(**{**constraints, "minimise": "load", "headroom": HEADROOMS[middle]})
+            )
+            low, high, found = (low, middle, found) if solution is None else (middle, high, solution)
         if found is None or (self._late and HEADROOMS[low] < MISJUDGED * self._late.headroom):
             return None
-        self._asked = _Asked(goal, HEADROOMS[low])
+        self._target = _Target(goal, HEADROOMS[low])
         return found
 
     def _fastest(self) -> Solution | None:
@@ -332,17 +273,17 @@ class PlanSearch:
         while high - low > 1:
             middle = (low + high) // 2
             formulation = Formulation([replace(c, within_s=float(limits_s[middle])) for c in self.conditions])
-            answer = formulation.solve(self.goal(minimise="load"))
-            low, high, best = (middle, high, best) if answer is None else (low, middle, answer)
+            solution = formulation.solve(self.goal(minimise="load"))
+            low, high, best = (middle, high, best) if solution is None else (low, middle, solution)
         return best
 
-    def goal(self, **asked: Any) -> Goal:
-        """What the scenario minimises, under its budgets and with `asked` on top."""
+    def goal(self, **constraints: Any) -> Goal:
+        """What the scenario minimises, under its budgets and with more `constraints` on top."""
         minimise, least = self.scenario.search.minimise, self.sizer.rent_limit_usd_per_hour
         away = None if minimise == "turned_away_per_s" else 0.0
         minimise = "usd_per_hour" if minimise == "latency_p95_s" else minimise
         known = {"minimise": minimise, "usd_per_hour": least, "turned_away_per_s": away}
-        return Goal(**{**known, **asked})
+        return Goal(**{**known, **constraints})
 
     def _limits(self, objective: float, factor: float) -> dict[str, float]:
         """What keeps a goal on one side of a value of the objective."""
@@ -368,26 +309,26 @@ class PlanSearch:
             rates[name] * share * (1.0 - (o.quality or 0.0)) for name, mix in sizing.mixes.items() for share, o in mix
         )
 
-    def _try(self, answer: Solution) -> Found:
+    def _evaluate_proposal(self, solution: Solution) -> Found:
         """Try a plan under every condition, by the quickest means that tells."""
-        self._seen.add(_key(answer))
-        return self._tried(answer.mixes, answer.replicas, None)
+        self._seen.add(_key(solution))
+        return self._evaluate(solution.mixes, solution.replicas, None)
 
-    def simulated(self, answer: Solution) -> Found:
+    def simulate(self, solution: Solution) -> Found:
         """A plan, simulated whatever the formula thinks of it."""
-        return self._tried(answer.mixes, answer.replicas, "simulate")
+        return self._evaluate(solution.mixes, solution.replicas, "simulate")
 
-    def _confirmed(self, found: Found) -> Found:
+    def _confirm(self, found: Found) -> Found:
         """The same plan, simulated."""
-        return self._tried(found.mixes, found.replicas, "simulate")
+        return self._evaluate(found.mixes, found.replicas, "simulate")
 
-    def _tried(self, mixes: Mixes, replicas: Mapping[str, int], level: Level | None) -> Found:
+    def _evaluate(self, mixes: Mixes, replicas: Mapping[str, int], level: Level | None) -> Found:
         jobs = [self._job(condition, mixes, replicas, level) for condition in self.conditions]
         evaluations = tuple(self.evaluate(jobs))
         sizing = self.sizer.assess(mixes, replicas)
         at = next((k for k, one in enumerate(evaluations) if not one.feasible), 0)
         where = "" if len(evaluations) == 1 or evaluations[at].feasible else f" under {self.conditions[at].name}"
-        self.tried.append(
+        self.evaluated.append(
             EvaluatedPlan.from_evaluation(f"{self.name}{where}: {fleet_text(replicas)}", evaluations[at], mixes)
         )
         return Found(mixes, replicas, sizing, evaluations, None)
@@ -425,7 +366,7 @@ class PlanSearch:
 
     def _say(self, incumbent: Found | None) -> None:
         if incumbent is None:
-            self.progress(f"{self.name}: {len(self.tried)} tried, none holds yet")
+            self.progress(f"{self.name}: {len(self.evaluated)} tried, none holds yet")
             return
         best = self.objective(incumbent.sizing)
         bound = best if self._reach is None else self._reach
@@ -434,10 +375,66 @@ class PlanSearch:
         self.progress(f"{self.name}: bound {bound:.2f}, incumbent {best:.2f} {unit}, gap {gap:.1%}")
 
 
-def _key(answer: Solution) -> object:
+def correct(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> bool:
+    """Raise the strain of pools and edge fleets whose classes were late, so that the formula is too; whether any was.
+
+    GPU-seconds held beyond those predicted (model loads, larger requests) go into the load factors first.
+    """
+    deployment, grew = evaluation.deployment, False
+    for index, pool in enumerate(sizer.scenario.pools):
+        late = [
+            name
+            for name in late_classes(sizer, mixes, evaluation)
+            if any(o.pool_index == index for _, o in mixes[name])
+        ]
+        if not late:
+            continue
+        ratio = evaluation.load_ratio.get(pool, 1.0)
+        if ratio > 1.05:
+            sizer.load_factors[pool] = max(sizer.load_factors.get(pool, 1.0), ratio)
+        got = {name: evaluation.classes[name]["slo_attainment"].value for name in late}
+        known = sizer.strain.get(pool, 1.0)
+        sizer.strain[pool] = _strain(sizer, pool, mixes, deployment.replicas, got, known)
+        grew = grew or sizer.strain[pool] > known
+    for index, site in enumerate(sizer.scenario.edge):
+        late = [
+            name
+            for name in late_classes(sizer, mixes, evaluation)
+            if any(o.fleet_index == index for _, o in mixes[name])
+        ]
+        if late and sizer.edge_wait(site, mixes).probability:
+            sizer.strain[site] = EDGE_STEP * sizer.strain.get(site, 1.0)
+            grew = True
+    return grew
+
+
+def late_classes(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> list[str]:
+    """Classes that missed their SLO among those let in: the only promise that more nodes can mend."""
+    got = {name: evaluation.classes[name]["slo_attainment"].value for name in mixes}
+    wanted = {name: sizer.wanted(name) * sum(share for share, _ in mix) for name, mix in mixes.items()}
+    return [name for name, value in got.items() if not value >= wanted[name] * (1.0 - 1e-9)]
+
+
+def _strain(
+    sizer: Sizer, pool: str, mixes: Mixes, replicas: Mapping[str, int], got: Mapping[str, float], known: float
+) -> float:
+    """The factor on a pool's traffic under which the formula gives the attainment that was met, or less."""
+    low, high = known * STRAIN_STEP, STRAIN_MOST
+    if low >= high:
+        return high
+    for _ in range(20):
+        middle = (low + high) / 2.0
+        sizer.strain[pool] = middle
+        attained = sizer.assess(mixes, {name: replicas.get(name, 0) for name in sizer.scenario.pools}).attainment
+        enough = any(attained[name] <= max(value, 0.0) + 1e-6 for name, value in got.items())
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def _key(solution: Solution) -> object:
     """What tells two proposals apart."""
-    parts = [(id(option), round(share, 6)) for mix in answer.mixes.values() for share, option in mix]
-    return tuple(answer.replicas.items()), tuple(parts)
+    parts = [(id(option), round(share, 6)) for mix in solution.mixes.values() for share, option in mix]
+    return tuple(solution.replicas.items()), tuple(parts)
 
 
 def to_deployment(mixes: Mixes, replicas: Mapping[str, int]) -> Deployment:

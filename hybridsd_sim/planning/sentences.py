@@ -40,12 +40,9 @@ ROUNDING = 1e-6
 LEAST_SHARE = 0.001
 """Shares of requests below this are not worth a word."""
 
-NORMAL_95 = 1.959964
-"""Two-sided 95% point of the normal distribution."""
-
 
 def capitalise(text: str) -> str:
-    """A sentence's beginning."""
+    """The text with its first letter in capitals and the rest as it is, unlike `str.capitalize`."""
     return text[:1].upper() + text[1:]
 
 
@@ -58,18 +55,12 @@ def turned_away_share(mix: Mix) -> float:
 # ---- Savings --------------------------------------------------------------------------------------------------------
 
 
-def _score(plan: CapacityPlan) -> float | None:
-    """Mean CLIP score of the chosen plan as it was simulated; None if nobody knows it."""
-    score = float(plan.chosen_result.summary.xs(ALL, level="request_class").iloc[0]["quality_mean"])
-    return None if math.isnan(score) else score
-
-
 def describe_savings(plan: CapacityPlan) -> Iterator[str]:
     """A sentence for each plan of another kind: dollars and quality, or why it does not hold."""
-    yield from (_saving_in_words(saving, plan) for saving in plan.savings)
+    yield from (_describe_saving(saving, plan) for saving in plan.savings)
 
 
-def _saving_in_words(saving: Saving, plan: CapacityPlan) -> str:
+def _describe_saving(saving: Saving, plan: CapacityPlan) -> str:
     if not saving.holds:
         return f"{capitalise(saving.other)} does not hold: {saving.reason.rstrip('.')}."
     own = plan.usd_per_hour
@@ -99,7 +90,8 @@ def _unserved(saving: Saving) -> str:
 
 
 def _loss(saving: Saving, plan: CapacityPlan) -> str:
-    own, change = _score(plan), saving.quality
+    quality = float(plan.chosen_result.summary.xs(ALL, level="request_class").iloc[0]["quality_mean"])
+    own, change = None if math.isnan(quality) else quality, saving.quality
     if change is None:
         return "; the change in CLIP score is not known"
     if abs(change) < 5e-5:
@@ -187,13 +179,11 @@ def describe_relaxation(relaxation: Relaxation) -> str:
 
 
 def probability_interval(share: float, draws: int) -> tuple[float, float]:
-    """The 95% interval of a share of independent draws (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
+    """The 95% interval of a share of independent draws (Wilson, J. Am. Stat. Assoc. 22, 1927); 0 to 1 without draws."""
     if draws <= 0:
         return 0.0, 1.0
-    square = NORMAL_95**2 / draws
-    middle = (share + square / 2) / (1 + square)
-    half = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    interval = binomtest(round(share * draws), draws).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def describe_confidence(confidence: Confidence) -> str:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hybridsd_sim.planning.alternatives import margins
 from hybridsd_sim.planning.capacity_plan import EvaluatedPlan
 from hybridsd_sim.planning.milp import GAP
-from hybridsd_sim.planning.planner import first_that, fit_headroom, solve, strict_condition, vary
+from hybridsd_sim.planning.planner import fit_headroom, solve, strict_condition, vary
 from planners import SHORT, planner_of
 
 ROUNDING = 1.0 + 3.0 * GAP
@@ -66,12 +66,6 @@ def test_changed_promises_need_no_new_prices(planner, quickstart, profiles):
     held = [[(o.plan, o.meets_floor) for o in each.found.by_class["picture"]] for each in (known, fresh)]
     assert held[0] == held[1]
     assert {kept for _, kept in held[0]} == {True, False}
-
-
-@given(st.lists(st.booleans(), max_size=40).map(sorted))
-def test_the_first_that_holds_is_found_by_halving(values):
-    """Over a row that changes once from no to yes, the place of the change comes out, or the end."""
-    assert first_that(lambda index: values[index], len(values)) == values.count(False)
 
 
 def test_margins_start_from_one_cost_and_move_the_right_way(planner, chosen):

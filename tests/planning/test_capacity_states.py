@@ -32,7 +32,7 @@ def states_of(sizer: Sizer, options: list[Candidate]) -> States:
     """The states of the pool for these options alone."""
     spec = next(iter(sizer.scenario.pools.values()))
     works = [service_demand(option, spec, sizer, None, 1.0 - sizer.wanted(option.request_class)) for option in options]
-    return pool_states(spec, works, demand=2.0)
+    return pool_states(spec, works, load_most=2.0)
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ def test_a_confident_plan_is_as_sure_as_asked_and_holds_at_the_medians(searched:
         assert one.confidence.probability >= asked == one.confidence.asked
         assert one.found.feasible
         assert one.found.simulated
-        assert one.tried
+        assert one.evaluated
 
 
 def test_more_confidence_never_costs_less(mine: Planner, searched: Mapping[float, Confident]) -> None:

@@ -409,12 +409,12 @@ def test_a_folder_keeps_what_was_used_last(store):
     for number in range(6):
         store.put(f"{number}0-1", number)
         os.utime(store.folder / f"{number}0" / f"{number}0-1.json", (number, number))
-    (store.folder / "00" / "left.part").write_text("half")
-    os.utime(store.folder / "00" / "left.part", (0, 0))
+    (store.folder / "00" / "left.tmp").write_text("half")
+    os.utime(store.folder / "00" / "left.tmp", (0, 0))
     assert store.get("00-1") == 0
     assert store.tidy(most=3) == len(store) == 3
     assert [store.get(f"{number}0-1") for number in range(6)] == [0, None, None, None, 4, 5]
-    assert not list(store.folder.rglob("*.part"))
+    assert not list(store.folder.rglob("*.tmp"))
 
 
 def test_the_default_folder_is_where_caches_go(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybridsd_sim.planning.infeasibility import _constraints, _exists, conflict
+from hybridsd_sim.planning.infeasibility import _constraints, _exists, irreducible_infeasible_set
 from hybridsd_sim.planning.planner import solve
 from planners import SHORT, planner_of
 
@@ -25,7 +25,7 @@ TIGHT = {
 def case(request, quickstart, profiles):
     """A planner of a scenario without any plan, its constraints by name, and the conflict found."""
     planner = planner_of(quickstart, profiles, **SHORT, **TIGHT[request.param])
-    return planner, {one.name: one for one in _constraints(planner)}, conflict(planner)
+    return planner, {one.name: one for one in _constraints(planner)}, irreducible_infeasible_set(planner)
 
 
 def kept(constraints, names):
@@ -77,27 +77,27 @@ def test_a_member_without_a_remedy_does_not_help_however_far_it_goes(case):
 def test_some_member_of_a_single_conflict_has_a_remedy(quickstart, profiles):
     """A budget that is too small is told with the rent of the cheapest plan."""
     planner = planner_of(quickstart, profiles, **SHORT, **TIGHT["budget"])
-    needed = {relaxation.constraint: relaxation.needed for relaxation in conflict(planner)}["budget"]
+    needed = {relaxation.constraint: relaxation.needed for relaxation in irreducible_infeasible_set(planner)}["budget"]
     free = solve(planner_of(quickstart, profiles, **SHORT))
     rent = sum(count * planner.sizer.unit_rent[name] for name, count in free.replicas.items())
     assert needed == pytest.approx(rent, rel=0.01)
 
 
-def test_a_scenario_that_can_be_met_has_no_conflict(quickstart, profiles):
+def test_a_scenario_that_can_be_met_has_no_irreducible_infeasible_set(quickstart, profiles):
     """Where the formula has a plan there is nothing to relax."""
-    assert conflict(planner_of(quickstart, profiles, **SHORT)) == ()
+    assert irreducible_infeasible_set(planner_of(quickstart, profiles, **SHORT)) == ()
 
 
 def test_a_class_that_nothing_can_serve_has_no_conflict_of_limits(quickstart, profiles):
     """Where no plan is legal at all, no limit is to blame."""
     nobody = planner_of(quickstart, profiles, **SHORT)
     nobody.found.by_class["picture"] = ()
-    assert conflict(nobody) == ()
+    assert irreducible_infeasible_set(nobody) == ()
 
 
 def test_a_strained_formula_explains_what_simulation_refused(quickstart, profiles):
     """A plan that the formula believes in and simulation does not is a conflict once the strain is learnt."""
     planner = planner_of(quickstart, profiles, **SHORT, **{"pools.a100.replicas_max": 3})
-    assert conflict(planner) == ()
+    assert irreducible_infeasible_set(planner) == ()
     planner.sizer.strain["a100"] = 2.0
-    assert "nodes of pool a100" in {relaxation.constraint for relaxation in conflict(planner)}
+    assert "nodes of pool a100" in {relaxation.constraint for relaxation in irreducible_infeasible_set(planner)}

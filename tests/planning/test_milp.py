@@ -106,9 +106,9 @@ def test_more_headroom_never_costs_less(photo: Condition) -> None:
     assert all(a <= b * 1.0005 for a, b in pairwise(dollars))
 
 
-def test_a_refuted_fleet_and_smaller_ones_are_not_proposed_again(photo: Condition, solved: Solution) -> None:
-    """Some pool has more nodes than the refuted fleet."""
-    again = Formulation([photo]).solve(Goal(refuted=(solved.replicas,)))
+def test_a_fleet_cut_off_and_smaller_ones_are_not_proposed_again(photo: Condition, solved: Solution) -> None:
+    """Some pool has more nodes than the fleet cut off."""
+    again = Formulation([photo]).solve(Goal(no_good_cuts=(solved.replicas,)))
 
     assert again is not None
     assert any(again.replicas[name] > nodes for name, nodes in solved.replicas.items())

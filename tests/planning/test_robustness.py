@@ -102,7 +102,7 @@ def test_every_scenarios_own_budget_is_kept_at_its_own_prices(two_pools: Scenari
 
     assert rent(found) > 0.0
     assert found.replicas["h100"] == 0
-    assert all(one.feasible for one in search.tried)
+    assert all(one.feasible for one in search.evaluated)
 
 
 def test_nodes_are_bounded_by_the_base(base: Scenario, profiles: Profiles) -> None:
@@ -129,13 +129,13 @@ def test_plans_are_the_same_plan_under_every_condition(base: Scenario, profiles:
     assert {_identity(o.plan) for options in unbeaten for o in options} == {_identity(o.plan) for o in here}
 
 
-def test_a_fleet_refuted_at_the_peak_is_outgrown_though_the_base_needs_less(base: Scenario, profiles: Profiles) -> None:
-    """A quiet base has no state with more nodes than the refuted fleet; the peak's states count as well."""
+def test_a_fleet_cut_off_at_the_peak_is_outgrown_though_the_base_needs_less(base: Scenario, profiles: Profiles) -> None:
+    """A quiet base has no state with more nodes than the fleet cut off; the peak's states count as well."""
     quiet = base.with_overrides({RATE: 0.5})
     formulation = Formulation(robust_conditions(planner(quiet, profiles), {"peak": base.with_overrides({RATE: 16.0})}))
     needed = formulation.solve(Goal())
     assert needed is not None
-    outgrown = formulation.solve(Goal(refuted=(needed.replicas,)))
+    outgrown = formulation.solve(Goal(no_good_cuts=(needed.replicas,)))
 
     assert outgrown is not None
     assert outgrown.replicas["a100"] > needed.replicas["a100"]
