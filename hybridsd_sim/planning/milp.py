@@ -272,7 +272,12 @@ class Formulation:
         busy = np.array([rates[self._columns[c][0]] * demand.node_s for c, demand in block.demands[index]])
         strain = block.condition.sizer.strain.get(self.pools[index], 1.0)
         rows.load([*columns, *z], busy * strain, -states.load)
-        self._add_stability(block, index, z)
+        # No fleet does more than its time, whatever headroom is asked: the load at the mean rates is at most 1.
+        scenario, demands = block.condition.sizer.scenario, block.demands[index]
+        mean = {name: mean_rate_per_s(spec.arrivals) for name, spec in scenario.requests.items()}
+        busy_mean = [mean[self._columns[column][0]] * demand.node_s for column, demand in demands]
+        there = states.nodes * scenario.pools[self.pools[index]].availability
+        rows.at_most([*columns, *z], [*busy_mean, *(-there)], 0.0)
         for residual in np.unique(states.residual_s)[:-1]:  # the longest residual bounds nothing
             self._add_kind(block, index, float(residual), columns, rates)
 
@@ -284,15 +289,6 @@ class Formulation:
             for pattern in np.unique(serves[mine], axis=0):
                 within = [columns[k] for k in mine[~(serves[mine] & ~pattern).any(axis=1)]]
                 self._rows.at_most([*within, *z[pattern]], [1.0] * len(within) + [-1.0] * pattern.sum(), 0.0)
-
-    def _add_stability(self, block: _Block, index: int, z: np.ndarray) -> None:
-        """No fleet does more than its time, whatever headroom is asked: the load at the mean rates is at most 1."""
-        sizer, states = block.condition.sizer, block.states[index]
-        mean = {name: mean_rate_per_s(spec.arrivals) for name, spec in sizer.scenario.requests.items()}
-        columns = [column for column, _ in block.demands[index]]
-        busy = [mean[self._columns[column][0]] * demand.node_s for column, demand in block.demands[index]]
-        there = states.nodes * sizer.scenario.pools[self.pools[index]].availability
-        self._rows.at_most([*columns, *z], [*busy, *(-there)], 0.0)
 
     def _add_kind(
         self, block: _Block, index: int, residual_s: float, columns: Sequence[int], rates: Mapping[str, float]
@@ -321,7 +317,11 @@ class Formulation:
         if found.x is None:
             self.gave_up |= found.status == OUT_OF_TIME
             return None
-        return self._solution(found)
+        mixes = {name: self._mix(name, found.x) for name in self.classes}
+        nodes = found.x[self._nodes : self._nodes + len(self.pools)]
+        replicas = {name: round(float(count)) for name, count in zip(self.pools, nodes, strict=True)}
+        bound = found.fun if found.mip_dual_bound is None else found.mip_dual_bound
+        return Solution(mixes, replicas, float(found.fun), float(bound))
 
     def _bounds(self, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         low, high = np.zeros(self.size), np.ones(self.size)
@@ -405,15 +405,6 @@ class Formulation:
             for k in np.flatnonzero(block.states[index].nodes > fleet[name])
         ]
         yield [int(c) for c in columns], [1.0] * len(columns), 1.0
-
-    def _solution(self, found: object) -> Solution:
-        x: np.ndarray = found.x  # type: ignore[attr-defined]
-        mixes = {name: self._mix(name, x) for name in self.classes}
-        nodes = x[self._nodes : self._nodes + len(self.pools)]
-        replicas = {name: round(float(count)) for name, count in zip(self.pools, nodes, strict=True)}
-        bound = found.mip_dual_bound  # type: ignore[attr-defined]
-        objective = float(found.fun)  # type: ignore[attr-defined]
-        return Solution(mixes, replicas, objective, objective if bound is None else float(bound))
 
     def _mix(self, name: str, x: np.ndarray) -> tuple[tuple[float, Candidate], ...]:
         """The parts of a class, the largest first; crumbs are given to the others."""

@@ -158,7 +158,8 @@ class PlanSearch:
         while not proved and len(self.evaluated) < ROUNDS:
             proposal = self._proposal(incumbent)
             if proposal is not None:
-                last = self._evaluate_proposal(proposal)
+                self._seen.add(_key(proposal))
+                last = self._evaluate(proposal.mixes, proposal.replicas, None)
             elif incumbent is not None and not incumbent.simulated:
                 last = incumbent = self._confirm(incumbent)
             else:
@@ -308,11 +309,6 @@ class PlanSearch:
         return sum(
             rates[name] * share * (1.0 - (o.quality or 0.0)) for name, mix in sizing.mixes.items() for share, o in mix
         )
-
-    def _evaluate_proposal(self, solution: Solution) -> Found:
-        """Try a plan under every condition, by the quickest means that tells."""
-        self._seen.add(_key(solution))
-        return self._evaluate(solution.mixes, solution.replicas, None)
 
     def simulate(self, solution: Solution) -> Found:
         """A plan, simulated whatever the formula thinks of it."""

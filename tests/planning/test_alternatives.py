@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridsd_sim.planning.alternatives import margins
-from hybridsd_sim.planning.capacity_plan import EvaluatedPlan
 from hybridsd_sim.planning.milp import GAP
 from hybridsd_sim.planning.planner import fit_headroom, solve, strict_condition, vary
-from planners import SHORT, planner_of
+from planners import SHORT, chosen_by, planner_of
 
 ROUNDING = 1.0 + 3.0 * GAP
 """Two answers of the solver are each within its gap."""
@@ -25,8 +24,7 @@ def planner(quickstart, profiles):
 @pytest.fixture(scope="module")
 def chosen(planner):
     """The plan that the search finds."""
-    found = planner.search("chosen").run()
-    return EvaluatedPlan.from_evaluation("chosen", found.evaluations[0], found.mixes)
+    return chosen_by(planner)
 
 
 def cost_of(planner, changes, traffic=1.0):
@@ -90,10 +88,7 @@ def test_a_dollar_buys_no_slower_and_no_poorer_pictures(planner, chosen):
 def test_a_dollar_that_buys_a_node_buys_something(quickstart, profiles):
     """Where a node costs less than a dollar an hour, the dollar shortens the latency and betters the pictures."""
     cheap = planner_of(quickstart, profiles, **SHORT, **{"pools.a100.usd_per_gpu_hour": 0.5})
-    found = cheap.search("chosen").run()
-    bought = {
-        m.figure: m for m in margins(cheap, EvaluatedPlan.from_evaluation("chosen", found.evaluations[0], found.mixes))
-    }
+    bought = {margin.figure: margin for margin in margins(cheap, chosen_by(cheap))}
     assert bought["latency_p95_s"].after < bought["latency_p95_s"].before
     assert bought["quality"].after > bought["quality"].before
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridsd_sim import Profiles, Scenario, load_scenario
+from hybridsd_sim import Profiles, load_scenario
 from hybridsd_sim.planning.analytic import Mixes, Sizer
 from hybridsd_sim.planning.confidence import (
     Confident,
@@ -21,25 +21,18 @@ from hybridsd_sim.planning.confidence import (
     keeps_limits,
     spreads,
 )
-from hybridsd_sim.planning.evaluation import evaluate
 from hybridsd_sim.planning.planner import Planner
-from hybridsd_sim.pricing import Candidate, CandidateSet, find_candidates
+from hybridsd_sim.pricing import Candidate, CandidateSet
+from planners import SMALL, planner_of
 
-SMALL = {"horizon_s": 240, "warmup_s": 30, "replications": 2, "search.replications_max": 2}
 DRAWS = 60
 WIDTHS = st.floats(0.0, 1.5)
-
-
-def planner(scenario: Scenario, profiles: Profiles) -> Planner:
-    """What the question starts from."""
-    found = find_candidates(scenario, profiles)
-    return Planner(scenario, profiles, found, Sizer(scenario, profiles), lambda jobs: [evaluate(job) for job in jobs])
 
 
 def small(profiles: Profiles, **overrides: object) -> Planner:
     """Phones and one pool, for four minutes; double underscores are dots."""
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
-    return planner(load_scenario("quickstart", overrides={**SMALL, **changes}), profiles)
+    return planner_of(load_scenario("quickstart", overrides={**SMALL, **changes}), profiles)
 
 
 def pure(mine: Planner, text: str = "[0,10)") -> Mixes:

@@ -12,7 +12,7 @@ from hybridsd_sim.planning.alternatives import MOST, NEAR_OPTIMAL, alternatives,
 from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, dominates
 from hybridsd_sim.planning.evaluation import EvaluationJob, evaluate
 from hybridsd_sim.planning.frontier import frontier
-from planners import SHORT, hypervolume, planner_of
+from planners import SHORT, chosen_by, hypervolume, planner_of
 
 OTHER_POOL = {"gpu": "l40s", "gpus_per_node": 1, "runtime": "tensorrt", "replicas_max": 16}
 DISCOUNT = {"gpu": "a100-sxm-80gb", "gpus_per_node": 1, "runtime": "compiled", "replicas_max": 16, "purchase": "spot"}
@@ -21,12 +21,6 @@ CASES = {
     "under a budget": {"budget.usd_per_hour": 18.0},
     "two pools": {"pools.l40s": OTHER_POOL},
 }
-
-
-def chosen_by(planner):
-    """The plan that the search finds, as the recursion sees it."""
-    found = planner.search("chosen").run()
-    return EvaluatedPlan.from_evaluation("chosen", found.evaluations[0], found.mixes)
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,12 @@ from typing import Any
 import pytest
 
 from hybridsd_sim import InputError, Profiles, Scenario, load_scenario
-from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.evaluation import evaluate
 from hybridsd_sim.planning.milp import Formulation, Goal
-from hybridsd_sim.planning.planner import Planner, prune, quickest_level
+from hybridsd_sim.planning.planner import prune, quickest_level
 from hybridsd_sim.planning.robustness import _identity, robust_conditions, robust_obstacles, robust_variations
 from hybridsd_sim.planning.search import Found, PlanSearch
-from hybridsd_sim.pricing import find_candidates
+from planners import SMALL, planner_of
 
-SMALL = {"horizon_s": 240, "warmup_s": 30, "replications": 2, "search.replications_max": 2}
 RATE = "requests.picture.arrivals.rate_per_s"
 H100 = {"gpu": "h100-sxm", "runtime": "compiled", "replicas_max": 16}
 
@@ -33,15 +30,9 @@ def two_pools(base: Scenario) -> Scenario:
     return base.with_overrides({"pools.h100": {**H100, "usd_per_gpu_hour": 1.0}})
 
 
-def planner(scenario: Scenario, profiles: Profiles) -> Planner:
-    """Everything that a search starts from."""
-    found = find_candidates(scenario, profiles)
-    return Planner(scenario, profiles, found, Sizer(scenario, profiles), lambda jobs: [evaluate(job) for job in jobs])
-
-
 def robust(scenario: Scenario, profiles: Profiles, others: Mapping[str, Scenario]) -> Found | None:
     """The plan that holds under a scenario and others."""
-    mine = planner(scenario, profiles)
+    mine = planner_of(scenario, profiles)
     return PlanSearch(robust_conditions(mine, others), mine.evaluate, quickest_level, "robust").run()
 
 
@@ -54,7 +45,7 @@ def rent(found: Found | None) -> float:
 
 def test_a_robust_plan_for_the_base_alone_is_the_bases_plan(base: Scenario, profiles: Profiles) -> None:
     """Without other scenarios the search is the plain one, to the last figure."""
-    alone, plain = robust(base, profiles, {}), planner(base, profiles).search("plan").run()
+    alone, plain = robust(base, profiles, {}), planner_of(base, profiles).search("plan").run()
 
     assert alone is not None
     assert plain is not None
@@ -72,7 +63,7 @@ def test_a_robust_plan_holds_under_each_scenario_and_costs_no_less_than_its_plan
     assert found is not None
     assert [one.feasible for one in found.evaluations] == [True] * 3
     assert {one.level for one in found.evaluations} == {"simulate"}
-    singles = [rent(planner(one, profiles).search("plan").run()) for one in (base, *others.values())]
+    singles = [rent(planner_of(one, profiles).search("plan").run()) for one in (base, *others.values())]
     assert rent(found) >= max(singles) - 1e-9
 
     shown = robust_variations(found, others)
@@ -94,7 +85,7 @@ def test_a_pool_that_one_scenario_lacks_serves_nobody(two_pools: Scenario, profi
 def test_every_scenarios_own_budget_is_kept_at_its_own_prices(two_pools: Scenario, profiles: Profiles) -> None:
     """Where the cheap pool turns dear under a budget, the plan moves to the other one at once."""
     dear = {"pools.h100.usd_per_gpu_hour": 40.0, "budget.usd_per_hour": 35.0}
-    mine = planner(two_pools, profiles)
+    mine = planner_of(two_pools, profiles)
     search = PlanSearch(
         robust_conditions(mine, {"dear": two_pools.with_overrides(dear)}), mine.evaluate, quickest_level, "robust"
     )
@@ -108,7 +99,7 @@ def test_every_scenarios_own_budget_is_kept_at_its_own_prices(two_pools: Scenari
 def test_nodes_are_bounded_by_the_base(base: Scenario, profiles: Profiles) -> None:
     """Another scenario's own limit on nodes is no limit of the plan, nor is its minimum."""
     others = {"other": base.with_overrides({"pools.a100.replicas_max": 1, "pools.a100.replicas": 1})}
-    conditions = robust_conditions(planner(base, profiles), others)
+    conditions = robust_conditions(planner_of(base, profiles), others)
 
     assert [c.sizer.scenario.pools["a100"].replicas_max for c in conditions] == [16, 16]
     assert rent(robust(base, profiles, others)) == pytest.approx(rent(robust(base, profiles, {})))
@@ -117,7 +108,7 @@ def test_nodes_are_bounded_by_the_base(base: Scenario, profiles: Profiles) -> No
 def test_plans_are_the_same_plan_under_every_condition(base: Scenario, profiles: Profiles) -> None:
     """Column j names one plan everywhere, on each scenario's own network, and none that is worth having is missing."""
     train = base.with_overrides({"edge.phones.network": "lte", "pools.a100.gpu": "h100-sxm"})
-    mine, theirs = planner(base, profiles), planner(train, profiles)
+    mine, theirs = planner_of(base, profiles), planner_of(train, profiles)
     here, there = (condition.plans["picture"] for condition in robust_conditions(mine, {"train": train}))
 
     assert [_identity(option.plan) for option in here] == [_identity(option.plan) for option in there]
@@ -132,7 +123,9 @@ def test_plans_are_the_same_plan_under_every_condition(base: Scenario, profiles:
 def test_a_fleet_cut_off_at_the_peak_is_outgrown_though_the_base_needs_less(base: Scenario, profiles: Profiles) -> None:
     """A quiet base has no state with more nodes than the fleet cut off; the peak's states count as well."""
     quiet = base.with_overrides({RATE: 0.5})
-    formulation = Formulation(robust_conditions(planner(quiet, profiles), {"peak": base.with_overrides({RATE: 16.0})}))
+    formulation = Formulation(
+        robust_conditions(planner_of(quiet, profiles), {"peak": base.with_overrides({RATE: 16.0})})
+    )
     needed = formulation.solve(Goal())
     assert needed is not None
     outgrown = formulation.solve(Goal(no_good_cuts=(needed.replicas,)))
@@ -147,7 +140,7 @@ def test_other_request_classes_are_refused(base: Scenario, profiles: Profiles) -
     renamed = base.with_overrides({"requests.drawing": data["requests"]["picture"], "requests.picture": None})
 
     with pytest.raises(InputError) as caught:
-        robust_conditions(planner(base, profiles), {"art": renamed})
+        robust_conditions(planner_of(base, profiles), {"art": renamed})
     assert {problem.place for problem in caught.value.problems} == {"scenarios.art"}
     assert {problem.value for problem in caught.value.problems} == {"no requests.picture", "requests.drawing"}
     assert all(problem.rule and problem.remedy for problem in caught.value.problems)
@@ -156,7 +149,7 @@ def test_other_request_classes_are_refused(base: Scenario, profiles: Profiles) -
 def test_where_no_plan_holds_the_scenario_is_named(base: Scenario, profiles: Profiles) -> None:
     """An SLO of a tenth of a second under one scenario makes the whole problem infeasible, by that scenario."""
     others = {"busy": base.with_overrides({RATE: 16.0}), "rush": base.with_overrides({"requests.picture.slo_s": 0.1})}
-    mine = planner(base, profiles)
+    mine = planner_of(base, profiles)
     conditions = robust_conditions(mine, others)
 
     assert [condition.forgiven for condition in conditions] == [{"picture"}] * 3
@@ -172,5 +165,5 @@ def test_plans_that_hold_under_either_but_not_both_are_an_obstacle(base: Scenari
     offline = base.with_overrides({**no_limits, "pools.a100": None})
     strict = base.with_overrides({"requests.picture.quality_floor": 0.298})
 
-    (said,) = robust_obstacles(planner(strict, profiles), {"offline": offline})
+    (said,) = robust_obstacles(planner_of(strict, profiles), {"offline": offline})
     assert said == "picture: each scenario has plans that keep its promises, but none does under base and offline alike"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import assume, given, settings
@@ -13,12 +11,10 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles, Scenario, load_scenario
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob, Evaluator, evaluate
-from hybridsd_sim.planning.planner import Planner
-from hybridsd_sim.planning.search import BETTER, ROUNDS, Found, PlanSearch
-from hybridsd_sim.pricing import find_candidates
+from hybridsd_sim.planning.evaluation import EvaluationJob, Evaluator, evaluate
+from hybridsd_sim.planning.search import BETTER, ROUNDS, Evaluate, Found, PlanSearch
 from hybridsd_sim.scenario import ALL
+from planners import Trials, planner_of
 from random_scenarios import random_scenario
 
 SEEDS = st.integers(0, 400)
@@ -28,22 +24,9 @@ NODE_USD_PER_HOUR = 3.4309
 """What one of its nodes rents for."""
 
 
-@dataclass(slots=True)
-class Remembered:
-    """Evaluates jobs and keeps them."""
-
-    jobs: list[EvaluationJob] = field(default_factory=list)
-
-    def __call__(self, jobs: Sequence[EvaluationJob]) -> list[Evaluation]:
-        self.jobs += jobs
-        return [evaluate(job) for job in jobs]
-
-
-def search_of(scenario: Scenario, profiles: Profiles, evaluate_all: object = None) -> PlanSearch:
+def search_of(scenario: Scenario, profiles: Profiles, trials: Evaluate | None = None) -> PlanSearch:
     """A search over all plans of a scenario."""
-    found = find_candidates(scenario, profiles)
-    planner = Planner(scenario, profiles, found, Sizer(scenario, profiles), evaluate_all or Remembered())  # type: ignore[arg-type]
-    return planner.search("plan")
+    return planner_of(scenario, profiles, trials).search("plan")
 
 
 def found_of(search: PlanSearch) -> Found | None:
@@ -92,10 +75,10 @@ def test_what_is_called_feasible_keeps_budget_and_promises(profiles: Profiles, s
 @given(SEEDS)
 def test_a_search_ends_and_repeats_nothing(profiles: Profiles, seed: int) -> None:
     """At most `ROUNDS` plans and their confirmation; none is tried twice at a level; the bound lies below."""
-    remembered = Remembered()
-    found = found_of(search_of(random_scenario(seed), profiles, remembered))
+    trials = Trials()
+    found = found_of(search_of(random_scenario(seed), profiles, trials))
 
-    tried = [(job.level, str(job.deployment.to_dict())) for job in remembered.jobs]
+    tried = [(job.level, str(job.deployment.to_dict())) for job in trials.jobs]
     assert len(tried) <= ROUNDS + 1
     assert len(set(tried)) == len(tried)
     if found is not None and found.bound is not None:
@@ -133,13 +116,13 @@ def test_a_looser_slo_never_costs_more(profiles: Profiles, seed: int, factor: fl
 
 def test_a_free_plan_is_tried_and_confirmed_alone(profiles: Profiles) -> None:
     """Where the edge can do everything, nothing could be cheaper."""
-    remembered = Remembered()
+    trials = Trials()
     easy = {"requests.picture.quality_floor": None, "requests.picture.edge_energy_j": None}
     scenario = load_scenario("quickstart", overrides={**SHORT, **easy})
 
-    found = found_of(search_of(scenario, profiles, remembered))
+    found = found_of(search_of(scenario, profiles, trials))
     assert usd_per_hour(found) == pytest.approx(0.0, abs=0.2)
-    assert [job.level for job in remembered.jobs] == ["screen", "simulate"]
+    assert [job.level for job in trials.jobs] == ["screen", "simulate"]
 
 
 def test_dollars_buy_latency(profiles: Profiles) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,30 +9,11 @@ from hypothesis import strategies as st
 from hybridsd_sim import Profiles, Scenario, load_scenario
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning import Variation
-from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob, evaluate
+from hybridsd_sim.planning.evaluation import EvaluationJob, evaluate
 from hybridsd_sim.planning.planner import Planner
 from hybridsd_sim.planning.robustness import busy_sites, follow_networks, sensitivity, traffic
-from hybridsd_sim.pricing import find_candidates
 from hybridsd_sim.workload import mean_rate_per_s
-
-SMALL = {"horizon_s": 240, "warmup_s": 30, "replications": 2, "search.replications_max": 2}
-
-
-class Trials:
-    """Tries jobs and remembers what it was asked, call by call."""
-
-    def __init__(self) -> None:
-        self.calls: list[Sequence[EvaluationJob]] = []
-
-    def __call__(self, jobs: Sequence[EvaluationJob]) -> list[Evaluation]:
-        self.calls.append(jobs)
-        return [evaluate(job) for job in jobs]
-
-
-def planner(scenario: Scenario, profiles: Profiles) -> Planner:
-    """What the question starts from."""
-    return Planner(scenario, profiles, find_candidates(scenario, profiles), Sizer(scenario, profiles), Trials())
+from planners import SMALL, planner_of
 
 
 def deployed(mine: Planner, nodes: int, label: str) -> Deployment:
@@ -46,7 +25,7 @@ def deployed(mine: Planner, nodes: int, label: str) -> Deployment:
 @pytest.fixture(scope="module")
 def mine(profiles: Profiles) -> Planner:
     """Phones and one pool, for four minutes."""
-    return planner(load_scenario("quickstart", overrides=SMALL), profiles)
+    return planner_of(load_scenario("quickstart", overrides=SMALL), profiles)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +90,7 @@ def test_a_variation_is_the_evaluation_of_its_job(mine: Planner, plan: Deploymen
 
 def test_a_site_without_work_is_left_out(profiles: Profiles) -> None:
     """Phones that draw alone do not care how fast the cloud is, nor the cloud how fast the phones are."""
-    mine = planner(load_scenario("quickstart", overrides={**SMALL, "horizon_s": 60}), profiles)
+    mine = planner_of(load_scenario("quickstart", overrides={**SMALL, "horizon_s": 60}), profiles)
     alone = deployed(mine, 0, "sd14 on phones")
 
     assert busy_sites(mine.priced(alone)) == ["phones"]
