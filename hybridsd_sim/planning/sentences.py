@@ -40,6 +40,9 @@ ROUNDING = 1e-6
 LEAST_SHARE = 0.001
 """Shares of requests below this are not worth a word."""
 
+NORMAL_95 = 1.959964
+"""Two-sided 95% point of the normal distribution, to the digits that saved intervals were written with."""
+
 
 def capitalise(text: str) -> str:
     """The text with its first letter in capitals and the rest as it is, unlike `str.capitalize`."""
@@ -182,8 +185,10 @@ def probability_interval(share: float, draws: int) -> tuple[float, float]:
     """The 95% interval of a share of independent draws (Wilson, J. Am. Stat. Assoc. 22, 1927); 0 to 1 without draws."""
     if draws <= 0:
         return 0.0, 1.0
-    interval = binomtest(round(share * draws), draws).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    square = NORMAL_95**2 / draws
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def describe_confidence(confidence: Confidence) -> str:
