@@ -320,7 +320,8 @@ class Formulation:
         mixes = {name: self._mix(name, found.x) for name in self.classes}
         nodes = found.x[self._nodes : self._nodes + len(self.pools)]
         replicas = {name: round(float(count)) for name, count in zip(self.pools, nodes, strict=True)}
-        bound = found.fun if found.mip_dual_bound is None else found.mip_dual_bound
+        bound: float | None = found.get("mip_dual_bound")  # None where nothing had to be branched on
+        bound = found.fun if bound is None else bound
         return Solution(mixes, replicas, float(found.fun), float(bound))
 
     def _bounds(self, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
