@@ -53,7 +53,7 @@ _HANDOVER, _PROGRESS, _RESULT, _ERROR = b"H", b"P", b"R", b"E"
 def finish_run(
     transfer: LatentTransfer, denoiser: Denoiser, *, device: torch.device | str = "cpu", on_step: OnStep | None = None
 ) -> Tensor:
-    """Denoise the rest of a run that was handed over, to its end. Raises `InputError` for a state that does not fit."""
+    """Denoise the rest of a transferred run, to its end. Raises `InputError` for a state that does not fit."""
     sampler = build_sampler(
         transfer.sampler, transfer.num_inference_steps, prediction=transfer.prediction, device=device
     )
@@ -191,9 +191,9 @@ def serve_edge(
     max_bytes: int = MAX_BYTES,
     keep_serving: Callable[[], bool] = parent_is_alive,
 ) -> None:
-    """Finish the runs that are handed over on `listener`, one after the other, as long as `keep_serving` says so.
+    """Finish the runs that arrive on `listener`, one after the other, as long as `keep_serving` says so.
 
-    `make_denoiser` builds the small model's denoiser for a hand-over. After every step the sender is told, so each side
+    `make_denoiser` builds the small model's denoiser for a transfer. After every step the sender is told, so each side
     learns within seconds that the other is gone. Whoever sends what cannot be run gets the reason, and the next is
     served; a silent sender keeps the others waiting for `timeout_s`. Any host that reaches the port may use it.
     """

@@ -97,11 +97,13 @@ def generate_image(run: ImageRun) -> GeneratedImage:
         conditioning = run.model.encode(
             [run.prompt], height_px=run.height_px, width_px=run.width_px, guidance_scale=run.guidance_scale
         )
+    # to other processes the run goes without weights, which each of them makes or loads itself
+    sent = run if run.carrier == "loopback" else replace(run, model=replace(run.model), small=None)
     ranks = run_ranks(
         denoise_stage,
         run.degree,
         kind=run.carrier,
-        args=(_portable(run), conditioning.to("cpu") if run.degree > 1 else conditioning),
+        args=(sent, conditioning.to("cpu") if run.degree > 1 else conditioning),
         device=str(run.model.device),
         threads=run.threads,
         timeout_s=run.timeout_s,
@@ -140,11 +142,6 @@ def check_switch(run: ImageRun) -> None:
         problems.append(Problem("--switch-step", str(run.stop), rule))
     if problems:
         raise IllegalPlanError(problems)
-
-
-def _portable(run: ImageRun) -> ImageRun:
-    """The run as it can be sent to another process: without weights, which every process makes or loads itself."""
-    return run if run.carrier == "loopback" else replace(run, model=replace(run.model), small=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The hand-over: what crosses from one stage to the next when they run on different machines, as safetensors bytes.
+"""The latent transfer: what crosses a switch between two machines, as safetensors bytes.
 
 The latents cross as they are (Hybrid SD, arXiv 2408.06646), with the solver's history, so that a second-order sampler
 goes on without a restart, and the prompt's embeddings unless the receiver encodes the prompt itself. A SHA-256 over all
@@ -89,7 +89,7 @@ def capture_transfer(
     conditioning: Conditioning,
     with_embeds: bool = True,
 ) -> LatentTransfer:
-    """The hand-over of a run whose sampler has done the steps before `step`.
+    """The latent transfer of a run whose sampler has done the steps before `step`.
 
     `with_embeds` False leaves the embeddings out, for a receiver that encodes the prompt itself.
     """
@@ -111,31 +111,25 @@ def capture_transfer(
 
 
 def serialise(transfer: LatentTransfer, precision: str = "fp32") -> bytes:
-    """The hand-over as bytes, its tensors in `fp32` or `fp16`. Raises `InputError` for tensors with NaN or infinity."""
+    """The transfer as bytes of a safetensors file, its tensors in `fp32` or `fp16`.
+
+    Tensors are named `latents`, `history.N`, `embeds` and `added.NAME`; the header's metadata say which run they
+    continue. Raises `InputError` for another precision and for tensors with NaN or infinity, which fp16 makes of
+    values beyond 65504.
+    """
     if precision not in PRECISIONS:
         raise InputError(unknown_name("precision", precision, tuple(PRECISIONS)))
-    named = _tensors(transfer).items()
-    tensors = {name: _detached(tensor, PRECISIONS[precision]) for name, tensor in named}
-    metadata = _metadata(transfer, precision)
-    if problems := list(_not_finite(tensors)):
-        raise InputError(problems)
-    return save(tensors, {**metadata, "checksum": checksum(tensors, metadata)})
-
-
-def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy on the CPU in memory of its own, which safetensors asks for."""
-    return tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
-
-
-def _tensors(transfer: LatentTransfer) -> dict[str, Tensor]:
-    history = {f"history.{index}": tensor for index, tensor in enumerate(transfer.state.history)}
-    embeds = {} if transfer.embeds is None else {"embeds": transfer.embeds}
-    added = {f"added.{name}": tensor for name, tensor in transfer.added.items()}
-    return {"latents": transfer.latents, **history, **embeds, **added}
-
-
-def _metadata(transfer: LatentTransfer, precision: str) -> dict[str, str]:
-    return {
+    named = {"latents": transfer.latents}
+    named |= {f"history.{index}": tensor for index, tensor in enumerate(transfer.state.history)}
+    if transfer.embeds is not None:
+        named["embeds"] = transfer.embeds
+    named |= {f"added.{name}": tensor for name, tensor in transfer.added.items()}
+    tensors = {
+        # a copy in memory of its own, which safetensors asks for
+        name: tensor.detach().to("cpu", PRECISIONS[precision]).clone(memory_format=torch.contiguous_format)
+        for name, tensor in named.items()
+    }
+    metadata = {
         "format": FORMAT,
         "version": VERSION,
         "precision": precision,
@@ -148,6 +142,9 @@ def _metadata(transfer: LatentTransfer, precision: str) -> dict[str, str]:
         "guidance_scale": repr(float(transfer.guidance_scale)),
         "shape": _shape_text(transfer.latents.shape),
     }
+    if problems := list(_not_finite(tensors)):
+        raise InputError(problems)
+    return save(tensors, {**metadata, "checksum": checksum(tensors, metadata)})
 
 
 def _shape_text(shape: tuple[int, ...] | torch.Size) -> str:
@@ -174,13 +171,12 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
 
 
 def parse(data: bytes, expected: ExpectedTransfer) -> LatentTransfer:
-    """The hand-over that `serialise` wrote, its tensors in float32 on the CPU.
+    """The transfer that `serialise` wrote, its tensors in float32 on the CPU.
 
     Raises `InputError` for bytes that are damaged, of another format or version, or no continuation of a run that
     `expected` describes; it names everything that does not agree.
     """
     tensors, metadata = _unpack(data)
-    _check_integrity(tensors, metadata)
     transfer = _read(tensors, metadata)
     own_problems = [*_not_finite(tensors), *_inconsistent(transfer, tensors, metadata)]
     if problems := own_problems or list(_unexpected(transfer, expected)):
@@ -189,22 +185,13 @@ def parse(data: bytes, expected: ExpectedTransfer) -> LatentTransfer:
 
 
 def _unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a whole file in this format; refused where its checksum does not agree."""
     try:
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")  # safetensors: the header's length, the header as JSON, the tensors
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, KeyError, ValueError) as error:
         raise _damaged(f"{len(data)} bytes ({error})", "must be a whole safetensors file") from error
-    return tensors, metadata
-
-
-def _damaged(value: str, rule: str) -> InputError:
-    return InputError(
-        Problem(_PLACE, value, rule, "It was damaged on the way or another program wrote it: send it anew.")
-    )
-
-
-def _check_integrity(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     written = (metadata.get("format"), metadata.get("version"))
     if written != (FORMAT, VERSION):
         rule = f"must be {FORMAT} version {VERSION}"
@@ -213,6 +200,13 @@ def _check_integrity(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     rest = {name: value for name, value in metadata.items() if name != "checksum"}
     if metadata.get("checksum") != (actual := checksum(tensors, rest)):
         raise _damaged(f"checksum {metadata.get('checksum')}", f"its contents have {actual}")
+    return tensors, metadata
+
+
+def _damaged(value: str, rule: str) -> InputError:
+    return InputError(
+        Problem(_PLACE, value, rule, "It was damaged on the way or another program wrote it: send it anew.")
+    )
 
 
 def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LatentTransfer:

@@ -1,6 +1,8 @@
-"""Prompts into conditioning: the CLIP text encoders of Stable Diffusion, their tokens, and SDXL's extra conditions.
+"""What stands around the UNet: CLIP text encoders that make conditioning of prompts, autoencoders that make images.
 
-Latents into images: the autoencoders of Stable Diffusion, the whole one and the tiny one.
+The text encoders are those of Stable Diffusion 1 (CLIP ViT-L/14), 2 (OpenCLIP ViT-H/14) and XL (both CLIP ViT-L and
+OpenCLIP ViT-bigG/14); the autoencoders are Stable Diffusion's own and the tiny one (TAESD) that small devices use.
+A `Conditioning` is what every UNet evaluation of a run takes from them.
 """
 
 from __future__ import annotations
@@ -23,52 +25,40 @@ from .weights import BROKEN, PLACE, broken, fill, load, read_config
 
 Vae = AutoencoderKL | AutoencoderTiny
 
+TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 
-def build_vae(
-    name: str,
-    *,
-    scaling_factor: float = 0.18215,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Vae:
-    """The autoencoder `autoencoder-kl` or `taesd` with seeded weights. Raises `InputError` for other names.
+FIRST_TOKEN, LAST_TOKEN = 49406, 49407
+"""CLIP's marks around a prompt; the second also pads it."""
 
-    `scaling_factor` is that of autoencoder-kl's latents: 0.18215, in SDXL 0.13025; TAESD's latents are not scaled.
-    """
-    if name not in (known := ["autoencoder-kl", "taesd"]):
-        raise InputError(unknown_name("autoencoder", name, known))
-    with torch.device("meta"):
-        vae = AutoencoderTiny() if name == "taesd" else _autoencoder_kl(scaling_factor)
-    return fill(vae, seed=seed, device=device, dtype=dtype)
+_KINDS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
 
+# OpenCLIP-H is used without its last layer: 23 of 24.
+ENCODERS: dict[str, tuple[type[TextEncoder], dict[str, Any]]] = {
+    "clip-l": (
+        CLIPTextModel,
+        {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu"},
+    ),
+    "openclip-h": (
+        CLIPTextModel,
+        {"hidden_size": 1024, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"},
+    ),
+    "openclip-bigg": (
+        CLIPTextModelWithProjection,
+        {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"},
+    ),
+}
 
-def _autoencoder_kl(scaling_factor: float) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        scaling_factor=scaling_factor,
-    )
+ENCODERS_OF_WIDTH = {768: ("clip-l",), 1024: ("openclip-h",), 2048: ("clip-l", "openclip-bigg")}
+"""Which encoders fill a UNet's cross_attention_dim, in Stable Diffusion 1, 2 and XL."""
 
-
-def load_vae(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
-    """The autoencoder of a folder: AutoencoderKL or AutoencoderTiny, as its config says."""
-    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
-    said = read_config(folder).get("_class_name")
-    if said not in kinds:
-        raise InputError(Problem(PLACE, str(folder), f"_class_name {said!r} must be one of {', '.join(kinds)}"))
-    vae: Vae = load(kinds[said], folder, device=device, dtype=dtype)
-    return vae
-
-
-@torch.inference_mode()
-def decode(vae: Vae, latents: Tensor) -> Tensor:
-    """Images (images, 3, 8 x rows, 8 x columns), values around -1 to 1, of latents (images, 4, rows, columns)."""
-    images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-    return images
+_AUTOENCODER_KL: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+"""Stable Diffusion's autoencoder (`vae/config.json` of every release), but for its latents' scale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,33 +92,7 @@ class Conditioning:
         return replace(self, embeds=self.embeds.to(device, dtype), added=moved)
 
 
-FIRST_TOKEN, LAST_TOKEN = 49406, 49407
-"""CLIP's marks around a prompt; the second also pads it."""
-
-
-TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
-
-_KINDS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
-
-
-# OpenCLIP-H is used without its last layer: 23 of 24.
-ENCODERS: dict[str, tuple[type[TextEncoder], dict[str, Any]]] = {
-    "clip-l": (
-        CLIPTextModel,
-        {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu"},
-    ),
-    "openclip-h": (
-        CLIPTextModel,
-        {"hidden_size": 1024, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"},
-    ),
-    "openclip-bigg": (
-        CLIPTextModelWithProjection,
-        {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"},
-    ),
-}
-
-ENCODERS_OF_WIDTH = {768: ("clip-l",), 1024: ("openclip-h",), 2048: ("clip-l", "openclip-bigg")}
-"""Which encoders fill a UNet's cross_attention_dim, in Stable Diffusion 1, 2 and XL."""
+# ---- Prompts ---------------------------------------------------------------------------------------------------------
 
 
 def build_text_encoder(
@@ -170,9 +134,10 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         remedy = "Copy the tokenizer beside its text encoder: prompts cannot be read without it."
         raise InputError(Problem(PLACE, str(folder), "there is no such folder", remedy))
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except BROKEN as error:
         raise broken(folder, error) from error
+    return tokenizer
 
 
 def token_ids(prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
@@ -181,17 +146,14 @@ def token_ids(prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) ->
         read = tokenizer(
             list(prompts), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
         )
-        ids: Tensor = read.input_ids
-        return ids
-    return torch.stack([_seeded_ids(prompt) for prompt in prompts])
-
-
-def _seeded_ids(prompt: str) -> Tensor:
-    ids = torch.full((TEXT_TOKENS,), LAST_TOKEN)
-    ids[0] = FIRST_TOKEN
-    if prompt:
-        generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-        ids[1:-1] = torch.randint(FIRST_TOKEN, (TEXT_TOKENS - 2,), generator=generator)
+        read_ids: Tensor = read.input_ids
+        return read_ids
+    ids = torch.full((len(prompts), TEXT_TOKENS), LAST_TOKEN)
+    ids[:, 0] = FIRST_TOKEN
+    for row, prompt in zip(ids, prompts, strict=True):
+        if prompt:
+            generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+            row[1:-1] = torch.randint(FIRST_TOKEN, (TEXT_TOKENS - 2,), generator=generator)
     return ids
 
 
@@ -225,7 +187,7 @@ def encode(
     SDXL's empty prompts are zeros, as in its pipeline (`force_zeros_for_empty_prompt`), and its time ids are the
     image's size, no crop, and the size again.
     """
-    readers = tokenizers or [None] * len(encoders)
+    readers: Sequence[CLIPTokenizer | None] = tokenizers or [None] * len(encoders)
     embeds, pooled = embed(encoders, [token_ids(prompts, reader) for reader in readers])
     if guidance_scale > 1.0:
         empty, empty_pooled = _empty(encoders, readers, embeds, pooled)
@@ -248,3 +210,46 @@ def time_ids(pooled: Tensor, height_px: int, width_px: int, count: int = 6) -> T
     """SDXL's size conditions for every row of `pooled`: original size, top left corner, target size."""
     row = torch.tensor([height_px, width_px, 0, 0, height_px, width_px][:count], dtype=pooled.dtype)
     return row.to(pooled.device).expand(len(pooled), count)
+
+
+# ---- Images ----------------------------------------------------------------------------------------------------------
+
+
+def build_vae(
+    name: str,
+    *,
+    scaling_factor: float = 0.18215,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Vae:
+    """The autoencoder `autoencoder-kl` or `taesd` with seeded weights. Raises `InputError` for other names.
+
+    `scaling_factor` is that of autoencoder-kl's latents: 0.18215, in SDXL 0.13025; TAESD's latents are not scaled.
+    """
+    if name not in (known := ["autoencoder-kl", "taesd"]):
+        raise InputError(unknown_name("autoencoder", name, known))
+    with torch.device("meta"):
+        vae: Vae
+        if name == "taesd":
+            vae = AutoencoderTiny()
+        else:
+            vae = AutoencoderKL(**_AUTOENCODER_KL, scaling_factor=scaling_factor)
+    return fill(vae, seed=seed, device=device, dtype=dtype)
+
+
+def load_vae(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
+    """The autoencoder of a folder: AutoencoderKL or AutoencoderTiny, as its config says."""
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+    said = read_config(folder).get("_class_name")
+    if said not in kinds:
+        raise InputError(Problem(PLACE, str(folder), f"_class_name {said!r} must be one of {', '.join(kinds)}"))
+    vae: Vae = load(kinds[said], folder, device=device, dtype=dtype)
+    return vae
+
+
+@torch.inference_mode()
+def decode(vae: Vae, latents: Tensor) -> Tensor:
+    """Images (images, 3, 8 x rows, 8 x columns), values around -1 to 1, of latents (images, 4, rows, columns)."""
+    images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return images

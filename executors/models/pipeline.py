@@ -128,19 +128,19 @@ def load_pipeline(
     `InputError` for unknown names, unsupported configs, folders that are missing and UNets that differ.
     """
     known = profiles or load_profiles()
-    parts = _from_path(name) if _is_path(name, known) else _from_catalogue(name, known)
+    # a file or folder that happens to be called as a catalogue model is must be written `./`
+    is_path = "/" in name or name.endswith(".json") or (name not in known.models and Path(name).exists())
+    parts = _from_path(name) if is_path else _from_catalogue(name, known)
     if weights is not None:
         folder_config = read_config(weights / "unet")
         _refuse_other_network(parts["name"], parts["config"], folder_config, weights / "unet")
-        parts |= {"config": plain_config(folder_config), **_said_prediction(weights)}
+        parts["config"] = plain_config(folder_config)
+        sampler = weights / "scheduler" / "scheduler_config.json"
+        if sampler.is_file() and (said := read_json(sampler).get("prediction_type")):
+            parts["prediction"] = {"v_prediction": "v"}.get(said, said)
     unet_params(parts["config"])
     parts["vae_name"] = vae or parts["vae_name"]
     return Pipeline(**parts, weights=weights, seed=seed, device=device, dtype=dtype)
-
-
-def _is_path(name: str, profiles: Profiles) -> bool:
-    """Whether a file or folder is meant; one that happens to be called as a catalogue model is must be written `./`."""
-    return "/" in name or name.endswith(".json") or (name not in profiles.models and Path(name).exists())
 
 
 def _from_catalogue(name: str, profiles: Profiles) -> dict[str, Any]:
@@ -176,13 +176,6 @@ def _refuse_other_network(name: str, wanted: Mapping[str, Any], found: Mapping[s
     if unet_layers(fields, size, size) != unet_layers(wanted, size, size):
         rule = f"the UNet in this folder has {unet_params(fields):,} parameters in other layers than {name}"
         raise InputError(Problem(PLACE, str(folder), rule, "Name its config.json as the model, or another folder."))
-
-
-def _said_prediction(weights: Path) -> dict[str, str]:
-    """What the folder's own sampler says that the UNet predicts, if there is one."""
-    file = weights / "scheduler" / "scheduler_config.json"
-    said = read_json(file).get("prediction_type") if file.is_file() else None
-    return {"prediction": {"v_prediction": "v"}.get(said, said)} if said else {}
 
 
 # ---- Inputs ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from diffusers.models import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 from torch import nn
 
@@ -92,21 +91,17 @@ def _prune(
     if resnet_inner_channels is not None:
         resnets = [resnet for block in blocks for resnet in block.resnets]
         for resnet, channels in zip(resnets, resnet_inner_channels, strict=True):
-            _narrow_resnet(resnet, channels)
+            # the part between the two convolutions gets another width; input and output keep theirs
+            outer = resnet.conv2.out_channels
+            resnet.conv1 = nn.Conv2d(resnet.in_channels, channels, kernel_size=3, padding=1)
+            resnet.time_emb_proj = nn.Linear(resnet.time_emb_proj.in_features, channels)
+            resnet.norm2 = nn.GroupNorm(resnet.norm2.num_groups, channels, eps=resnet.norm2.eps)
+            resnet.conv2 = nn.Conv2d(channels, outer, kernel_size=3, padding=1)
     if self_attention_heads is not None:
         transformers = [part for block in blocks for part in getattr(block, "attentions", ()) if part is not None]
         for transformer, heads in zip(transformers, self_attention_heads, strict=True):
             for block in transformer.transformer_blocks:
                 _keep_heads(block.attn1, heads)
-
-
-def _narrow_resnet(resnet: ResnetBlock2D, channels: int) -> None:
-    """Give the part between the two convolutions another width; input and output keep theirs."""
-    outer = resnet.conv2.out_channels
-    resnet.conv1 = nn.Conv2d(resnet.in_channels, channels, kernel_size=3, padding=1)
-    resnet.time_emb_proj = nn.Linear(resnet.time_emb_proj.in_features, channels)
-    resnet.norm2 = nn.GroupNorm(resnet.norm2.num_groups, channels, eps=resnet.norm2.eps)
-    resnet.conv2 = nn.Conv2d(channels, outer, kernel_size=3, padding=1)
 
 
 def _keep_heads(attention: Attention, heads: int) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain, pairwise
 from statistics import median
 from typing import Any
@@ -37,6 +37,8 @@ from .group import Group, Pending, synchronised_clock
 
 TIME_EMBEDDING = "time_embedding"
 """The one unit that every rank computes: it reads no image, and its output goes to every resnet."""
+
+HOOK = "hybridsd-component"
 
 EVALUATIONS = 5
 """Whole evaluations behind a measured cost; its median is not moved by one slow one."""
@@ -58,15 +60,14 @@ def unit_modules(unet: UNet2DConditionModel, name: str) -> tuple[nn.Module, ...]
         return (unet.conv_in,)
     if name == "conv_out":
         return (unet.conv_norm_out, unet.conv_act, unet.conv_out)
-    block, part = (_kind_and_number(text) for text in name.split("."))
-    owner = unet.mid_block if block[0] == "mid" else getattr(unet, f"{block[0]}_blocks")[block[1]]
-    return (getattr(owner, f"{part[0]}s")[part[1]],)
-
-
-def _kind_and_number(text: str) -> tuple[str, int]:
-    """`resnet2` is (resnet, 2); a sampler, the only one of its block, has no number."""
-    kind, number = re.fullmatch(r"([a-z]+)(\d*)", text).groups()  # type: ignore[union-attr]
-    return kind, int(number or 0)
+    # `down0.resnet2` and the like; a sampler, the only one of its block, has no number
+    found = re.fullmatch(r"([a-z]+)(\d*)\.([a-z]+)(\d*)", name)
+    if found is None:
+        raise ValueError(f"{name} is no unit of a UNet")
+    block, block_number, part, number = found.groups()
+    owner = unet.mid_block if block == "mid" else getattr(unet, f"{block}_blocks")[int(block_number or 0)]
+    module: nn.Module = getattr(owner, f"{part}s")[int(number or 0)]
+    return (module,)
 
 
 def cut_by_macs(units: Sequence[Unit], components: int) -> list[int]:
@@ -161,9 +162,6 @@ def incoming_elements(units: Sequence[Unit], bounds: Sequence[int]) -> tuple[int
     return tuple(sum(units[unit].out_elements for unit in arriving) for arriving in incoming_units(units, bounds))
 
 
-HOOK = "hybridsd-component"
-
-
 class UnitOutputs:
     """Which units a rank computes now, and the outputs of units that it holds: what the hooks of a rank share.
 
@@ -204,7 +202,7 @@ class UnitHook(ModelHook):
         if self._unit not in self._outputs.computing:
             output = self._outputs.get(self._unit)
             return (output,) if self._in_tuple else output
-        result = self.fn_ref.original_forward(*args, **kwargs)
+        result = _original_forward(self)(*args, **kwargs)
         self._in_tuple = isinstance(result, tuple)  # an attention block's is
         self._outputs.put(self._unit, result[0] if self._in_tuple else result)
         return result
@@ -218,7 +216,16 @@ class InnerHook(ModelHook):
         self._unit, self._outputs = unit, outputs
 
     def new_forward(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        return self.fn_ref.original_forward(hidden) if self._unit in self._outputs.computing else hidden
+        computed: Tensor = _original_forward(self)(hidden) if self._unit in self._outputs.computing else hidden
+        return computed
+
+
+def _original_forward(hook: ModelHook) -> Callable[..., Any]:
+    """The forward of the module that a hook is registered on, without the hook."""
+    forward: Callable[..., Any] | None = hook.fn_ref.original_forward
+    if forward is None:
+        raise ValueError("the hook is registered on no module")
+    return forward
 
 
 class Boundaries:

@@ -1,11 +1,9 @@
-"""The denoising loop and what it asks of every method: the guided noise of a step.
+"""The denoising loop, what it asks of every parallel method, and the two methods that leave the UNet whole.
 
-A `Denoiser` holds one rank's model and conditioning. It is told the timesteps once and then asked for the noise of one
-step after the other; where several ranks work together, each rank runs the same loop and receives the same noise.
-
-The reference: one device evaluates the whole UNet, both branches of the guidance in one batch.
-
-Guidance parallelism: one rank evaluates the empty prompt and the other the prompt; the noises are exchanged.
+A `Denoiser` holds one rank's model and conditioning. It is told the timesteps once and then asked for the guided noise
+of one step after the other; where several ranks work together, each rank runs the same loop and receives the same
+noise. `SingleDenoiser` is the reference: one device evaluates both branches of classifier-free guidance in one batch.
+`CfgParallelDenoiser` gives each of two ranks one branch, and the noises are exchanged.
 """
 
 from __future__ import annotations

@@ -1,17 +1,11 @@
-"""Horizontal stripes, one a rank: what DistriFusion and PCPP share.
+"""DistriFusion, displaced patch parallelism (arXiv 2402.19481, section 4), and the stripes it shares with PCPP.
 
 Every rank holds the whole latent; its first convolution reads the rank's own rows, and from there on its UNet sees a
-stripe. Hooks on three kinds of layer bring in what a stripe lacks: rows beyond its edges (convolutions), the moments
-of the whole image (GroupNorm), keys and values of the other stripes (self-attention). In synchronous steps that is
-gathered before the layer runs. Afterwards the layer takes what its neighbours had one step ago, and its own fresh
-tensors travel while the next layers run. Source: DistriFusion (arXiv 2402.19481, section 4; code
-mit-han-lab/distrifuser, `modules/pp`).
-
-DistriFusion: displaced patch parallelism (arXiv 2402.19481; code mit-han-lab/distrifuser).
-
-Every rank denoises a horizontal stripe. After the synchronous steps, self-attention sees the other stripes' keys and
-values, and convolutions the neighbours' edge rows, as they were one step ago; they travel while a whole step is
-computed. The predicted noise is gathered at the end of every step, so that all ranks hold the same latent.
+horizontal stripe. Hooks on three kinds of layer bring in what a stripe lacks: rows beyond its edges (convolutions), the
+moments of the whole image (GroupNorm), keys and values of the other stripes (self-attention). In synchronous steps that
+is gathered before the layer runs. Afterwards a layer takes what its neighbours had one step ago, and its own fresh
+tensors travel while the next layers run. The predicted noise is gathered at the end of every step, so that all ranks
+hold the same latent. Public code: mit-han-lab/distrifuser, `modules/pp`.
 """
 
 from __future__ import annotations
@@ -138,7 +132,7 @@ class FirstConvolution(ModelHook):
         self.group = group
 
     def new_forward(self, module: nn.Conv2d, latents: Tensor) -> Tensor:
-        margin = module.padding[0]
+        margin = int(module.padding[0])
         rows = latents.shape[2] // self.group.size
         padded = F.pad(latents, (0, 0, margin, margin))
         return _convolve(module, padded.narrow(2, self.group.rank * rows, rows + 2 * margin))
@@ -152,7 +146,7 @@ class Convolution(ModelHook):
         self.name, self.exchange = name, exchange
 
     def new_forward(self, module: nn.Conv2d, stripe: Tensor) -> Tensor:
-        margin, rank = module.padding[0], self.exchange.group.rank
+        margin, rank = int(module.padding[0]), self.exchange.group.rank
         edges = torch.cat([stripe[:, :, :margin], stripe[:, :, -margin:]], dim=2)
         everyone = self.exchange.swap(self.name, edges)
         beyond = torch.zeros_like(edges[:, :, :margin])
@@ -227,7 +221,7 @@ class KeysOfAll(ModelHook):
         super().__init__()
         self.name, self.exchange = name, exchange
 
-    def post_forward(self, module: nn.Linear, output: Tensor) -> Tensor:
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         return torch.cat(self.exchange.swap(self.name, output), dim=1)
 
 
@@ -307,7 +301,7 @@ class StripeDenoiser(Denoiser):
         self.exchange.flush()
 
     def _is_synchronous(self) -> bool:
-        return self.settings["sync_mode"] == "full_sync" or self.steps_done < self.settings["warmup_steps"]
+        return bool(self.settings["sync_mode"] == "full_sync" or self.steps_done < self.settings["warmup_steps"])
 
     def _whole(self, stripes: Sequence[Tensor]) -> Tensor:
         """The noise of the whole image for every branch, from every rank's stripe."""

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.errors import InputError, Problem, RunError
 
 T = TypeVar("T")
 
@@ -153,11 +153,14 @@ class Distributed(Group):
     def __init__(
         self,
         device: torch.device,
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | None = None,
         traffic: Traffic | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self._process_group = process_group or dist.group.WORLD
+        joined = process_group if process_group is not None else dist.group.WORLD
+        if joined is None:
+            raise RunError("this process has joined no group of ranks")
+        self._process_group = joined
         self.rank = dist.get_rank(self._process_group)
         self.size = dist.get_world_size(self._process_group)
         self.device = device

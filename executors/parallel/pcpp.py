@@ -91,7 +91,7 @@ class KeysOfNeighbours(ModelHook):
         super().__init__()
         self.name, self.everyone, self.ends, self.denoiser = name, everyone, ends, denoiser
 
-    def post_forward(self, module: nn.Linear, output: Tensor) -> Tensor:
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         sent = self.denoiser.sent_tokens(output.shape[1])
         if self.everyone.synchronous:
             stripes = self.everyone.group.all_gather(output)

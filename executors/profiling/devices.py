@@ -62,7 +62,7 @@ def find_device(profiles: Profiles, name: str | None = None, threads: int | None
     if name is not None and name not in known:
         raise InputError(unknown_name("--device", name, tuple(known)))
     if name is None:
-        name = _gpu_here(profiles) if torch.cuda.is_available() else _cpu_here(profiles, threads)
+        name = _unnamed(profiles, threads)
     device = known[name]
     if isinstance(device, EdgeDevice) and device.device_class != "gpu":
         _refuse_other_processor(device, threads)
@@ -106,15 +106,15 @@ def _cpu_words(label: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z0-9-]+", text)) - _SILENT_CPU_WORDS
 
 
-def _cpu_here(profiles: Profiles, threads: int) -> str:
-    name = f"cpu-{threads}core"
-    if name not in profiles.edge_devices:
-        rule = "the catalogue has no device that is this many threads of a CPU"
-        raise InputError(Problem("--threads", str(threads), rule, "Name the machine's row of the catalogue: --device."))
-    return name
-
-
-def _gpu_here(profiles: Profiles) -> str:
+def _unnamed(profiles: Profiles, threads: int) -> str:
+    """The name of the device that is here: a GPU before the CPU."""
+    if not torch.cuda.is_available():
+        name = f"cpu-{threads}core"
+        if name not in profiles.edge_devices:
+            rule = "the catalogue has no device that is this many threads of a CPU"
+            remedy = "Name the machine's row of the catalogue: --device."
+            raise InputError(Problem("--threads", str(threads), rule, remedy))
+        return name
     called, memory_gib = _card()
     names = matching_gpus(profiles, called, memory_gib)
     if len(names) != 1:

@@ -5,18 +5,13 @@ One count is one call on ONE latent, prompt or image; classifier-free guidance r
 thop and fvcore, whose figures Hybrid SD and AsyncDiff print, leave the attention products out. Operations are ATen
 calls that are no views, about the number of kernels that an eager run launches; as in the catalogue, the making of the
 inputs (a UNet's latent and timestep, a decoder's latent, an encoder's ids) is among them and concatenations are not.
-
-What one call of a module does, counted on torch's meta device: real modules run on shapes alone, without memory.
-
-FLOPs are 2 x multiply-accumulates of convolutions, linear layers and attention products, as torch.utils.flop_counter
-counts them. Operations are ATen calls that are no views, about the number of kernels that an eager run launches.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -34,7 +29,6 @@ from hybridsd_sim.perf import (
     PIXELS_PER_LATENT,
     TEXT_TOKENS,
     Denoising,
-    Unit,
     balanced_cut,
     boundary_elements,
     boundary_tensors,
@@ -101,13 +95,12 @@ class _AttentionProducts(TorchFunctionMode):
         self.count, self.flop = 0, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Scores and weighted values: two products of every query with every key."""
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        query, key, value = given["query"], given["key"], given["value"]
         self.count += 1
+        # scores and weighted values: two products of every query with every key
         self.flop += 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (key.shape[-1] + value.shape[-1])
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
@@ -219,39 +212,38 @@ class _Seen:
 @contextmanager
 def _watched(unet: UNet2DConditionModel) -> Iterator[_Seen]:
     """Reads the shapes that pass through self-attentions, convolutions and GroupNorms while the context is open."""
-    seen = _Seen()
-    with ExitStack() as hooks:
-        for name, module in unet.named_modules():
-            for handle in _handles(name, module, seen):
-                hooks.callback(handle.remove)
+    seen, handles = _Seen(), []
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention) and not module.is_cross_attention:
+            handles += [
+                module.register_forward_pre_hook(seen.attention_input),
+                module.to_k.register_forward_hook(seen.key_or_value),
+                module.to_v.register_forward_hook(seen.key_or_value),
+            ]
+        elif isinstance(module, nn.Conv2d) and name != "conv_in":
+            handles.append(module.register_forward_pre_hook(seen.convolution))
+        elif isinstance(module, nn.GroupNorm):
+            handles.append(module.register_forward_pre_hook(seen.group_norm))
+    try:
         yield seen
-
-
-def _handles(name: str, module: nn.Module, seen: _Seen) -> Iterator[Any]:
-    if isinstance(module, Attention) and not module.is_cross_attention:
-        yield module.register_forward_pre_hook(seen.attention_input)
-        yield module.to_k.register_forward_hook(seen.key_or_value)
-        yield module.to_v.register_forward_hook(seen.key_or_value)
-    elif isinstance(module, nn.Conv2d) and name != "conv_in":
-        yield module.register_forward_pre_hook(seen.convolution)
-    elif isinstance(module, nn.GroupNorm):
-        yield module.register_forward_pre_hook(seen.group_norm)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def boundaries(config: Mapping[str, Any], height_px: int, width_px: int) -> tuple[Boundary, ...]:
     """The tensors between 2, 3 and 4 components of AsyncDiff, cut so that the heaviest is lightest."""
     units = unet_units(config, height_px, width_px)
-    return tuple(_boundary(units, components) for components in COMPONENTS)
-
-
-def _boundary(units: Sequence[Unit], components: int) -> Boundary:
     loads = [unit.macs for unit in units]
-    bounds = balanced_cut(loads, components)
-    return Boundary(
-        components=components,
-        tensors=boundary_tensors(units, bounds[1:-1]),
-        elements=boundary_elements(units, bounds[1:-1]),
-        shares=tuple(sum(loads[start:stop]) / sum(loads) for start, stop in pairwise(bounds)),
+    cuts = {components: balanced_cut(loads, components) for components in COMPONENTS}
+    return tuple(
+        Boundary(
+            components=components,
+            tensors=boundary_tensors(units, bounds[1:-1]),
+            elements=boundary_elements(units, bounds[1:-1]),
+            shares=tuple(sum(loads[start:stop]) / sum(loads) for start, stop in pairwise(bounds)),
+        )
+        for components, bounds in cuts.items()
     )
 
 
@@ -377,24 +369,23 @@ def _row(count: Count) -> dict[str, Any]:
 def component_rows(names: Iterable[str], sizes: Iterable[Size] = (512,)) -> list[dict[str, Any]]:
     """One row per text encoder, whose size is 0, and one per VAE decoder and size."""
     chosen = [_sides(size) for size in sizes]
-    rows = [(name, size) for name in names for size in ([(0, 0)] if name in ENCODERS else chosen)]
-    return [_component_row(name, *size) for name, size in rows]
-
-
-def _component_row(name: str, height_px: int, width_px: int) -> dict[str, Any]:
-    count = count_component(name, height_px, width_px)
-    return {
-        "component": count.component,
-        "name": name,
-        "height_px": height_px,
-        "width_px": width_px,
-        "params": count.params,
-        "flop": count.calls.flop,
-        "flop_conv": count.calls.flop_conv,
-        "flop_linear": count.calls.flop_linear,
-        "flop_attention": count.calls.flop_attention,
-        "ops": count.calls.ops,
-    }
+    cases = [(name, size) for name in names for size in ([(0, 0)] if name in ENCODERS else chosen)]
+    counted = [(size, count_component(name, *size)) for name, size in cases]
+    return [
+        {
+            "component": count.component,
+            "name": count.name,
+            "height_px": height_px,
+            "width_px": width_px,
+            "params": count.params,
+            "flop": count.calls.flop,
+            "flop_conv": count.calls.flop_conv,
+            "flop_linear": count.calls.flop_linear,
+            "flop_attention": count.calls.flop_attention,
+            "ops": count.calls.ops,
+        }
+        for (height_px, width_px), count in counted
+    ]
 
 
 def pcpp_bytes_rows(

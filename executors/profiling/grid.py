@@ -119,14 +119,19 @@ def find_targets(sweep: Sweep, profiles: Profiles) -> tuple[list[ProfileTarget],
     legal nowhere in the grid.
     """
     check_runs(sweep.warmup_runs, sweep.runs)
-    if problems := [*_unknown(sweep, profiles), *_option_problems(sweep), *_compiled_problems(sweep)]:
+    if problems := [*_unknown(sweep, profiles), *_option_problems(sweep)]:
         raise InputError(problems)
     targets: dict[str, ProfileTarget] = {}
     refused: list[Problem] = []
     for name in sweep.models:
         model = profiles.model(name)
-        steps, problems = _step_targets(sweep, model)
-        refused += problems
+        steps: list[ProfileTarget] = []
+        for method in sweep.methods if set(STEP_COMPONENTS) & {*sweep.components} else ():
+            legal, problems = _of_method(sweep, model, method)
+            if not legal:
+                raise InputError(problems)
+            steps += legal
+            refused += problems
         for target in (*steps, *_part_targets(sweep, model, profiles)):
             targets.setdefault(str(target), target)  # two models may have one autoencoder
     return list(targets.values()), refused
@@ -154,9 +159,6 @@ def _option_problems(sweep: Sweep) -> Iterator[Problem]:
             yield Problem(f"--option {key}", option_text(value), rule, "Leave it out.")
         elif key not in own:
             yield Problem(f"--option {key}", option_text(value), "no method of the grid has this option")
-
-
-def _compiled_problems(sweep: Sweep) -> Iterator[Problem]:
     parallel = [name for name in sweep.methods if name != "single"]
     if sweep.runtime == "compiled" and parallel and set(STEP_COMPONENTS) & {*sweep.components}:
         rule = "the exchanges between ranks stand inside the UNet, where a compiled graph cannot wait for them"
@@ -164,20 +166,6 @@ def _compiled_problems(sweep: Sweep) -> Iterator[Problem]:
 
 
 # ---- Denoising steps ------------------------------------------------------------------------------------------------
-
-
-def _step_targets(sweep: Sweep, model: Model) -> tuple[list[ProfileTarget], list[Problem]]:
-    if not set(STEP_COMPONENTS) & {*sweep.components}:
-        return [], []
-    found: list[ProfileTarget] = []
-    refused: list[Problem] = []
-    for method in sweep.methods:
-        legal, problems = _of_method(sweep, model, method)
-        if not legal:
-            raise InputError(problems)
-        found += legal
-        refused += problems
-    return found, refused
 
 
 def _of_method(sweep: Sweep, model: Model, method: str) -> tuple[list[ProfileTarget], list[Problem]]:

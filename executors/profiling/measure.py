@@ -299,7 +299,7 @@ def _receive(listener: socket.socket, size: int) -> None:
 
 
 def _sample_transfer(model: Pipeline, target: ProfileTarget) -> tuple[LatentTransfer, str]:
-    """A hand-over in the middle of a run with embeddings, on the model's device, and the payload's precision."""
+    """A latent transfer in the middle of a run with embeddings, on the model's device, and the payload's precision."""
     scale = GUIDANCE_SCALE if target.guidance else 1.0
     conditioning = seeded_conditioning(model.unet, images=target.batch_size, guidance_scale=scale)
     latents = seeded_latents(model.unet, images=target.batch_size, height_px=target.height_px, width_px=target.width_px)

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -63,7 +63,10 @@ class MeasuredFile:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # the meta file first: rows without it would be refused
-        _replace(self._meta_path, _meta_text(self.meta))
+        # YAML, a line for each field, whose values are written as JSON, which YAML reads as it is
+        said = self.meta.model_dump(exclude_defaults=True).items()
+        lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in said]
+        _replace(self._meta_path, "".join(lines))
         _replace(self.path, _csv_text(self.rows.values()))
 
     def problems(self, meta: Meta) -> list[Problem]:
@@ -122,7 +125,7 @@ def _read(path: Path) -> list[CostRow]:
 
 
 def _read_meta(path: Path) -> Meta:
-    """A meta file as `_meta_text` writes it: a name and JSON on each line."""
+    """A meta file as it is written: a name and JSON on each line."""
     try:
         lines = [line.partition(":") for line in path.read_text(encoding="utf-8").splitlines()]
         return Meta.model_validate({name: json.loads(value) for name, _, value in lines}, strict=False)
@@ -155,12 +158,6 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return "" if value is None else str(value)
-
-
-def _meta_text(meta: Meta) -> str:
-    """YAML, a line for each field, whose values are written as JSON, which YAML reads as it is."""
-    said: Mapping[str, Any] = meta.model_dump(exclude_defaults=True)
-    return "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in said.items())
 
 
 def _replace(path: Path, text: str) -> None:

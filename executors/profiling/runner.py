@@ -1,13 +1,9 @@
-"""The device, the models on it one after the other, and the rows that come of measuring them.
+"""Measures a grid of components, methods, sizes and degrees on the device that is here, and writes cost rows.
 
-A row is only made for devices that really ran: ranks that share a device in turn get a row each for their own compute,
-and none for the step as a whole.
-
-Measures a grid of components, methods, sizes and degrees on the device that is here, and writes cost rows.
-
-A measurement whose rows are already in the folder is not made again, and every file is whole after each row, so that a
-profile can be cut off and taken up at any moment. Rows are only written for devices that really ran: ranks that share a
-device in turn get a row each for their own compute, and none for the step as a whole.
+Models stand on the device one after the other. A measurement whose rows are already in the folder is not made again,
+and every file is whole after each row, so that a profile can be cut off and taken up at any moment. Rows are only
+written for devices that really ran: ranks that share a device in turn get a row each for their own compute, and none
+for the step as a whole.
 """
 
 from __future__ import annotations
@@ -65,12 +61,12 @@ class Bench:
 
     def check(self, targets: Sequence[ProfileTarget]) -> None:
         """Raises `InputError` where this machine, the weights or the protocol cannot give these targets their rows."""
-        if problems := [*self._device_problems({target.degree for target in targets}), *self._protocol_problems()]:
+        if problems := list(self._problems({target.degree for target in targets})):
             raise InputError(problems)
         for name in dict.fromkeys(target.model for target in targets):
             self._load(name)  # reads no more than the folder's config
 
-    def _device_problems(self, degrees: set[int]) -> Iterator[Problem]:
+    def _problems(self, degrees: set[int]) -> Iterator[Problem]:
         if (size := torchrun_size()) and degrees != {size}:
             rule = f"torchrun started {size} processes, and each of them is a rank"
             yield Problem("--degrees", ", ".join(map(str, sorted(degrees))), rule, f"Use --degrees {size}.")
@@ -80,6 +76,10 @@ class Bench:
             rule = f"{self._devices()} {what} are here, and rows are written for devices that ran"
             remedy = "Use --ranks loopback for each rank's compute alone, or fewer ranks or threads."
             yield Problem("--degrees", str(most), rule, remedy)
+        few = self.sweep.warmup_runs < MIN_GRAPH_WARMUP_RUNS
+        if few and self.sweep.runtime == "compiled" and self.here.device == "cuda":
+            rule = f"a compiled step is a replayed CUDA graph only after {MIN_GRAPH_WARMUP_RUNS} runs"
+            yield Problem("--warmup-runs", str(self.sweep.warmup_runs), rule, f"Use {MIN_GRAPH_WARMUP_RUNS} or more.")
 
     def _at_once(self, degree: int) -> int:
         """Ranks that run on this host at the same time; torchrun may have started others on other hosts."""
@@ -90,12 +90,6 @@ class Bench:
     def _devices(self) -> int:
         """Ranks that can run at the same time here."""
         return torch.cuda.device_count() if self.here.device == "cuda" else usable_cores() // self.here.threads
-
-    def _protocol_problems(self) -> Iterator[Problem]:
-        few = self.sweep.warmup_runs < MIN_GRAPH_WARMUP_RUNS
-        if few and self.sweep.runtime == "compiled" and self.here.device == "cuda":
-            rule = f"a compiled step is a replayed CUDA graph only after {MIN_GRAPH_WARMUP_RUNS} runs"
-            yield Problem("--warmup-runs", str(self.sweep.warmup_runs), rule, f"Use {MIN_GRAPH_WARMUP_RUNS} or more.")
 
     def check_files(self, targets: Iterable[ProfileTarget]) -> None:
         """Raises `InputError` where the rows of these targets cannot be added to what the folder has."""
@@ -149,6 +143,7 @@ class Bench:
 
     def _row(self, target: ProfileTarget, component: str, rank: int | None, measured: Measured) -> CostRow:
         timing = measured.timing
+        libraries = ", ".join(f"{name} {self._versions[name]}" for name in ("torch", "diffusers"))
         return CostRow(
             **self._what(target, component, rank),
             seconds_median=timing.median_s,
@@ -159,15 +154,10 @@ class Bench:
             comm_bytes=measured.comm_bytes,
             energy_j=timing.energy_j,
             kind="measured",
-            source=self._source,
+            source=f"hybridsd_sim executors {__version__} ({libraries})",
             source_date=self._now,
             notes="; ".join(filter(None, (*self._notes(target, component, rank), measured.note))),
         )
-
-    @property
-    def _source(self) -> str:
-        libraries = ", ".join(f"{name} {self._versions[name]}" for name in ("torch", "diffusers"))
-        return f"hybridsd_sim executors {__version__} ({libraries})"
 
     def _notes(self, target: ProfileTarget, component: str, rank: int | None) -> Iterator[str]:
         if component == "step" and target.settings.get("stride") == 2:

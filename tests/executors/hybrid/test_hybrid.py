@@ -35,7 +35,7 @@ from executors.hybrid.image import denoise_stage
 from executors.hybrid.payload import checksum
 from executors.models import (
     Conditioning,
-    Model,
+    Pipeline,
     SamplerState,
     build_sampler,
     build_unet,
@@ -462,7 +462,7 @@ def cloud_run(method, model):
 
 def small_model(device="cpu"):
     """The cloud's model as a run is given it; nothing but its UNet is asked for."""
-    return Model(
+    return Pipeline(
         name="small", config=SMALL, prediction="epsilon", encoder_names=(), vae_name="taesd", weights=None, seed=1,
         device=device, dtype=torch.float32,
     )  # fmt: skip

@@ -512,7 +512,7 @@ def test_every_rank_cuts_by_what_rank_0_measured(monkeypatch):
         calls.append(args)
         return seconds
 
-    monkeypatch.setattr(components, "unit_seconds", fake)
+    monkeypatch.setattr(components, "time_units", fake)
     assert run_ranks(measured_bounds, 3, args=("small",)) == [[0, 8, 16, 17]] * 3
     assert len(calls) == 1
 
