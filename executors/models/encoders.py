@@ -207,7 +207,10 @@ def _empty(
 
 
 def time_ids(pooled: Tensor, height_px: int, width_px: int, count: int = 6) -> Tensor:
-    """SDXL's size conditions for every row of `pooled`: original size, top left corner, target size."""
+    """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2), in pixels, for every row of `pooled`: (rows, `count`).
+
+    Original size, top left corner of the crop, target size, each as height and width.
+    """
     row = torch.tensor([height_px, width_px, 0, 0, height_px, width_px][:count], dtype=pooled.dtype)
     return row.to(pooled.device).expand(len(pooled), count)
 
@@ -230,16 +233,16 @@ def build_vae(
     if name not in (known := ["autoencoder-kl", "taesd"]):
         raise InputError(unknown_name("autoencoder", name, known))
     with torch.device("meta"):
-        vae: Vae
-        if name == "taesd":
-            vae = AutoencoderTiny()
-        else:
-            vae = AutoencoderKL(**_AUTOENCODER_KL, scaling_factor=scaling_factor)
+        fields = {**_AUTOENCODER_KL, "scaling_factor": scaling_factor}
+        vae: Vae = AutoencoderTiny() if name == "taesd" else AutoencoderKL(**fields)
     return fill(vae, seed=seed, device=device, dtype=dtype)
 
 
 def load_vae(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
-    """The autoencoder of a folder: AutoencoderKL or AutoencoderTiny, as its config says."""
+    """The autoencoder of a folder: AutoencoderKL or AutoencoderTiny, as its config says.
+
+    Raises `InputError` for another class and for files that are missing or broken.
+    """
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
     said = read_config(folder).get("_class_name")
     if said not in kinds:
@@ -250,6 +253,9 @@ def load_vae(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.d
 
 @torch.inference_mode()
 def decode(vae: Vae, latents: Tensor) -> Tensor:
-    """Images (images, 3, 8 x rows, 8 x columns), values around -1 to 1, of latents (images, 4, rows, columns)."""
+    """Images (images, 3, 8 x rows, 8 x columns), values around -1 to 1, of latents (images, 4, rows, columns).
+
+    Latents are divided by the autoencoder's `scaling_factor`, which brought them to unit variance for the UNet.
+    """
     images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
     return images

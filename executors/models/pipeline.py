@@ -130,7 +130,17 @@ def load_pipeline(
     known = profiles or load_profiles()
     # a file or folder that happens to be called as a catalogue model is must be written `./`
     is_path = "/" in name or name.endswith(".json") or (name not in known.models and Path(name).exists())
-    parts = _from_path(name) if is_path else _from_catalogue(name, known)
+    if is_path:
+        parts = _from_path(name)
+    else:
+        row = known.model(name)
+        parts = {
+            "name": row.name,
+            "config": plain_config(row.config),
+            "prediction": row.prediction,
+            "encoder_names": row.text_encoders,
+            "vae_name": row.vae,
+        }
     if weights is not None:
         folder_config = read_config(weights / "unet")
         _refuse_other_network(parts["name"], parts["config"], folder_config, weights / "unet")
@@ -141,17 +151,6 @@ def load_pipeline(
     unet_params(parts["config"])
     parts["vae_name"] = vae or parts["vae_name"]
     return Pipeline(**parts, weights=weights, seed=seed, device=device, dtype=dtype)
-
-
-def _from_catalogue(name: str, profiles: Profiles) -> dict[str, Any]:
-    row = profiles.model(name)
-    return {
-        "name": row.name,
-        "config": plain_config(row.config),
-        "prediction": row.prediction,
-        "encoder_names": row.text_encoders,
-        "vae_name": row.vae,
-    }
 
 
 def _from_path(name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """UNets built from their configs, Stable Diffusion's and those pruned from it.
 
 A UNet is any config of diffusers' `UNet2DConditionModel` that `unet_layers` can count; a model's name is only a way to
-find a config. Pruned models (Hybrid SD, arXiv 2408.06646, section 3.2) keep fewer channels inside their resnets and
+find a config. Pruned models (Hybrid SD, arXiv 2408.06646) keep fewer channels inside their resnets and
 fewer heads in their self-attentions, layer by layer, which diffusers' own config cannot say.
 """
 

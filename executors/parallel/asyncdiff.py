@@ -71,7 +71,10 @@ def unit_modules(unet: UNet2DConditionModel, name: str) -> tuple[nn.Module, ...]
 
 
 def cut_by_macs(units: Sequence[Unit], components: int) -> list[int]:
-    """The cut whose heaviest component has the fewest multiply-accumulates, as the planner cuts."""
+    """The cut whose heaviest component has the fewest multiply-accumulates, as the planner cuts.
+
+    Bounds of `components` runs of units: component n holds the units `bounds[n]` to `bounds[n + 1] - 1`.
+    """
     return balanced_cut([unit.macs for unit in units], components)
 
 
@@ -158,7 +161,10 @@ def _readers(units: Sequence[Unit]) -> list[list[int]]:
 
 
 def incoming_elements(units: Sequence[Unit], bounds: Sequence[int]) -> tuple[int, ...]:
-    """For each component the elements per latent that arrive from other components in every round."""
+    """For each component the elements per latent that arrive from other components in every round.
+
+    Times latents (branches x images) and the precision's bytes that is what the component's rank receives.
+    """
     return tuple(sum(units[unit].out_elements for unit in arriving) for arriving in incoming_units(units, bounds))
 
 

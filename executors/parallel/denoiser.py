@@ -47,7 +47,10 @@ class Denoiser(ABC):
 
 
 def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    """The UNet's noise for every branch: (branches x images, C, H, W), in the UNet's precision."""
+    """The UNet's noise for every branch: (branches x images, C, H, W), in the UNet's precision.
+
+    `latents` (images, C, H, W) are given to every branch; `timestep` is a scalar tensor of the sampler's.
+    """
     batch = torch.cat([latents] * conditioning.branches).to(unet.dtype)
     added = dict(conditioning.added) or None
     noise: Tensor = unet(batch, timestep, conditioning.embeds, added_cond_kwargs=added, return_dict=False)[0]
@@ -57,7 +60,8 @@ def predict_noise(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor,
 def apply_guidance(noise: Tensor, guidance_scale: float, precision: torch.dtype) -> Tensor:
     """The noise of each image, in this precision, from that of every branch.
 
-    Above 1 the scale is that of classifier-free guidance over two branches, the empty prompts first.
+    Above 1 the scale is that of classifier-free guidance (arXiv 2207.12598) over two branches, the empty prompts first;
+    the formula is diffusers', where a scale of 1 is the prompt's noise alone.
     """
     noise = noise.to(precision)
     if guidance_scale <= 1.0:
@@ -67,7 +71,10 @@ def apply_guidance(noise: Tensor, guidance_scale: float, precision: torch.dtype)
 
 
 def match_memory_format(tensor: Tensor, other: Tensor) -> Tensor:
-    """The tensor in the other's memory layout: what arrived from a rank is flat, and layers want channels last."""
+    """The tensor in the other's memory layout: what arrived from a rank is flat, and layers want channels last.
+
+    Values stay; only the strides change.
+    """
     channels_last = other.dim() == 4 and not other.is_contiguous() and tensor.dim() == 4
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
@@ -132,7 +139,7 @@ def with_fixed_options(rules: Method, options: Mapping[str, Option]) -> dict[str
 
 
 def fixed_option_problems(options: Mapping[str, Option]) -> list[Problem]:
-    """Options that ask for what the executors do not do."""
+    """Options that ask for what the executors do not do: of those in `FIXED_OPTIONS`, any other value."""
     return [
         Problem(f"option {key}", str(options[key]).lower(), why, f"Leave it out, or say {str(value).lower()}.")
         for key, value in FIXED_OPTIONS.items()

@@ -78,7 +78,10 @@ class StaleExchange:
         self._packing.clear()
 
     def swap(self, name: str, fresh: Tensor) -> list[Tensor]:
-        """Everybody's tensor of this name, by rank; the own one is always fresh."""
+        """Everybody's tensor of this name, by rank; the own one is always fresh.
+
+        Fresh ones of the other ranks are those of a synchronous step; otherwise theirs are one step old.
+        """
         if self.synchronous:
             return self.gather(name, fresh)
         everyone = [*self.stale(name)]
@@ -125,7 +128,11 @@ class StaleExchange:
 
 
 class FirstConvolution(ModelHook):
-    """Cuts the rank's rows out of the whole latent, with the true rows around them."""
+    """Cuts the rank's rows out of the whole latent, with the true rows around them.
+
+    From (branches x images, C, H, W) to (branches x images, C', H / ranks, W): every rank holds the whole latent, so
+    nothing is exchanged here.
+    """
 
     def __init__(self, group: Group) -> None:
         super().__init__()
@@ -139,7 +146,10 @@ class FirstConvolution(ModelHook):
 
 
 class Convolution(ModelHook):
-    """Puts the neighbours' edge rows above and below the stripe; beyond the image there are zeros."""
+    """Puts the neighbours' edge rows above and below the stripe; beyond the image there are zeros.
+
+    What travels is the first and last `padding` rows of a stripe, (branches x images, C, 2 x padding, W).
+    """
 
     def __init__(self, name: str, exchange: StaleExchange) -> None:
         super().__init__()
@@ -164,6 +174,9 @@ def _convolve(module: nn.Conv2d, padded: Tensor) -> Tensor:
 
 class Normalisation(ModelHook):
     """GroupNorm over the whole image from every stripe's moments; `mode` says which of them may be a step old.
+
+    `full_sync` and `sync_gn` gather fresh moments; `stale_gn` takes those of the step before; `corrected_async_gn`
+    adds to the stale average what the own moments have changed by; `separate_gn` and `no_sync` take the own alone.
 
     The moments are the mean and the mean of squares of every group, in float32. `unbiased` multiplies the variance by
     n / (n - 1) for the n elements of a group in a stripe, as the public code does; torch's GroupNorm does not.
@@ -215,7 +228,10 @@ def _normalise(module: nn.GroupNorm, stripe: Tensor, mean: Tensor, variance: Ten
 
 
 class KeysOfAll(ModelHook):
-    """Lets a stripe's queries see the keys (or values) of the whole image: stale ones of the others, fresh own."""
+    """Lets a stripe's queries see the keys (or values) of the whole image: stale ones of the others, fresh own.
+
+    From (branches x images, tokens / ranks, inner width) to (branches x images, tokens, inner width).
+    """
 
     def __init__(self, name: str, exchange: StaleExchange) -> None:
         super().__init__()

@@ -61,11 +61,17 @@ class Group(ABC):
     traffic: Traffic
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, by rank; all have the same shape."""
+        """Every rank's tensor, by rank; all have the same shape.
+
+        Counted as (size - 1) x its bytes, sent and received: what a rank's link carries, whatever the algorithm.
+        """
         return self.start_all_gather(tensor).wait()
 
     def start_all_gather(self, tensor: Tensor) -> Pending[list[Tensor]]:
-        """Begin an all-gather. The tensor must not change until it is awaited."""
+        """Begin an all-gather. The tensor must not change until it is awaited.
+
+        Work done between this and `wait` hides the exchange: the asynchronous methods live on that.
+        """
         if self.size == 1:
             return Pending(lambda: [tensor])
         others = tensor.nbytes * (self.size - 1)

@@ -18,7 +18,10 @@ from .group import Group
 
 
 def used_tokens(tokens: int, partial: float) -> int:
-    """Tokens of a neighbour's stripe of `tokens` that attention sees, rounded to the nearest."""
+    """Tokens of a neighbour's stripe of `tokens` that attention sees, rounded to the nearest (halves to even).
+
+    `partial` is a share, 0 to 1.
+    """
     return round(tokens * partial)
 
 
@@ -85,7 +88,11 @@ class NeighbourExchange:
 
 
 class KeysOfNeighbours(ModelHook):
-    """Lets a stripe's queries see its own keys (or values) and the near ends of the neighbours' stale ones."""
+    """Lets a stripe's queries see its own keys (or values) and the near ends of the neighbours' stale ones.
+
+    From (branches x images, tokens, inner width) to (branches x images, used above + tokens + used below, inner width);
+    in synchronous steps to the whole image's tokens.
+    """
 
     def __init__(self, name: str, everyone: StaleExchange, ends: NeighbourExchange, denoiser: PcppDenoiser) -> None:
         super().__init__()

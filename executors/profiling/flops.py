@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -398,25 +398,26 @@ def pcpp_bytes_rows(
     """
     profiles = load_profiles()
     chosen = [_sides(size) for size in sizes]
-    named = [_named(model, profiles) for model in models]
-    return [
-        {"model": name, "height_px": height_px, "width_px": width_px, "degree": degree, "partial": partial}
-        | _pcpp_bytes(_guided_image(config, height_px, width_px), degree, partial)
-        for name, config in named
-        for height_px, width_px in chosen
-        for degree in degrees
-    ]
-
-
-def _pcpp_bytes(job: Denoising, degree: int, partial: float) -> dict[str, float]:
-    before = _steady_bytes("pcpp", job, degree, {"partial": partial, "whole_stripes": True})
-    after = _steady_bytes("pcpp", job, degree, {"partial": partial})
-    return {
-        "distrifusion_bytes": _steady_bytes("distrifusion", job, degree, {}),
-        "pcpp_whole_stripes_bytes": before,
-        "pcpp_used_part_bytes": after,
-        "saved_share": 1 - after / before if before else 0.0,
-    }
+    rows: list[dict[str, Any]] = []
+    for (name, config), (height_px, width_px) in product([_named(model, profiles) for model in models], chosen):
+        job = _guided_image(config, height_px, width_px)
+        for degree in degrees:
+            before = _steady_bytes("pcpp", job, degree, {"partial": partial, "whole_stripes": True})
+            after = _steady_bytes("pcpp", job, degree, {"partial": partial})
+            rows.append(
+                {
+                    "model": name,
+                    "height_px": height_px,
+                    "width_px": width_px,
+                    "degree": degree,
+                    "partial": partial,
+                    "distrifusion_bytes": _steady_bytes("distrifusion", job, degree, {}),
+                    "pcpp_whole_stripes_bytes": before,
+                    "pcpp_used_part_bytes": after,
+                    "saved_share": 1 - after / before if before else 0.0,
+                }
+            )
+    return rows
 
 
 def _steady_bytes(method: str, job: Denoising, degree: int, options: Mapping[str, bool | float]) -> float:

@@ -36,6 +36,12 @@ from .rows_file import KEYS, Key, MeasuredFile
 RANK_TIMEOUT_S = 1800.0
 """A rank may wait that long for another: the first one times every unit of a large UNet before AsyncDiff begins."""
 
+SUMMARY_COLUMNS = (
+    *("model", "component", "rank", "height_px", "width_px", "batch_size", "guidance", "method", "degree"),
+    *("options", "seconds_median", "seconds_p05", "seconds_p95", "num_samples", "comm_bytes"),
+)
+"""What of a row stands in a profile's summary, before its memory, energy and rate."""
+
 MIN_GRAPH_WARMUP_RUNS = 3
 """A step compiled into CUDA graphs is first run, then recorded; only then it is replayed."""
 
@@ -71,7 +77,10 @@ class Bench:
             rule = f"torchrun started {size} processes, and each of them is a rank"
             yield Problem("--degrees", ", ".join(map(str, sorted(degrees))), rule, f"Use --degrees {size}.")
         most = max(degrees, default=1)
-        if self._at_once(most) > self._devices():
+        at_once = 1
+        if self.carrier(most) != "loopback":  # torchrun may have started other ranks on other hosts
+            at_once = int(os.environ.get("LOCAL_WORLD_SIZE", most)) if torchrun_size() else most
+        if at_once > self._devices():
             what = "GPUs" if self.here.device == "cuda" else f"times {self.here.threads} usable CPU cores"
             rule = f"{self._devices()} {what} are here, and rows are written for devices that ran"
             remedy = "Use --ranks loopback for each rank's compute alone, or fewer ranks or threads."
@@ -80,12 +89,6 @@ class Bench:
         if few and self.sweep.runtime == "compiled" and self.here.device == "cuda":
             rule = f"a compiled step is a replayed CUDA graph only after {MIN_GRAPH_WARMUP_RUNS} runs"
             yield Problem("--warmup-runs", str(self.sweep.warmup_runs), rule, f"Use {MIN_GRAPH_WARMUP_RUNS} or more.")
-
-    def _at_once(self, degree: int) -> int:
-        """Ranks that run on this host at the same time; torchrun may have started others on other hosts."""
-        if self.carrier(degree) == "loopback":
-            return 1
-        return int(os.environ.get("LOCAL_WORLD_SIZE", degree)) if torchrun_size() else degree
 
     def _devices(self) -> int:
         """Ranks that can run at the same time here."""
@@ -378,21 +381,16 @@ def _summary(bench: Bench, target: ProfileTarget) -> Iterator[dict[str, object]]
     table = bench.table(target)
     for component in target.components:
         rows = [table.rows[key] for key in bench.keys(target, component) if key in table]
-        if rows:
-            row = rows[0] if rows[0].rank is None else max(rows, key=lambda row: row.seconds_median)
-            yield _entry(target, component, row, bench.ceilings)
-
-
-def _entry(target: ProfileTarget, component: str, row: CostRow, ceilings: Mapping[str, float]) -> dict[str, object]:
-    flop = target.flop[component]
-    rate = flop / row.seconds_median if flop else None
-    own = f"_{row.precision}_flop_per_s"
-    ceiling = max((value for name, value in ceilings.items() if name.endswith(own)), default=None)
-    named = ("model", "component", "rank", "height_px", "width_px", "batch_size", "guidance", "method", "degree")
-    figures = ("options", "seconds_median", "seconds_p05", "seconds_p95", "num_samples", "comm_bytes")
-    return {name: getattr(row, name) for name in (*named, *figures)} | {
-        "peak_memory_bytes": row.peak_memory_bytes,
-        "energy_j": row.energy_j,
-        "flop_per_s": rate,
-        "share_of_ceiling": rate / ceiling if rate and ceiling else None,
-    }
+        if not rows:
+            continue
+        row = rows[0] if rows[0].rank is None else max(rows, key=lambda row: row.seconds_median)
+        flop = target.flop[component]
+        rate = flop / row.seconds_median if flop else None
+        own = f"_{row.precision}_flop_per_s"
+        ceiling = max((value for name, value in bench.ceilings.items() if name.endswith(own)), default=None)
+        yield {name: getattr(row, name) for name in SUMMARY_COLUMNS} | {
+            "peak_memory_bytes": row.peak_memory_bytes,
+            "energy_j": row.energy_j,
+            "flop_per_s": rate,
+            "share_of_ceiling": rate / ceiling if rate and ceiling else None,
+        }

@@ -1,7 +1,7 @@
 """One stopwatch for everything that is timed: warm-up runs first, the device synchronised, every sample kept.
 
 A clock is a function without arguments that gives seconds once the device has finished its work
-(`executors.parallel.group.synchronised_clock`, or a rank's own `Group.clock`).
+(`parallel.synchronised_clock`, or a rank's own `Group.clock`).
 """
 
 from __future__ import annotations
