@@ -57,7 +57,7 @@ _ACKNOWLEDGED = b"\x06"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimingProtocol:
+class RunProtocol:
     """Untimed runs, timed runs, and how the UNet runs."""
 
     warmup_runs: int = 3
@@ -92,7 +92,7 @@ class Span:
 
 
 def time_steps(
-    group: Group, model: Pipeline, target: ProfileTarget, protocol: TimingProtocol, threads: int
+    group: Group, model: Pipeline, target: ProfileTarget, protocol: RunProtocol, threads: int
 ) -> dict[str, Measured]:
     """One rank's times of a steady step and of a synchronous one, by component, as far as the target asks for them.
 
@@ -119,7 +119,7 @@ def _note(denoiser: Denoiser) -> str:
     return f"cut at units {', '.join(map(str, denoiser.bounds))}" if isinstance(denoiser, AsyncDiffDenoiser) else ""
 
 
-def _spans(target: ProfileTarget, protocol: TimingProtocol) -> tuple[list[Span], dict[str, Any]]:
+def _spans(target: ProfileTarget, protocol: RunProtocol) -> tuple[list[Span], dict[str, Any]]:
     """Which steps are timed, and the method's settings with as many synchronous steps as that takes."""
     settings, stride = dict(target.settings), int(target.settings.get("stride", 1))
     spans, synchronous = [], int(settings.get("warmup_steps", 0))
@@ -202,7 +202,7 @@ def slowest(ranks: Sequence[Measured]) -> Measured:
 # ---- Everything else ------------------------------------------------------------------------------------------------
 
 
-def time_part(model: Pipeline, target: ProfileTarget, protocol: TimingProtocol, here: LocalDevice) -> Measured:
+def time_part(model: Pipeline, target: ProfileTarget, protocol: RunProtocol, here: LocalDevice) -> Measured:
     """The time of a component that is no denoising step: one prompt, a batch of images, one load, one payload."""
     with _PARTS[target.components[0]](model, target) as (action, comm_bytes):
         timing = measure(

@@ -29,7 +29,7 @@ from ..parallel import Carrier, run_ranks
 from .devices import PRECISIONS, LocalDevice, driver, library_versions, processor
 from .devices import ceilings as measure_ceilings
 from .grid import STEP_COMPONENTS, ProfileTarget, Sweep, find_targets
-from .measure import METERED, Measured, TimingProtocol, slowest, time_part, time_steps
+from .measure import METERED, Measured, RunProtocol, slowest, time_part, time_steps
 from .progress import Progress
 from .rows_file import KEYS, Key, MeasuredFile
 
@@ -226,8 +226,8 @@ class Bench:
         return {target.components[0]: {None: time_part(model, target, self._protocol, self.here)}}
 
     @property
-    def _protocol(self) -> TimingProtocol:
-        return TimingProtocol(warmup_runs=self.sweep.warmup_runs, runs=self.sweep.runs, runtime=self.sweep.runtime)
+    def _protocol(self) -> RunProtocol:
+        return RunProtocol(warmup_runs=self.sweep.warmup_runs, runs=self.sweep.runs, runtime=self.sweep.runtime)
 
     def _loaded(self, target: ProfileTarget) -> Pipeline:
         """The model, kept for the next target; what needs no UNet is measured with none in memory."""

@@ -133,7 +133,7 @@ def test_a_target_that_failed_ends_the_profile_with_code_1(command, folder, tmp_
         target = ProfileTarget(model="small", table="small", components=("step",), flop={})
         return ProfileResult(here, failed=[target], refused=[Problem("small step", "256 px", "out of memory")])
 
-    monkeypatch.setattr("executors.profiling.runner.profile", measure)
+    monkeypatch.setattr("executors.profiling.profile", measure)
     asked = ["profile", "--models", "small", "--device", "cpu-1core", "--threads", "1", "--profiles", folder]
     code, out, err = command(*asked, "--out", tmp_path, "--format", "json")
     assert code == 1
