@@ -2,22 +2,16 @@
 
 The paths that a serving system asks for every request read their body once and answer at once, on the event loop; a
 request of a size that must be priced first, a new plan and a what-if go to threads, one at a time each, so that
-decisions go on meanwhile.
-
-Follows a plan's file: when its content changes, the plan is replaced; a broken file is refused and logged.
+decisions go on meanwhile. A plan that comes by its changed file takes the same way as one that was sent.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
-from hashlib import sha256
-from pathlib import Path
-from typing import NamedTuple
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
@@ -30,92 +24,35 @@ from hybridsd_sim.errors import InputError, Problem, unknown_name
 from hybridsd_sim.plan import Request as Wanted
 from hybridsd_sim.pricing import read_deployment
 from hybridsd_sim.scheduling import AnyPlan, Decision, Event, Scheduler, WorkerDown, WorkerUp, check_number
-from hybridsd_sim.serving.answers import Json, RefusedError, describe, input_answer, problems_answer, refusal
-from hybridsd_sim.serving.guard import LOOPBACK, Bucket, Guard, body_of
-from hybridsd_sim.serving.prometheus import Meters
+from hybridsd_sim.serving.answers import (
+    ChoicesAnswer,
+    DecisionAnswer,
+    HealthAnswer,
+    Json,
+    ObservedAnswer,
+    PlanAnswer,
+    PlannedDecisionAnswer,
+    RefusedError,
+    VersionAnswer,
+    WhatIfAnswer,
+    input_answer,
+    problems_answer,
+    refusal,
+)
+from hybridsd_sim.serving.guard import LOOPBACK, Guard, RateLimiter, body_of
+from hybridsd_sim.serving.prometheus import SchedulerMetrics
+from hybridsd_sim.serving.reload import EVERY_S, PlanFile, follow
 from hybridsd_sim.serving.requests import QUESTION, REQUEST, asks_for_plan, read, read_events, read_plain
+from hybridsd_sim.serving.routes import (
+    DirectRoute,
+    Responses,
+    add_body_route,
+    add_get_route,
+    describe_routes,
+    responses_of,
+)
 from hybridsd_sim.serving.whatif import choices, page, what_if
 from hybridsd_sim.version import __version__
-
-LOG = logging.getLogger("hybridsd_sim.server")
-
-EVERY_S = 1.0
-"""Seconds between two looks at the file."""
-
-
-class Seen(NamedTuple):
-    """The state of a file: what tells cheaply that it was touched, and its content; None where it is not there."""
-
-    stamp: tuple[int, int, int] | None
-    digest: bytes | None
-
-
-class PlanFile:
-    """A plan.yaml, or the folder of a run that holds one, and the state of it that is in use.
-
-    That is the state in which it is when this is made: make it before the file is read, and no change is missed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path / "plan.yaml" if path.is_dir() else path
-        self._in_use = Seen(self._stamp(), self._content())
-
-    def changed(self) -> Seen | None:
-        """The file's state, if its content is not the one in use. A file that is not there has not changed."""
-        stamp = self._stamp()
-        if stamp is None or stamp == self._in_use.stamp:
-            return None
-        seen = Seen(stamp, self._content())
-        if seen.digest == self._in_use.digest:
-            self._in_use = seen
-        return None if seen.digest in {self._in_use.digest, None} else seen
-
-    def taken(self, seen: Seen) -> None:
-        """That state is in use from now on."""
-        self._in_use = seen
-
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
-
-    def _content(self) -> bytes | None:
-        try:
-            return sha256(self.path.read_bytes()).digest()
-        except OSError:
-            return None
-
-
-async def follow(file: PlanFile, replace: Callable[[Path], Awaitable[int]], every_s: float = EVERY_S) -> None:
-    """Replace the plan whenever its file changes, for ever.
-
-    A file that will not do is tried again at every look, as what it needs may come after it; what is wrong with it is
-    logged when it is another thing than at the look before.
-    """
-    said: list[str] = []
-    while True:
-        await asyncio.sleep(every_s)
-        wrong = await _look(file, replace)
-        if wrong != said:
-            for problem in wrong:
-                LOG.error("the plan in use stays: %s", problem)
-        said = wrong
-
-
-async def _look(file: PlanFile, replace: Callable[[Path], Awaitable[int]]) -> list[str]:
-    """Replace the plan if its file has changed; what is wrong with the file."""
-    try:
-        if seen := await asyncio.to_thread(file.changed):
-            LOG.info("plan %d is in use: %s has changed", await replace(file.path), file.path)
-            file.taken(seen)
-    except InputError as error:
-        return [str(problem) for problem in error.problems]
-    except Exception as error:  # noqa: BLE001 -- whatever one version of the file does, the next is looked at
-        return [type(error).__name__]
-    return []
-
 
 MOST_BODY_BYTES = 65_536
 
@@ -160,10 +97,11 @@ def build_app(
         title="hybridsd-sim sidecar", version=__version__, summary="Where and how to run each request of a plan.",
         lifespan=alive, docs_url=None, redoc_url=None, redirect_slashes=False,
     )  # fmt: skip
-    app.add_middleware(Guard, token=token, hosts=hosts, bucket=Bucket(requests_per_s, time.monotonic))
+    app.add_middleware(Guard, token=token, hosts=hosts, limiter=RateLimiter(requests_per_s, time.monotonic))
     for error, answer in ERRORS.items():
         app.add_exception_handler(error, answer)
-    describe(app, sidecar, with_token=token is not None)
+    _add_routes(app, sidecar)
+    describe_routes(app, with_token=token is not None)
     return app
 
 
@@ -172,8 +110,8 @@ class Sidecar:
 
     def __init__(self, scheduler: Scheduler, max_body_bytes: int, clock: Callable[[], float]) -> None:
         self.scheduler, self.ready = scheduler, False
-        self.meters = Meters(policy=scheduler.policy_name)
-        self.meters.follow(scheduler.version)
+        self._metrics = SchedulerMetrics(policy=scheduler.policy_name)
+        self._metrics.follow(scheduler.version)
         self._most, self._clock = max_body_bytes, clock
         self._pricing, self._swapping = CapacityLimiter(1), CapacityLimiter(1)
 
@@ -190,7 +128,7 @@ class Sidecar:
     def _decided(self, wanted: Wanted) -> Decision:
         began = time.perf_counter()
         decision = self.scheduler.decide(wanted, None, self._clock())
-        self.meters.decided(decision, time.perf_counter() - began, wanted.request_class)
+        self._metrics.decided(decision, time.perf_counter() - began, wanted.request_class)
         return decision
 
     async def observe(self, request: Request) -> Response:
@@ -200,7 +138,7 @@ class Sidecar:
         self._check(events, now)
         for event in events:
             self.scheduler.observe(event)
-            self.meters.observed(event)
+            self._metrics.observed(event)
         return Json({"observed": len(events)})
 
     def _check(self, events: list[Event], now: float) -> None:
@@ -238,7 +176,7 @@ class Sidecar:
 
     async def _in_turn(self, swap: Callable[[], int]) -> int:
         version = await to_thread.run_sync(swap, limiter=self._swapping)
-        self.meters.follow(self.scheduler.version)
+        self._metrics.follow(self.scheduler.version)
         return version
 
     async def what_if(self, request: Request) -> Response:
@@ -261,8 +199,8 @@ class Sidecar:
         return Response(await to_thread.run_sync(self._measured), media_type=CONTENT_TYPE_LATEST)
 
     def _measured(self) -> bytes:
-        self.meters.fleet(self.scheduler.workers(self._clock()), self.scheduler.scenario.pools)
-        return generate_latest(self.meters.registry)
+        self._metrics.fleet(self.scheduler.workers(self._clock()), self.scheduler.scenario.pools)
+        return generate_latest(self._metrics.registry)
 
     async def healthy(self, _: Request) -> Response:
         """Whether the process answers."""
@@ -271,6 +209,30 @@ class Sidecar:
     async def is_ready(self, _: Request) -> Response:
         """Whether decisions may be asked for."""
         return Json({"status": "ready"}) if self.ready else Json({"status": "starting"}, 503)
+
+
+WITH_PLAN = {
+    "name": "plan", "in": "query", "required": False, "schema": {"type": "boolean"},
+    "description": "Whether the answer holds the plan to carry out.",
+}  # fmt: skip
+
+
+def _add_routes(app: FastAPI, sidecar: Sidecar) -> None:
+    """Every path with what it takes and answers."""
+    app.router.route_class = DirectRoute
+    decisions = DecisionAnswer | PlannedDecisionAnswer
+    add_body_route(app, "POST", "/v1/decide", sidecar.decide, "RequestSent", decisions, parameters=[WITH_PLAN])
+    add_body_route(app, "POST", "/v1/observe", sidecar.observe, "EventsSent", ObservedAnswer)
+    add_body_route(app, "PUT", "/v1/plan", sidecar.put_plan, "Deployment", VersionAnswer)
+    add_body_route(app, "POST", "/v1/whatif", sidecar.what_if, "QuestionSent", WhatIfAnswer)
+    add_get_route(app, "/v1/plan", sidecar.get_plan, responses_of(PlanAnswer, 401, 421, 429))
+    add_get_route(app, "/v1/whatif", sidecar.choices, responses_of(ChoicesAnswer, 401, 421, 429))
+    add_get_route(app, "/healthz", sidecar.healthy, responses_of(HealthAnswer, 421), security=[])
+    late: Responses = {503: {"model": HealthAnswer, "description": "It has not started, or is ending."}}
+    add_get_route(app, "/readyz", sidecar.is_ready, responses_of(HealthAnswer, 421) | late, security=[])
+    text: Responses = {200: {"content": {"text/plain": {}}, "description": "Prometheus text."}}
+    add_get_route(app, "/metrics", sidecar.metrics, responses_of(None, 401, 421) | text)
+    app.add_api_route("/", sidecar.page, include_in_schema=False)
 
 
 async def _not_there(request: Request, error: Exception) -> Response:

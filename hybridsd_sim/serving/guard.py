@@ -36,8 +36,8 @@ BODY_S = 10.0
 """Seconds within which a body must be there."""
 
 
-class Bucket:
-    """So many requests a second, and as many at once after a quiet second."""
+class RateLimiter:
+    """A token bucket: so many requests a second, and as many at once after a quiet second."""
 
     def __init__(self, per_s: float, clock: Callable[[], float]) -> None:
         self._per_s, self._most = per_s, max(per_s, 1.0)
@@ -57,7 +57,7 @@ class Bucket:
 class Guard:
     """ASGI middleware that turns away what must not come in, and lets no error out as it is.
 
-    `hosts` are the names that the `Host` header may have; None lets every name pass. Without a `bucket` requests may
+    `hosts` are the names that the `Host` header may have; None lets every name pass. Without a `limiter` requests may
     come at any rate. `answer` says what is refused in the application's own shape.
     """
 
@@ -67,13 +67,13 @@ class Guard:
         *,
         token: str | None,
         hosts: Collection[str] | None,
-        bucket: Bucket | None = None,
+        limiter: RateLimiter | None = None,
         answer: Callable[[RefusedError], Response] = refusal,
     ) -> None:
         self._app, self._answer = app, answer
         self._token = None if token is None else token.encode()
         self._hosts = None if hosts is None else frozenset(host.encode() for host in hosts)
-        self._bucket = bucket
+        self._limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -105,7 +105,7 @@ class Guard:
             return STRANGE_HOST
         if self._token is not None and path not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
             return NO_TOKEN
-        if self._bucket is not None and path not in FREE_PATHS and (wait_s := self._bucket.wait_s()):
+        if self._limiter is not None and path not in FREE_PATHS and (wait_s := self._limiter.wait_s()):
             return too_many(wait_s)
         return None
 

@@ -17,8 +17,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.scheduling import Scheduler
-from hybridsd_sim.serving.app import REQUESTS_PER_S, PlanFile, build_app
+from hybridsd_sim.serving.app import REQUESTS_PER_S, build_app
 from hybridsd_sim.serving.guard import LOOPBACK
+from hybridsd_sim.serving.reload import PlanFile
 
 LOG = logging.getLogger("hybridsd_sim.server")
 

@@ -61,7 +61,7 @@ class _Children:
         return child
 
 
-class Meters:
+class SchedulerMetrics:
     """The metrics of one scheduler, whose policy is called `policy`, in a registry of their own unless one is given.
 
     Tell it of every decision and event; before the registry is read, also of the workers. Any thread may.

@@ -118,7 +118,7 @@ class _Call:
 
 
 @dataclass(slots=True)
-class _Line:
+class _ReplicaQueue:
     """A replica and the calls decided for it that have not ended, in order of decision."""
 
     replica: RunningReplica
@@ -157,7 +157,7 @@ class PredictedCostRouter(RequestRouter):
         self._scheduler: Scheduler | None = None
         self._plan: Path | None = None
         self._calls: dict[str, list[_Call]] = {}
-        self._lines: dict[str, _Line] = {}
+        self._replica_queues: dict[str, _ReplicaQueue] = {}
         with _harmless():
             self._begin(**settings)
 
@@ -207,18 +207,21 @@ class PredictedCostRouter(RequestRouter):
 
     def _ranks_of(self, call: _Call) -> list[list[RunningReplica]]:
         replicas = list(self.curr_replicas.values())
-        line = self._lines.get(call.worker or "")
-        if self._scheduler is None or call.decision is None or line is None:
+        queue = self._replica_queues.get(call.worker or "")
+        if self._scheduler is None or call.decision is None or queue is None:
             return [replicas]
         if not call.offered:  # the replica has room, which Ray may not have heard yet, and would ask for
             call.offered = True
-            self.on_new_queue_len_info(line.replica.replica_id, line.sent)
+            self.on_new_queue_len_info(queue.replica.replica_id, queue.sent)
         now = time.monotonic()
         if now - call.turn_s < PATIENCE_S:
-            return [[line.replica]]
+            return [[queue.replica]]
         mine = [state for state in self._scheduler.workers(now) if state.pool == call.decision.pool]
         others = [state.name for state in sorted(mine, key=lambda state: state.left_s) if state.name != call.worker]
-        return [[line.replica], *([self._lines[name].replica] for name in others if name in self._lines)]
+        return [
+            [queue.replica],
+            *([self._replica_queues[name].replica] for name in others if name in self._replica_queues),
+        ]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """An attempt at a replica is over: the call has ended, unless the replica had no room and Ray tries again."""
@@ -256,7 +259,7 @@ class PredictedCostRouter(RequestRouter):
         """The call as it was decided; None if it was not, or if its replica is gone."""
         calls = self._calls.get(pending.metadata.internal_request_id, ())
         call = next((call for call in calls if call.pending is pending), None)
-        if call is not None and call.worker is not None and call.worker not in self._lines:
+        if call is not None and call.worker is not None and call.worker not in self._replica_queues:
             self._end(call, "cancelled")
             return None
         if call is not None:
@@ -272,12 +275,12 @@ class PredictedCostRouter(RequestRouter):
         self._calls.setdefault(pending.metadata.internal_request_id, []).append(call)
         self._watch(call)
         self._tell(call)
-        line = self._lines.get(call.worker or "")
-        if line is None:
+        queue = self._replica_queues.get(call.worker or "")
+        if queue is None:
             call.admit(time.monotonic())
         else:
-            line.calls[call] = None
-            line.admit(time.monotonic())
+            queue.calls[call] = None
+            queue.admit(time.monotonic())
         return call
 
     async def _decision(self, pending: PendingRequest) -> Decision | None:
@@ -324,10 +327,10 @@ class PredictedCostRouter(RequestRouter):
             self._calls[key] = left
         if self._scheduler is not None and call.decision is not None:
             self._scheduler.observe(RequestDone(call.decision.number, now, outcome))
-        line = self._lines.get(call.worker or "")
-        if line is not None:
-            line.calls.pop(call, None)
-            line.admit(now)
+        queue = self._replica_queues.get(call.worker or "")
+        if queue is not None:
+            queue.calls.pop(call, None)
+            queue.admit(now)
         call.admit(now)
 
     def _forget_lost(self) -> None:
@@ -350,15 +353,15 @@ class PredictedCostRouter(RequestRouter):
         known = {state.name for state in self._scheduler.workers(now)}
         for name in known - up.keys():
             self._scheduler.observe(WorkerDown(name, now))
-        for name in self._lines.keys() - up.keys():
-            for call in self._lines.pop(name).calls:
+        for name in self._replica_queues.keys() - up.keys():
+            for call in self._replica_queues.pop(name).calls:
                 call.admit(now)  # it finds its replica gone, and is decided anew
         for name, replica in up.items():
             if name not in known:
                 self._join(self._scheduler, replica, now)
-            line = self._lines.setdefault(name, _Line(replica))
-            line.replica = replica
-            line.admit(now)
+            queue = self._replica_queues.setdefault(name, _ReplicaQueue(replica))
+            queue.replica = replica
+            queue.admit(now)
 
     def _join(self, scheduler: Scheduler, replica: RunningReplica, now: float) -> None:
         pools = list(scheduler.scenario.pools)

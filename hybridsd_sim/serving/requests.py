@@ -1,4 +1,4 @@
-"""What serving systems ask for, read: bodies of HTTP requests, and the arguments of a call to a served model.
+"""Reads what serving systems ask for: bodies of HTTP requests, and the arguments of a call to a served model.
 
 Bodies are requests, events, questions of the what-if page and plans. They are read strictly: numbers are finite and
 bounded as in a scenario, unknown keys are refused, and all problems are told. Times are seconds on the server's clock,
@@ -41,8 +41,34 @@ Pixels = Annotated[int, Field(ge=64, le=16384, multiple_of=8)]
 
 ReadT = TypeVar("ReadT")
 
+Asked = Request | Mapping[str, Any]
+"""A request, or some of its fields by name."""
 
-class Sent(BaseModel):
+RequestOf = Callable[[Sequence[Any], Mapping[str, Any]], Asked]
+"""What reads a request out of the positional and the keyword arguments of a call."""
+
+SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "request_class": ("request_class", "class"),
+    "model": ("model",),
+    "height_px": ("height_px", "height"),
+    "width_px": ("width_px", "width"),
+    "num_inference_steps": ("num_inference_steps",),
+    "guidance_scale": ("guidance_scale",),
+    "num_images": ("num_images", "num_images_per_prompt"),
+    "sampler": ("sampler",),
+    "slo_s": ("slo_s",),
+    "quality_floor": ("quality_floor",),
+    "priority": ("priority",),
+}
+"""Fields of a request by the names they go by: ours first, then those of diffusers' pipelines."""
+
+NUMBERS: Mapping[str, Callable[[Any], Any]] = {
+    "height_px": int, "width_px": int, "num_inference_steps": int, "num_images": int, "priority": int,
+    "guidance_scale": float, "slo_s": float, "quality_floor": float,
+}  # fmt: skip
+
+
+class RequestBody(BaseModel):
     """What comes from outside: nothing unknown, nothing converted, nothing infinite."""
 
     model_config = ConfigDict(
@@ -50,7 +76,7 @@ class Sent(BaseModel):
     )
 
 
-class RequestSent(Sent):
+class RequestSent(RequestBody):
     """What a user asks for. Only the class is needed; the rest is as the class has it."""
 
     request_class: Word
@@ -76,7 +102,7 @@ class RequestSent(Sent):
         return replace(own, **said) if len(said) > 1 else own
 
 
-class StepDoneSent(Sent):
+class StepDoneSent(RequestBody):
     """One denoising step of a stage took so long."""
 
     event: Literal["step_done"]
@@ -88,7 +114,7 @@ class StepDoneSent(Sent):
         return StepDone(self.number, self.seconds, self.stage)
 
 
-class CloudDoneSent(Sent):
+class CloudDoneSent(RequestBody):
     """The worker has done its part and is free."""
 
     event: Literal["cloud_done"]
@@ -99,7 +125,7 @@ class CloudDoneSent(Sent):
         return CloudDone(self.number, _moment(self.at_s, now))
 
 
-class RequestDoneSent(Sent):
+class RequestDoneSent(RequestBody):
     """A decision has ended: the image is there, or never will be."""
 
     event: Literal["request_done"]
@@ -111,7 +137,7 @@ class RequestDoneSent(Sent):
         return RequestDone(self.number, _moment(self.at_s, now), self.outcome)
 
 
-class WorkerUpSent(Sent):
+class WorkerUpSent(RequestBody):
     """A worker of a pool takes requests from now on; without `gpus` it has those of one of the pool's nodes."""
 
     event: Literal["worker_up"]
@@ -124,7 +150,7 @@ class WorkerUpSent(Sent):
         return WorkerUp(self.worker, self.pool, _moment(self.at_s, now), self.gpus)
 
 
-class WorkerDownSent(Sent):
+class WorkerDownSent(RequestBody):
     """A worker is gone with everything it was given."""
 
     event: Literal["worker_down"]
@@ -140,7 +166,7 @@ def _moment(at_s: float | None, now: float) -> float:
     return now if at_s is None else min(at_s, now)
 
 
-class QuestionSent(Sent):
+class QuestionSent(RequestBody):
     """What if a request came while pools are as busy as said?"""
 
     request: RequestSent
@@ -161,6 +187,18 @@ QUESTION: TypeAdapter[QuestionSent] = TypeAdapter(QuestionSent)
 EVENT: TypeAdapter[EventSent] = TypeAdapter(EventSent)
 
 EVENTS: TypeAdapter[list[EventSent]] = TypeAdapter(EventsSent)
+
+EVENT_NAMES = {"step_done", "cloud_done", "request_done", "worker_up", "worker_down"}
+
+MODELS: tuple[type[RequestBody], ...] = (
+    StepDoneSent, CloudDoneSent, RequestDoneSent, WorkerUpSent, WorkerDownSent, RequestSent, QuestionSent,
+)  # fmt: skip
+
+KEYS = [key for model in MODELS for key in model.model_fields]
+"""Every key that may be sent, for the nearest to one that may not."""
+
+VALUES = {"json_invalid": "not JSON", "union_tag_not_found": "missing"}
+"""What was sent where no part of it is to blame."""
 
 
 def read(what: TypeAdapter[ReadT], body: bytes) -> ReadT:
@@ -198,21 +236,8 @@ def _problems(error: ValidationError) -> Iterator[Problem]:
             yield replace(found, place=place, value=value, remedy="See /openapi.json.")
 
 
-VALUES = {"json_invalid": "not JSON", "union_tag_not_found": "missing"}
-"""What was sent where no part of it is to blame."""
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-KINDS: tuple[type[Sent], ...] = (StepDoneSent, CloudDoneSent, RequestDoneSent, WorkerUpSent, WorkerDownSent)
-
-EVENT_NAMES = {"step_done", "cloud_done", "request_done", "worker_up", "worker_down"}
-
-MODELS: tuple[type[Sent], ...] = (*KINDS, RequestSent, QuestionSent)
-
-KEYS = [key for model in MODELS for key in model.model_fields]
 
 
 def read_plain(body: bytes, place: str) -> Any:
@@ -241,33 +266,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         msg = "a key stands twice in one object"
         raise ValueError(msg)
     return found
-
-
-Asked = Request | Mapping[str, Any]
-"""A request, or some of its fields by name."""
-
-RequestOf = Callable[[Sequence[Any], Mapping[str, Any]], Asked]
-"""What reads a request out of the positional and the keyword arguments of a call."""
-
-SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "request_class": ("request_class", "class"),
-    "model": ("model",),
-    "height_px": ("height_px", "height"),
-    "width_px": ("width_px", "width"),
-    "num_inference_steps": ("num_inference_steps",),
-    "guidance_scale": ("guidance_scale",),
-    "num_images": ("num_images", "num_images_per_prompt"),
-    "sampler": ("sampler",),
-    "slo_s": ("slo_s",),
-    "quality_floor": ("quality_floor",),
-    "priority": ("priority",),
-}
-"""Fields of a request by the names they go by: ours first, then those of diffusers' pipelines."""
-
-NUMBERS: Mapping[str, Callable[[Any], Any]] = {
-    "height_px": int, "width_px": int, "num_inference_steps": int, "num_images": int, "priority": int,
-    "guidance_scale": float, "slo_s": float, "quality_floor": float,
-}  # fmt: skip
 
 
 def asked_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked:

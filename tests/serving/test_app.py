@@ -26,8 +26,9 @@ from hybridsd_sim.plan import Request
 from hybridsd_sim.scheduling import POLICIES, RequestDone
 from hybridsd_sim.serving import is_loopback
 from hybridsd_sim.serving.answers import WhatIfAnswer
-from hybridsd_sim.serving.app import REQUESTS_PER_S, PlanFile, build_app
+from hybridsd_sim.serving.app import REQUESTS_PER_S, build_app
 from hybridsd_sim.serving.listen import read_token, serve
+from hybridsd_sim.serving.reload import PlanFile
 from sidecars import LONG_S, Asker, Clock, embedded, handed_over, problems, served, write_plan
 
 MINE = '{"request_class": "picture"}'

@@ -14,8 +14,9 @@ import pytest
 import uvicorn
 
 from hybridsd_sim.errors import InputError, Problem
-from hybridsd_sim.serving.app import PlanFile, build_app, follow
+from hybridsd_sim.serving.app import build_app
 from hybridsd_sim.serving.listen import opened, settings
+from hybridsd_sim.serving.reload import PlanFile, follow
 from sidecars import LONG_S, embedded, handed_over, write_plan
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"

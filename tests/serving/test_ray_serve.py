@@ -78,8 +78,8 @@ def test_a_call_that_names_no_class_is_of_the_only_one():
 
 
 def test_nothing_loads_ray_that_does_not_need_it():
-    """Neither the package nor the room of the adapters; only the adapter itself."""
-    program = "import sys, hybridsd_sim.serving.requests, hybridsd_sim.scheduler; sys.exit('ray' in sys.modules)"
+    """Neither the package nor the readers of calls; only the router itself."""
+    program = "import sys, hybridsd_sim.serving.requests, hybridsd_sim.scheduling; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
