@@ -10,10 +10,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
-from hybridsd_sim.estimate import DASH, KIND_ORDER, Kind, Show, interval, money, number, percent, score, weakest
+from hybridsd_sim.estimate import (
+    DASH,
+    KIND_ORDER,
+    NAN,
+    Estimate,
+    Kind,
+    Show,
+    interval,
+    money,
+    number,
+    percent,
+    score,
+    weakest,
+)
 from hybridsd_sim.plan import Site
 from hybridsd_sim.reporting.blocks import MARKS, Block, Cell, Fold, Heading, Paragraph, Picture, Table, ranged
 from hybridsd_sim.reporting.labels import PARTS, Data, beneath, listed, reach
@@ -28,80 +42,90 @@ EGRESS = "network"
 
 OWN = "the scenario's own figure"
 
+OVER_USERS = "at the network's median rates; the interval spans users and moments"
+"""What the interval of a transfer is: not doubt, but who asks and when."""
+
+TIE = "\N{NO-BREAK SPACE}"
+
+SHOWN: Mapping[str, Show] = {"quality_clip": score, "quality_lpips": score, "metered_usd_per_image": money}
+"""How totals are written that are no plain numbers."""
+
+NO_SOURCE = "this model's own rule"
+
+TWO_INTERVALS = (
+    "A 90% interval says how well a time is known. The 95% intervals of simulated figures say only what chance does in "
+    "the run, with these times taken as they stand. The same stands in parts.csv, a figure a line."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A price or a power: `value` None where nobody knows it; `low` and `high` are its range where a source has one.
+    """A price or a power: `figure` in `unit`, its interval the range that its source gives, NaN where it gives none.
 
     `where` is the site that it belongs to, `EGRESS` for what leaves the cloud.
     """
 
     where: str
     item: str
-    value: float | None
     unit: str
-    low: float | None = None
-    high: float | None = None
-    kind: Kind = "quoted"
-    sources: tuple[str, ...] = ()
-    note: str = ""
+    figure: Estimate
 
     @property
     def reach(self) -> tuple[float, float]:
         """The ends of the range as shares of the value; 1 where there is no range."""
-        if not self.value:
+        value = self.figure.value
+        if not value or not self.figure.known:
             return 1.0, 1.0
-        low, high = (self.value if end is None else end for end in (self.low, self.high))
-        return min(1.0, low / self.value), max(1.0, high / self.value)
+        low, high = (value if isnan(end) else end for end in self.figure.interval)
+        return min(1.0, low / value), max(1.0, high / value)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As reports save it: None for what is unknown."""
+        figure = self.figure
+        value, low, high = (None if isnan(each) else each for each in (figure.value, figure.low, figure.high))
+        return {
+            "where": self.where, "item": self.item, "value": value, "unit": self.unit, "low": low, "high": high,
+            "kind": figure.kind, "sources": figure.sources, "note": figure.note,
+        }  # fmt: skip
 
 
 def rates_of(sites: Mapping[str, Site], profiles: Profiles) -> dict[str, Rate]:
     """The rate of each site by its name, and that of the way down to the edge."""
     rates = [(price_of if site.tier == "cloud" else power_of)(site, profiles) for site in sites.values()]
-    return {rate.where: rate for rate in (*rates, *_egress(profiles))}
+    egress = next((row for row in profiles.prices if row.item == "egress" and row.default), None)
+    if egress is not None:
+        rates.append(Rate(EGRESS, "GiB sent to the edge", "US$", _listed_price(egress)))
+    return {rate.where: rate for rate in rates}
 
 
 def price_of(site: Site, profiles: Profiles) -> Rate:
     """US$ per GPU-hour of a cloud site: the scenario's own price, else the catalogue's."""
     item, unit = f"GPU-hour of {site.name} ({site.device}, {site.purchase.replace('_', ' ')})", "US$"
     if site.usd_per_device_hour is not None:
-        return Rate(site.name, item, site.usd_per_device_hour, unit, sources=(OWN,))
+        return Rate(site.name, item, unit, Estimate(site.usd_per_device_hour, kind="quoted", sources=(OWN,)))
     row = profiles.gpu_price(site.device, site.purchase, site.provider)
     if row is None:
-        return Rate(site.name, item, None, unit, kind="modelled", note=f"no {site.purchase} price for {site.device}")
-    return _of_row(site.name, item, unit, row)
+        return Rate(site.name, item, unit, Estimate.unknown(f"no {site.purchase} price for {site.device}"))
+    return Rate(site.name, item, unit, _listed_price(row))
+
+
+def _listed_price(row: Price) -> Estimate:
+    low, high = (NAN if end is None else end for end in (row.low, row.high))
+    note = "; ".join(filter(None, (row.provider, row.source_date, row.notes)))
+    return Estimate(row.usd, low, high, row.kind, (row.source,), note)
 
 
 def power_of(site: Site, profiles: Profiles) -> Rate:
     """Watts of an edge device while it generates: the scenario's own figure, else the catalogue's."""
     item = f"Power of {site.name} ({site.device})"
     if site.power_w is not None:
-        return Rate(site.name, item, site.power_w, "W", sources=(OWN,))
+        return Rate(site.name, item, "W", Estimate(site.power_w, kind="quoted", sources=(OWN,)))
     device = profiles.edge_device(site.device)
     if device.power_w is None:
-        return Rate(site.name, item, None, "W", kind="modelled", note=f"no power figure for {site.device}")
-    return Rate(
-        site.name, item, device.power_w, "W", low=device.power_low_w, high=device.power_high_w,
-        kind=device.power_kind or "modelled", sources=(device.power_source,),
-    )  # fmt: skip
-
-
-def _egress(profiles: Profiles) -> Iterator[Rate]:
-    row = next((row for row in profiles.prices if row.item == "egress" and row.default), None)
-    if row is not None:
-        yield _of_row(EGRESS, "GiB sent to the edge", "US$", row)
-
-
-def _of_row(where: str, item: str, unit: str, row: Price) -> Rate:
-    note = "; ".join(filter(None, (row.provider, row.source_date, row.notes)))
-    return Rate(where, item, row.usd, unit, low=row.low, high=row.high, kind=row.kind, sources=(row.source,), note=note)
-
-
-OVER_USERS = "at the network's median rates; the interval spans users and moments"
-"""What the interval of a transfer is: not doubt, but who asks and when."""
+        return Rate(site.name, item, "W", Estimate.unknown(f"no power figure for {site.device}"))
+    low, high = (NAN if end is None else end for end in (device.power_low_w, device.power_high_w))
+    kind = device.power_kind or "modelled"
+    return Rate(site.name, item, "W", Estimate(device.power_w, low, high, kind, (device.power_source,)))
 
 
 def breakdowns(served: Iterable[tuple[str, str, PlanCost]], rates: Mapping[str, Rate]) -> list[Data]:
@@ -113,19 +137,17 @@ def breakdowns(served: Iterable[tuple[str, str, PlanCost]], rates: Mapping[str, 
     for run, request_class, cost in served:
         key = request_class, cost.plan
         if key not in found:
-            found[key] = {"runs": [], "request_class": request_class, **_breakdown(cost, rates)}
+            found[key] = {
+                "runs": [],
+                "request_class": request_class,
+                "label": cost.plan.label,
+                "parts": [_part(part) for part in cost.parts],
+                "totals": list(_totals(cost, rates)),
+                "shares": shares(cost.parts),
+            }
         if run not in found[key]["runs"]:
             found[key]["runs"].append(run)
     return list(found.values())
-
-
-def _breakdown(cost: PlanCost, rates: Mapping[str, Rate]) -> Data:
-    return {
-        "label": cost.plan.label,
-        "parts": [_part(part) for part in cost.parts],
-        "totals": [_latency(cost), _money(cost, rates), _energy(cost, rates), *_scores(cost)],
-        "shares": shares(cost.parts),
-    }
 
 
 def _part(part: Part) -> Data:
@@ -143,23 +165,26 @@ def shares(parts: Sequence[Part]) -> dict[Kind, float]:
     return {kind: sum(seconds.value for seconds in critical if seconds.kind == kind) / total for kind in KIND_ORDER}
 
 
-def _latency(cost: PlanCost) -> Data:
+def _totals(cost: PlanCost, rates: Mapping[str, Rate]) -> Iterator[Data]:
+    """Latency, US$ and joules an image, then what the pictures are worth.
+
+    Dollars are the pool's price for the seconds of its gang and what is sent to the edge, joules the device's power
+    for the seconds in which it works. The CLIP score, or why nobody knows it, is always there, others where known.
+    """
     critical = [part.seconds for part in cost.parts if part.critical]
     kind = weakest(seconds.kind for seconds in critical if seconds.value > 0)
-    ends, sources = cost.latency_interval_s, [seconds.sources for seconds in critical]
-    return _total("latency_s", cost.latency_s, "s", ends, kind, sources)
-
-
-def _money(cost: PlanCost, rates: Mapping[str, Rate]) -> Data:
-    """US$ an image: the pool's price for the seconds of its gang, and what is sent to the edge."""
+    timed_by = [seconds.sources for seconds in critical]
+    yield _total("latency_s", cost.latency_s, "s", cost.latency_interval_s, kind, timed_by)
+    images = cost.request.num_images
     charged = [(part, part.usd, rates.get(EGRESS if part.tier == "network" else part.where)) for part in cost.parts]
-    return _product("metered_usd_per_image", "US$", charged, cost.request.num_images, "nothing is paid for")
-
-
-def _energy(cost: PlanCost, rates: Mapping[str, Rate]) -> Data:
-    """Joules an image: the device's power for the seconds in which it works."""
+    yield _product("metered_usd_per_image", "US$", charged, images, "nothing is paid for")
     spent = [(part, part.energy_j, rates.get(part.where)) for part in cost.parts]
-    return _product("edge_energy_j_per_image", "J", spent, cost.request.num_images, "nothing runs at the edge")
+    yield _product("edge_energy_j_per_image", "J", spent, images, "nothing runs at the edge")
+    clip, fid, lpips = cost.quality.clip, cost.quality.fid, cost.quality.lpips
+    for name, unit, found in (("clip", "CLIP", clip), ("fid", "FID", fid), ("lpips", "LPIPS", lpips)):
+        if found.known or found is clip:
+            figures = (found.value_or_none, unit, found.interval_or_none, found.kind, [found.sources], found.note)
+            yield _total(f"quality_{name}", *figures)
 
 
 def _product(
@@ -167,15 +192,14 @@ def _product(
 ) -> Data:
     """A sum of seconds times rates: both have a range and a kind. Bytes are known, so that only their rate counts."""
     some = [(part, amount, rate) for part, amount, rate in amounts if amount != 0]
-    missing = [part.unknown or (rate.note if rate else "") for part, amount, rate in some if amount is None]
+    missing = [part.unknown or (rate.figure.note if rate else "") for part, amount, rate in some if amount is None]
     ends = [0.0, 0.0]
     for part, amount, rate in some:
         for side, share in enumerate(_reach(part, rate)):
             ends[side] += share * (amount or 0.0) / images
-    kinds = [part.seconds.kind for part, *_ in some if part.tier != "network"] + [
-        rate.kind for *_, rate in some if rate
-    ]
-    sources = [(*part.seconds.sources, *(rate.sources if rate else ())) for part, _, rate in some]
+    kinds = [part.seconds.kind for part, *_ in some if part.tier != "network"]
+    kinds += [rate.figure.kind for *_, rate in some if rate]
+    sources = [(*part.seconds.sources, *(rate.figure.sources if rate else ())) for part, _, rate in some]
     value = None if missing else sum(amount or 0.0 for _, amount, _ in some) / images
     note = "; ".join(dict.fromkeys(filter(None, missing))) if missing else "" if some else if_none
     return _total(name, value, unit, None if missing else (ends[0], ends[1]), weakest(kinds), sources, note)
@@ -190,15 +214,6 @@ def _reach(part: Part, rate: Rate | None) -> tuple[float, float]:
     return low * seconds.low / seconds.value, high * seconds.high / seconds.value
 
 
-def _scores(cost: PlanCost) -> Iterator[Data]:
-    """What the pictures are worth: the CLIP score, or why nobody knows it; other scores where somebody does."""
-    clip, fid, lpips = cost.quality.clip, cost.quality.fid, cost.quality.lpips
-    for name, unit, found in (("clip", "CLIP", clip), ("fid", "FID", fid), ("lpips", "LPIPS", lpips)):
-        if found.known or found is clip:
-            figures = (found.value_or_none, unit, found.interval_or_none, found.kind, [found.sources], found.note)
-            yield _total(f"quality_{name}", *figures)
-
-
 def _total(
     name: str, value: float | None, unit: str, ends: tuple[float, float] | None, kind: Kind,
     sources: Sequence[tuple[str, ...]], note: str = "",
@@ -209,19 +224,6 @@ def _total(
         "figure": name, "value": value, "low": low, "high": high, "unit": unit, "kind": kind, "sources": said,
         "note": note,
     }  # fmt: skip
-
-
-TIE = "\N{NO-BREAK SPACE}"
-
-SHOWN: Mapping[str, Show] = {"quality_clip": score, "quality_lpips": score, "metered_usd_per_image": money}
-"""How totals are written that are no plain numbers."""
-
-NO_SOURCE = "this model's own rule"
-
-TWO_INTERVALS = (
-    "A 90% interval says how well a time is known. The 95% intervals of simulated figures say only what chance does in "
-    "the run, with these times taken as they stand. The same stands in parts.csv, a figure a line."
-)
 
 
 def sources_of(data: Data) -> tuple[str, ...]:
@@ -288,7 +290,10 @@ def _parts(plan: Data, sources: Sequence[str]) -> Table:
     """Every part of a plan, then what they sum to."""
     steady = any(part["component"] == "denoise_warmup" for part in plan["parts"])
     rows = [_part_row(part, sources, steady=steady) for part in plan["parts"]]
-    totals = [_total_row(total, sources) for total in plan["totals"]]
+    totals = [
+        _line(total, Cell(PARTS[total["figure"]]), "", SHOWN.get(total["figure"], number), sources)
+        for total in plan["totals"]
+    ]
     head = ("Part", "Where", "Value", "90% interval", "Kind", "Source and note")
     strong = frozenset(range(len(rows), len(rows) + len(totals)))
     return Table(
@@ -307,23 +312,20 @@ def _part_row(part: Data, sources: Sequence[str], *, steady: bool) -> tuple[Cell
     return _line(part, Cell(name, beside), part["where"], number, sources, outside=not part["within"])
 
 
-def _total_row(total: Data, sources: Sequence[str]) -> tuple[Cell, ...]:
-    show = SHOWN.get(total["figure"], number)
-    return _line(total, Cell(PARTS[total["figure"]]), "", show, sources)
-
-
 def _line(
     figure: Data, name: Cell, where: str, show: Show, sources: Sequence[str], *, outside: bool = False
 ) -> tuple[Cell, ...]:
     """A figure with its interval, kind, sources and note; without a value, a dash and the reason."""
     known = figure["value"] is not None
+    grounds = tuple(sorted(sources.index(source) + 1 for source in figure["sources"]))
+    note = f"outside what was timed: {figure['note']}" if outside else figure["note"]
     return (
         name,
         Cell(where),
         Cell(f"{show(figure['value'])} {figure['unit']}") if known else Cell(DASH, figure["note"] or "not known"),
         _interval(figure, show) if known else Cell(""),
         Cell(figure["kind"], kind=figure["kind"]) if known else Cell(""),
-        _grounds(figure, sources, outside=outside),
+        Cell("" if grounds else NO_SOURCE, note if known else "", sources=grounds),
     )
 
 
@@ -331,13 +333,6 @@ def _interval(figure: Data, show: Show) -> Cell:
     if figure["low"] is None and figure["high"] is None:
         return Cell("none given")
     return Cell(beneath(figure, show) or show(figure["value"]), reach(figure))
-
-
-def _grounds(figure: Data, sources: Sequence[str], *, outside: bool = False) -> Cell:
-    """What a figure rests on: numbers of sources, and its note."""
-    found = tuple(sorted(sources.index(source) + 1 for source in figure["sources"]))
-    note = f"outside what was timed: {figure['note']}" if outside else figure["note"]
-    return Cell("" if found else NO_SOURCE, note if figure["value"] is not None else "", sources=found)
 
 
 def _rates(rates: Sequence[Data], sources: Sequence[str]) -> Table:

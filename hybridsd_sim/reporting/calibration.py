@@ -31,6 +31,13 @@ UNITS = (
 
 WHOSE = ("device", "runtime", "precision")
 
+ABOUT = (
+    "Steps that nobody timed follow from a law of their device: kernels at their rates, a cost for each operation, and "
+    "the host that launches them. A law has few parameters, fitted to the device's own one-GPU rows and to what other "
+    "devices have in common; where rows are few, the latter decides and intervals are wide. All of it is modelled. The "
+    "same stands in calibration.csv and calibration_rows.csv."
+)
+
 
 def fits_of(sites: Iterable[Site], profiles: Profiles) -> list[Data]:
     """The fit of every device, runtime and precision of these sites once, sorted by name."""
@@ -101,14 +108,6 @@ def _constant(name: str, row: MethodConstant | None, believed: Constant | None) 
     }  # fmt: skip
 
 
-ABOUT = (
-    "Steps that nobody timed follow from a law of their device: kernels at their rates, a cost for each operation, and "
-    "the host that launches them. A law has few parameters, fitted to the device's own one-GPU rows and to what other "
-    "devices have in common; where rows are few, the latter decides and intervals are wide. All of it is modelled. The "
-    "same stands in calibration.csv and calibration_rows.csv."
-)
-
-
 def calibrated(data: Data, pictures: Sequence[Picture], sources: Sequence[str]) -> Iterator[Block]:
     """Parameters with their intervals, and residuals, of every device, runtime and precision of plans and pools."""
     yield Heading("Calibration", "calibration")
@@ -120,7 +119,18 @@ def calibrated(data: Data, pictures: Sequence[Picture], sources: Sequence[str]) 
         if fit["rows"]:
             said = f"{fit['device']}, {fit['runtime']}, {fit['precision']}: {_counted(fit['rows'])}"
             yield Fold(said, (_residuals(fit, sources),))
-    yield _constants(data["constants"], sources)
+    rows = tuple(
+        (
+            Cell(PARAMETERS.get(one["name"], one["name"].replace("_", " "))),
+            _parameter(one),
+            Cell(number(one["rows"]), "" if one["rows"] else "believed before any row"),
+            Cell(one["meaning"], sources=tuple(sources.index(source) + 1 for source in one["sources"])),
+        )
+        for one in data["constants"]
+    )
+    head = ("Constant", "Value", "Rows fitted", "What it is")
+    caption = "Constants that all devices share; beneath each its 90% interval"
+    yield Table(caption, head, rows, words=frozenset({0, 3}))
 
 
 def _whose(fit: Data) -> Cell:
@@ -133,18 +143,15 @@ def _counted(rows: Sequence[Data]) -> str:
 
 def _overview(fits: Sequence[Data], sources: Sequence[str]) -> Table:
     """How many rows each law was fitted to, how far it misses them, and where a row is expected around it."""
-    rows = tuple(
-        (
-            _whose(fit),
-            Cell(number(len(fit["rows"]))),
-            *_errors(fit["rows"]),
-            Cell(DASH if fit["row_reach"] is None else f"±{percent(fit['row_reach'])}"),
-            _rests_on(fit, sources),
-        )
-        for fit in fits
-    )
+    rows = []
+    for fit in fits:
+        band = Cell(DASH if fit["row_reach"] is None else f"±{percent(fit['row_reach'])}")
+        ground = "its own rows" if fit["rows"] else "datasheet and population" if fit["parameters"] else "nothing"
+        numbers = tuple(sources.index(source) + 1 for source in fit["sources"])
+        rests_on = Cell(ground, "" if fit["rows"] else fit["note"], sources=numbers)
+        rows.append((_whose(fit), Cell(number(len(fit["rows"]))), *_errors(fit["rows"]), band, rests_on))
     head = ("Device", "Rows fitted", "Mean error", "Worst error", "90% of quoted rows", "Rests on")
-    return Table("What the laws of the plans and of all pools rest on", head, rows, words=frozenset({0, 5}))
+    return Table("What the laws of the plans and of all pools rest on", head, tuple(rows), words=frozenset({0, 5}))
 
 
 def _errors(rows: Sequence[Data]) -> tuple[Cell, Cell]:
@@ -154,13 +161,6 @@ def _errors(rows: Sequence[Data]) -> tuple[Cell, Cell]:
     errors = [abs(expm1(row["log_ratio"])) for row in rows]
     worst = max(errors)
     return Cell(percent(sum(errors) / len(rows))), Cell(percent(worst), _step(rows[errors.index(worst)]))
-
-
-def _rests_on(fit: Data, sources: Sequence[str]) -> Cell:
-    found = tuple(sources.index(source) + 1 for source in fit["sources"])
-    if fit["rows"]:
-        return Cell("its own rows", sources=found)
-    return Cell("datasheet and population" if fit["parameters"] else "nothing", fit["note"], sources=found)
 
 
 def _step(row: Data) -> str:
@@ -203,17 +203,3 @@ def _residuals(fit: Data, sources: Sequence[str]) -> Table:
     )
     head = ("Step", "Published (s)", "Predicted (s)", "Error", "Source")
     return Table("What was published or measured, and what the law makes of it", head, rows, words=frozenset({0, 4}))
-
-
-def _constants(constants: Sequence[Data], sources: Sequence[str]) -> Table:
-    rows = tuple(
-        (
-            Cell(PARAMETERS.get(one["name"], one["name"].replace("_", " "))),
-            _parameter(one),
-            Cell(number(one["rows"]), "" if one["rows"] else "believed before any row"),
-            Cell(one["meaning"], sources=tuple(sources.index(source) + 1 for source in one["sources"])),
-        )
-        for one in constants
-    )
-    head = ("Constant", "Value", "Rows fitted", "What it is")
-    return Table("Constants that all devices share; beneath each its 90% interval", head, rows, words=frozenset({0, 3}))

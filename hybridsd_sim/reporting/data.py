@@ -35,7 +35,6 @@ from hybridsd_sim.reporting.labels import Data
 from hybridsd_sim.reporting.run_data import tally
 
 if TYPE_CHECKING:
-    from hybridsd_sim.plan import Plan
     from hybridsd_sim.planning import CapacityPlan, Confidence, EvaluatedPlan, Variation
     from hybridsd_sim.pricing import Candidate, PlanCost
     from hybridsd_sim.profiles import Profiles
@@ -43,14 +42,21 @@ if TYPE_CHECKING:
     from hybridsd_sim.simulation import SimResult
 
 
+CHOSEN = "chosen"
+"""Name of the run that follows the chosen plan."""
+
+
 def planned(plan: CapacityPlan) -> Data:
     """Everything that a capacity plan knows beyond its simulations."""
     savings, said = plan.savings, describe_savings(plan)
+    gap = optimality_gap(plan)
     return {
         "feasible": plan.feasible,
         "explanation": list(plan.explanation),
         "savings": [asdict(saving) | {"said": text} for saving, text in zip(savings, said, strict=True)],
-        "bound": _bound(plan),
+        "bound": None
+        if gap is None
+        else dict(zip(("usd_per_hour", "plan_usd_per_hour", "gap"), gap, strict=True)) | {"said": describe_bound(plan)},
         "chosen": [_choice(plan, name) for name in plan.scenario.requests],
         "frontier": [_evaluated(point) for point in plan.frontier],
         "baselines": [_evaluated(point) for point in plan.baselines],
@@ -67,16 +73,11 @@ def planned(plan: CapacityPlan) -> Data:
             name: [_point(option, plan.mixes.get(name, ())) for option in curve]
             for name, curve in plan.switch_curve.items()
         },
-        "refusals": [[name, reason, count] for (name, reason), count in _most_first(plan.refusals)],
+        "refusals": [
+            [name, reason, count]
+            for (name, reason), count in sorted(plan.refusals.items(), key=lambda item: (-item[1], item[0]))
+        ],
     }
-
-
-def _bound(plan: CapacityPlan) -> Data | None:
-    found = optimality_gap(plan)
-    if found is None:
-        return None
-    bound, cost, gap = found
-    return {"usd_per_hour": bound, "plan_usd_per_hour": cost, "gap": gap, "said": describe_bound(plan)}
 
 
 def _confidence(found: Confidence) -> Data:
@@ -86,10 +87,6 @@ def _confidence(found: Confidence) -> Data:
 
 def _variations(found: Sequence[Variation]) -> list[Data]:
     return [{**_evaluated(each.result), "name": each.name} for each in found]
-
-
-def _most_first(counts: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _choice(plan: CapacityPlan, name: str) -> Data:
@@ -105,24 +102,27 @@ def _part(option: Candidate, plan: CapacityPlan) -> Data:
     return {
         "label": served.label,
         "kind": option.cost.steps_kind,
-        "stages": _stages(served, plan.deployment.replicas),
+        "stages": [
+            {
+                "start": stage.start,
+                "stop": stage.stop,
+                "model": stage.model,
+                "site": stage.site.name,
+                "device": stage.site.device,
+                "tier": stage.site.tier,
+                "method": stage.method,
+                "degree": stage.degree,
+                "options": dict(stage.options),
+                "nodes": plan.deployment.replicas.get(stage.site.name),
+            }
+            for stage in served.stages
+        ],
         "batch_cap": served.batch_cap,
         "vae": served.vae,
         "vae_site": served.vae_site,
         "switch_step": served.switch_step,
         "num_inference_steps": served.num_inference_steps,
     }
-
-
-def _stages(served: Plan, replicas: Mapping[str, int]) -> list[Data]:
-    return [
-        {
-            "start": stage.start, "stop": stage.stop, "model": stage.model, "site": stage.site.name,
-            "device": stage.site.device, "tier": stage.site.tier, "method": stage.method, "degree": stage.degree,
-            "options": dict(stage.options), "nodes": replicas.get(stage.site.name),
-        }
-        for stage in served.stages
-    ]  # fmt: skip
 
 
 def _evaluated(point: EvaluatedPlan) -> Data:
@@ -142,10 +142,6 @@ def _point(option: Candidate, mix: Sequence[tuple[float, Candidate]]) -> Data:
         "quality": option.quality, "kind": option.cost.kind, "label": option.plan.label,
         "chosen": any(option.plan == part.plan for _, part in mix),
     }  # fmt: skip
-
-
-CHOSEN = "chosen"
-"""Name of the run that follows the chosen plan."""
 
 
 def contents(result: CapacityPlan | Sequence[SimResult], profiles: Profiles) -> Data:

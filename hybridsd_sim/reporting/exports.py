@@ -51,6 +51,33 @@ TABLE_COLUMNS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Columns of each table. `log_ratio` is the natural logarithm of predicted over published seconds."""
 
+BLOCK_ROWS = 32768
+"""Requests written at a time."""
+
+MOST_REQUESTS = 2000
+"""Requests shown, first come first: about a megabyte, which the viewer opens at once."""
+
+ENOUGH = 459
+"""Requests of a class that show its 99th percentile: the largest of so many exceeds it 99 times in 100."""
+
+MOST = 5000
+"""Requests of a load test, lead-in and all."""
+
+MOST_LEAD_IN = 1000
+"""Requests of the lead-in, which are not counted."""
+
+BODY = ("model", "height_px", "width_px", "num_inference_steps", "guidance_scale", "num_images", "sampler")
+
+EXPECTED = (
+    "latency_p50_s", "latency_p95_s", "latency_p99_s", "latency_mean_s", "slo_attainment", "served_per_s",
+)  # fmt: skip
+
+Event = dict[str, Any]
+
+Row = Mapping[str, Any]
+
+Place = tuple[str, str]
+
 
 def tables(data: Data) -> dict[str, bytes]:
     """Every table of a report by the name of its file; the same data give the same bytes."""
@@ -105,10 +132,6 @@ def _csv(columns: tuple[str, ...], lines: Iterable[Data]) -> bytes:
     writer.writeheader()
     writer.writerows({key: "; ".join(v) if isinstance(v, list) else v for key, v in line.items()} for line in lines)
     return text.getvalue().encode()
-
-
-BLOCK_ROWS = 32768
-"""Requests written at a time."""
 
 
 def write_rows(path: Path, runs: Mapping[str, SimResult]) -> None:
@@ -174,16 +197,6 @@ def first_rows(path: Path, most: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [] if batch is None else batch.to_pylist()
     mine = [row for row in rows if (row["policy"], row["replication"]) == (rows[0]["policy"], rows[0]["replication"])]
     return [{key: math.nan if v is None and key.endswith("_s") else v for key, v in row.items()} for row in mine]
-
-
-MOST_REQUESTS = 2000
-"""Requests shown, first come first: about a megabyte, which the viewer opens at once."""
-
-Event = dict[str, Any]
-
-Row = Mapping[str, Any]
-
-Place = tuple[str, str]
 
 
 def trace(rows: Sequence[Row], gpus_per_node: Mapping[str, int], horizon_s: float) -> dict[str, Any]:
@@ -315,22 +328,6 @@ def _labels(events: list[Event], processes: Mapping[Place, int], gpus_per_node: 
         yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": text}}
 
 
-ENOUGH = 459
-"""Requests of a class that show its 99th percentile: the largest of so many exceeds it 99 times in 100."""
-
-MOST = 5000
-"""Requests of a load test, lead-in and all."""
-
-MOST_LEAD_IN = 1000
-"""Requests of the lead-in, which are not counted."""
-
-BODY = ("model", "height_px", "width_px", "num_inference_steps", "guidance_scale", "num_images", "sampler")
-
-EXPECTED = (
-    "latency_p50_s", "latency_p95_s", "latency_p99_s", "latency_mean_s", "slo_attainment", "served_per_s",
-)  # fmt: skip
-
-
 def load_of(plan: CapacityPlan) -> Data:
     """What `load_test.json` holds; the same plan gives the same data. No requests where none arrive."""
     scenario = plan.scenario
@@ -338,6 +335,13 @@ def load_of(plan: CapacityPlan) -> Data:
     first, counted, last = _window(scenario, drawn)
     origin_s = float(drawn.arrival_s[first]) if len(drawn) else 0.0
     from_s = float(drawn.arrival_s[counted]) - origin_s if counted < last else 0.0
+    counts = np.bincount(drawn.class_index[counted:last], minlength=len(scenario.requests)).tolist()
+    # too few for the percentile of a class with an SLO to show
+    too_few = {
+        name: count
+        for (name, spec), count in zip(scenario.requests.items(), counts, strict=True)
+        if spec.slo_s is not None and count < ENOUGH
+    }
     return {
         "format": FORMAT,
         "scenario": scenario.name,
@@ -346,7 +350,7 @@ def load_of(plan: CapacityPlan) -> Data:
         "count_from_s": round(from_s, 6),
         "bodies": {name: {key: getattr(spec, key) for key in BODY} for name, spec in scenario.requests.items()},
         "expected": _expected(plan),
-        "too_few": _too_few(scenario, drawn.class_index[counted:last]),
+        "too_few": too_few,
         "requests": _requests(scenario, drawn.take(slice(first, last)), origin_s),
     }
 
@@ -379,29 +383,19 @@ def _window(scenario: Scenario, drawn: ArrivalChunk) -> tuple[int, int, int]:
     return first, counted, min(last, most)
 
 
-def _too_few(scenario: Scenario, counted: np.ndarray) -> dict[str, int]:
-    """Classes with an SLO of which too few requests are counted to show their percentile, and how many are."""
-    found = np.bincount(counted, minlength=len(scenario.requests)).tolist()
-    specs = zip(scenario.requests.items(), found, strict=True)
-    return {name: count for (name, spec), count in specs if spec.slo_s is not None and count < ENOUGH}
-
-
 def _requests(scenario: Scenario, drawn: ArrivalChunk, origin_s: float) -> list[Data]:
     """Each request in order: when it is sent, its class, a seed of its own, and what it asks unlike its class."""
     classes = list(scenario.requests.items())
     seeds = stream(scenario.seed, 0, "load test").integers(2**31, size=len(drawn)).tolist()
+    names = ("arrival_s", "class_index", "base_model", "num_images", "num_inference_steps")
+    columns = [getattr(drawn, name).tolist() for name in names]
     found = []
-    for row, seed in zip(zip(*_columns(drawn), strict=True), seeds, strict=True):
+    for row, seed in zip(zip(*columns, strict=True), seeds, strict=True):
         arrival_s, index, base_model, images, steps = row
         name, spec = classes[index]
         request = {"arrival_s": round(arrival_s - origin_s, 6), "request_class": name, "seed": seed}
         found.append(request | _unlike(spec, base_model, images, steps))
     return found
-
-
-def _columns(drawn: ArrivalChunk) -> list[list[Any]]:
-    names = ("arrival_s", "class_index", "base_model", "num_images", "num_inference_steps")
-    return [getattr(drawn, name).tolist() for name in names]
 
 
 def _unlike(spec: RequestClass, base_model: int, images: int, steps: int) -> Data:

@@ -14,6 +14,7 @@ from hybridsd_sim.estimate import exact, money, number
 from hybridsd_sim.reporting import figure_style as draw_with
 from hybridsd_sim.reporting.figure_style import INK, KIND_MARKERS, LINES, MARKERS, PROMISE, SOFT
 from hybridsd_sim.reporting.labels import Data, listed
+from hybridsd_sim.reporting.plan_sections import own_figures
 from hybridsd_sim.reporting.run_data import COMPONENTS, HANDOVER, IDLE, TRANSFER, UNSPLIT
 from hybridsd_sim.scenario import ALL
 
@@ -32,6 +33,21 @@ WIDEST = 2.5
 
 COLUMNS = 3
 
+FILLS = {
+    COMPONENTS["text_encode"]: ("#56b4e9", ""),
+    COMPONENTS["denoise_warmup"]: ("#e69f00", "||||"),
+    COMPONENTS["denoise"]: ("#0072b2", ""),
+    COMPONENTS["vae_decode"]: ("#009e73", "////"),
+    HANDOVER: ("#f0e442", "----"),
+    TRANSFER: ("#cc79a7", "\\\\\\\\"),
+    COMPONENTS["model_load"]: ("#d55e00", "xxxx"),
+    UNSPLIT: ("#9aa5b1", ""),
+    IDLE: ("#ffffff", "////"),
+}
+"""Fill and hatching of each component, in the order of stacking."""
+
+TOTALS = {"usd": "metered_usd_per_image", "gpu_seconds": "gpu_seconds_per_image"}
+
 
 def known(data: Data) -> Figure | None:
     """How much of each plan's idle latency is measured, quoted and modelled, with its 90% interval, all in per cent."""
@@ -42,7 +58,8 @@ def known(data: Data) -> Figure | None:
     axes = figure.add_subplot()
     for row, plan in enumerate(plans):
         _plan_bar(axes, row, plan)
-    axes.set_yticks(range(len(plans)), [_plan_label(plan) for plan in plans])
+    names = (f"{', '.join(plan['runs'])}: {plan['request_class']}" for plan in plans)
+    axes.set_yticks(range(len(plans)), [name if len(name) <= 44 else f"{name[:43]}…" for name in names])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="share of the plan's idle latency", xlim=(0.0, _end(plans)))
@@ -52,11 +69,6 @@ def known(data: Data) -> Figure | None:
     more = f" The first {len(plans)} of {len(data['plans'])} plans." if len(plans) < len(data["plans"]) else ""
     draw_with.note(figure, f"Whiskers: 90% intervals of the latency; beside them the latency itself.{more}")
     return figure
-
-
-def _plan_label(plan: Data) -> str:
-    text = f"{', '.join(plan['runs'])}: {plan['request_class']}"
-    return text if len(text) <= 44 else f"{text[:43]}…"
 
 
 def _end(plans: Sequence[Data]) -> float:
@@ -120,22 +132,6 @@ def _panel(axes: Axes, fit: Data) -> None:
     axes.set_visible(True)
 
 
-FILLS = {
-    COMPONENTS["text_encode"]: ("#56b4e9", ""),
-    COMPONENTS["denoise_warmup"]: ("#e69f00", "||||"),
-    COMPONENTS["denoise"]: ("#0072b2", ""),
-    COMPONENTS["vae_decode"]: ("#009e73", "////"),
-    HANDOVER: ("#f0e442", "----"),
-    TRANSFER: ("#cc79a7", "\\\\\\\\"),
-    COMPONENTS["model_load"]: ("#d55e00", "xxxx"),
-    UNSPLIT: ("#9aa5b1", ""),
-    IDLE: ("#ffffff", "////"),
-}
-"""Fill and hatching of each component, in the order of stacking."""
-
-TOTALS = {"usd": "metered_usd_per_image", "gpu_seconds": "gpu_seconds_per_image"}
-
-
 def draw(data: Data, names: Sequence[str] = ()) -> dict[str, str]:
     """The figures of these names, or all that the data hold, as SVG text."""
     with draw_with.styled():
@@ -152,8 +148,10 @@ def frontier(data: Data) -> Figure | None:
     """Dollars an hour against p95 latency, with quality as colour: the frontier, the baselines and the chosen plan."""
     points = [(point, "o", 42, f"on the frontier, by {point['known_by']}") for point in data.get("frontier", ())]
     points += [(p, mark, 75, p["name"]) for p, mark in zip(data.get("baselines", ()), cycle(MARKERS), strict=False)]
-    points += [(_chosen_point(data), "*", 260, "chosen")] if data["kind"] == "plan" else []
-    points = [item for item in points if _placed(item[0])]
+    points += [(own_figures(data), "*", 260, "chosen")] if data["kind"] == "plan" else []
+    points = [
+        item for item in points if item[0]["usd_per_hour"] is not None and item[0]["latency_p95_s"][0] is not None
+    ]
     if not points:
         return None
     figure = draw_with.canvas(4.4)
@@ -176,10 +174,6 @@ def frontier(data: Data) -> Figure | None:
     return figure
 
 
-def _placed(point: Data) -> bool:
-    return point["usd_per_hour"] is not None and point["latency_p95_s"][0] is not None
-
-
 def _called(point: Data, label: str) -> str:
     doubts = [
         text
@@ -187,13 +181,6 @@ def _called(point: Data, label: str) -> str:
         if is_so
     ]
     return f"{label} ({', '.join(doubts)})" if doubts else label
-
-
-def _chosen_point(data: Data) -> dict[str, Any]:
-    run, figures = data["runs"][0], data["runs"][0]["summary"][ALL]
-    latency = [figures["latency_p95_s"][end] for end in ("value", "low", "high")]
-    point = {"usd_per_hour": run["usd_per_hour"], "latency_p95_s": latency, "quality": figures["quality_mean"]["value"]}
-    return {**point, "feasible": data["feasible"]}
 
 
 def _plot_point(axes: Axes, point: Data, label: str, look: Mapping[str, Any]) -> None:
@@ -263,7 +250,8 @@ def components(data: Data) -> Figure | None:
         return None
     figure = draw_with.canvas(0.25 * (len(bars) + 1.6 * len(owners)) + 1.2)
     panels = figure.subplots(1, 2, sharey=True)
-    rows = _rows([owner for owner, _, _ in bars])
+    owner_of_bar = [owner for owner, _, _ in bars]
+    rows = _rows(owner_of_bar)
     for axes, key, times in zip(panels, ("usd", "gpu_seconds"), (1000.0, 1.0), strict=True):
         ends = [
             _bar(axes, row, s, run["summary"][owner], key, times)
@@ -274,7 +262,8 @@ def components(data: Data) -> Figure | None:
         axes.grid(visible=False, axis="y")
     panels[0].set_yticks(rows, [run["name"] for _, run, _ in bars])
     panels[0].set_ylim(rows[-1] + 0.6, -1.6)
-    for owner, row in zip(owners, _first_rows(rows, [owner for owner, _, _ in bars]), strict=True):
+    for owner in owners:
+        row = rows[owner_of_bar.index(owner)]
         title = "all requests, with idle nodes" if owner == ALL else owner
         panels[0].annotate(
             title, (0.0, row - 0.95), xytext=(2, 0), textcoords="offset points", va="center", weight="bold"
@@ -290,11 +279,6 @@ def _rows(owners: Sequence[str]) -> list[float]:
     """Where each bar stands: one below the other, with room for a title above each group."""
     groups = {owner: number_of for number_of, owner in enumerate(dict.fromkeys(owners))}
     return [position + 1.6 * groups[owner] for position, owner in enumerate(owners)]
-
-
-def _first_rows(rows: Sequence[float], owners: Sequence[str]) -> list[float]:
-    """Where the first bar of each group stands."""
-    return [rows[owners.index(owner)] for owner in dict.fromkeys(owners)]
 
 
 def _stack(run: Data, owner: str) -> dict[str, Data]:
@@ -328,7 +312,8 @@ def load(data: Data) -> Figure | None:
         return None
     figure = draw_with.canvas(4.2)
     panels = figure.subplots(2, 1, sharex=True)
-    scale, unit = _time_unit(scenario["horizon_s"])
+    horizon_s = scenario["horizon_s"]
+    scale, unit = (3600.0, "h") if horizon_s >= 7200 else (60.0, "min") if horizon_s >= 300 else (1.0, "s")
     for series, (colour, dashes) in zip(run["series"], cycle(LINES), strict=False):
         time, label = (
             [value / scale for value in series["time_s"]],
@@ -340,7 +325,7 @@ def load(data: Data) -> Figure | None:
                 axes.fill_between(time, line["low"], line["high"], color=colour, alpha=0.16, linewidth=0)
     for axes in panels:
         axes.axvspan(0.0, scenario["warmup_s"] / scale, color="#eef1f4", linewidth=0, zorder=0)
-        axes.set_xlim(0.0, scenario["horizon_s"] / scale)
+        axes.set_xlim(0.0, horizon_s / scale)
         axes.set_ylim(bottom=0.0)
     panels[0].set(ylabel="busy GPUs (share)", ylim=(0.0, 1.04))
     panels[0].yaxis.set_major_formatter(draw_with.per_cent)
@@ -354,10 +339,6 @@ def _lines(replications: int) -> str:
     if replications == 1:
         return "One replication: no interval."
     return f"Lines: mean of {replications} replications; bands: from the lowest to the highest of them."
-
-
-def _time_unit(horizon_s: float) -> tuple[float, str]:
-    return (3600.0, "h") if horizon_s >= 7200 else (60.0, "min") if horizon_s >= 300 else (1.0, "s")
 
 
 def switch(data: Data) -> Figure | None:

@@ -58,6 +58,14 @@ CAPTIONS = {
     "calibration": "Each device's law against the one-GPU rows that it was fitted to.",
 }
 
+QUESTIONS = {"feasible": "Feasible", "stable": "Stable", "converged": "Converged", "in_domain": "In domain"}
+
+SIDE_BY_SIDE = (
+    "latency_p50_s", "latency_p95_s", "slo_attainment", "goodput_per_s", "quality_mean", "gpu_seconds_per_image",
+    "metered_usd_per_image", "edge_energy_j_per_image",
+)  # fmt: skip
+"""Figures by which policies are compared."""
+
 
 def pictures(data: Data, drawn: Mapping[str, str]) -> list[Picture]:
     """The drawn figures with caption, alternative text and the kinds of the numbers behind them."""
@@ -211,15 +219,6 @@ def _confidence(found: Data) -> Iterator[Block]:
         yield Table(caption, ("Request class", "Probability"), rows)
 
 
-QUESTIONS = {"feasible": "Feasible", "stable": "Stable", "converged": "Converged", "in_domain": "In domain"}
-
-SIDE_BY_SIDE = (
-    "latency_p50_s", "latency_p95_s", "slo_attainment", "goodput_per_s", "quality_mean", "gpu_seconds_per_image",
-    "metered_usd_per_image", "edge_energy_j_per_image",
-)  # fmt: skip
-"""Figures by which policies are compared."""
-
-
 def plan_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     """The report of a capacity plan, verdict first."""
     yield Heading(f"Capacity plan: {data['scenario']['name']}", "top", 1)
@@ -268,7 +267,9 @@ def simulation_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -
 
 def _rest(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     yield Heading("Figures", "figures")
-    drawn = [picture for picture in pictures if picture.name not in _elsewhere(data)]
+    # the others stand in sections of their own
+    elsewhere = {"known", "calibration"} | ({"frontier"} if data.get("frontier") else set())
+    drawn = [picture for picture in pictures if picture.name not in elsewhere]
     yield from drawn
     if not drawn:
         yield Paragraph("There is nothing to draw: no request was served.", "note")
@@ -278,26 +279,17 @@ def _rest(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator
     yield from _provenance(provenance, sources)
 
 
-def _elsewhere(data: Data) -> set[str]:
-    """Figures that stand in sections of their own."""
-    return {"known", "calibration"} | ({"frontier"} if data.get("frontier") else set())
-
-
 def _conditions(data: Data, provenance: Data) -> Paragraph:
     """How the run was made, in small print."""
     scenario = data["scenario"]
-    most = max(run["replications"] for run in data["runs"])
-    runs = f"{'up to ' * _differ(data)}{most} replication{'s' * (most > 1)}"
+    repeated = {run["replications"] for run in data["runs"]}
+    most = max(repeated)
+    runs = f"{'up to ' * (len(repeated) > 1)}{most} replication{'s' * (most > 1)}"
     counted = (
         f"{exact(scenario['horizon_s'] - scenario['warmup_s'])} s each after {exact(scenario['warmup_s'])} s of warm-up"
     )
     text = f"From {runs} of {counted}, seed {scenario['seed']}; run {provenance['run_id']}."
     return Paragraph(text, "note")
-
-
-def _differ(data: Data) -> bool:
-    """Whether some runs were repeated more often than others."""
-    return len({run["replications"] for run in data["runs"]}) > 1
 
 
 def _verdict(run: Data, *, feasible: bool) -> Iterator[Block]:

@@ -46,7 +46,7 @@ COMPONENTS = {
 def tally(name: str, result: SimResult, chosen: Sequence[Candidate], rates: Mapping[str, Rate]) -> Data:
     """One run as plain data; `chosen` are the candidates of the plan that it followed, if any."""
     known = {(option.request_class, option.plan.label): option for option in (*result.used.values(), *chosen)}
-    rent_kind = weakest(rates[pool].kind for pool, nodes in result.replicas.items() if nodes and pool in rates)
+    rent_kind = weakest(rates[pool].figure.kind for pool, nodes in result.replicas.items() if nodes and pool in rates)
     summary = _summary(result, known, rent_kind)
     return {
         "name": name,
@@ -137,12 +137,12 @@ def _pools(result: SimResult) -> list[Data]:
     frame = pool_table(result.scenario, result.policy, result.replications, result.replicas)
     units = frame.attrs["units"]
     rows = frame.reset_index().to_dict("records")
-    return [{"pool": row["pool"], **{key: _of_pool(key, figure) for key, figure in _tidy(row, units)}} for row in rows]
-
-
-def _of_pool(key: str, figure: Data) -> Data:
-    """How many GPUs there are is a decision; what they did was simulated."""
-    return {**figure, "kind": "" if key == "gpus" else SIMULATED}
+    # how many GPUs there are is a decision; what they did was simulated
+    return [
+        {"pool": row["pool"]}
+        | {key: {**figure, "kind": "" if key == "gpus" else SIMULATED} for key, figure in _tidy(row, units)}
+        for row in rows
+    ]
 
 
 def _curve(result: SimResult, cls: str) -> Data | None:
@@ -159,7 +159,8 @@ def _curve(result: SimResult, cls: str) -> Data | None:
     counted = sum(count for _, count in batches)
     share = np.searchsorted(everything, grid, side="right") / counted
     each = np.array([np.searchsorted(np.sort(lat), grid, side="right") / count for lat, count in batches if count])
-    half = _half_width(each)
+    # half of the 95% Student interval of the mean; nothing is known of it with fewer than two batches
+    half = student(len(each) - 1) * each.std(axis=0, ddof=1) / math.sqrt(len(each)) if len(each) > 1 else math.nan
     return {"latency_s": grid, "share": share, "low": np.clip(share - half, 0, 1), "high": np.clip(share + half, 0, 1)}
 
 
@@ -178,15 +179,6 @@ def _batches(result: SimResult, class_index: int) -> Iterator[tuple[np.ndarray, 
         for first, last in pairwise(np.searchsorted(arrival, edges)):
             served = status[first:last] == SERVED
             yield latency[first:last][served], int(counted[first:last].sum())
-
-
-def _half_width(each: np.ndarray) -> np.ndarray:
-    """Half of the 95% Student interval of the mean over the first axis; NaN with fewer than two batches."""
-    count = len(each)
-    if count < 2:
-        return np.full(each.shape[1:], np.nan)
-    half: np.ndarray = student(count - 1) * each.std(axis=0, ddof=1) / math.sqrt(count)
-    return half
 
 
 def _series(result: SimResult) -> Iterator[Data]:

@@ -20,7 +20,7 @@ from hybridsd_sim.estimate import DASH, MINUS, Show, exact, interval, money, num
 from hybridsd_sim.reporting.labels import Data
 
 if TYPE_CHECKING:
-    from hybridsd_sim.scenario import Pool, RequestClass, Scenario
+    from hybridsd_sim.scenario import RequestClass, Scenario
 
 
 GAP = 2
@@ -55,6 +55,22 @@ SHARES = frozenset({"slo_attainment", "unserved_share", "utilisation"})
 
 LARGE = (("bytes_per_s", "B/s"), ("bytes", "B"), ("flops", "FLOP"))
 """What names of figures hold that are written with a prefix, and their units."""
+
+VERIFIED = (
+    "table", "rows", "fitted", "error", "worst", "in interval", "rows held out", "error held out", "worst held out",
+    "in interval held out", "order",
+)  # fmt: skip
+
+SHOWN_CASES = 3
+"""Rows named with one reason; the JSON has all."""
+
+VERIFICATION_LEGEND = (
+    "error: mean of |predicted / published - 1|.",
+    "held out: with the row's own group (a resolution, a model or a device) left out of all rows and fits.",
+    "rows held out: those that can still be predicted then; the figures held out are over these alone.",
+    "fitted: rows that shaped a law or a constant.",
+    "in interval: share of published values inside the predicted 90% interval.",
+)
 
 
 def to_json(data: object) -> str:
@@ -179,7 +195,10 @@ def scenario_text(scenario: Scenario, width: int) -> str:
     rows: list[tuple[str, Any]] = [(key, figure(getattr(scenario, key), exact)) for key in keys]
     rows += [(f"requests.{name}", _class_in_brief(spec)) for name, spec in scenario.requests.items()]
     rows += [(f"edge.{name}", f"{f.replicas} x {f.device} on {f.network}") for name, f in scenario.edge.items()]
-    rows += [(f"pools.{name}", _pool_in_brief(pool)) for name, pool in scenario.pools.items()]
+    for name, pool in scenario.pools.items():
+        nodes = f"{pool.replicas_min} to {pool.replicas_max}" if pool.replicas is None else str(pool.replicas)
+        size = f"{nodes} nodes of {pool.gpus_per_node} x {pool.gpu}"
+        rows.append((f"pools.{name}", f"{size}, {pool.runtime}, {pool.purchase}, {pool.discipline}"))
     rows += [
         (f"budget.{key}", figure(value, exact))
         for key, value in scenario.budget.model_dump().items()
@@ -198,11 +217,6 @@ def _class_in_brief(spec: RequestClass) -> str:
     energy = "" if spec.edge_energy_j is None else f", at most {exact(spec.edge_energy_j)} J at the edge"
     shape = f"{spec.model}{small}, {spec.width_px}x{spec.height_px} px, {spec.num_inference_steps} steps"
     return f"{shape}, {spec.arrivals.process}{rate} from {spec.origin}, {slo}{floor}{energy}"
-
-
-def _pool_in_brief(pool: Pool) -> str:
-    nodes = f"{pool.replicas_min} to {pool.replicas_max}" if pool.replicas is None else str(pool.replicas)
-    return f"{nodes} nodes of {pool.gpus_per_node} x {pool.gpu}, {pool.runtime}, {pool.purchase}, {pool.discipline}"
 
 
 # ---- A prediction ---------------------------------------------------------------------------------------------------
@@ -275,7 +289,12 @@ def simulation_text(saved: Data, width: int) -> str:
         classes = run["summary"] if len(run["summary"]) > 2 else {"all": run["summary"]["all"]}
         for name, figures in classes.items():
             rows.append((run["name"], name, *(_of_class(name, key, figures[key]) for key in shown)))
-        notes += [f"{FIGURES[key]} of {run['name']} is not known: {note}." for key, note in _reasons(run, shown)]
+        overall = run["summary"]["all"]
+        notes += [
+            f"{FIGURES[key]} of {run['name']} is not known: {overall[key].get('note', '')}."
+            for key in shown
+            if overall[key]["value"] is None
+        ]
     header = ("policy", "class", *(FIGURES[key] for key in shown))
     text = (_verdicts(saved["runs"], width), table(header, rows, width, keys=2), sentences(notes, width))
     return "\n".join(filter(None, text))
@@ -288,10 +307,6 @@ def _of_class(name: str, key: str, found: Data) -> str:
 
 def _value(run: Data, key: str) -> Any:
     return run["summary"]["all"][key]["value"]
-
-
-def _reasons(run: Data, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
-    yield from ((key, run["summary"]["all"][key].get("note", "")) for key in keys if _value(run, key) is None)
 
 
 def _verdicts(runs: Sequence[Data], width: int) -> str:
@@ -401,23 +416,6 @@ def _nodes(replicas: Mapping[str, int]) -> str:
     return ", ".join(f"{nodes} x {pool}" for pool, nodes in replicas.items() if nodes) or "none"
 
 
-HEADER = (
-    "table", "rows", "fitted", "error", "worst", "in interval", "rows held out", "error held out", "worst held out",
-    "in interval held out", "order",
-)  # fmt: skip
-
-SHOWN = 3
-"""Rows named with one reason; the JSON has all."""
-
-LEGEND = (
-    "error: mean of |predicted / published - 1|.",
-    "held out: with the row's own group (a resolution, a model or a device) left out of all rows and fits.",
-    "rows held out: those that can still be predicted then; the figures held out are over these alone.",
-    "fitted: rows that shaped a law or a constant.",
-    "in interval: share of published values inside the predicted 90% interval.",
-)
-
-
 def verification_text(data: Data, width: int) -> str:
     """A line a table, the worst row of each, then what is out of order, not counted or not predicted."""
     tables = data["tables"]
@@ -426,8 +424,8 @@ def verification_text(data: Data, width: int) -> str:
     worst = [_worst(found) for found in tables if found["worst_row"]]
     notes = [note for found in tables for note in _notes(found)]
     text = (
-        table(HEADER, rows, width),
-        sentences(LEGEND, width),
+        table(VERIFIED, rows, width),
+        sentences(VERIFICATION_LEGEND, width),
         table(("table", "worst row", "published", "predicted", "error"), worst, width),
         sentences(notes, width),
     )
@@ -486,8 +484,8 @@ def _missing(what: str, cases: Sequence[Data], key: str) -> Iterator[str]:
 
 
 def _some(labels: Sequence[str]) -> str:
-    more = f"; and {len(labels) - SHOWN} more" if len(labels) > SHOWN else ""
-    return "; ".join(labels[:SHOWN]) + more
+    more = f"; and {len(labels) - SHOWN_CASES} more" if len(labels) > SHOWN_CASES else ""
+    return "; ".join(labels[:SHOWN_CASES]) + more
 
 
 def _off(case: Data) -> str:

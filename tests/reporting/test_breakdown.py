@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hand_made import A100, PHONE, handed_over, in_the_cloud, part
 from hybridsd_sim import price
 from hybridsd_sim.errors import InputError
-from hybridsd_sim.estimate import KIND_ORDER
+from hybridsd_sim.estimate import KIND_ORDER, Estimate
 from hybridsd_sim.perf import fit_of
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.pricing import pool_site, request_of
@@ -157,7 +157,7 @@ PARTS = st.lists(
 def test_any_parts_add_up(parts, low, high, price_kind):
     """Whatever the parts: shares sum to 1 unless nothing counts, totals lie in their intervals, kinds never improve."""
     cost = replace(in_the_cloud().cost, parts=tuple(parts))
-    rate = Rate("a100", "GPU-hour", 1.5, "US$", low=1.5 * low, high=1.5 * high, kind=price_kind, sources=("a list",))
+    rate = Rate("a100", "GPU-hour", "US$", Estimate(1.5, 1.5 * low, 1.5 * high, price_kind, ("a list",)))
     plan = breakdowns([("chosen", "studio", cost)], {"a100": rate})[0]
     counted = sum(part.critical for part in parts)
     assert sum(plan["shares"].values()) == pytest.approx(1.0 if counted else 0.0)
@@ -187,25 +187,25 @@ def test_what_nobody_knows_has_a_reason_and_no_interval(made):
 
 def test_a_price_of_the_scenario_is_its_own(profiles):
     """A pool's own price and a fleet's own power are quoted from the scenario; all else is from the catalogue's row."""
-    own = price_of(replace(A100, usd_per_device_hour=2.5), profiles)
+    own = price_of(replace(A100, usd_per_device_hour=2.5), profiles).figure
     assert (own.value, own.kind, own.sources) == (2.5, "quoted", (OWN,))
-    assert power_of(replace(PHONE, power_w=6.0), profiles).value == 6.0
-    listed = price_of(A100, profiles)
+    assert power_of(replace(PHONE, power_w=6.0), profiles).figure.value == 6.0
+    listed = price_of(A100, profiles).figure
     row = profiles.gpu_price("a100-sxm-80gb")
     assert (listed.value, listed.kind, listed.sources) == (row.usd, row.kind, (row.source,))
     device = profiles.edge_device("snapdragon-8-gen-3")
-    power = power_of(PHONE, profiles)
+    power = power_of(PHONE, profiles).figure
     assert (power.value, power.low, power.high) == (device.power_w, device.power_low_w, device.power_high_w)
     assert (power.kind, power.sources) == (device.power_kind, (device.power_source,))
 
 
 def test_a_price_that_nobody_lists_is_unknown(profiles):
     """Without a price or a power there is a reason in place of the value."""
-    no_price = price_of(replace(A100, provider="nobody"), profiles)
-    assert no_price.value is None
+    no_price = price_of(replace(A100, provider="nobody"), profiles).figure
+    assert not no_price.known
     assert "a100-sxm-80gb" in no_price.note
     unknown = next(name for name, device in profiles.edge_devices.items() if device.power_w is None)
-    assert power_of(replace(PHONE, device=unknown), profiles).note == f"no power figure for {unknown}"
+    assert power_of(replace(PHONE, device=unknown), profiles).figure.note == f"no power figure for {unknown}"
 
 
 def test_the_calibration_is_the_fits_own(plan, made, profiles):
