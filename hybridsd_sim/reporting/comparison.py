@@ -42,6 +42,17 @@ SIDES = ("A", "B")
 SAME = 5e-4
 """Figures this close, relatively, are called the same: the tables show three digits."""
 
+MEASURED = ("measured", "modelled")
+
+SHARES = frozenset({"utilisation", "slo_attainment"})
+"""Figures that are shares of 1: they differ by points of a per cent, all others by per cent of the live figure."""
+
+_OWN_NAMES = {"utilisation": "Busiest worker's utilisation", "held_mean_s": "Mean time held by it (s)"}
+
+_WORDS = {True: "as near as asked", False: "not as near as asked", None: "nothing is asked at this load"}
+
+_ASKED = ("latency_p50_s", "latency_mean_s", "latency_p95_s", "served_per_s")
+
 
 def side_by_side(first: Data, second: Data) -> dict[str, Any]:
     """Data for the figures: every run of both reports under one scenario, the runs named by their side."""
@@ -61,7 +72,8 @@ def compare_page(first: tuple[Data, Data], second: tuple[Data, Data], pictures: 
     """The comparison of two runs, each given as (data, provenance)."""
     yield Heading("Two runs side by side", "top", 1)
     for side, (data, provenance) in zip(SIDES, (first, second), strict=True):
-        yield Paragraph(f"{side} is {provenance['run_id']}: {data['scenario']['name']}, {_ran(data)}.", "note")
+        ran = "capacity plan" if data["kind"] == "plan" else f"{len(data['runs'])} policies simulated"
+        yield Paragraph(f"{side} is {provenance['run_id']}: {data['scenario']['name']}, {ran}.", "note")
     yield Heading("Verdicts", "verdict")
     for side, (data, _) in zip(SIDES, (first, second), strict=True):
         for run in _shown(data):
@@ -76,10 +88,6 @@ def compare_page(first: tuple[Data, Data], second: tuple[Data, Data], pictures: 
     yield Heading("Figures", "figures")
     yield from pictures
     yield from words()
-
-
-def _ran(data: Data) -> str:
-    return "capacity plan" if data["kind"] == "plan" else f"{len(data['runs'])} policies simulated"
 
 
 def _asked(first: Data, second: Data) -> Block:
@@ -136,28 +144,16 @@ def _change(ours: Data, theirs: Data) -> Cell:
         return Cell(DASH, "one side is not known")
     if abs(after - before) <= SAME * max(abs(before), abs(after)):
         return Cell("same")
-    change = _ratio(after / before) if before else f"from 0 to {number(after)}"
+    if not before:
+        change = f"from 0 to {number(after)}"
+    else:
+        ratio = after / before
+        change = f"× {number(ratio)}" if ratio >= 10 else signed(ratio - 1.0, percent)
     known = [end for figure in (ours, theirs) for end in (figure["low"], figure["high"])]
     if None in known:
         return Cell(change, "no interval")
     apart = theirs["low"] > ours["high"] or theirs["high"] < ours["low"]
     return Cell(change, "beyond chance" if apart else "within chance")
-
-
-def _ratio(ratio: float) -> str:
-    return f"× {number(ratio)}" if ratio >= 10 else signed(ratio - 1.0, percent)
-
-
-MEASURED = ("measured", "modelled")
-
-SHARES = frozenset({"utilisation", "slo_attainment"})
-"""Figures that are shares of 1: they differ by points of a per cent, all others by per cent of the live figure."""
-
-_OWN_NAMES = {"utilisation": "Busiest worker's utilisation", "held_mean_s": "Mean time held by it (s)"}
-
-_WORDS = {True: "as near as asked", False: "not as near as asked", None: "nothing is asked at this load"}
-
-_ASKED = ("latency_p50_s", "latency_mean_s", "latency_p95_s", "served_per_s")
 
 
 def write_agreement(data: Data, folder: Path) -> Path:
@@ -183,19 +179,15 @@ def _page(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     yield Heading("Verdict", "verdict")
     yield Paragraph(_verdict(runs, data["lost"]), "lead")
     if runs:
-        yield from _evidence(runs, pictures)
+        yield _overview(runs)
+        yield Paragraph(_how(runs), "note")
+        yield Heading("Latency, curve over curve", "figures")
+        yield from pictures
+        yield Heading("Every figure", "details")
+        for run in runs:
+            yield Fold(f"{_called(run)}: {_WORDS[run['holds']]}", _details(run))
     yield Heading("Provenance", "provenance")
     yield Terms(tuple(data["made_by"]))
-
-
-def _evidence(runs: Sequence[Data], pictures: Sequence[Picture]) -> Iterator[Block]:
-    yield _overview(runs)
-    yield Paragraph(_how(runs), "note")
-    yield Heading("Latency, curve over curve", "figures")
-    yield from pictures
-    yield Heading("Every figure", "details")
-    for run in runs:
-        yield Fold(f"{_called(run)}: {_WORDS[run['holds']]}", _details(run))
 
 
 def _verdict(runs: Sequence[Data], lost: Sequence[str]) -> str:

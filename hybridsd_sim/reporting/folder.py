@@ -147,8 +147,11 @@ def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, profiles: Pr
         runs, scenario, extra = {CHOSEN: result.chosen_result, **result.baseline_results}, result.scenario, "plan"
         write_atomically(folder / "plan.yaml", dump_yaml(result.deployment.to_dict()).encode())
         _save_load_test(result, folder)
-    write_atomically(folder / "provenance.json", _pretty(_provenance(scenario, digest, extra)))
-    write_atomically(folder / "capacity.json", _ordered({"format": FORMAT, **data}))
+    provenance = json.dumps(_provenance(scenario, digest, extra), sort_keys=True, indent=2, allow_nan=False)
+    write_atomically(folder / "provenance.json", f"{provenance}\n".encode())
+    # not sorted: the order of classes, pools and runs counts
+    saved = json.dumps({"format": FORMAT, **data}, separators=(",", ":"), allow_nan=False)
+    write_atomically(folder / "capacity.json", saved.encode())
     for name, content in tables(data).items():
         write_atomically(folder / name, content)
     write_rows(folder / "requests.parquet", runs)
@@ -194,15 +197,6 @@ def _without_folders(value: Any) -> Any:
         if isinstance(value, str)
         else value
     )
-
-
-def _ordered(data: object) -> bytes:
-    """JSON that keeps the order of classes, pools and runs."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _pretty(data: object) -> bytes:
-    return (json.dumps(data, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _timeline(folder: Path, data: Mapping[str, Any]) -> bytes:

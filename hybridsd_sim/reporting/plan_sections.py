@@ -41,6 +41,20 @@ POOL_FIGURES: tuple[tuple[str, Show], ...] = (
     ("queue_wait_p95_s", number),
 )
 
+EXPECTED = ("cloud only", "edge only", "static switch")
+"""Baselines that a capacity plan is held against wherever they can serve every class."""
+
+FEW = 12
+"""Rows of a table that stands open; longer ones are opened by the reader."""
+
+CHECK = (
+    "To check the plan against a running service, give its address to the script beside this page: python load_test.py "
+    "--url ADDRESS. It replays the scenario's own requests at their own times, and holds what it "
+    "measures against every promise and against this simulation."
+)
+
+NOWHERE = "a queue grows without end"
+
 
 def chosen_plan(data: Data) -> Iterator[Block]:
     """What to rent, what every request class gets of it, and how busy the pools are."""
@@ -109,7 +123,10 @@ def in_words(part: Data) -> str:
         for stage in part["stages"]
     ]
     text = ", then ".join(stages)
-    return f"{text[0].upper()}{text[1:]}{_decoded(part)}"
+    # usually decoded by the model's own VAE, where the last step ran
+    vae = "" if part["vae"] == "autoencoder-kl" else f" by {part['vae']}"
+    place = "" if part["vae_site"] == part["stages"][-1]["site"] else f" on {part['vae_site']}"
+    return f"{text[0].upper()}{text[1:]}" + (f"; decoded{vae}{place}" if vae or place else "")
 
 
 def _steps(stage: Data, total: int) -> str:
@@ -126,13 +143,6 @@ def _where(stage: Data) -> str:
     how = "" if stage["degree"] == 1 else f" by {stage['method']} over {stage['degree']} GPUs{options}"
     device = "" if stage["device"] == stage["site"] else f" ({stage['device']})"
     return f"on {stage['site']}{device}{how}"
-
-
-def _decoded(part: Data) -> str:
-    """Where and by what the image is decoded, if not as usual: by the model's own VAE, where the last step ran."""
-    vae = "" if part["vae"] == "autoencoder-kl" else f" by {part['vae']}"
-    place = "" if part["vae_site"] == part["stages"][-1]["site"] else f" on {part['vae_site']}"
-    return f"; decoded{vae}{place}" if vae or place else ""
 
 
 def _class_rows(data: Data, choice: Data) -> Iterator[tuple[Cell, ...]]:
@@ -194,32 +204,15 @@ def pools(data: Data, run: Data) -> Block:
     for pool in run["pools"]:
         spec, nodes = data["scenario"]["pools"][pool["pool"]], run["replicas"].get(pool["pool"], 0)
         size = f"{spec['gpus_per_node']} × {spec['gpu']} a node"
-        figures = [cell(_or_idle(pool[key], nodes), show) for key, show in POOL_FIGURES]
+        # pools that are not rented, or that nobody used, have no figures, and say so
+        idle = {"note": "no job came" if nodes else "not rented"}
+        shown = ((pool[key], show) for key, show in POOL_FIGURES)
+        figures = [cell(each if each["value"] is not None else each | idle, show) for each, show in shown]
         rows.append((Cell(pool["pool"], size), Cell(number(nodes)), cell(pool["gpus"]), cell(pool["jobs"]), *figures))
     if not rows:
         return Paragraph("The scenario has no pools: everything runs at the edge.", "note")
     head = ("Pool", "Nodes", "GPUs", "Jobs", "Utilisation", "Mean wait for GPUs (s)", "p95 wait for GPUs (s)")
     return Table(f"Pools of the run {run['name']}", head, tuple(rows))
-
-
-def _or_idle(figure: Data, nodes: int) -> Data:
-    """Pools that are not rented, or that nobody used, have no figures, and say so."""
-    return figure if figure["value"] is not None else {**figure, "note": "no job came" if nodes else "not rented"}
-
-
-EXPECTED = ("cloud only", "edge only", "static switch")
-"""Baselines that a capacity plan is held against wherever they can serve every class."""
-
-FEW = 12
-"""Rows of a table that stands open; longer ones are opened by the reader."""
-
-CHECK = (
-    "To check the plan against a running service, give its address to the script beside this page: python load_test.py "
-    "--url ADDRESS. It replays the scenario's own requests at their own times, and holds what it "
-    "measures against every promise and against this simulation."
-)
-
-NOWHERE = "a queue grows without end"
 
 
 def compared(data: Data) -> Iterator[Block]:
@@ -316,7 +309,15 @@ def frontier(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
         yield from drawn
         yield folded(_frontier(data), f"The frontier: {len(data['frontier'])} plans")
     if data["alternatives"]:
-        yield _nearly_as_good(data)
+        rows = []
+        for point in data["alternatives"]:
+            plans = "; ".join(f"{name}: {label}" for name, label in point["labels"].items())
+            rows.append((Cell(point["name"]), *figures(point, data), Cell(point["known_by"]), Cell(plans)))
+        head = (
+            "Other kind of plan", "Nodes", "Rent (US$/h)", "p95 latency (s)", "Inside SLO", "Quality (CLIP)",
+            "Known by", "Plans",
+        )  # fmt: skip
+        yield Table("Nearly as cheap, and of another kind", head, tuple(rows), words=frozenset({0, 1, 6, 7}))
 
 
 def _frontier(data: Data) -> Table:
@@ -331,30 +332,12 @@ def _frontier(data: Data) -> Table:
     return Table(f"{caption}its 95% interval where it was simulated", head, rows, words=frozenset({0, 5}))
 
 
-def _nearly_as_good(data: Data) -> Table:
-    rows = []
-    for point in data["alternatives"]:
-        plans = "; ".join(f"{name}: {label}" for name, label in point["labels"].items())
-        known = Cell(point["known_by"])
-        rows.append((Cell(point["name"]), *figures(point, data), known, Cell(plans)))
-    head = (
-        "Other kind of plan", "Nodes", "Rent (US$/h)", "p95 latency (s)", "Inside SLO", "Quality (CLIP)", "Known by",
-        "Plans",
-    )  # fmt: skip
-    caption = "Nearly as cheap, and of another kind"
-    return Table(caption, head, tuple(rows), words=frozenset({0, 1, 6, 7}))
-
-
 def figures(point: Data, data: Data) -> tuple[Cell, Cell, Cell, Cell, Cell]:
     """Nodes, rent, p95 latency, share inside SLO and quality of a plan."""
     quality = cell({"value": point["quality"], "kind": SIMULATED}, score)
+    p95 = _interval(point["latency_p95_s"], number, {} if point["feasible"] else {"note": NOWHERE})
     share = _interval(point["slo_attainment"], percent)
-    return _nodes(point), _rent(point, data), _p95(point), share, quality
-
-
-def _p95(point: Data) -> Cell:
-    unknown = {} if point["feasible"] else {"note": NOWHERE}
-    return _interval(point["latency_p95_s"], number, unknown)
+    return _nodes(point), _rent(point, data), p95, share, quality
 
 
 def _rent(point: Data, data: Data) -> Cell:
