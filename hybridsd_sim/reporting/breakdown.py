@@ -289,7 +289,13 @@ def _shares(plans: Sequence[Data]) -> Table:
 def _parts(plan: Data, sources: Sequence[str]) -> Table:
     """Every part of a plan, then what they sum to."""
     steady = any(part["component"] == "denoise_warmup" for part in plan["parts"])
-    rows = [_part_row(part, sources, steady=steady) for part in plan["parts"]]
+    rows = []
+    for part in plan["parts"]:
+        name = PARTS.get(part["component"], part["component"].replace("_", " "))
+        name += ", steady steps" if steady and part["component"] == "denoise" else ""
+        beside = "" if part["critical"] else "beside the cloud's work: not in the latency"
+        outside = not part["within"]
+        rows.append(_line(part, Cell(name, beside), part["where"], number, sources, outside=outside))
     totals = [
         _line(total, Cell(PARTS[total["figure"]]), "", SHOWN.get(total["figure"], number), sources)
         for total in plan["totals"]
@@ -303,13 +309,6 @@ def _parts(plan: Data, sources: Sequence[str]) -> Table:
         strong=strong,
         words=frozenset({0, 1, 4, 5}),
     )
-
-
-def _part_row(part: Data, sources: Sequence[str], *, steady: bool) -> tuple[Cell, ...]:
-    name = PARTS.get(part["component"], part["component"].replace("_", " "))
-    name += ", steady steps" if steady and part["component"] == "denoise" else ""
-    beside = "" if part["critical"] else "beside the cloud's work: not in the latency"
-    return _line(part, Cell(name, beside), part["where"], number, sources, outside=not part["within"])
 
 
 def _line(

@@ -20,7 +20,7 @@ from hybridsd_sim.reporting.blocks import Block, Cell, Fold, Heading, Paragraph,
 from hybridsd_sim.reporting.labels import PARAMETERS, Data, reach
 
 if TYPE_CHECKING:
-    from hybridsd_sim.perf import Constant, Fit
+    from hybridsd_sim.perf import Constant
     from hybridsd_sim.profiles import CostRow, MethodConstant, Profiles
 
 
@@ -55,24 +55,22 @@ def _fit(site: Site, profiles: Profiles) -> Data:
         fit = fit_of(profiles, site.device, site.runtime, site.precision)
     except MissingDataError as error:
         return {**whose, "parameters": [], "rows": [], "row_reach": None, "note": error.problems[0].rule, "sources": []}
+    # a memory whose bandwidth no datasheet gives is not in the law
+    unbounded = getattr(profiles.device(fit.device), "memory_bandwidth_bytes_per_s", None) is None
+    parameters = []
+    for name, found in fit.parameters.items():
+        unknown = unbounded and name == "memory_bytes_per_s"
+        value, low, high = (None, None, None) if unknown else (found.value, found.low, found.high)
+        note = "no datasheet gives it" if unknown else ""
+        parameters.append({"name": name, "value": value, "low": low, "high": high, "unit": unit_of(name), "note": note})
     return {
         **whose,
-        "parameters": list(_fit_parameters(fit, profiles)),
+        "parameters": parameters,
         "rows": [_row(row, residual) for row, residual in zip(fit.rows, fit.residuals, strict=True)],
         "row_reach": expm1(Z90 * fit.sigma),
         "note": fit.note,
         "sources": list(fit.sources),
     }
-
-
-def _fit_parameters(fit: Fit, profiles: Profiles) -> Iterator[Data]:
-    """The law's parameters; a memory whose bandwidth no datasheet gives is not in it."""
-    unbounded = getattr(profiles.device(fit.device), "memory_bandwidth_bytes_per_s", None) is None
-    for name, found in fit.parameters.items():
-        unknown = unbounded and name == "memory_bytes_per_s"
-        value, low, high = (None, None, None) if unknown else (found.value, found.low, found.high)
-        note = "no datasheet gives it" if unknown else ""
-        yield {"name": name, "value": value, "low": low, "high": high, "unit": unit_of(name), "note": note}
 
 
 def unit_of(parameter: str) -> str:

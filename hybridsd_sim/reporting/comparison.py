@@ -207,7 +207,10 @@ def _overview(runs: Sequence[Data]) -> Table:
     rows = tuple(
         (
             Cell(_called(run)),
-            Cell(number(run["requests"]), _in_parts(len(_sound(run)))),
+            Cell(
+                number(run["requests"]),
+                "in one part" if len(_sound(run)) == 1 else f"in {number(len(_sound(run)))} parts",
+            ),
             *(_off(_figure(run, name)) for name in _ASKED),
             Cell(percent(max(part["drift"] for part in _sound(run)))),
             Cell(DASH) if run["holds"] is None else answered(run["holds"]),
@@ -215,10 +218,6 @@ def _overview(runs: Sequence[Data]) -> Table:
         for run in runs
     )
     return Table("Simulated against live, in per cent of the live figure; beneath, its 95% interval", head, rows)
-
-
-def _in_parts(count: int) -> str:
-    return "in one part" if count == 1 else f"in {number(count)} parts"
 
 
 def _sound(run: Data) -> list[Data]:

@@ -96,13 +96,16 @@ def _the_same(result: CapacityPlan | Sequence[SimResult], profiles: Profiles | N
 def draw_report(folder: Path) -> Path:
     """Draw a saved run again from its files; returns its `index.html`. Raises `InputError` if it is no saved run."""
     from hybridsd_sim.reporting import figures, pages
+    from hybridsd_sim.reporting.exports import MOST_REQUESTS, first_rows, trace
     from hybridsd_sim.reporting.pages import pictures
 
     data, provenance = read_run(folder)
     shown = pictures(data, figures.draw(data))
     make = pages.plan_page if data["kind"] == "plan" else pages.simulation_page
     title = f"{data['scenario']['name']}: {'capacity plan' if data['kind'] == 'plan' else 'simulation'}"
-    write_atomically(folder / "timeline.json.gz", _timeline(folder, data))
+    gpus = {name: pool["gpus_per_node"] for name, pool in data["scenario"]["pools"].items()}
+    events = trace(first_rows(folder / "requests.parquet", MOST_REQUESTS), gpus, data["scenario"]["horizon_s"])
+    write_atomically(folder / "timeline.json.gz", gzip.compress(canonical_json(events), mtime=0))
     return write_pages(folder, title, list(make(data, provenance, shown)), shown)
 
 
@@ -197,15 +200,6 @@ def _without_folders(value: Any) -> Any:
         if isinstance(value, str)
         else value
     )
-
-
-def _timeline(folder: Path, data: Mapping[str, Any]) -> bytes:
-    """The first requests of the first run as gzipped trace events."""
-    from hybridsd_sim.reporting.exports import MOST_REQUESTS, first_rows, trace
-
-    gpus = {name: pool["gpus_per_node"] for name, pool in data["scenario"]["pools"].items()}
-    rows = first_rows(folder / "requests.parquet", MOST_REQUESTS)
-    return gzip.compress(canonical_json(trace(rows, gpus, data["scenario"]["horizon_s"])), mtime=0)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class BadInputError(Exception):
 
 
 @dataclass(slots=True)
-class SentRequest:
+class ReplayedRequest:
     """One request and what became of it: seconds of the plan; `reason` is empty where it was answered in full."""
 
     arrival_s: float
@@ -94,11 +94,11 @@ class Target:
 # ---- Sending ----------------------------------------------------------------------------------------------------
 
 
-def replay(load: Data, requests: Sequence[Data], target: Target) -> tuple[list[SentRequest], int]:
+def replay(load: Data, requests: Sequence[Data], target: Target) -> tuple[list[ReplayedRequest], int]:
     """Send every request at its time; what became of each, and how many had to wait because the cap was reached."""
     counted_from = float(load["count_from_s"])
     sent = [
-        SentRequest(r["arrival_s"], r["request_class"], r["seed"], r["arrival_s"] >= counted_from) for r in requests
+        ReplayedRequest(r["arrival_s"], r["request_class"], r["seed"], r["arrival_s"] >= counted_from) for r in requests
     ]
     slots, capped, threads = threading.BoundedSemaphore(target.most_in_flight), 0, []
     begin_s = time.perf_counter() + 0.1
@@ -122,7 +122,7 @@ def body_of(load: Data, request: Data) -> dict[str, Any]:
     return {**load["bodies"][request["request_class"]], **changed}
 
 
-def _send(one: SentRequest, body: bytes, due_s: float, target: Target, slots: threading.BoundedSemaphore) -> None:
+def _send(one: ReplayedRequest, body: bytes, due_s: float, target: Target, slots: threading.BoundedSemaphore) -> None:
     try:
         one.late_s = max(0.0, time.perf_counter() - due_s) / target.time_scale
         one.reason = _answer(body, target)
@@ -173,7 +173,7 @@ def quantile_interval(ordered: Sequence[float], share: float) -> tuple[float, fl
     return ordered[low] if low >= 0 else -math.inf, ordered[high] if high < count else math.inf
 
 
-def judge(load: Data, sent: Sequence[SentRequest]) -> dict[str, Any]:
+def judge(load: Data, sent: Sequence[ReplayedRequest]) -> dict[str, Any]:
     """Expected and measured figures of every class and of all, with their verdicts."""
     slos = {name: row.get("slo_s") for name, row in load["expected"].items()}
     found = {}
@@ -188,7 +188,7 @@ def judge(load: Data, sent: Sequence[SentRequest]) -> dict[str, Any]:
     return found
 
 
-def _measured(mine: Sequence[SentRequest], inside: int, from_s: float) -> dict[str, float]:
+def _measured(mine: Sequence[ReplayedRequest], inside: int, from_s: float) -> dict[str, float]:
     """Figures of some requests, of which `inside` kept their SLO; NaN for what none of them can tell."""
     latency = sorted(one.latency_s for one in mine if not one.reason)
     span_s = max((one.arrival_s for one in mine), default=from_s) - from_s
@@ -211,7 +211,7 @@ def _agrees(measured: Data, simulated: Data) -> bool | None:
     return bool(low - up <= found <= high + down)
 
 
-def lateness(load: Data, sent: Sequence[SentRequest], share: float = LATENESS_SHARE) -> dict[str, Any]:
+def lateness(load: Data, sent: Sequence[ReplayedRequest], share: float = LATENESS_SHARE) -> dict[str, Any]:
     """The sender's own lateness, how much is allowed, and whether the run is void for it."""
     medians = [row["latency_p50_s"]["value"] for row in load["expected"].values()]
     allowed = share * min((value for value in medians if value is not None), default=math.inf)
@@ -250,7 +250,9 @@ def _number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
-def result_of(load: Data, sent: Sequence[SentRequest], held_back: int, share: float = LATENESS_SHARE) -> dict[str, Any]:
+def result_of(
+    load: Data, sent: Sequence[ReplayedRequest], held_back: int, share: float = LATENESS_SHARE
+) -> dict[str, Any]:
     """Everything that a run has shown; `holds` is None where it is void."""
     classes, late = judge(load, sent), lateness(load, sent, share)
     broken = any(found["promise_holds"] is False for found in classes.values())
@@ -264,7 +266,7 @@ def result_of(load: Data, sent: Sequence[SentRequest], held_back: int, share: fl
     }
 
 
-def write(folder: Path, result: Data, sent: Iterable[SentRequest]) -> None:
+def write(folder: Path, result: Data, sent: Iterable[ReplayedRequest]) -> None:
     """`results.csv`, a request a line in seconds of the plan, and `result.json`."""
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

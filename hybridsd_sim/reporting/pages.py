@@ -255,8 +255,14 @@ def simulation_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -
     yield _conditions(data, provenance)
     yield Heading("Policies side by side", "compared")
     classes = list(data["scenario"]["classes"])
+    head = ("Policy", "Rent, all classes (US$/h)", *(NAMES[key] for key in SIDE_BY_SIDE))
     for name in [ALL, *(classes if len(classes) > 1 else ())]:
-        yield _side_by_side(data, name)
+        rows = []
+        for run in data["runs"]:
+            figures = (cell(run["summary"][name][key], shown(key)) for key in SIDE_BY_SIDE)
+            rows.append((Cell(run["name"]), cell(run["summary"][ALL]["rent_usd_per_hour"], money), *figures))
+        title = "All requests" if name == ALL else f"Request class {name}"
+        yield Table(f"{title}; {BENEATH}", head, tuple(rows))
     yield Paragraph(LEGEND, "note")
     for run in data["runs"]:
         yield pools(data, run)
@@ -316,16 +322,6 @@ def _verdicts(runs: Sequence[Data]) -> Table:
     return Table("Each policy's verdict", head, tuple(rows), words=frozenset(range(len(head))))
 
 
-def _side_by_side(data: Data, name: str) -> Table:
-    rows = []
-    for run in data["runs"]:
-        rent = cell(run["summary"][ALL]["rent_usd_per_hour"], money)
-        rows.append((Cell(run["name"]), rent, *(cell(run["summary"][name][key], shown(key)) for key in SIDE_BY_SIDE)))
-    head = ("Policy", "Rent, all classes (US$/h)", *(NAMES[key] for key in SIDE_BY_SIDE))
-    title = "All requests" if name == ALL else f"Request class {name}"
-    return Table(f"{title}; {BENEATH}", head, tuple(rows))
-
-
 def shown(key: str) -> Show:
     """How a figure of a summary is written."""
     if key in {"unserved_share", "slo_attainment"}:
@@ -339,17 +335,14 @@ def _details(data: Data) -> Iterator[Block]:
     yield Paragraph(text, "note")
     for run in data["runs"]:
         turned_away = tuple(f"{number(n)} {name} requests unserved: {reason}" for name, reason, n in run["unserved"])
-        yield Fold(f"Run {run['name']}", (_every_figure(run), *([Bullets(turned_away)] if turned_away else [])))
-
-
-def _every_figure(run: Data) -> Table:
-    classes = list(run["summary"])
-    rows = []
-    for key, figure in run["summary"][ALL].items():
-        figures = (cell(run["summary"][name][key], shown(key)) for name in classes)
-        rows.append((Cell(NAMES.get(key, key)), *figures, Cell(figure["unit"])))
-    words_at = frozenset({0, len(classes) + 1})
-    return Table(f"Run {run['name']}; {BENEATH}", ("Figure", *classes, "Unit"), tuple(rows), words=words_at)
+        classes = list(run["summary"])
+        rows = []
+        for key, figure in run["summary"][ALL].items():
+            figures = (cell(run["summary"][name][key], shown(key)) for name in classes)
+            rows.append((Cell(NAMES.get(key, key)), *figures, Cell(figure["unit"])))
+        words_at = frozenset({0, len(classes) + 1})
+        table = Table(f"Run {run['name']}; {BENEATH}", ("Figure", *classes, "Unit"), tuple(rows), words=words_at)
+        yield Fold(f"Run {run['name']}", (table, *([Bullets(turned_away)] if turned_away else [])))
 
 
 def _provenance(provenance: Data, sources: Sequence[str]) -> Iterator[Block]:

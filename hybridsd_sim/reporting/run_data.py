@@ -243,7 +243,11 @@ def _split(option: Candidate | None, booked: np.ndarray) -> Iterator[tuple[str, 
     if option is None:
         yield UNSPLIT, np.array([usd, gpu_s])
         return
-    cost, rate = option.cost, _usd_per_gpu_s(option)
+    cost = option.cost
+    cloud = [part.usd for part in cost.parts if part.tier == "cloud"]
+    priced = [usd for usd in cloud if usd is not None]
+    # dollars of a GPU-second; NaN if nobody knows them
+    rate = sum(priced) / (cost.gpu_seconds or 1.0) if len(priced) == len(cloud) else math.nan
     yield COMPONENTS["model_load"], np.array([load_s * rate, load_s])
     for part in cost.parts:
         held_s = part.seconds.value * part.devices if part.tier == "cloud" else 0.0
@@ -257,13 +261,6 @@ def _over(part: float | None, total: float | None) -> float:
     if part is None or total is None:
         return math.nan
     return part / total if total else 0.0
-
-
-def _usd_per_gpu_s(option: Candidate) -> float:
-    """Price of a GPU-second of the plan's cloud parts; NaN if nobody knows it."""
-    usd = [part.usd for part in option.cost.parts if part.tier == "cloud"]
-    known = [value for value in usd if value is not None]
-    return sum(known) / (option.cost.gpu_seconds or 1.0) if len(known) == len(usd) else math.nan
 
 
 def _idle(result: SimResult, totals: Mapping[tuple[str, str], np.ndarray], images: float) -> Iterator[Data]:

@@ -421,7 +421,12 @@ def verification_text(data: Data, width: int) -> str:
     tables = data["tables"]
     rows = [_line(found) for found in tables]
     rows.append(_total(data))
-    worst = [_worst(found) for found in tables if found["worst_row"]]
+    worst = []
+    for found in tables:
+        if found["worst_row"]:
+            known = (case for case in found["cases"] if case["counts"] and case["error"] is not None)
+            case = max(known, key=lambda case: abs(case["error"]))
+            worst.append((found["name"], case["label"], case["published"], case["predicted"], _off(case)))
     notes = [note for found in tables for note in _notes(found)]
     text = (
         table(VERIFIED, rows, width),
@@ -452,12 +457,6 @@ def _total(data: Data) -> tuple[Any, ...]:
 
 def _shares(found: Data) -> tuple[str, str]:
     return figure(found["coverage90"], percent), figure(found["coverage90_held_out"], percent)
-
-
-def _worst(found: Data) -> tuple[Any, ...]:
-    known = [case for case in found["cases"] if case["counts"] and case["error"] is not None]
-    case = max(known, key=lambda case: abs(case["error"]))
-    return found["name"], case["label"], case["published"], case["predicted"], _off(case)
 
 
 def _notes(found: Data) -> Iterator[str]:

@@ -131,7 +131,7 @@ def load(arrival_s, *, p50_s=0.1, p95_s=0.2, slo_s=1.0, percentile=95.0, count_f
 def answered(latencies, *, late_s=0.0):
     """Requests a second apart with these latencies; None is one that was refused."""
     return [
-        load_test.SentRequest(
+        load_test.ReplayedRequest(
             float(n), "a", n, counted=True, late_s=late_s, latency_s=math.inf if s is None else s,
             reason="connection refused" if s is None else "",
         )
