@@ -159,7 +159,10 @@ def _part(part: Part) -> Data:
 
 
 def shares(parts: Sequence[Part]) -> dict[Kind, float]:
-    """How much of the latency is of each kind; they sum to 1 unless nothing takes time."""
+    """How much of the latency is of each kind; they sum to 1 unless nothing takes time.
+
+    Only parts on the critical path count: those beside it take no time of the user's.
+    """
     critical = [part.seconds for part in parts if part.critical]
     total = sum(seconds.value for seconds in critical) or 1.0
     return {kind: sum(seconds.value for seconds in critical if seconds.kind == kind) / total for kind in KIND_ORDER}
@@ -227,7 +230,10 @@ def _total(
 
 
 def sources_of(data: Data) -> tuple[str, ...]:
-    """Every source behind the plans, the rates and the calibration once, in the order of the page."""
+    """Every source behind the plans, the rates and the calibration once, in the order of the page.
+
+    A source's number on the page is its position here, from 1.
+    """
     figures = [figure for plan in data["plans"] for figure in (*plan["parts"], *plan["totals"])]
     laws = (*data["calibration"], *data["constants"])
     return tuple(dict.fromkeys(source for each in (*figures, *data["rates"], *laws) for source in each["sources"]))

@@ -145,7 +145,13 @@ def _point(option: Candidate, mix: Sequence[tuple[float, Candidate]]) -> Data:
 
 
 def contents(result: CapacityPlan | Sequence[SimResult], profiles: Profiles) -> Data:
-    """Everything that the pages, figures and tables of a report need, as plain data."""
+    """Everything that the pages, figures and tables of a report need, as plain data.
+
+    `kind` is `plan` or `simulation`. Both have `scenario` (what pages tell of it), `runs` (see `tally`; the chosen plan
+    or the first policy comes first), `plans` (see `breakdowns`), `rates`, `calibration` and `constants`; a plan has the
+    keys of `planned` besides. Seconds, US$, joules and shares of 1; None where nobody knows a figure, beside its
+    `note`.
+    """
     if isinstance(result, Sequence):
         runs = named(result)
         served = [(name, *one) for name, run in runs.items() for one in _used(run)]

@@ -55,7 +55,7 @@ BLOCK_ROWS = 32768
 """Requests written at a time."""
 
 MOST_REQUESTS = 2000
-"""Requests shown, first come first: about a megabyte, which the viewer opens at once."""
+"""Requests of a timeline, first come first: about a megabyte, which the viewer opens at once."""
 
 ENOUGH = 459
 """Requests of a class that show its 99th percentile: the largest of so many exceeds it 99 times in 100."""
@@ -67,6 +67,7 @@ MOST_LEAD_IN = 1000
 """Requests of the lead-in, which are not counted."""
 
 BODY = ("model", "height_px", "width_px", "num_inference_steps", "guidance_scale", "num_images", "sampler")
+"""What a class of a load test posts with each of its requests."""
 
 EXPECTED = (
     "latency_p50_s", "latency_p95_s", "latency_p99_s", "latency_mean_s", "slo_attainment", "served_per_s",
@@ -192,7 +193,10 @@ def _named(values: np.ndarray, names: Sequence[str]) -> Any:
 
 
 def first_rows(path: Path, most: int) -> list[dict[str, Any]]:
-    """The first requests of the first replication of the first run, as mappings; NaN for times that do not apply."""
+    """The first requests of the first replication of the first run, as mappings; NaN for times that do not apply.
+
+    Reads no more than `most` rows of the file, however long it is; other columns without a value are None.
+    """
     batch = next(pq.ParquetFile(path).iter_batches(batch_size=most), None)
     rows: list[dict[str, Any]] = [] if batch is None else batch.to_pylist()
     mine = [row for row in rows if (row["policy"], row["replication"]) == (rows[0]["policy"], rows[0]["replication"])]
@@ -200,7 +204,12 @@ def first_rows(path: Path, most: int) -> list[dict[str, Any]]:
 
 
 def trace(rows: Sequence[Row], gpus_per_node: Mapping[str, int], horizon_s: float) -> dict[str, Any]:
-    """Trace events of the first requests in `rows` (the columns of `requests.parquet`, a mapping for each request)."""
+    """Trace events of the first requests in `rows` (the columns of `requests.parquet`, a mapping for each request).
+
+    Slices (`X`) are the work on a GPU or an edge device, asynchronous pairs (`b`, `e`) the waits before it, flows (`s`,
+    `f`) the hand-over from the cloud to the edge. What lasts beyond `horizon_s` ends there. Records name nodes, not
+    GPUs: a request is shown on those of its node that were free first.
+    """
     rows = rows[:MOST_REQUESTS]
     processes = {place: number for number, place in enumerate(_places(rows), 1)}
     events = [*_waits(rows, processes, horizon_s), *_cloud(rows, processes, gpus_per_node, horizon_s)]
@@ -329,7 +338,13 @@ def _labels(events: list[Event], processes: Mapping[Place, int], gpus_per_node: 
 
 
 def load_of(plan: CapacityPlan) -> Data:
-    """What `load_test.json` holds; the same plan gives the same data. No requests where none arrive."""
+    """What `load_test.json` holds; the same plan gives the same data. No requests where none arrive.
+
+    `requests` are in order of `arrival_s`, in seconds from the first one sent; those before `count_from_s` fill the
+    service and are not counted. `bodies` has what a class posts with each of them, `expected` the simulated figures
+    with 95% intervals by class and for all, `too_few` the classes with an SLO of which fewer than 459 requests are
+    counted.
+    """
     scenario = plan.scenario
     drawn = _drawn(scenario)
     first, counted, last = _window(scenario, drawn)

@@ -342,7 +342,10 @@ def _lines(replications: int) -> str:
 
 
 def switch(data: Data) -> Figure | None:
-    """Idle latency with its 90% interval, and dollars an image, against the switch step, per class."""
+    """Idle latency with its 90% interval, and dollars an image, against the switch step, per class.
+
+    Steps without a price are missing below; the chosen steps are shaded, the SLO is a dashed line.
+    """
     curves = {name: curve for name, curve in data.get("switch_curve", {}).items() if curve}
     if not curves:
         return None

@@ -94,7 +94,10 @@ def _the_same(result: CapacityPlan | Sequence[SimResult], profiles: Profiles | N
 
 
 def draw_report(folder: Path) -> Path:
-    """Draw a saved run again from its files; returns its `index.html`. Raises `InputError` if it is no saved run."""
+    """Draw a saved run again from its files; returns its `index.html`. Raises `InputError` if it is no saved run.
+
+    Reads nothing of the run but its folder, so that the same files give the same page, byte for byte.
+    """
     from hybridsd_sim.reporting import figures, pages
     from hybridsd_sim.reporting.exports import MOST_REQUESTS, first_rows, trace
     from hybridsd_sim.reporting.pages import pictures

@@ -13,30 +13,6 @@ from hybridsd_sim.estimate import MINUS, Show, interval
 Data = dict[str, Any]
 """What a page is made from: plain data, as a saved run holds it."""
 
-
-def beneath(figure: Mapping[str, Any], show: Show) -> str:
-    """The interval of a figure at the digits shown; nothing where it does not differ from the figure there."""
-    low, high = figure.get("low"), figure.get("high")
-    if low is None and high is None:
-        return "no interval" if figure.get("note") else ""
-    same = None not in (low, high) and {show(low), show(high)} == {show(figure["value"])}
-    return "" if same else interval(low, high, show)
-
-
-def reach(figure: Mapping[str, Any]) -> str:
-    """How far the ends of an interval lie from its figure, in per cent of it; nothing where that cannot be said."""
-    value, low, high = (figure.get(end) for end in ("value", "low", "high"))
-    if not value or low is None or high is None:
-        return ""
-    down, up = (f"{100 * share:.{0 if share >= 0.0995 else 1}f}" for share in (1.0 - low / value, high / value - 1.0))
-    return f"±{up}%" if down == up else f"{MINUS}{down}% / +{up}%"
-
-
-def listed(items: Sequence[str]) -> str:
-    """One, two and three."""
-    return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
-
-
 NAMES = {
     "offered_per_s": "Offered load (requests/s)",
     "served_per_s": "Served (requests/s)",
@@ -166,3 +142,26 @@ GLOSSARY = (
     ("—", "Not known, with the reason beneath. A question mark is an end that the run is too short to tell."),
 )
 """Words of the report and their definitions."""
+
+
+def beneath(figure: Mapping[str, Any], show: Show) -> str:
+    """The interval of a figure at the digits shown; nothing where it does not differ from the figure there."""
+    low, high = figure.get("low"), figure.get("high")
+    if low is None and high is None:
+        return "no interval" if figure.get("note") else ""
+    same = None not in (low, high) and {show(low), show(high)} == {show(figure["value"])}
+    return "" if same else interval(low, high, show)
+
+
+def reach(figure: Mapping[str, Any]) -> str:
+    """How far the ends of an interval lie from its figure, in per cent of it; nothing where that cannot be said."""
+    value, low, high = (figure.get(end) for end in ("value", "low", "high"))
+    if not value or low is None or high is None:
+        return ""
+    down, up = (f"{100 * share:.{0 if share >= 0.0995 else 1}f}" for share in (1.0 - low / value, high / value - 1.0))
+    return f"±{up}%" if down == up else f"{MINUS}{down}% / +{up}%"
+
+
+def listed(items: Sequence[str]) -> str:
+    """One, two and three."""
+    return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)

@@ -95,7 +95,10 @@ class Target:
 
 
 def replay(load: Data, requests: Sequence[Data], target: Target) -> tuple[list[ReplayedRequest], int]:
-    """Send every request at its time; what became of each, and how many had to wait because the cap was reached."""
+    """Send every request at its time; what became of each, and how many had to wait because the cap was reached.
+
+    Blocks until the last answer is in. Times are those of the plan: real seconds over `target.time_scale`.
+    """
     counted_from = float(load["count_from_s"])
     sent = [
         ReplayedRequest(r["arrival_s"], r["request_class"], r["seed"], r["arrival_s"] >= counted_from) for r in requests
@@ -166,7 +169,11 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def quantile_interval(ordered: Sequence[float], share: float) -> tuple[float, float]:
-    """The 95% interval of a quantile from binomial ranks; infinite where the values are too few to tell."""
+    """The 95% interval of a quantile from binomial ranks; infinite where the values are too few to tell.
+
+    Of n independent values the number below the q-quantile is binomial, so that the ranks n q +- 1.96 sqrt(n q (1 - q))
+    enclose it (normal approximation: Conover, Practical Nonparametric Statistics, 1999, section 3.2).
+    """
     count = len(ordered)
     half = NORMAL_95 * math.sqrt(count * share * (1.0 - share))
     low, high = math.floor(count * share - half) - 1, math.ceil(count * share + half)
@@ -212,7 +219,11 @@ def _agrees(measured: Data, simulated: Data) -> bool | None:
 
 
 def lateness(load: Data, sent: Sequence[ReplayedRequest], share: float = LATENESS_SHARE) -> dict[str, Any]:
-    """The sender's own lateness, how much is allowed, and whether the run is void for it."""
+    """The sender's own lateness, how much is allowed, and whether the run is void for it.
+
+    All in seconds of the plan: the 99th percentile over all requests against `share` of the smallest expected median. A
+    run without an expected median is never void.
+    """
     medians = [row["latency_p50_s"]["value"] for row in load["expected"].values()]
     allowed = share * min((value for value in medians if value is not None), default=math.inf)
     p99 = quantile(sorted(one.late_s for one in sent), 0.99)

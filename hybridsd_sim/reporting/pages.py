@@ -323,7 +323,10 @@ def _verdicts(runs: Sequence[Data]) -> Table:
 
 
 def shown(key: str) -> Show:
-    """How a figure of a summary is written."""
+    """How a figure of a summary is written.
+
+    SLO attainment and unserved share as per cent, quality as a score, dollars as money, all else as a number.
+    """
     if key in {"unserved_share", "slo_attainment"}:
         return percent
     return score if key == "quality_mean" else money if "usd" in key else number

@@ -44,7 +44,12 @@ COMPONENTS = {
 
 
 def tally(name: str, result: SimResult, chosen: Sequence[Candidate], rates: Mapping[str, Rate]) -> Data:
-    """One run as plain data; `chosen` are the candidates of the plan that it followed, if any."""
+    """One run as plain data; `chosen` are the candidates of the plan that it followed, if any.
+
+    `summary` has the figures by class and for `all`, `pools` those by pool; `latency` each class's curve of the share
+    served within x seconds; `series` busy share and queue over time; `components` US$ and GPU-seconds an image;
+    `unserved` what was turned away, by class and reason; `kinds` how well the step times behind it are known.
+    """
     known = {(option.request_class, option.plan.label): option for option in (*result.used.values(), *chosen)}
     rent_kind = weakest(rates[pool].figure.kind for pool, nodes in result.replicas.items() if nodes and pool in rates)
     summary = _summary(result, known, rent_kind)

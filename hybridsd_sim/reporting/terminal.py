@@ -60,6 +60,7 @@ VERIFIED = (
     "table", "rows", "fitted", "error", "worst", "in interval", "rows held out", "error held out", "worst held out",
     "in interval held out", "order",
 )  # fmt: skip
+"""Columns of the table of `verify`."""
 
 SHOWN_CASES = 3
 """Rows named with one reason; the JSON has all."""
@@ -74,7 +75,10 @@ VERIFICATION_LEGEND = (
 
 
 def to_json(data: object) -> str:
-    """JSON text without NaN or infinity: what is not a number is null."""
+    """JSON text without NaN or infinity: what is not a number is null.
+
+    Indented by two, with a newline at the end; keys keep their order.
+    """
     return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
 
 
