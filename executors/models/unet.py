@@ -25,7 +25,7 @@ from hybridsd_sim.perf import unet_params
 from .weights import BROKEN, ModuleT, broken, fill, finished, load, read_config, refuse_absent
 
 PRUNING = ("resnet_inner_channels", "self_attention_heads")
-"""Config fields of pruned models, which diffusers does not know; see `hybridsd_sim.perf.unet_config`."""
+"""Config fields of pruned models, which diffusers does not know; see `hybridsd_sim.perf.unet`."""
 
 _TIME_IDS = 6
 
@@ -40,7 +40,7 @@ def build_unet(
     """The UNet of a config with seeded weights, for evaluation; on the device `meta` its shapes alone.
 
     `config` holds the fields of diffusers' `UNet2DConditionModel`, and for pruned models those of
-    `hybridsd_sim.perf.unet_config`; `dict(unet.config)` still describes the network. Raises `InputError` for parts that
+    `hybridsd_sim.perf.unet`; `dict(unet.config)` still describes the network. Raises `InputError` for parts that
     cannot be counted, with the reason.
     """
     return fill(_skeleton(config), seed=seed, device=device, dtype=dtype)

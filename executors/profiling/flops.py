@@ -158,7 +158,7 @@ class Count:
 
     `kv_elements`: keys and values of all self-attentions. `halo_elements`: the input rows beyond ONE edge of a stripe
     over all convolutions wider than 1 x 1, but for the first, whose input every rank holds. Both as in
-    `hybridsd_sim.perf.unet_layers.Layer`, here read off the running modules.
+    `hybridsd_sim.perf.unet.Layer`, here read off the running modules.
     """
 
     model: str

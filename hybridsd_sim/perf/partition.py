@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from hybridsd_sim.perf.roofline import Kernels, LayerTable
-from hybridsd_sim.perf.unet_layers import Layer, Unit
+from hybridsd_sim.perf.unet import Layer, Unit
 
 TIME_EMBEDDING = "time_embedding"
 """The one unit that every rank computes: it reads no image, and its output goes to every resnet."""

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from hybridsd_sim.files import write_atomically
-from hybridsd_sim.perf.collectives import CONSTANTS, CollectiveStep, constants_of
 from hybridsd_sim.perf.device_fit import (
     Fit,
     fit_of,
@@ -29,7 +28,7 @@ from hybridsd_sim.perf.device_fit import (
 )
 from hybridsd_sim.perf.parallel_methods import METHODS, Option
 from hybridsd_sim.perf.roofline import NO_LIMIT, Floats
-from hybridsd_sim.perf.stage_time import stage_collectives
+from hybridsd_sim.perf.stage_time import CONSTANTS, CollectiveStep, constants_of, stage_collectives
 from hybridsd_sim.plan import Request, Site, Stage
 from hybridsd_sim.profiles import EFFICIENCIES, CostRow, MethodConstant, Population, Profiles, alike
 

@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridsd_sim.perf.unet_config import config_text
-from hybridsd_sim.perf.unet_layers import Layer, unet_layers
+from hybridsd_sim.perf.unet import Layer, config_text, unet_layers
 
 Floats = NDArray[np.float64]
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles
 from hybridsd_sim.perf import CONSTANTS, actual_link
-from hybridsd_sim.perf.collectives import (
+from hybridsd_sim.perf.partition import Exchange, RankWork
+from hybridsd_sim.perf.roofline import plain_kernels
+from hybridsd_sim.perf.stage_time import (
     constants_of,
     exchange_s,
     link_bytes_per_s,
     reused_modules_s,
     unexplained_share,
 )
-from hybridsd_sim.perf.partition import Exchange, RankWork
-from hybridsd_sim.perf.roofline import plain_kernels
 from hybridsd_sim.profiles import Interconnect
 
 NAMES = [constant.name for constant in CONSTANTS]

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hybridsd_sim import Profiles, Request, Site, Stage
 from hybridsd_sim.errors import IllegalPlanError
 from hybridsd_sim.perf import METHODS, denoising, find_method, fit_of, fitted_step_time
-from hybridsd_sim.perf.collectives import CollectiveStep
-from hybridsd_sim.perf.stage_time import PhaseTime, stage_collectives, stage_times
+from hybridsd_sim.perf.stage_time import CollectiveStep, PhaseTime, stage_collectives, stage_times
 from hybridsd_sim.profiles import CostRow
 
 A100 = Site(name="cloud", tier="cloud", device="a100-sxm-80gb", runtime="cudagraph", gpus_per_node=8)

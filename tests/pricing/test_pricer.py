@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from builders import CLOUD, PHONE, REQUEST, hybrid
 from hybridsd_sim import Plan, Profiles, Request, Site, Stage, load_profiles, load_scenario, price
 from hybridsd_sim.errors import IllegalPlanError, MissingDataError
-from hybridsd_sim.perf.collectives import constants_of, exchange_s
 from hybridsd_sim.perf.partition import RankWork
 from hybridsd_sim.perf.roofline import plain_kernels
+from hybridsd_sim.perf.stage_time import constants_of, exchange_s
 from hybridsd_sim.pricing import Candidate, PlanCost, PredictionQuery, find_candidates
 from hybridsd_sim.pricing.prediction import predict_cost
 from hybridsd_sim.pricing.pricer import COMPONENTS, batch_seconds

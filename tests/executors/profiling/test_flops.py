@@ -6,7 +6,7 @@ from executors.profiling import component_rows, count_rows, pcpp_bytes_rows
 from executors.profiling.flops import Count, count_component, count_model
 from hybridsd_sim.errors import IllegalPlanError, InputError
 from hybridsd_sim.perf import total_work, unet_layers
-from hybridsd_sim.perf.unet_layers import Layer
+from hybridsd_sim.perf.unet import Layer
 from hybridsd_sim.profiles import Profiles
 from small_models import HEIGHT_PX, SMALL, WIDTH_PX
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.perf import Unit, total_work, unet_layers, unet_params, unet_units
-from hybridsd_sim.perf.unet_layers import Layer
+from hybridsd_sim.perf.unet import Layer
 
 Config = Mapping[str, Any]
 
