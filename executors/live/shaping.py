@@ -50,7 +50,7 @@ class Link:
     def up_s(self, count: int) -> float:
         """Seconds until the last of `count` bytes sent at once has reached the cloud: latency, then bytes at the rate.
 
-        The simulator charges a transfer by the same formula (`pricing.transfers`).
+        The simulator charges a transfer by the same formula (`pricing.transfer_s`).
         """
         return self.half_rtt_s + count / self.up_bytes_per_s
 

@@ -10,14 +10,14 @@ from .candidates import price_deployment as price_deployment
 from .candidates import rental_usd_per_hour as rental_usd_per_hour
 from .candidates import resolve_candidates as resolve_candidates
 from .candidates import slowed as slowed
-from .plan_cost import Part as Part
-from .plan_cost import PlanCost as PlanCost
 from .plan_file import deployment_problems as deployment_problems
 from .plan_file import load_deployment as load_deployment
 from .plan_file import load_plan_scenario as load_plan_scenario
 from .plan_file import read_deployment as read_deployment
 from .prediction import PredictionQuery as PredictionQuery
 from .prediction import predict_plan as predict_plan
+from .pricer import Part as Part
+from .pricer import PlanCost as PlanCost
 from .pricer import price as price
 from .search_space import fleet_site as fleet_site
 from .search_space import pool_site as pool_site

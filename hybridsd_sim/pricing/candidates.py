@@ -17,8 +17,7 @@ from typing import Any
 from hybridsd_sim.errors import IllegalPlanError, InputError, MissingDataError, Problem
 from hybridsd_sim.perf import find_method
 from hybridsd_sim.plan import Deployment, Plan, Promises, Request
-from hybridsd_sim.pricing.plan_cost import PlanCost
-from hybridsd_sim.pricing.pricer import batch_seconds, price
+from hybridsd_sim.pricing.pricer import PlanCost, batch_seconds, price
 from hybridsd_sim.pricing.search_space import enumerate_plans, plan_problems, request_of
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario

@@ -20,8 +20,7 @@ from typing import Any
 from hybridsd_sim.errors import IllegalPlanError, InputError, Problem
 from hybridsd_sim.perf import METHODS, actual_link, find_method
 from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
-from hybridsd_sim.pricing.plan_cost import Part, PlanCost
-from hybridsd_sim.pricing.pricer import price
+from hybridsd_sim.pricing.pricer import Part, PlanCost, price
 from hybridsd_sim.pricing.search_space import plan_problems
 from hybridsd_sim.profiles import CostRow, Gpu, Interconnect, Profiles
 

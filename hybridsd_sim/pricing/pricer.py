@@ -15,31 +15,273 @@ which more than doubles a phone's time (Apple, SDXL: 77 s against 31 s at the sa
 
 Only denoising, and what follows from it, depends on how many steps a stage has. Everything else is priced once for all
 plans that differ in their switch steps alone, and their prices share these parts.
+
+Serialisation is tensors into bytes with their checksum, and out of them again. It depends on the payload alone, so that
+timed rows of every model and size serve: their rate is that of the device, and seconds are in proportion to the bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
 from operator import add
+from statistics import median
+from typing import Literal
 
-from hybridsd_sim.estimate import Estimate
-from hybridsd_sim.perf import StageTimer, WorkTotals, component_time, option_types, timer_of, total_work, unet_layers
-from hybridsd_sim.plan import Plan, Request, Site, Stage
-from hybridsd_sim.pricing.plan_cost import Part, PlanCost
-from hybridsd_sim.pricing.quality import quality_of
-from hybridsd_sim.pricing.transfers import (
-    PROMPT_BYTES,
-    End,
-    image_bytes,
-    latent_elements,
-    latent_transfer_bytes,
-    serialisation_time,
-    transfer_s,
+from hybridsd_sim.estimate import KIND_ORDER, Estimate, Kind, merged, weakest
+from hybridsd_sim.perf import (
+    StageTimer,
+    WorkTotals,
+    component_time,
+    elements_of,
+    option_types,
+    timer_of,
+    total_work,
+    unet_layers,
 )
-from hybridsd_sim.profiles import Profiles, Runtime, derived
+from hybridsd_sim.plan import Plan, Promises, Request, Site, Stage
+from hybridsd_sim.pricing.quality import Quality, quality_of
+from hybridsd_sim.profiles import CostRow, Model, Profiles, Runtime, derived
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One component of a price: what, where, how long at 90%, and what it costs.
+
+    `devices` are GPUs (or the one edge device) held for `seconds`; 0 for a transfer. `critical` parts add to the
+    latency; the edge's own text encoding runs beside the cloud and does not. `usd` or `energy_j` None means unknown,
+    with the reason in `unknown`. The seconds are not `within` where they lie outside what was measured or quoted for
+    that device. `comm_bytes` are what one GPU receives from the others, `comm_exposed_s` the seconds of exchange that
+    compute does not hide.
+    """
+
+    name: str
+    where: str
+    tier: str
+    seconds: Estimate
+    devices: int = 0
+    usd: float | None = 0.0
+    energy_j: float | None = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    comm_bytes: float = 0.0
+    comm_exposed_s: float = 0.0
+    unknown: str = ""
+    critical: bool = True
+
+    def slowed(self, factors: Mapping[str, float]) -> Part:
+        """The part at a site whose every second takes `factors[name of the site]` times as long; transfers stay."""
+        factor = 1.0 if self.tier == "network" else factors.get(self.where, 1.0)
+        if factor == 1.0:
+            return self
+        return replace(
+            self,
+            seconds=factor * self.seconds,
+            usd=None if self.usd is None else factor * self.usd,
+            energy_j=None if self.energy_j is None else factor * self.energy_j,
+            comm_exposed_s=factor * self.comm_exposed_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanCost:
+    """What one request under one plan costs without contention. Every total is the sum of its parts."""
+
+    plan: Plan
+    request: Request
+    parts: tuple[Part, ...]
+    quality: Quality
+    flops: float
+    flops_without_attention_products: float
+
+    @property
+    def latency_s(self) -> float:
+        """Arrival to image."""
+        return sum(part.seconds.value for part in self.parts if part.critical)
+
+    @property
+    def denoise_parts(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.name.startswith("denoise"))
+
+    @property
+    def denoise_s(self) -> float:
+        """The UNet loop alone, which is what the papers time."""
+        return sum(part.seconds.value for part in self.denoise_parts)
+
+    @property
+    def interval_s(self) -> tuple[float, float]:
+        """90% interval of `denoise_s`."""
+        return _ends(self.denoise_parts)
+
+    @property
+    def latency_interval_s(self) -> tuple[float, float]:
+        """90% interval of `latency_s`, as wide as if every part were at the same end of its own."""
+        return _ends([part for part in self.parts if part.critical])
+
+    @property
+    def comm_exposed_s(self) -> float:
+        return sum(part.comm_exposed_s for part in self.denoise_parts)
+
+    @property
+    def compute_s(self) -> float:
+        return self.denoise_s - self.comm_exposed_s
+
+    @property
+    def comm_bytes(self) -> float:
+        """Bytes that one GPU receives from the others over the whole request."""
+        return sum(part.comm_bytes for part in self.parts)
+
+    @property
+    def cloud_s(self) -> float:
+        """Seconds for which a worker group is held."""
+        return sum(part.seconds.value for part in self.parts if part.tier == "cloud")
+
+    @property
+    def gpu_seconds(self) -> float:
+        return sum(part.seconds.value * part.devices for part in self.parts if part.tier == "cloud")
+
+    @property
+    def usd(self) -> float | None:
+        return _total(part.usd for part in self.parts)
+
+    @property
+    def edge_energy_j(self) -> float | None:
+        return _total(part.energy_j for part in self.parts)
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(part.bytes_down for part in self.parts)
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(part.bytes_up for part in self.parts)
+
+    @property
+    def kind(self) -> Kind:
+        """The weakest kind among the parts that take time."""
+        return weakest(part.seconds.kind for part in self.parts if part.seconds.value > 0)
+
+    @property
+    def steps_kind(self) -> Kind:
+        """The weakest kind among the denoising steps, transfers and all else apart."""
+        return weakest(part.seconds.kind for part in self.denoise_parts)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return merged(*(part.seconds.sources for part in self.parts), self.quality.clip.sources)
+
+    @property
+    def unknowns(self) -> tuple[str, ...]:
+        """Why figures are None, for the reader."""
+        notes = [part.unknown for part in self.parts if part.unknown]
+        return tuple(dict.fromkeys([*notes, *([] if self.quality.clip.known else [self.quality.clip.note])]))
+
+    def meets_floor(self, promises: Promises) -> bool:
+        """Whether the price reaches the quality floor and keeps every limit of an image; unknown figures do neither."""
+        images = self.request.num_images
+        energy_j, usd = (None if total is None else total / images for total in (self.edge_energy_j, self.usd))
+        return promises.meets_floor(self.quality.clip.value_or_none) and promises.within_limits(energy_j, usd)
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Parts whose figure lies outside what was timed, each with its reason."""
+        return tuple(
+            f"{part.name} on {part.where}: {part.seconds.note}" for part in self.parts if not part.seconds.within
+        )
+
+
+def _ends(parts: Sequence[Part]) -> tuple[float, float]:
+    return sum(part.seconds.low for part in parts), sum(part.seconds.high for part in parts)
+
+
+def _total(values: Iterator[float | None]) -> float | None:
+    known = list(values)
+    return None if any(value is None for value in known) else sum(value or 0.0 for value in known)
+
+
+SOLVER_HISTORY = {"dpmsolver++": 1, "dpmsolver": 1, "unipc": 1, "pndm": 3, "ddim": 0, "euler": 0, "lcm": 0}
+"""Latent-sized tensors of past model outputs that a sampler must keep across a switch."""
+
+PROMPT_BYTES = 1024
+"""A prompt with its parameters as JSON. Modelled."""
+
+IMAGE_BYTES_PER_PX = 0.3
+"""A JPEG at about 2.4 bits a pixel (300 kB at 1024 px). Modelled."""
+
+SERIALISE_BYTES_PER_S = 1e9
+"""Checksum and copy of a payload on one core. Modelled; measured on a CPU core: 0.7 to 1.0 GB/s."""
+
+
+HEADER_SHARE = 0.01
+"""A payload counts as timed up to this share below a timed one, which has a header besides its tensors."""
+
+End = Literal["serialise", "parse"]
+"""The sender's or the receiver's side of a transfer."""
+
+
+def latent_elements(request: Request) -> int:
+    """Elements of one latent of the request."""
+    return elements_of(request.height_px, request.width_px)
+
+
+def latent_transfer_bytes(request: Request, model: Model, *, with_embedding: bool) -> int:
+    """Bytes that cross at a switch step, fp16: latents, solver history, and the embeddings if the edge lacks them."""
+    tensors = 1 + SOLVER_HISTORY.get(request.sampler, 0)
+    latents = latent_elements(request) * request.num_images * tensors * 2
+    prompts = 2 if request.guided else 1
+    return latents + (model.text_embedding_bytes_fp16 * prompts if with_embedding else 0)
+
+
+def image_bytes(request: Request) -> int:
+    """Bytes of the finished pictures as sent to the user."""
+    return round(request.height_px * request.width_px * IMAGE_BYTES_PER_PX) * request.num_images
+
+
+def transfer_s(bytes_moved: int, rate_bytes_per_s: float, rtt_s: float) -> float:
+    """Seconds of one transfer: half a round trip, then the payload at the link's rate."""
+    return rtt_s / 2 + bytes_moved / rate_bytes_per_s
+
+
+@derived()
+def serialisation_time(
+    profiles: Profiles, device: str, end: End, payload_bytes: int, *, prefer: tuple[str, ...] = ()
+) -> Estimate:
+    """Seconds that `device` takes to serialise or to parse a payload, with their 90% interval.
+
+    Its own rows go before those of any device (`*`), then measured before quoted; `prefer` names sources to take before
+    all others. A row's `comm_bytes` are its payload. The seconds have the rows' kind inside the payloads that were
+    timed and are modelled outside.
+    """
+    rows = _best(profiles.cost_rows(component=f"handover_{end}"), device, prefer)
+    if not rows:
+        seconds = payload_bytes / SERIALISE_BYTES_PER_S
+        return Estimate(seconds, 0.0, 10 * seconds, note=f"checksum and copy at {SERIALISE_BYTES_PER_S / 1e9:g} GB/s")
+    timed = sorted(row.comm_bytes or 0 for row in rows)
+    within = (1 - HEADER_SHARE) * timed[0] <= payload_bytes <= timed[-1]
+    # From the fastest to the slowest rate; a small payload may take as long as the quickest timed one.
+    lows = [row.seconds.low / (row.comm_bytes or 1) for row in rows]
+    highs = [row.seconds.high / (row.comm_bytes or 1) for row in rows]
+    return Estimate(
+        payload_bytes * median(row.seconds_median / (row.comm_bytes or 1) for row in rows),
+        payload_bytes * min(lows),
+        max(payload_bytes * max(highs), min(row.seconds.high for row in rows)),
+        rows[0].kind if within else "modelled",
+        merged(row.source for row in rows),
+        f"in proportion to its bytes, from {timed[0]:,} to {timed[-1]:,} bytes on {device}",
+    )
+
+
+def _best(rows: Sequence[CostRow], device: str, prefer: Sequence[str]) -> list[CostRow]:
+    """The best known rows for a device that say how many bytes they handled."""
+    ranked: dict[tuple[bool, bool, int], list[CostRow]] = {}
+    for row in rows:
+        if row.comm_bytes and row.device in (device, "*"):
+            liked = any(name in row.source for name in prefer)
+            ranked.setdefault((not liked, row.device == "*", KIND_ORDER[row.kind]), []).append(row)
+    return ranked[min(ranked)] if ranked else []
+
 
 COMPONENTS = ("text_encode", "denoise", "denoise_warmup", "vae_decode")
 """The parts whose sum an edge device exceeds end to end."""

@@ -19,8 +19,7 @@ from hybridsd_sim.errors import InputError, Problem, unknown_name
 from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.perf import denoising, find_method, fitted_component_time, fitted_step_time, timed_stage
 from hybridsd_sim.plan import Plan, Request, Site, Stage, Tier
-from hybridsd_sim.pricing.plan_cost import PlanCost
-from hybridsd_sim.pricing.pricer import plan_flops, price
+from hybridsd_sim.pricing.pricer import PlanCost, plan_flops, price
 from hybridsd_sim.profiles import CostRow, Profiles, PublishedRow, what_is_timed
 from hybridsd_sim.scenario import read_scalar
 

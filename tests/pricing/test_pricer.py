@@ -20,8 +20,7 @@ from hybridsd_sim.perf.roofline import plain_kernels
 from hybridsd_sim.perf.stage_time import constants_of, exchange_s
 from hybridsd_sim.pricing import Candidate, PlanCost, PredictionQuery, find_candidates
 from hybridsd_sim.pricing.prediction import predict_cost
-from hybridsd_sim.pricing.pricer import COMPONENTS, batch_seconds
-from hybridsd_sim.pricing.transfers import End, latent_transfer_bytes, serialisation_time
+from hybridsd_sim.pricing.pricer import COMPONENTS, End, batch_seconds, latent_transfer_bytes, serialisation_time
 from hybridsd_sim.profiles import PublishedRow, derived, load_published
 
 switch_steps = st.integers(0, 25)

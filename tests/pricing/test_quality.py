@@ -14,8 +14,17 @@ from hybridsd_sim.estimate import Estimate, Kind
 from hybridsd_sim.perf import denoising, find_method
 from hybridsd_sim.pricing import PredictionQuery
 from hybridsd_sim.pricing.prediction import predict_cost, to_json
-from hybridsd_sim.pricing.quality import Quality, quality_of, with_interval
-from hybridsd_sim.pricing.quality_losses import MEASURE_NAMES, Measure, loss_of, method_loss, switch_curve, switch_loss
+from hybridsd_sim.pricing.quality import (
+    MEASURE_NAMES,
+    Measure,
+    Quality,
+    loss_of,
+    method_loss,
+    quality_of,
+    switch_curve,
+    switch_loss,
+    with_interval,
+)
 from hybridsd_sim.profiles import QualityRow
 
 PAIRS = [("sd14", "bk-sdm-tiny"), ("sd14", "bk-sdm-small"), ("sd14", "hybrid-sd-224m"), ("sdxl", "koala-700m")]

@@ -46,7 +46,7 @@ from executors.models.samplers import SAMPLERS, history_size
 from executors.parallel import Alone, Denoiser, SingleDenoiser, denoise, denoising_of, resolve_settings, run_ranks
 from hybridsd_sim.errors import InputError, RunError
 from hybridsd_sim.plan import Request
-from hybridsd_sim.pricing.transfers import latent_transfer_bytes
+from hybridsd_sim.pricing.pricer import latent_transfer_bytes
 from rank_work import Case, denoiser_of
 from small_models import HEIGHT_PX, SMALL, SMALLER, WIDTH_PX
 

@@ -9,7 +9,7 @@ from hypothesis import given
 
 from executors.live import Link, sleep_until
 from executors.live.shaping import pace_payload
-from hybridsd_sim.pricing.transfers import transfer_s
+from hybridsd_sim.pricing.pricer import transfer_s
 
 LATEST_S = 0.02
 """How much too late a timer rings at most, on the test's clock."""

@@ -30,7 +30,7 @@ from executors.models import (
 from executors.models.encoders import FIRST_TOKEN, LAST_TOKEN
 from executors.parallel.denoiser import predict_noise
 from hybridsd_sim.errors import InputError
-from hybridsd_sim.perf import unet_params
+from hybridsd_sim.perf import unet_layers, unet_params
 from small_models import HEIGHT_PX, SMALL, SMALLER, WIDTH_PX
 
 PRUNED = {**SMALL, "resnet_inner_channels": [32] * 7 + [64], "self_attention_heads": [1, 2, 2, 3]}

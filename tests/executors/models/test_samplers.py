@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from executors.models import SamplerState, build_sampler, resume, sampler_name, sampler_prediction, sampler_state
 from executors.models.samplers import MAX_STEPS, SAMPLERS, history_size
 from hybridsd_sim.errors import InputError
-from hybridsd_sim.pricing.transfers import SOLVER_HISTORY
+from hybridsd_sim.pricing.pricer import SOLVER_HISTORY
 
 STEPS = 6
 
