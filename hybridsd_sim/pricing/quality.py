@@ -5,8 +5,9 @@ step (`switch_loss`), plus what the study of its parallel method lost in that co
 up, which is conservative and labelled modelled. Whatever no study covers is unknown with a reason, never zero.
 
 Losses are read off published tables. A loss is how much worse a score is than the large model's own in the same study:
-CLIP lost, FID gained, LPIPS away from the pictures of one GPU. It is never negative, and unknown, with a reason, where no study reaches. It is `quoted` where
-a published row has precisely these settings and says precisely this, else `modelled`.
+CLIP lost, FID gained, LPIPS away from the pictures of one GPU. It is never negative, and unknown, with a reason, where
+no study reaches. It is `quoted` where a published row has precisely these settings and says precisely this, else
+`modelled`.
 
 Switch steps. A later one never loses more: losses are made monotone by the largest one printed further along. Between
 published ones the loss is linear. Against a monotone cubic (scipy's PCHIP), with each inner point of the published
