@@ -25,9 +25,9 @@ from hybridsd_sim.errors import InputError
 from worker_site import ENDLESS, LONG_S, SENDER, levels, pair_method, task
 
 
-def kill(worker_pool, worker, rank=0):
+def kill(pool, worker, rank=0):
     """Kill one process of a worker."""
-    os.kill(worker_pool.pids(worker)[rank], signal.SIGKILL)
+    os.kill(pool.pids(worker)[rank], signal.SIGKILL)
 
 
 LONGER = {"num_inference_steps": 12, "stop": 12}
@@ -38,7 +38,7 @@ def test_what_a_lost_worker_had_sent_is_gone_on_from_to_the_bit(site):
 
     From its checkpoint another worker makes the picture that it would have been, with one-step and two-step samplers.
     """
-    mortal = site.worker_pool(
+    mortal = site.pool(
         site.spec("single"), site.spec("ended"), site.spec("ranks", method="cfg_parallel", degree=2), restart=False
     )
     ddim = task("ddim", checkpoint_every=2, **LONGER)
@@ -149,7 +149,7 @@ def test_a_pool_with_a_worker_that_cannot_start_says_why(site):
     """What the worker found wrong comes out as it is, and the pool leaves nothing behind."""
 
     async def start():
-        async with site.worker_pool(replace(site.spec("x"), models=("small", "smal"))):
+        async with site.pool(replace(site.spec("x"), models=("small", "smal"))):
             pass
 
     children = set(active_children())
