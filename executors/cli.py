@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -20,19 +20,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybridsd_sim.cli_arguments import (
+    TEXT,
+    Format,
+    OutputFormat,
     needs_extra,
     read_address,
     read_loads,
     read_numbers,
     read_options,
     read_sizes,
+    read_weights,
     run_to_exit,
     split,
 )
 from hybridsd_sim.errors import InputError, Problem
 
 if TYPE_CHECKING:
-    from .profiling import ProfileResult, Progress
+    from .profiling import Progress
 
 
 app = typer.Typer(
@@ -42,13 +46,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-
-
-class Format(StrEnum):
-    """How a result is printed."""
-
-    text = "text"
-    json = "json"
 
 
 class Ranks(StrEnum):
@@ -65,10 +62,6 @@ class Guidance(StrEnum):
     off = "off"
     both = "both"
 
-
-TEXT = Format.text
-
-OutputFormat = Annotated[Format, typer.Option("--format", help="How to print the result.")]
 
 Options = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE of the method, e.g. stride=2.")]
 
@@ -154,7 +147,12 @@ def profile(
         typer.echo(f"not measured: {problem}", err=True)
     for target in outcome.left:
         typer.echo(f"left for want of time: {target}", err=True)
-    _print(format_, _outcome_data(outcome), lambda: _outcome_text(outcome))
+    data: dict[str, Any] = {
+        "device": outcome.here.name, "threads": outcome.here.threads, "rows_written": len(outcome.rows),
+        **{key: [str(item) for item in getattr(outcome, key)] for key in ("kept", "left", "failed", "refused", "files")},
+        "ceilings": dict(outcome.ceilings), "measured": outcome.summary,
+    }  # fmt: skip
+    _print(format_, data, lambda: _outcome_table(outcome.summary))
     if outcome.failed:
         raise SystemExit(1)
 
@@ -215,9 +213,9 @@ def run(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Make one image and say what each part took. Or be the edge of somebody's run."""
-    from .image_command import Ask, be_edge, make_image
+    from .image_command import RunOptions, be_edge, make_image
 
-    ask = Ask(
+    wanted = RunOptions(
         model=model, small_model=small_model, switch_step=switch_step, method=method, degree=degree,
         options=read_options(option), ranks=ranks.value,
         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, height_px=height_px,
@@ -227,9 +225,11 @@ def run(
     )  # fmt: skip
     if listen is not None:
         with suppress(KeyboardInterrupt):
-            be_edge(ask, read_address(listen, "--listen"), lambda there: typer.echo(f"listening on {there}", err=True))
+            be_edge(
+                wanted, read_address(listen, "--listen"), lambda there: typer.echo(f"listening on {there}", err=True)
+            )
         return
-    data = make_image(ask, out, None if edge is None else read_address(edge, "--edge"))
+    data = make_image(wanted, out, None if edge is None else read_address(edge, "--edge"))
     parts = [*data["seconds"].items(), *data["bytes"].items()]
     _print(format_, data, lambda: (["part", "seconds or bytes"], [[name, value] for name, value in parts]))
 
@@ -256,10 +256,10 @@ def live(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Serve a plan's hybrid images over HTTP. Or be the edge that asks a service for one and finishes it."""
-    from .live import FetchOptions, ProcessSettings, ServeOptions, fetch, parse_weights, serve
+    from .live import FetchOptions, ProcessSettings, ServeOptions, fetch, serve
 
     process = ProcessSettings(
-        threads=threads, device=device, precision=precision, weights=parse_weights(weights), profiles=profiles
+        threads=threads, device=device, precision=precision, weights=read_weights(weights), profiles=profiles
     )
     if (plan is None) == (ask is None):
         raise InputError(Problem("live", "PLAN or --ask", "takes the one or the other", "See --help."))
@@ -330,59 +330,24 @@ def _figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _outcome_data(outcome: ProfileResult) -> dict[str, Any]:
-    return {
-        "device": outcome.here.name,
-        "threads": outcome.here.threads,
-        "rows_written": len(outcome.rows),
-        "kept": [str(target) for target in outcome.kept],
-        "left": [str(target) for target in outcome.left],
-        "failed": [str(target) for target in outcome.failed],
-        "refused": [str(problem) for problem in outcome.refused],
-        "files": [str(path) for path in outcome.files],
-        "ceilings": dict(outcome.ceilings),
-        "measured": outcome.summary,
-    }
-
-
-def _outcome_text(outcome: ProfileResult) -> tuple[list[str], list[list[object]]]:
+def _outcome_table(summary: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[object]]]:
     """A line for each component; the share is that of the fastest arithmetic measured in the same run."""
     header = [
-        "model",
-        "component",
-        "px",
-        "batch",
-        "ranks",
-        "median s",
-        "p5 s",
-        "p95 s",
-        "MB in",
-        "TFLOP/s",
-        "of ceiling",
-    ]
-    return header, [_outcome_line(entry) for entry in outcome.summary]
-
-
-def _outcome_line(entry: Mapping[str, Any]) -> list[object]:
-    size = f"{entry['height_px']}x{entry['width_px']}" if entry["height_px"] else "-"
-    ranks = "1" if entry["degree"] == 1 else f"{entry['method']} x{entry['degree']}"
-    if entry["rank"] is not None:
-        ranks += f", rank {entry['rank']} alone"
-    seconds = [entry[f"seconds_{point}"] for point in ("median", "p05", "p95")]
-    megabytes = None if entry["comm_bytes"] is None else entry["comm_bytes"] / 1e6
-    rate = None if entry["flop_per_s"] is None else entry["flop_per_s"] / 1e12
-    batch = f"{entry['batch_size']}{' guided' if entry['guidance'] else ''}"
-    return [
-        entry["model"],
-        entry["component"],
-        size,
-        batch,
-        ranks,
-        *seconds,
-        megabytes,
-        rate,
-        entry["share_of_ceiling"],
-    ]
+        "model", "component", "px", "batch", "ranks", "median s", "p5 s", "p95 s", "MB in", "TFLOP/s", "of ceiling",
+    ]  # fmt: skip
+    rows: list[list[object]] = []
+    for entry in summary:
+        size = f"{entry['height_px']}x{entry['width_px']}" if entry["height_px"] else "-"
+        ranks = "1" if entry["degree"] == 1 else f"{entry['method']} x{entry['degree']}"
+        if entry["rank"] is not None:
+            ranks += f", rank {entry['rank']} alone"
+        seconds = [entry[f"seconds_{point}"] for point in ("median", "p05", "p95")]
+        megabytes = None if entry["comm_bytes"] is None else entry["comm_bytes"] / 1e6
+        rate = None if entry["flop_per_s"] is None else entry["flop_per_s"] / 1e12
+        batch = f"{entry['batch_size']}{' guided' if entry['guidance'] else ''}"
+        share = entry["share_of_ceiling"]
+        rows.append([entry["model"], entry["component"], size, batch, ranks, *seconds, megabytes, rate, share])
+    return header, rows
 
 
 @contextmanager

@@ -27,7 +27,7 @@ MAX_TIMEOUT_S = 86400.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class RunOptions:
     """A run in the words of the command line; see `hybridsd-sim run --help`.
 
     A side of the image that is None is as long as the other; with neither the image has the model's native size.
@@ -57,20 +57,23 @@ class Ask:
     profiles: Path | None = None
 
 
-def make_image(ask: Ask, out: Path | None, edge: Address | None) -> dict[str, Any]:
+def make_image(wanted: RunOptions, out: Path | None, edge: Address | None) -> dict[str, Any]:
     """Make the image, write it, and say what it took. Raises `InputError` for what cannot be run here."""
-    check_words(ask)
-    path = _checked_file(out)
+    check_words(wanted)
+    if out is None or out.suffix.lower() != ".png":
+        raise InputError(Problem("--out", "nothing" if out is None else str(out), "the image is a .png file"))
+    if not out.absolute().parent.is_dir():
+        raise InputError(Problem("--out", str(out), "there is no such folder", "Make it first."))
     if edge is not None:
         check_address(edge, "--edge")
-    profiles = load_profiles(ask.profiles)
-    run = _image_run(ask, profiles, edge)
+    profiles = load_profiles(wanted.profiles)
+    run = _image_run(wanted, profiles, edge)
     picture = generate_image(run)
     if is_first_process():
-        picture.write_png(path)
+        picture.write_png(out)
     return {
-        "image": str(path),
-        "model": ask.model,
+        "image": str(out),
+        "model": wanted.model,
         "method": run.method,
         "degree": run.degree,
         "ranks": run.carrier,
@@ -81,101 +84,89 @@ def make_image(ask: Ask, out: Path | None, edge: Address | None) -> dict[str, An
     }
 
 
-def be_edge(ask: Ask, address: Address, say: Callable[[str], None]) -> None:
+def be_edge(wanted: RunOptions, address: Address, say: Callable[[str], None]) -> None:
     """Serve the last steps of other processes' runs until interrupted; `say` is told where."""
-    check_words(ask)
-    profiles = load_profiles(ask.profiles)
-    row, model = profiles.model(ask.model), _model(ask, ask.model, ask.weights, profiles)
+    check_words(wanted)
+    profiles = load_profiles(wanted.profiles)
+    row, model = profiles.model(wanted.model), _model(wanted, wanted.model, wanted.weights, profiles)
     with open_listener(address) as listener:
         unet = model.unet  # built before anybody is told to call
         host, port = listener.getsockname()
         say(f"{host}:{port}")
-        serve_unet(listener, unet, latent_space=row.latent_space, prediction=model.prediction, timeout_s=ask.timeout_s)
+        serve_unet(
+            listener, unet, latent_space=row.latent_space, prediction=model.prediction, timeout_s=wanted.timeout_s
+        )
 
 
-def check_words(ask: Ask) -> None:
+def check_words(wanted: RunOptions) -> None:
     """Raises `InputError` with every word and number that means nothing, and sets the threads that were asked for."""
-    known = (("--precision", ask.precision, tuple(PRECISIONS)), ("--payload", ask.payload, tuple(PAYLOADS)))
+    known = (("--precision", wanted.precision, tuple(PRECISIONS)), ("--payload", wanted.payload, tuple(PAYLOADS)))
     problems = [unknown_name(place, name, names) for place, name, names in known if name not in names]
-    if ask.device not in {"cpu", "cuda"}:
-        problems.append(unknown_name("--device", ask.device, ("cpu", "cuda")))
-    elif ask.device == "cuda" and not torch.cuda.is_available():
+    if wanted.device not in {"cpu", "cuda"}:
+        problems.append(unknown_name("--device", wanted.device, ("cpu", "cuda")))
+    elif wanted.device == "cuda" and not torch.cuda.is_available():
         problems.append(Problem("--device", "cuda", "no CUDA device is here", "Use --device cpu."))
-    problems += _meaningless(ask)
+    problems += _number_problems(wanted)
     if problems:
         raise InputError(problems)
-    if ask.threads:
-        torch.set_num_threads(ask.threads)
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
 
 
-def _meaningless(ask: Ask) -> Iterator[Problem]:
-    for place, size_px in (("--height-px", ask.height_px), ("--width-px", ask.width_px)):
+def _number_problems(wanted: RunOptions) -> Iterator[Problem]:
+    for place, size_px in (("--height-px", wanted.height_px), ("--width-px", wanted.width_px)):
         if size_px is not None and size_px < 1:
             yield Problem(place, str(size_px), "an image has at least one row and column", "Leave it out for native.")
-    if not math.isfinite(ask.guidance_scale):
+    if not math.isfinite(wanted.guidance_scale):
         rule = "must be a finite number"
-        yield Problem("--guidance-scale", str(ask.guidance_scale), rule, "Above 1 guides; 1 does not.")
-    if not 0 < ask.timeout_s <= MAX_TIMEOUT_S:
+        yield Problem("--guidance-scale", str(wanted.guidance_scale), rule, "Above 1 guides; 1 does not.")
+    if not 0 < wanted.timeout_s <= MAX_TIMEOUT_S:
         rule = f"must be above 0 and at most {MAX_TIMEOUT_S:g} seconds, a day"
-        yield Problem("--timeout-s", str(ask.timeout_s), rule, f"The default is {TIMEOUT_S:g}.")
+        yield Problem("--timeout-s", str(wanted.timeout_s), rule, f"The default is {TIMEOUT_S:g}.")
 
 
-def _checked_file(out: Path | None) -> Path:
-    """The image's path, before the work that it takes."""
-    if out is None or out.suffix.lower() != ".png":
-        raise InputError(Problem("--out", "nothing" if out is None else str(out), "the image is a .png file"))
-    if not out.absolute().parent.is_dir():
-        raise InputError(Problem("--out", str(out), "there is no such folder", "Make it first."))
-    return out
-
-
-def _image_run(ask: Ask, profiles: Profiles, edge: Address | None) -> ImageRun:
-    row = profiles.model(ask.model)
-    if ask.small_model and edge:
-        raise InputError(Problem("--edge", f"with {ask.small_model}", "the edge has its own model", "Keep one."))
-    small = _model(ask, ask.small_model, ask.small_weights, profiles) if ask.small_model else None
+def _image_run(wanted: RunOptions, profiles: Profiles, edge: Address | None) -> ImageRun:
+    row = profiles.model(wanted.model)
+    if wanted.small_model and edge:
+        raise InputError(Problem("--edge", f"with {wanted.small_model}", "the edge has its own model", "Keep one."))
+    small = _model(wanted, wanted.small_model, wanted.small_weights, profiles) if wanted.small_model else None
     if small and (space := profiles.model(small.name).latent_space) != row.latent_space:
-        rule = f"its latent space is {space}, that of {ask.model} is {row.latent_space}"
+        rule = f"its latent space is {space}, that of {wanted.model} is {row.latent_space}"
         raise InputError(Problem("--small-model", small.name, rule, "Choose models of one latent space."))
-    size = (ask.height_px or ask.width_px or row.native_px, ask.width_px or ask.height_px or row.native_px)
-    job = denoising_at(row, size, 1, guided=ask.guidance_scale > 1.0, precision=ask.precision)
-    build_sampler(ask.sampler, ask.num_inference_steps)  # refused now rather than after the models are built
+    size = (wanted.height_px or wanted.width_px or row.native_px, wanted.width_px or wanted.height_px or row.native_px)
+    job = denoising_at(row, size, 1, guided=wanted.guidance_scale > 1.0, precision=wanted.precision)
+    build_sampler(wanted.sampler, wanted.num_inference_steps)  # refused now rather than after the models are built
+    carrier: Carrier = "nccl" if wanted.device == "cuda" else "gloo"
     run = ImageRun(
-        model=_model(ask, ask.model, ask.weights, profiles),
+        model=_model(wanted, wanted.model, wanted.weights, profiles),
         latent_space=row.latent_space,
-        prompt=ask.prompt,
-        method=ask.method,
-        degree=ask.degree,
-        settings=resolve_settings(ask.method, job, ask.degree, ask.options),
-        carrier=_carrier(ask),
+        prompt=wanted.prompt,
+        method=wanted.method,
+        degree=wanted.degree,
+        settings=resolve_settings(wanted.method, job, wanted.degree, wanted.options),
+        carrier="loopback" if wanted.ranks == "loopback" or wanted.degree == 1 else carrier,
         small=small,
         edge=edge,
-        switch_step=ask.switch_step,
-        num_inference_steps=ask.num_inference_steps,
-        guidance_scale=ask.guidance_scale,
+        switch_step=wanted.switch_step,
+        num_inference_steps=wanted.num_inference_steps,
+        guidance_scale=wanted.guidance_scale,
         height_px=size[0],
         width_px=size[1],
-        sampler=ask.sampler,
-        seed=ask.seed,
-        payload=ask.payload,
-        threads=ask.threads,
-        timeout_s=ask.timeout_s,
+        sampler=wanted.sampler,
+        seed=wanted.seed,
+        payload=wanted.payload,
+        threads=wanted.threads,
+        timeout_s=wanted.timeout_s,
     )
     check_switch(run)
     return run
 
 
-def _model(ask: Ask, name: str, weights: Path | None, profiles: Profiles) -> Pipeline:
+def _model(wanted: RunOptions, name: str, weights: Path | None, profiles: Profiles) -> Pipeline:
     return load_pipeline(
         profiles.model(name).name,
         weights=weights,
-        device=ask.device,
-        dtype=PRECISIONS[ask.precision],
+        device=wanted.device,
+        dtype=PRECISIONS[wanted.precision],
         profiles=profiles,
     )
-
-
-def _carrier(ask: Ask) -> Carrier:
-    if ask.ranks == "loopback" or ask.degree == 1:
-        return "loopback"
-    return "nccl" if ask.device == "cuda" else "gloo"

@@ -9,13 +9,10 @@ This is also the only place that knows the executors: their commands stand besid
 
 from __future__ import annotations
 
-import ctypes
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from enum import StrEnum
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +23,12 @@ import typer
 from typer.core import TyperGroup
 
 from hybridsd_sim.cli_arguments import (
+    TEXT,
+    Format,
+    OutputFormat,
     named_scenarios,
     needs_extra,
+    output_aside,
     policy_problems,
     read_options,
     read_profiles,
@@ -85,15 +86,6 @@ trace_app = typer.Typer(help="Read real request traces.", no_args_is_help=True, 
 app.add_typer(trace_app, name="trace")
 
 
-class Format(StrEnum):
-    """How a result is printed."""
-
-    text = "text"
-    json = "json"
-
-
-TEXT = Format.text
-
 REPORTS = Path("reports")
 
 ScenarioPath = Annotated[str, typer.Argument(metavar="SCENARIO", help="A file, or a shipped scenario's name.")]
@@ -101,8 +93,6 @@ ScenarioPath = Annotated[str, typer.Argument(metavar="SCENARIO", help="A file, o
 ScenarioName = Annotated[str | None, typer.Option("--scenario", help="A named scenario inside the file.")]
 
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE on top of everything, dotted keys.")]
-
-OutputFormat = Annotated[Format, typer.Option("--format", help="How to print the result.")]
 
 TracePath = Annotated[Path, typer.Argument(help="A trace: CSV.")]
 
@@ -242,7 +232,7 @@ def plan_(
     profiles, ran = read_profiles(resolved), ["plan", *(f"{name} {other.digest}" for name, other in others.items())]
     store = None if no_cache else _store()
     # Ray prints on standard output when a worker dies; that is for results alone.
-    with _keeping(store), _output_aside(), _progress() as say, workers(jobs, ray) as fan_out:
+    with _keeping(store), output_aside(), _progress() as say, workers(jobs, ray) as fan_out:
         result = optimize(resolved, profiles, map=fan_out, store=store, robust=others, progress=say)
         say("drawing the report")
         saved, page = _write(result, out or _run_folder(resolved, profiles, ran), profiles)
@@ -400,20 +390,6 @@ def _keeping(store: Store | None) -> Iterator[None]:
             f"interrupted: {kept}; run the same command again to {'continue' if store else 'start anew'}", err=True
         )
         raise typer.Exit(130) from None
-
-
-@contextmanager
-def _output_aside() -> Iterator[None]:
-    """Send what libraries print on standard output, in C too, to standard error: a result stands there alone."""
-    with redirect_stdout(sys.stderr):
-        kept = os.dup(1)
-        os.dup2(2, 1)
-        try:
-            yield
-        finally:
-            ctypes.CDLL(None).fflush(None)
-            os.dup2(kept, 1)
-            os.close(kept)
 
 
 @contextmanager

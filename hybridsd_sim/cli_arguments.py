@@ -1,26 +1,44 @@
 """How a command line begins and ends: arguments become values, errors become messages and exit codes.
 
-Both command lines, this package's and the executors', read lists, sizes, addresses and KEY=VALUE pairs with these
-functions. What is wrong is an `InputError` that names the option; where several things are, all are told at once.
-Exit code 0 is fine, 1 means that the run failed, 2 that the input is wrong. `--debug`, anywhere in the line, shows
-tracebacks.
+Both command lines, this package's and the executors', share the options that they have in common, and read lists,
+sizes, addresses and KEY=VALUE pairs with these functions. What is wrong is an `InputError` that names the option; where
+several things are, all are told at once. Exit code 0 is fine, 1 means that the run failed, 2 that the input is wrong.
+`--debug`, anywhere in the line, shows tracebacks.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from enum import StrEnum
 from math import nan
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
 
 from hybridsd_sim.errors import HybridSDError, InputError, Problem, unknown_name
 
 if TYPE_CHECKING:
     from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    text = "text"
+    json = "json"
+
+
+OutputFormat = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+
+TEXT = Format.text
 
 
 def together(*steps: Callable[[], Any]) -> list[Any]:
@@ -109,6 +127,21 @@ def read_options(given: Sequence[str] | None) -> dict[str, Any]:
     return {key: read_value(value, f"--option {key}") for key, value in sorted(pairs.items())}
 
 
+def read_weights(given: Sequence[str] | None) -> dict[str, Path]:
+    """Folders of weights by model. Raises `InputError` for all that is no MODEL=FOLDER, or names no folder."""
+    form, example = "MODEL=FOLDER, a folder that exists", "sd15=models/sd15"
+    pairs = read_pairs(given, "--weights", example=example, form=form)
+    folders = {model: Path(folder.strip()) for model, folder in pairs.items()}
+    refuse(
+        [
+            Problem("--weights", repr(f"{model}={pairs[model]}"), f"needs {form}", f"For example --weights {example}.")
+            for model, folder in folders.items()
+            if not folder.is_dir()
+        ]
+    )
+    return folders
+
+
 def read_numbers(values: Sequence[str] | None, flag: str) -> list[int]:
     """Whole numbers; 1 where none is given."""
     return [_whole(text, flag) for text in split(values) or ["1"]]
@@ -180,6 +213,20 @@ def needs_extra(extra: str, command: str) -> Iterator[None]:
             raise
         rule, remedy = f"needs {library}, which is not installed", f"pip install 'hybridsd-sim[{extra}]'"
         raise InputError(Problem(command, "given", rule, remedy)) from None
+
+
+@contextmanager
+def output_aside() -> Iterator[None]:
+    """Send what libraries print on standard output, in C too, to standard error: a result stands there alone."""
+    with redirect_stdout(sys.stderr):
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def refuse(problems: Sequence[Problem]) -> None:

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hybridsd_sim
-from hybridsd_sim.cli import _output_aside, main
-from hybridsd_sim.cli_arguments import named_scenarios
+from hybridsd_sim.cli import main
+from hybridsd_sim.cli_arguments import named_scenarios, output_aside
 from hybridsd_sim.errors import RunError
 from hybridsd_sim.files import data_folder
 from hybridsd_sim.reporting import table, to_json
@@ -955,7 +955,7 @@ def test_json_holds_no_nan(data):
 
 def test_what_libraries_print_does_not_spoil_a_result(capfd):
     """While a plan is made, standard output leads to standard error, for code in C as for Python."""
-    with _output_aside():
+    with output_aside():
         ctypes.CDLL(None).printf(b"from C\n")
         sys.stdout.write("from Python\n")
     sys.stdout.write("the result\n")

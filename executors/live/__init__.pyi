@@ -4,7 +4,6 @@ from .client import RequestOutcome as RequestOutcome
 from .commands import FetchOptions as FetchOptions
 from .commands import ServeOptions as ServeOptions
 from .commands import fetch as fetch
-from .commands import parse_weights as parse_weights
 from .commands import serve as serve
 from .dispatch import ProcessSettings as ProcessSettings
 from .dispatch import cloud_workers as cloud_workers

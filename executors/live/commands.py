@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,15 +164,3 @@ def _told(outcome: RequestOutcome, out: Path) -> dict[str, Any]:
         "restarts": outcome.restarts,
         "retries": outcome.retries,
     }
-
-
-def parse_weights(pairs: Sequence[str] | None) -> Mapping[str, Path]:
-    """Folders by model, of MODEL=FOLDER each. Raises `InputError` for other pairs and for folders not there."""
-    found = {}
-    for pair in pairs or ():
-        model, equals, folder = (part.strip() for part in pair.partition("="))
-        if not model or not equals or not Path(folder).is_dir():
-            rule = "needs MODEL=FOLDER, a folder that exists"
-            raise InputError(Problem("--weights", repr(pair), rule, "For example --weights sd15=models/sd15."))
-        found[model] = Path(folder)
-    return found

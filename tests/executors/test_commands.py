@@ -212,6 +212,15 @@ def test_an_edge_in_another_process_paints_the_same_image(image, folder) -> None
     assert said["bytes"]["received_by_busiest_rank"] > 0
 
 
+def test_options_are_read_as_predictions_read_them(image, command, folder) -> None:
+    """`False` is false and `True` is true: the one is what the executors do anyway, the other what they refuse."""
+    arguments = ["--model", "small", "--method", "asyncdiff", "--degree", "2", "--option"]
+    assert image(*arguments, "public_cut=False")[0] == image(*arguments, "public_cut=false")[0]
+    code, _, err = command("run", "--profiles", folder, "--out", "image.png", *STEPS, *arguments, "public_cut=True")
+    assert code == 2
+    assert err.startswith("error: option public_cut: true; the executors cut AsyncDiff's components")
+
+
 PARALLEL = ["--model", "small", "--method", "distrifusion", "--degree", "2", "--option", "warmup_steps=1"]
 
 
