@@ -149,7 +149,10 @@ def profile(
         typer.echo(f"left for want of time: {target}", err=True)
     data: dict[str, Any] = {
         "device": outcome.here.name, "threads": outcome.here.threads, "rows_written": len(outcome.rows),
-        **{key: [str(item) for item in getattr(outcome, key)] for key in ("kept", "left", "failed", "refused", "files")},
+        **{
+            key: [str(item) for item in getattr(outcome, key)]
+            for key in ("kept", "left", "failed", "refused", "files")
+        },
         "ceilings": dict(outcome.ceilings), "measured": outcome.summary,
     }  # fmt: skip
     _print(format_, data, lambda: _outcome_table(outcome.summary))
