@@ -54,13 +54,14 @@ EXECUTORS = ("profile", "run", "count", "live", "validate")
 class _Commands(TyperGroup):
     """The commands of this module, then the executors', whose module is read when one of those is asked for."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *EXECUTORS]
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in EXECUTORS:
             return super().get_command(ctx, cmd_name)
-        return typer.main.get_command(_import_executors().app).get_command(ctx, cmd_name)
+        commands: Any = typer.main.get_command(_import_executors().app)
+        return commands.get_command(ctx, cmd_name)
 
 
 def _import_executors() -> ModuleType:

@@ -76,17 +76,22 @@ def dotted(loc: Sequence[str | int]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
+def validation_rule(item: ErrorDetails) -> str:
+    """The rule that pydantic says is broken, in the words of every other message."""
+    if item["msg"].startswith("Extra inputs"):
+        return "no such key"
+    rule = item["msg"].removeprefix("Value error, ")
+    rule = re.sub(r"^\w+ should", "must", rule).replace(" after validation", "")
+    rule = re.sub(r"\ban object|a valid (mapping|dictionary)", "a mapping of keys", rule)
+    rule = rule.replace("Field required", "this key is required")
+    return f"{rule[:1].lower()}{rule[1:]}"
+
+
 def validation_problem(item: ErrorDetails, *, tags: Collection[str] = ()) -> Problem:
-    """One complaint of pydantic in the words of every other message, at the dotted path of what it complains of.
+    """One complaint of pydantic as a problem at the dotted path of what it complains of.
 
     `tags` are parts of a location that stand for the alternatives of a union and not for keys.
     """
-    if item["msg"].startswith("Extra inputs"):
-        rule = "no such key"
-    else:
-        rule = re.sub(r"^\w+ should", "must", item["msg"]).replace(" after validation", "")
-        rule = re.sub(r"\ban object|a valid (mapping|dictionary)", "a mapping of keys", rule)
-        rule = rule.replace("Field required", "this key is required")
-        rule = f"{rule[:1].lower()}{rule[1:]}"
     place = dotted([part for part in item["loc"] if part not in tags])
-    return Problem(place, "missing" if item["type"] == "missing" else shown(item["input"]), rule)
+    value = "missing" if item["type"] == "missing" else shown(item["input"])
+    return Problem(place, value, validation_rule(item))

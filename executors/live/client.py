@@ -22,7 +22,7 @@ import httpx
 import stamina
 from pydantic import ValidationError
 
-from hybridsd_sim.errors import HybridSDError, InputError, Problem
+from hybridsd_sim.errors import HybridSDError, InputError, Problem, validation_problem
 
 from .messages import (
     DIGEST,
@@ -340,10 +340,8 @@ class _RequestProgress:
                 wait_s=self._wait_s,
             )  # fmt: skip
         except ValidationError as error:
-            raise InputError(
-                Problem(f"request.{'.'.join(map(str, found['loc']))}", repr(found["input"])[:80], found["msg"])
-                for found in error.errors(include_url=False)
-            ) from None
+            problems = (validation_problem(item) for item in error.errors(include_url=False))
+            raise InputError(replace(found, place=f"request.{found.place}") for found in problems) from None
         return message.model_dump_json(), now
 
     def note(self, **changes: Any) -> None:

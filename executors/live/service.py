@@ -22,7 +22,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.errors import InputError, Problem, validation_rule
 from hybridsd_sim.scheduling import Scheduler
 from hybridsd_sim.serving import LOOPBACK, Guard, RefusedError, body_of
 
@@ -206,7 +206,7 @@ async def _read(request: Request, shape: type[MessageT], most: int) -> MessageT:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(["body", *map(str, first["loc"])])
         value = "missing" if first["type"] == "missing" else first["type"]
-        raise RefusedError(422, Problem(place, value, first["msg"], "See /openapi.json.")) from None
+        raise RefusedError(422, Problem(place, value, validation_rule(first), "See /openapi.json.")) from None
 
 
 def _said(code: int, message: Message, headers: dict[str, str] | None = None) -> Response:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.errors import InputError, Problem, validation_rule
 
 NORM_GROUPS = 32
 """Groups of every GroupNorm in Stable Diffusion's UNets; channel counts are multiples of it."""
@@ -228,18 +228,18 @@ def _read(text: str) -> UNetConfig:
         return UNetConfig.model_validate_json(text)
     except ValidationError as error:
         said = json.loads(text)
-        messages = {str(item["loc"][0]): item["msg"] for item in reversed(error.errors())}  # the first of each field
-        raise InputError(_field_problem(name, said[name], messages[name]) for name in sorted(messages)) from None
+        # Reversed, so that the first complaint about a field is the one that stays.
+        rules = {str(item["loc"][0]): validation_rule(item) for item in reversed(error.errors())}
+        raise InputError(_field_problem(name, said[name], rules[name]) for name in sorted(rules)) from None
 
 
-def _field_problem(name: str, value: object, message: str) -> Problem:
+def _field_problem(name: str, value: object, rule: str) -> Problem:
     if name in _ONLY:
         return _problem(name, value, f"only {json.dumps(_ONLY[name])} is supported")
     if name not in UNetConfig.model_fields:
         close = get_close_matches(name, UNetConfig.model_fields, n=1)
         return _problem(name, value, "no such field", f"Did you mean {close[0]}?" if close else "")
-    rule = UNetConfig.model_fields[name].description or message.replace("Input should", "must")
-    return _problem(name, value, rule)
+    return _problem(name, value, UNetConfig.model_fields[name].description or rule)
 
 
 def _length_problems(config: UNetConfig) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from hybridsd_sim.errors import Problem
+from hybridsd_sim.errors import Problem, validation_rule
 from hybridsd_sim.estimate import Estimate, Kind
 
 if TYPE_CHECKING:
@@ -326,7 +326,7 @@ def row_problems(error: ValidationError, place: str, said: Mapping[str, Any]) ->
             what, unit = loc[0].split("_", 1)
             column = f"{what}_{loc[1]}_{unit}"
         value = "empty" if found["type"] == "missing" else repr(said.get(column, found["input"] if loc else "this row"))
-        yield Problem(f"{place}: {column}" if column else place, value, found["msg"].removeprefix("Value error, "))
+        yield Problem(f"{place}: {column}" if column else place, value, validation_rule(found))
 
 
 TABLES: Mapping[str, type[Row]] = {
