@@ -6,14 +6,14 @@ are infinite here. Loading this module loads numba, hence `screening` asks for i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hybridsd_sim.plan import Deployment
+from hybridsd_sim.plan import Deployment, Plan
 from hybridsd_sim.pricing import Candidate, slowed
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.scheduling import ALL_SHARES, NO_CANDIDATE, REASONS, TURNED_AWAY
@@ -28,9 +28,6 @@ from hybridsd_sim.simulation.recursion import (
     take_turns,
 )
 from hybridsd_sim.workload import Floats, Ints, Requests
-
-if TYPE_CHECKING:
-    from hybridsd_sim.simulation.screening import Inputs
 
 
 class Links(NamedTuple):
@@ -68,14 +65,19 @@ class MixParts:
     table: MixTable
 
 
-def mix_parts(inputs: Inputs, deployment: Deployment, slowdowns: Mapping[str, float]) -> MixParts:
+def mix_parts(
+    scenario: Scenario,
+    deployment: Deployment,
+    slowdowns: Mapping[str, float],
+    priced: Callable[[str, Plan], Candidate],
+) -> MixParts:
     """The mixes as the policy `planned` follows them: what goes to a pool without nodes is rejected."""
-    rented = {index for index, name in enumerate(inputs.scenario.pools) if deployment.replicas.get(name, 0)} | {-1}
+    rented = {index for index, name in enumerate(scenario.pools) if deployment.replicas.get(name, 0)} | {-1}
     options: list[Candidate | None] = []
     share, reason, first = [], [], [0]
-    for name in inputs.scenario.requests:
+    for name in scenario.requests:
         mix = deployment.plans.get(name, ())
-        found = [slowed(inputs.candidate(name, part.plan), slowdowns) for part in mix]
+        found = [slowed(priced(name, part.plan), slowdowns) for part in mix]
         shares = [part.share for part in mix]
         if not any(option.pool_index in rented for option in found):
             found, shares = [], []
@@ -118,9 +120,9 @@ class Replayed:
     status: Ints
 
 
-def replay(inputs: Inputs, requests: Requests, parts: MixParts, replicas: Mapping[str, int]) -> Replayed:
+def replay(scenario: Scenario, requests: Requests, parts: MixParts, replicas: Mapping[str, int]) -> Replayed:
     """Carry the requests of a replication through pools, links and devices."""
-    scenario, table = inputs.scenario, parts.table
+    table = parts.table
     links = Links(requests.asked_s, requests.half_rtt_s, requests.up_bytes_per_s, requests.down_bytes_per_s)
     part = take_turns(requests.class_index, parts.first, parts.share)
     ready_s = to_pools(part, links, table)

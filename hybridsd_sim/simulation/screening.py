@@ -206,8 +206,8 @@ def screen(
     if reason := why_not(scenario, deployment, inputs):
         raise ScreenError(f"the recursion does not apply: {reason}")
     replicas = {name: deployment.replicas.get(name, 0) for name in scenario.pools}
-    parts = mix_parts(inputs, deployment, slowdowns or {})
-    played = tuple(replay(inputs, requests, parts, replicas) for requests in inputs.replications)
+    parts = mix_parts(scenario, deployment, slowdowns or {}, inputs.candidate)
+    played = tuple(replay(scenario, requests, parts, replicas) for requests in inputs.replications)
     return Screened(inputs, replicas, parts, played)
 
 

@@ -1,0 +1,37 @@
+"""The structure stays readable: few modules, short chains of imports, names that mean one thing (`structure.py`)."""
+
+from __future__ import annotations
+
+import pytest
+
+import structure
+
+
+@pytest.mark.parametrize(("package", "most"), [("hybridsd_sim", 90), ("executors", 50)])
+def test_a_package_has_few_modules(package: str, most: int) -> None:
+    """A stranger finds the place of a change from the folder listing; surfaces (`__init__`) are not modules to search."""
+    assert len([name for name, path in structure.sources(package).items() if path.stem != "__init__"]) <= most
+
+
+@pytest.mark.parametrize("package", structure.PACKAGES)
+def test_chains_of_imports_are_short(package: str) -> None:
+    """No circle, and at most sixteen modules in a row, imports inside functions counted."""
+    chain = structure.longest_chain(package)
+    assert len([module for module in chain if module.startswith(package)]) <= 16, " > ".join(chain)
+
+
+def test_few_private_functions_are_used_once() -> None:
+    """A step has a function of its own because its name explains something, not to shorten its caller."""
+    once, total = structure.used_once()
+    assert len(once) < 0.15 * total
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """Hardly a class name stands in two modules."""
+    assert len(structure.twice_named()) < 8
+
+
+def test_a_price_crosses_few_modules() -> None:
+    """Who follows one price from nothing opens at most twelve modules."""
+    crossed = structure.crossed_by_a_price()
+    assert len(crossed) <= 12, crossed
