@@ -1,8 +1,9 @@
 """How the code is built, in figures: `python tests/structure.py` prints them, `test_structure.py` holds their limits.
 
 - *modules*: Python files of a package, `__init__` files counted.
-- *longest import chain*: modules on the longest path of imports, also those inside functions. An import from a
-  package's public surface counts as one of the module that defines the name.
+- *longest import chain*: modules on the longest path of imports that importing carries out. An import from a package's
+  public surface counts as one of the module that defines the name. Circles are looked for among all imports, those
+  inside functions and for type checkers too.
 - *used once*: private functions that a single place uses, as a share of all functions.
 - *class names in two modules*: over both packages.
 - *modules that a cold price crosses*: those with a function that runs when one plan is priced with fresh profiles.
@@ -44,10 +45,10 @@ def everything() -> dict[str, Path]:
     return {name: path for package in PACKAGES for name, path in sources(package).items()}
 
 
-def imports(module: str, known: dict[str, Path]) -> Iterator[str]:
-    """The modules of ours that one imports from, public surfaces seen through."""
+def imports(module: str, known: dict[str, Path], *, inner: bool) -> Iterator[str]:
+    """The modules of ours that one imports from, public surfaces seen through; `inner` ones too."""
     path = known[module]
-    for node in ast.walk(tree(path)):
+    for node in ast.walk(tree(path)) if inner else tree(path).body:
         if isinstance(node, ast.ImportFrom):
             here = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
             base = here[: len(here) - node.level + 1] if node.level else []
@@ -68,13 +69,18 @@ def defining(source: str, name: str, known: dict[str, Path]) -> Iterator[str]:
         yield source
 
 
-def longest_chain(package: str) -> list[str]:
-    """The longest path of imports that starts in a package, highest module first. Raises `CycleError` for a cycle."""
+def order(*, inner: bool) -> Iterator[tuple[str, list[str]]]:
+    """Every module with those that it imports from, lowest first. Raises `CycleError` for a circle."""
     known = everything()
-    below = {module: sorted(set(imports(module, known)) - {module}) for module in known}
+    below = {module: sorted(set(imports(module, known, inner=inner)) - {module}) for module in known}
+    return ((module, below[module]) for module in TopologicalSorter(below).static_order())
+
+
+def longest_chain(package: str) -> list[str]:
+    """The longest path of imports that starts in a package, highest module first."""
     chains: dict[str, list[str]] = {}
-    for module in TopologicalSorter(below).static_order():
-        chains[module] = [module, *max((chains[other] for other in below[module]), key=len, default=[])]
+    for module, below in order(inner=False):
+        chains[module] = [module, *max((chains[other] for other in below), key=len, default=[])]
     return max((chain for module, chain in chains.items() if module.startswith(package)), key=len)
 
 

@@ -9,15 +9,20 @@ import structure
 
 @pytest.mark.parametrize(("package", "most"), [("hybridsd_sim", 90), ("executors", 50)])
 def test_a_package_has_few_modules(package: str, most: int) -> None:
-    """A stranger finds the place of a change from the folder listing; surfaces (`__init__`) are not modules to search."""
+    """A stranger finds the place of a change from the folder listing; surfaces (`__init__`) hold no code."""
     assert len([name for name, path in structure.sources(package).items() if path.stem != "__init__"]) <= most
 
 
 @pytest.mark.parametrize("package", structure.PACKAGES)
 def test_chains_of_imports_are_short(package: str) -> None:
-    """No circle, and at most sixteen modules in a row, imports inside functions counted."""
+    """At most sixteen modules of a package in a row."""
     chain = structure.longest_chain(package)
     assert len([module for module in chain if module.startswith(package)]) <= 16, " > ".join(chain)
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    """Not even those inside functions or for type checkers."""
+    assert list(structure.order(inner=True))
 
 
 def test_few_private_functions_are_used_once() -> None:

@@ -1,10 +1,10 @@
 from .lookup import Profiles as Profiles
 from .lookup import derived as derived
-from .lookup import load_profiles as load_profiles
 from .reader import Group as Group
 from .reader import Published as Published
 from .reader import PublishedRow as PublishedRow
 from .reader import PublishedTable as PublishedTable
+from .reader import load_profiles as load_profiles
 from .reader import load_published as load_published
 from .reader import what_is_timed as what_is_timed
 from .schema import EFFICIENCIES as EFFICIENCIES

@@ -15,13 +15,10 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, wraps
 from inspect import signature
 from itertools import product
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
-from hybridsd_sim.errors import InputError, MissingDataError, Problem, unknown_name
+from hybridsd_sim.errors import MissingDataError, Problem, unknown_name
 from hybridsd_sim.estimate import KIND_ORDER
-from hybridsd_sim.files import data_folder
-from hybridsd_sim.profiles.reader import read_folders
 from hybridsd_sim.profiles.schema import (
     Component,
     CostRow,
@@ -39,8 +36,6 @@ from hybridsd_sim.profiles.schema import (
     Runtime,
     alike,
 )
-
-_PARTS = ("catalog", "quoted", "measured")
 
 _StepKey = tuple[str, str, str, tuple[int, int], int]
 
@@ -341,27 +336,3 @@ class _Newest(str):
     def __lt__(self, other: str) -> bool:
         mine, theirs = (text if text[:1].isdigit() else "" for text in (self[:], other[:]))
         return mine > theirs
-
-
-def load_profiles(path: str | Path | Sequence[str | Path] | None = None) -> Profiles:
-    """Read a profiles folder; None means the shipped one.
-
-    A folder without `catalog/` is laid over the shipped one: its cost rows join, and replace those that timed the very
-    same; so are several folders, each over those before. Raises `InputError` with everything wrong in every file, each
-    with file and line.
-    """
-    given = [path] if isinstance(path, str | Path) else path or []
-    folders = _folders([Path(folder) for folder in given])
-    tables, metas, digest = read_folders(folders)
-    return Profiles(**tables, metas=metas, digest=digest)
-
-
-def _folders(given: Sequence[Path]) -> list[Path]:
-    """The folders to read: a catalogue first, the shipped one where none is given."""
-    rule = "needs catalog/, quoted/ or measured/ inside"
-    if strange := [path for path in given if not any((path / part).is_dir() for part in _PARTS)]:
-        raise InputError(Problem(str(path), "not a profiles folder", rule) for path in strange)
-    complete = [path for path in given if (path / "catalog").is_dir()]
-    if len(complete) > 1:
-        raise InputError(Problem(str(complete[1]), "a second catalog/", "only one of the folders may hold one"))
-    return [*(complete or [data_folder("profiles")]), *(path for path in given if path not in complete)]

@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from hybridsd_sim.errors import InputError, Problem, unknown_name
 from hybridsd_sim.estimate import KIND_ORDER, Kind
 from hybridsd_sim.files import data_folder
+from hybridsd_sim.profiles.lookup import Profiles
 from hybridsd_sim.profiles.schema import (
     FITTED,
     TABLES,
@@ -394,3 +395,30 @@ def _row(
         yield place, shape.model_validate(said, strict=False)
     except ValidationError as error:
         problems += row_problems(error, place, said)
+
+
+_PARTS = ("catalog", "quoted", "measured")
+
+
+def load_profiles(path: str | Path | Sequence[str | Path] | None = None) -> Profiles:
+    """Read a profiles folder; None means the shipped one.
+
+    A folder without `catalog/` is laid over the shipped one: its cost rows join, and replace those that timed the very
+    same; so are several folders, each over those before. Raises `InputError` with everything wrong in every file, each
+    with file and line.
+    """
+    given = [path] if isinstance(path, str | Path) else path or []
+    folders = _folders([Path(folder) for folder in given])
+    tables, metas, digest = read_folders(folders)
+    return Profiles(**tables, metas=metas, digest=digest)
+
+
+def _folders(given: Sequence[Path]) -> list[Path]:
+    """The folders to read: a catalogue first, the shipped one where none is given."""
+    rule = "needs catalog/, quoted/ or measured/ inside"
+    if strange := [path for path in given if not any((path / part).is_dir() for part in _PARTS)]:
+        raise InputError(Problem(str(path), "not a profiles folder", rule) for path in strange)
+    complete = [path for path in given if (path / "catalog").is_dir()]
+    if len(complete) > 1:
+        raise InputError(Problem(str(complete[1]), "a second catalog/", "only one of the folders may hold one"))
+    return [*(complete or [data_folder("profiles")]), *(path for path in given if path not in complete)]
