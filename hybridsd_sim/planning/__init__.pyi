@@ -1,8 +1,8 @@
 from .capacity_plan import CapacityPlan as CapacityPlan
 from .capacity_plan import Confidence as Confidence
-from .capacity_plan import EvaluatedPlan as EvaluatedPlan
 from .capacity_plan import Variation as Variation
-from .capacity_plan import labels as labels
+from .evaluation import EvaluatedPlan as EvaluatedPlan
+from .evaluation import labels as labels
 from .evaluation_cache import Store as Store
 from .evaluation_cache import default_folder as default_folder
 from .evaluation_cache import open_store as open_store

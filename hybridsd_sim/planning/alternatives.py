@@ -21,8 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, Margin
-from hybridsd_sim.planning.evaluation import EvaluationJob
+from hybridsd_sim.planning.capacity_plan import Margin
+from hybridsd_sim.planning.evaluation import EvaluatedPlan, EvaluationJob
 from hybridsd_sim.planning.milp import GAP, Condition, Formulation, Goal, Solution
 from hybridsd_sim.planning.planner import (
     BIG,

@@ -22,8 +22,8 @@ from statistics import NormalDist
 
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.analytic import Mixes, Sizer
-from hybridsd_sim.planning.capacity_plan import Confidence, EvaluatedPlan
-from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob
+from hybridsd_sim.planning.capacity_plan import Confidence
+from hybridsd_sim.planning.evaluation import EvaluatedPlan, Evaluation, EvaluationJob
 from hybridsd_sim.planning.planner import Planner, quickest_level
 from hybridsd_sim.planning.search import BETTER, Found, PlanSearch, to_deployment
 from hybridsd_sim.pricing import Candidate, slowed

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hybridsd_sim.estimate import exact, interval, money, number, percent, score, signed
 from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, EvaluatedPlan, Margin, Relaxation, Saving
+from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, Margin, Relaxation, Saving
+from hybridsd_sim.planning.evaluation import EvaluatedPlan
 from hybridsd_sim.pricing import Candidate, CandidateSet
 from hybridsd_sim.scenario import ALL
 from hybridsd_sim.workload import arrival_source

@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 
 from hybridsd_sim.planning.analytic import Sizing
-from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, dominates, same_figures
-from hybridsd_sim.planning.evaluation import EvaluationJob
+from hybridsd_sim.planning.evaluation import EvaluatedPlan, EvaluationJob, dominates, same_figures
 from hybridsd_sim.planning.milp import Condition, Formulation, Solution
 from hybridsd_sim.planning.planner import (
     BIG,

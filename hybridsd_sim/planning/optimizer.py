@@ -17,9 +17,10 @@ from typing import Any, Protocol
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.planning.alternatives import alternatives, margins
 from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, EvaluatedPlan, saving
+from hybridsd_sim.planning.capacity_plan import CapacityPlan, Confidence, saving
 from hybridsd_sim.planning.confidence import confidence, confident_search
 from hybridsd_sim.planning.evaluation import (
+    EvaluatedPlan,
     Evaluation,
     EvaluationJob,
     Evaluator,

@@ -18,8 +18,8 @@ from typing import Any
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.plan import Deployment, Plan, Share
 from hybridsd_sim.planning.analytic import Mixes
-from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, Variation
-from hybridsd_sim.planning.evaluation import EvaluationJob
+from hybridsd_sim.planning.capacity_plan import Variation
+from hybridsd_sim.planning.evaluation import EvaluatedPlan, EvaluationJob
 from hybridsd_sim.planning.milp import Condition
 from hybridsd_sim.planning.planner import Planner, least_infeasible, prune, quickest_level
 from hybridsd_sim.planning.search import Found

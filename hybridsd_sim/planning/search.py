@@ -23,8 +23,7 @@ import numpy as np
 
 from hybridsd_sim.plan import Deployment, Share
 from hybridsd_sim.planning.analytic import Mixes, Sizer, Sizing
-from hybridsd_sim.planning.capacity_plan import EvaluatedPlan
-from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob, Level
+from hybridsd_sim.planning.evaluation import EvaluatedPlan, Evaluation, EvaluationJob, Level
 from hybridsd_sim.planning.milp import Condition, Formulation, Goal, Solution
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.scenario import Scenario

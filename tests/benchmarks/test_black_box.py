@@ -15,8 +15,7 @@ import pytest
 
 from hybridsd_sim import Profiles
 from hybridsd_sim.plan import Deployment
-from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, dominates, same_figures
-from hybridsd_sim.planning.evaluation import Evaluation, EvaluationJob, evaluate
+from hybridsd_sim.planning.evaluation import EvaluatedPlan, Evaluation, EvaluationJob, dominates, evaluate, same_figures
 from hybridsd_sim.planning.frontier import frontier
 from hybridsd_sim.planning.planner import Planner
 from hybridsd_sim.pricing import Candidate

@@ -9,8 +9,7 @@ import pytest
 
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.alternatives import MOST, NEAR_OPTIMAL, alternatives, distance
-from hybridsd_sim.planning.capacity_plan import EvaluatedPlan, dominates
-from hybridsd_sim.planning.evaluation import EvaluationJob, evaluate
+from hybridsd_sim.planning.evaluation import EvaluatedPlan, EvaluationJob, dominates, evaluate
 from hybridsd_sim.planning.frontier import frontier
 from planners import SHORT, chosen_by, hypervolume, planner_of
 

@@ -15,7 +15,7 @@ from hybridsd_sim import CapacityPlan, Profiles, Scenario, optimize, simulate
 from hybridsd_sim.plan import Deployment, deployment_from_dict
 from hybridsd_sim.planning import Store
 from hybridsd_sim.planning.analytic import Sizer
-from hybridsd_sim.planning.capacity_plan import dominates
+from hybridsd_sim.planning.evaluation import dominates
 from hybridsd_sim.pricing import find_candidates, rental_usd_per_hour
 from hybridsd_sim.scenario import dump_yaml, load_scenario, load_yaml
 
