@@ -1,4 +1,4 @@
-"""The answer of planning: a capacity plan, and what surrounds it (savings, margins, relaxations, variations, confidence)."""
+"""The answer of planning: a capacity plan and what surrounds it: savings, margins, relaxations, confidence."""
 
 from __future__ import annotations
 
