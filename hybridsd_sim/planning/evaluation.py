@@ -446,16 +446,16 @@ def _known(value: float) -> float | None:
 
 def same_figures(one: EvaluatedPlan, other: EvaluatedPlan) -> bool:
     """Whether two plans cost, take and look the same."""
-    return all(abs(a - b) < 1e-9 for a, b in zip(_figures(one), _figures(other), strict=True))
+    return all(abs(a - b) < 1e-9 for a, b in zip(_objectives(one), _objectives(other), strict=True))
 
 
 def dominates(one: EvaluatedPlan, other: EvaluatedPlan) -> bool:
     """Whether one plan is nowhere worse than the other in dollars, latency and quality, and better somewhere."""
-    mine, theirs = _figures(one), _figures(other)
+    mine, theirs = _objectives(one), _objectives(other)
     return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
-def _figures(point: EvaluatedPlan) -> tuple[float, ...]:
+def _objectives(point: EvaluatedPlan) -> tuple[float, ...]:
     """Rounded, so that means of the same numbers in another order are the same."""
     dollars = math.inf if point.usd_per_hour is None else point.usd_per_hour
     quality = -1.0 if point.quality is None else point.quality
