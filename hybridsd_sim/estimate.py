@@ -1,7 +1,8 @@
 """One figure with its doubt: value, interval, kind and sources, which it keeps through sums, factors and maxima.
 
-Whatever the project says of seconds, scores or rates is an `Estimate` from the row that it was read from up to the
-report, so that a reader can always ask how well a number is known.
+What the project says of seconds, scores and rates is an `Estimate` from the row that it was read from up to the price
+of a plan, and again where simulation summarises; a candidate and the event loop carry its value alone. So a reader of a
+report can always ask how well a number is known.
 
 And how figures are written for people, everywhere the same (`number`, `exact`, `percent`, `score`, `money`, `signed`,
 `interval`, `scaled`): in the terminal, on pages and in sentences. JSON and tables keep all digits instead.

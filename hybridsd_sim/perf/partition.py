@@ -1,6 +1,6 @@
 """How a UNet divides over GPUs: stripes with halos, gathered keys and values, components and the tensors between them.
 
-The arithmetic behind `methods`, from the layers themselves: nothing here knows a method's rules or an interconnect's
+The arithmetic behind `parallel_methods`, from the layers themselves: nothing here knows a method's rules or an interconnect's
 speed.
 """
 

@@ -1,7 +1,7 @@
-"""The work of one GPU as kernels: FLOPs and bytes at the rank's true shapes, and the time that a law gives them.
+"""The work of one GPU as kernels: FLOPs and bytes at the rank's true shapes, and the time that a device fit gives them.
 
 A UNet's layers become a table of arrays once for each size; a rank's share of it (a stripe, fewer keys, a component)
-is a `Kernels`. A `Law` turns kernels into seconds:
+is a `Kernels`. A device's fitted parameters turn kernels into seconds:
 
     seconds = longer of  sum over kernels of longer of (FLOPs / rate of its kind, bytes / memory rate)
                          + operations x seconds_per_op

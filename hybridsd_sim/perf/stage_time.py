@@ -218,7 +218,7 @@ class PhaseTime:
 
 
 def denoising(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
-    """What `methods` needs to know about a stage of a request; its latents are those of one UNet call."""
+    """What a parallel method needs to know about a stage of a request; its latents are those of one UNet call."""
     return replace(job_of(stage, request, profiles), num_steps=stage.num_steps)
 
 

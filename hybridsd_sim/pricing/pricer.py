@@ -293,8 +293,8 @@ def price(
     """The price of `request` under `plan` with nobody else there; `cold` adds the model load on every cloud site.
 
     Where sources disagree, measured goes before quoted before modelled, then the newer one; `prefer` names sources (any
-    part of their text) that go before all others. Transfers run at the network's median rates; the simulator prices
-    sampled rates with `transfer_s`. Raises `IllegalPlanError` for a plan its method cannot run, `MissingDataError` for
+    part of their text) that go before all others. Transfers run at the network's median rates; the simulator
+    draws rates for every request. Raises `IllegalPlanError` for a plan its method cannot run, `MissingDataError` for
     devices that nobody timed.
     """
     pricer = _pricer_of(plan, request, profiles, cold=cold, prefer=prefer)

@@ -1,6 +1,6 @@
 """Step costs, devices, GPUs, models, links, prices, quality: typed rows with sources; says what it does not have.
 
-A profiles folder holds `catalog/*.csv` (one table a file), `fitted/*.csv` (what `fitting` made of the rows),
+A profiles folder holds `catalog/*.csv` (one table a file), `fitted/*.csv` (what `population_fit` made of the rows),
 `quoted/*.csv` (published cost rows) and `measured/<device>/<model>.csv` with `<model>.meta.yaml` beside it (written by
 the executors). Sources that disagree are all kept. Where one row must be chosen, measured goes before quoted before
 modelled, then the newer source before the older, then the earlier line; `prefer` names sources to take before all
@@ -208,16 +208,16 @@ class Profiles:
         limit = self.runtime(runtime).max_unet_batch
         held = min(latents, limit) if limit else latents
         rows = self._steps_by_call.get((device, runtime, self.network_of(model), size, held), ())
-        fitting = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
-        return min(fitting, key=lambda row: _rank(row, prefer), default=None)
+        matching = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
+        return min(matching, key=lambda row: _rank(row, prefer), default=None)
 
     def step_rows(
         self, device: str, runtime: str, model: str, precision: str | None = None, *, prefer: Sequence[str] = ()
     ) -> list[CostRow]:
         """All steps of this network that were timed on one such device under the runtime, best known first."""
         rows = self._steps_by_network.get((device, runtime, self.network_of(model)), ())
-        fitting = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
-        return sorted(fitting, key=lambda row: _rank(row, prefer))
+        matching = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
+        return sorted(matching, key=lambda row: _rank(row, prefer))
 
     @cached_property
     def _steps_by_call(self) -> dict[_StepKey, list[CostRow]]:
@@ -246,8 +246,8 @@ class Profiles:
         rows = self.cost_rows(
             device=device, model=component.name, component=component.component, runtime=runtime, batch_size=1, degree=1
         )
-        fitting = [row for row in rows if (row.height_px, row.width_px) == wanted]
-        return min(fitting, key=lambda row: _rank(row, prefer), default=None)
+        matching = [row for row in rows if (row.height_px, row.width_px) == wanted]
+        return min(matching, key=lambda row: _rank(row, prefer), default=None)
 
     def model_load(self, device: str, model: str = "*", *, prefer: Sequence[str] = ()) -> CostRow:
         """Seconds until another model is ready: this network's row on the device, else the one for any of them."""
