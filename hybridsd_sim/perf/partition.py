@@ -1,7 +1,7 @@
 """How a UNet divides over GPUs: stripes with halos, gathered keys and values, components and the tensors between them.
 
-The arithmetic behind `parallel_methods`, from the layers themselves: nothing here knows a method's rules or an interconnect's
-speed.
+The arithmetic behind `parallel_methods`, from the layers themselves: nothing here knows a method's rules or an
+interconnect's speed.
 """
 
 from __future__ import annotations

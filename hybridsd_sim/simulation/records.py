@@ -197,7 +197,7 @@ class RunRecorder:
         return len(self._plans) - 1
 
     def write_with_history(self, row: tuple[float, ...], history: GangHistory) -> None:
-        """Record a request that shared its worker group or lost it. Few do, so that `write` asks for no such columns."""
+        """Record a request that shared its gang or lost it. Few do, so that `write` asks for no such columns."""
         self._histories.append((len(self._raw) // len(RAW_COLUMNS), history))
         self.write(row)
 
