@@ -870,7 +870,7 @@ def test_a_trace_is_described(cli, trace_csv):
     data = cli("trace", "describe", trace_csv, "--format", "json").json
     assert (data["requests"], data["rate_per_s"]) == (20, 0.1)
     out = cli("trace", "describe", trace_csv).out
-    assert "30: 0.75, 50: 0.25" in out
+    assert "30: 0.750, 50: 0.250" in out
 
 
 def test_an_imported_trace_can_be_described_and_replayed(cli, trace_csv, tmp_path):

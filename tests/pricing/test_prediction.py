@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim import Profiles
 from hybridsd_sim.errors import IllegalPlanError
+from hybridsd_sim.estimate import interval, number
 from hybridsd_sim.pricing import PredictionQuery, predict_plan
 from hybridsd_sim.pricing.prediction import RUNG, predict_cost
 from hybridsd_sim.reporting import prediction_text
@@ -134,7 +135,8 @@ def test_the_text_says_when_a_gang_pays_and_how_sure_each_part_is(profiles: Prof
 
     assert figures["against_one_gpu"] in text
     for part in figures["parts"]:
-        assert f"{part['seconds']:.4g} [{part['low_s']:.4g}, {part['high_s']:.4g}]" in text
+        ends = interval(part["low_s"], part["high_s"]).replace("\N{EN DASH}", "-")
+        assert f"{number(part['seconds'])} [{ends}]" in text
         assert part["kind"] in text
 
 

@@ -291,7 +291,7 @@ def test_a_service_takes_no_more_than_it_may(town):
     assert {answer.status_code for answer in answers} == {429}
     assert all(answer.json()["retry_after_s"] > 0 and answer.headers["retry-after"] for answer in answers)
     assert {answer.json()["error"]["rule"] for answer in answers} == {
-        "as many requests as the service takes are under way", "more orders a second than the service takes",
+        "as many requests as the service takes are under way", "more requests a second than the service takes",
     }  # fmt: skip
 
 
