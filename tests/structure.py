@@ -4,7 +4,7 @@
 - *longest import chain*: modules on the longest path of imports that importing carries out. An import from a package's
   public surface counts as one of the module that defines the name. Circles are looked for among all imports, those
   inside functions and for type checkers too.
-- *used once*: private functions that a single place uses, as a share of all functions.
+- *used once*: private functions that a single place of their module uses, as a share of all functions.
 - *class names in two modules*: over both packages.
 - *modules that a cold price crosses*: those with a function that runs when one plan is priced with fresh profiles.
 """
@@ -90,21 +90,17 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def used_once() -> tuple[list[str], int]:
-    """Private functions that one place uses, as `module:name`, and how many functions there are."""
-    names: Counter[str] = Counter()
-    uses: Counter[str] = Counter()
-    where = {}
+    """Private functions that one place of their module uses, as `module:name`, and how many functions there are."""
+    once, total = [], 0
     for module, path in everything().items():
-        for function in functions(path):
-            names[function.name] += 1
-            where[function.name] = module
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Name):
-                uses[node.id] += 1
-            elif isinstance(node, ast.Attribute):
-                uses[node.attr] += 1
-    private = (name for name in names if name.startswith("_") and not name.startswith("__"))
-    return [f"{where[name]}:{name}" for name in private if names[name] == uses[name] == 1], sum(names.values())
+        names = Counter(function.name for function in functions(path))
+        nodes = list(ast.walk(tree(path)))
+        uses = Counter(node.id for node in nodes if isinstance(node, ast.Name))
+        uses += Counter(node.attr for node in nodes if isinstance(node, ast.Attribute))
+        private = (name for name in names if name.startswith("_") and not name.startswith("__"))
+        once += [f"{module}:{name}" for name in private if names[name] == uses[name] == 1]
+        total += names.total()
+    return once, total
 
 
 def twice_named() -> dict[str, list[str]]:
