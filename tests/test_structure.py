@@ -26,7 +26,7 @@ def test_no_imports_go_in_a_circle() -> None:
 
 
 def test_private_functions_used_once_do_not_grow() -> None:
-    """A step has a function of its own because its name explains something. The aim is 15%; this holds what is reached."""
+    """A function of its own explains something by its name. The aim is 15%; this holds what is reached."""
     once, total = structure.used_once()
     assert len(once) < 0.27 * total
 
