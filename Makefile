@@ -5,6 +5,9 @@ TEST_EXTRAS ?= test,live,ray-serve
 PYTEST_ARGS ?=
 # A file's tests stay in one process, as they share what they set up; the files are spread over the cores.
 SPREAD      := --numprocesses auto --maxprocesses 4 --dist loadfile --benchmark-disable
+# Which lines the tests ran. What numba compiles runs outside Python's sight. Slipcover is imported before pytest can rewrite it.
+COVERAGE    := -m slipcover --source hybridsd_sim,executors --omit '*/recursion.py,*/replay.py' --skip-covered --missing-width 48
+COVERED     := $(COVERAGE) -m pytest -W ignore::pytest.PytestAssertRewriteWarning
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -25,12 +28,12 @@ demo: $(VENV)/.base  ## Plan the quickstart scenario and write its report
 test: $(VENV)/.test  ## Run the tests
 	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
-check: $(VENV)/.test  ## Lint, check types and layers, then run the tests
+check: $(VENV)/.test  ## Lint, check types and layers, then run the tests and say which lines they missed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict hybridsd_sim
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
+	$(BIN)/python $(COVERED) $(SPREAD) $(PYTEST_ARGS)
 
 check-slow: $(VENV)/.test  ## Run the laws that take minutes
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -36,6 +36,14 @@ class Estimate:
     `value` is NaN where nobody knows the figure, for the reason in `note`; `low` and `high` are NaN where only the
     interval is unknown. NaN goes through every operation, so that a sum with an unknown term is unknown, never too
     small. `within` is false outside what was measured or published for this device or study.
+
+    >>> unet = Estimate(0.30, 0.27, 0.33, "measured", ("profiles/measured/cpu-2core",))
+    >>> decoder = Estimate.by_factor(0.10, 1.5)
+    >>> both = 2 * unet + decoder
+    >>> both.kind, round(both.value, 3), round(both.low, 3), round(both.high, 3)
+    ('modelled', 0.7, 0.607, 0.81)
+    >>> (unet + Estimate.unknown("nobody timed it")).known
+    False
     """
 
     value: float
@@ -155,6 +163,9 @@ def number(value: float | None, digits: int = SIGNIFICANT) -> str:
     """A computed figure: three significant digits with separated thousands; whole numbers (`int`) in full.
 
     Only what is smaller than 0.00001 has an exponent.
+
+    >>> number(0.28871), number(1234.5), number(12), number(float("nan"))
+    ('0.289', '1,230', '12', '—')
     """
     if value is None or not math.isfinite(value):
         return DASH
@@ -170,14 +181,22 @@ def number(value: float | None, digits: int = SIGNIFICANT) -> str:
 
 
 def exact(value: float | None, digits: int = 12) -> str:
-    """A figure that somebody wrote or published (an SLO, a floor, a price): as written, 8.0 as 8."""
+    """A figure that somebody wrote or published (an SLO, a floor, a price): as written, 8.0 as 8.
+
+    >>> exact(8.0), exact(3.4309)
+    ('8', '3.4309')
+    """
     if value is None or not math.isfinite(value):
         return DASH
     return f"{float(f'{value:.{digits - 1}e}'):,.{digits}g}"
 
 
 def percent(share: float | None) -> str:
-    """A share of 1 as per cent; nothing but all is called 100%, and nothing but none 0%."""
+    """A share of 1 as per cent; nothing but all is called 100%, and nothing but none 0%.
+
+    >>> percent(0.95), percent(0.99999), percent(1.0)
+    ('95.0%', '>99.99%', '100%')
+    """
     if share is None or not math.isfinite(share):
         return DASH
     if share in {0.0, 1.0}:
@@ -193,7 +212,11 @@ def score(value: float | None) -> str:
 
 
 def money(usd: float | None) -> str:
-    """Dollars to the cent; amounts under a dollar with three significant digits."""
+    """Dollars to the cent; amounts under a dollar with three significant digits.
+
+    >>> money(10.2926), money(0.00123)
+    ('10.29', '0.00123')
+    """
     return number(usd) if usd is None or not math.isfinite(usd) or abs(usd) < 1.0 else f"{usd:,.2f}".replace("-", MINUS)
 
 
@@ -206,6 +229,9 @@ def interval(low: float | None, high: float | None, show: Show = number) -> str:
     """Both ends of an interval; a question mark stands for an end that nobody can tell.
 
     What lies above 99.99% or below 0.01% as a whole is that alone.
+
+    >>> interval(2.29, 2.354), interval(0.9, float("nan"), percent)
+    ('2.29–2.35', '90.0%–?')
     """
     first, last = ("?" if end is None or math.isnan(end) else show(end) for end in (low, high))
     if first[0] == ">" or last[0] == "<":

@@ -296,6 +296,16 @@ def price(
     part of their text) that go before all others. Transfers run at the network's median rates; the simulator
     draws rates for every request. Raises `IllegalPlanError` for a plan its method cannot run, `MissingDataError` for
     devices that nobody timed.
+
+    >>> from hybridsd_sim import Plan, Request, Site, Stage, load_profiles
+    >>> cloud = Site(name="cloud", tier="cloud", device="a100-sxm-80gb", runtime="compiled")
+    >>> steps = Stage(start=0, stop=25, model="sd15", site=cloud)
+    >>> alone = Plan(stages=(steps,), text_encode_site="cloud", vae_site="cloud", network="lte")
+    >>> cost = price(alone, Request(model="sd15", num_inference_steps=25), load_profiles())
+    >>> [part.name for part in cost.parts]
+    ['prompt_transfer', 'text_encode', 'denoise', 'vae_decode', 'image_transfer']
+    >>> cost.latency_s > cost.denoise_s > 0, cost.parts[2].seconds.kind
+    (True, 'modelled')
     """
     pricer = _pricer_of(plan, request, profiles, cold=cold, prefer=prefer)
     size = (request.height_px, request.width_px)

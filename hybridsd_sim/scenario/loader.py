@@ -28,6 +28,11 @@ def load_scenario(
     file; their text is read as YAML, so that what a command line passes (`"1e-3"`, `"[1, 2]"`) means what it means in a
     file. Paths in the file are relative to it, those in `overrides` to the working directory. Raises `InputError` with
     all problems at once.
+
+    >>> from hybridsd_sim import load_scenario
+    >>> busy = load_scenario("quickstart", scenario="busy-on-lte", overrides={"horizon_s": "1e3"})
+    >>> busy.horizon_s, busy.edge["phones"].network
+    (1000.0, 'lte')
     """
     file = _find(path)
     reading = Reading(str(file), call="--set")
