@@ -305,7 +305,7 @@ def price(
     >>> [part.name for part in cost.parts]
     ['prompt_transfer', 'text_encode', 'denoise', 'vae_decode', 'image_transfer']
     >>> cost.latency_s > cost.denoise_s > 0, cost.parts[2].seconds.kind
-    (True, 'modelled')
+    (True, 'quoted')
     """
     pricer = _pricer_of(plan, request, profiles, cold=cold, prefer=prefer)
     size = (request.height_px, request.width_px)
