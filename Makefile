@@ -31,7 +31,7 @@ test: $(VENV)/.test  ## Run the tests
 check: $(VENV)/.test  ## Lint, check types and layers, then run the tests and say which lines they missed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict hybridsd_sim
+	$(BIN)/mypy --strict hybridsd_sim executors
 	$(BIN)/lint-imports
 	$(BIN)/python $(COVERED) $(SPREAD) $(PYTEST_ARGS)
 

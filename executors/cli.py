@@ -302,7 +302,7 @@ def validate(
 
     chosen = read_loads(loads, "--loads") if loads else LOADS
     rows = carry_out(
-        out, kinds=split(kinds) or KINDS, loads=chosen, requests=requests, trace=trace, tries=tries, runs=runs
+        out, kinds=split(kinds) or tuple(KINDS), loads=chosen, requests=requests, trace=trace, tries=tries, runs=runs
     )
     header = list(rows[0]) if rows else []
     _print(format_, {"runs": rows}, lambda: (header, [list(row.values()) for row in rows]))

@@ -253,13 +253,13 @@ def _refuse(line: _Connection, reason: str) -> None:
 
 def expected_transfer(unet: UNet2DConditionModel, latent_space: str, prediction: str) -> ExpectedTransfer:
     """What an edge without a text encoder can go on with, given its UNet."""
-    width = unet.config.cross_attention_dim
+    width = unet.config["cross_attention_dim"]
     return ExpectedTransfer(
         latent_space=latent_space,
         prediction=prediction,
-        channels=unet.config.in_channels,
+        channels=unet.config["in_channels"],
         embeds_width=width if isinstance(width, int) else width[0],
-        added=("text_embeds", "time_ids") if unet.config.addition_embed_type == "text_time" else (),
+        added=("text_embeds", "time_ids") if unet.config["addition_embed_type"] == "text_time" else (),
     )
 
 

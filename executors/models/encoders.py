@@ -257,5 +257,5 @@ def decode(vae: Vae, latents: Tensor) -> Tensor:
 
     Latents are divided by the autoencoder's `scaling_factor`, which brought them to unit variance for the UNet.
     """
-    images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"], return_dict=False)[0]
     return images

@@ -60,7 +60,7 @@ def _skeleton(config: Mapping[str, Any]) -> UNet2DConditionModel:
     pruning = {name: fields.pop(name) for name in PRUNING if name in fields}
     try:
         with torch.device("meta"):
-            unet = UNet2DConditionModel(**fields)
+            unet: UNet2DConditionModel = UNet2DConditionModel(**fields)
             _prune(unet, **pruning)
     except (TypeError, ValueError) as error:
         raise InputError(Problem("config", "UNet2DConditionModel", f"diffusers refuses it: {error}")) from error

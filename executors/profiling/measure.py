@@ -138,7 +138,7 @@ def prepared(unet: UNet2DConditionModel, runtime: str) -> UNet2DConditionModel:
     """The UNet as a runtime wants it: channels last on a GPU, compiled (there into CUDA graphs) if asked for."""
     on_gpu = unet.device.type == "cuda"
     if on_gpu:
-        unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # diffusers wraps it as a plain function
     if runtime == "compiled":
         torch.compiler.reset()  # graphs of another size would count against the limit of recompilations
         unet.compile(mode="reduce-overhead" if on_gpu else None, dynamic=False)
@@ -231,7 +231,7 @@ def _text_encode(model: Pipeline, target: ProfileTarget) -> _Part:
 @contextmanager
 def _vae_decode(model: Pipeline, target: ProfileTarget) -> _Part:
     vae = model.vae if model.weights else build_vae(target.table, device=model.device, dtype=model.dtype)
-    shape = (target.batch_size, vae.config.latent_channels, target.height_px // 8, target.width_px // 8)
+    shape = (target.batch_size, vae.config["latent_channels"], target.height_px // 8, target.width_px // 8)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
     yield lambda: decode(vae, latents), None
 

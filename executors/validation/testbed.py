@@ -246,8 +246,8 @@ def _write_pipeline(config: Mapping[str, Any], path: Path) -> None:
     """Under another name first, so that an interrupted writer leaves no half of one."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # neither library annotates it
-    diffusers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     build_unet(config).save_pretrained(part / "unet")
     _seeded_vae().save_pretrained(part / "vae")
     _seeded_text_encoder().save_pretrained(part / "text_encoder")
