@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -60,17 +59,15 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in EXECUTORS:
             return super().get_command(ctx, cmd_name)
-        commands: Any = typer.main.get_command(_import_executors().app)
+        # Inside this package once installed, at the top of a checkout otherwise: then first on the path, of the
+        # processes that the executors start too, for another distribution has a package of that name.
+        if find_spec("hybridsd_sim.executors"):
+            executors = import_module("hybridsd_sim.executors.cli")
+        else:
+            sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+            executors = import_module("executors.cli")
+        commands: Any = typer.main.get_command(executors.app)
         return commands.get_command(ctx, cmd_name)
-
-
-def _import_executors() -> ModuleType:
-    """The executors' command line: inside this package once installed, at the top of a checkout otherwise."""
-    if find_spec("hybridsd_sim.executors"):
-        return import_module("hybridsd_sim.executors.cli")
-    # First on the path, of the processes that the executors start too: another distribution has a package of that name.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    return import_module("executors.cli")
 
 
 app = typer.Typer(
@@ -231,9 +228,9 @@ def plan_(
     resolved, _ = together(lambda: read_scenario(path, scenario, set_, flags), lambda: _check_folder(out))
     others = named_scenarios(path, set_, flags) if robust else {}
     profiles, ran = read_profiles(resolved), ["plan", *(f"{name} {other.digest}" for name, other in others.items())]
-    store = None if no_cache else _store()
+
     # Ray prints on standard output when a worker dies; that is for results alone.
-    with _keeping(store), output_aside(), _progress() as say, workers(jobs, ray) as fan_out:
+    with _simulation_store(no_cache) as store, output_aside(), _progress() as say, workers(jobs, ray) as fan_out:
         result = optimize(resolved, profiles, map=fan_out, store=store, robust=others, progress=say)
         say("drawing the report")
         saved, page = _write(result, out or _run_folder(resolved, profiles, ran), profiles)
@@ -368,28 +365,27 @@ def _write(result: Any, folder: Path, profiles: Profiles) -> tuple[dict[str, Any
     return read_run(folder)[0], str(page)
 
 
-def _store() -> Store | None:
-    """Where finished simulations are kept; None, and a word on standard error, where nothing can be written."""
+@contextmanager
+def _simulation_store(no_cache: bool) -> Iterator[Store | None]:
+    """Where finished simulations are kept; None, and a word on standard error, where nothing can be written.
+
+    Ends a run that is interrupted with exit code 130, and says what it leaves behind.
+    """
     from hybridsd_sim.planning import default_folder, open_store
 
-    try:
-        return open_store(default_folder())
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        typer.echo(f"no finished simulation is kept for another run: {error}", err=True)
-        return None
-
-
-@contextmanager
-def _keeping(store: Store | None) -> Iterator[None]:
-    """End a run that is interrupted with exit code 130, and say what it leaves behind."""
+    store: Store | None = None
+    if not no_cache:
+        try:
+            store = open_store(default_folder())
+        except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+            typer.echo(f"no finished simulation is kept for another run: {error}", err=True)
     before = len(store) if store else 0
     try:
-        yield
+        yield store
     except KeyboardInterrupt:
         kept = f"{len(store) - before} finished simulations are kept in {store.folder}" if store else "nothing is kept"
-        typer.echo(
-            f"interrupted: {kept}; run the same command again to {'continue' if store else 'start anew'}", err=True
-        )
+        again = "continue" if store else "start anew"
+        typer.echo(f"interrupted: {kept}; run the same command again to {again}", err=True)
         raise typer.Exit(130) from None
 
 

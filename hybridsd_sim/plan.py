@@ -161,8 +161,9 @@ class Plan:
 
     `text_encode_site` and `vae_site` name the site of one of the stages or of `extra_sites`. `network` is the class of
     the access network between the user's edge and the cloud; None leaves transfers out (a measurement inside one
-    machine room). `batch_cap` is the most requests of this plan that one gang of the pool denoises together: those that
-    wait when it becomes free, never waiting for more.
+    machine room). `batch_cap` is the most requests of this plan that one worker group of the pool denoises
+    together: those that wait when it becomes free, never waiting for more. Raises `IllegalPlanError` with every rule
+    that it breaks.
     """
 
     stages: tuple[Stage, ...]
@@ -174,15 +175,10 @@ class Plan:
     batch_cap: int = 1
 
     def __post_init__(self) -> None:
-        problems = [*self._stage_problems(), *self._site_problems()]
-        if problems:
-            raise IllegalPlanError(problems)
-
-    def _stage_problems(self) -> list[Problem]:
-        if not self.stages:
-            return [Problem("plan.stages", "()", "a plan needs at least one stage")]
         problems = []
-        if self.batch_cap < 1 or (self.batch_cap > 1 and not self.cloud_stages):
+        if not self.stages:
+            problems.append(Problem("plan.stages", "()", "a plan needs at least one stage"))
+        elif self.batch_cap < 1 or (self.batch_cap > 1 and not self.cloud_stages):
             rule = "must be at least 1, and 1 without a cloud stage"
             problems.append(Problem("plan.batch_cap", str(self.batch_cap), rule))
         expected = 0
@@ -191,15 +187,13 @@ class Plan:
                 rule = f"stages must be non-empty and follow one another; this one must start at {expected}"
                 problems.append(Problem(f"plan.stages[{index}]", f"[{stage.start}, {stage.stop})", rule))
             expected = stage.stop
-        return problems
-
-    def _site_problems(self) -> list[Problem]:
         known = self.sites
-        return [
-            Problem(f"plan.{field_name}", repr(name), "must name a site of the plan", f"Sites: {', '.join(known)}.")
-            for field_name, name in (("text_encode_site", self.text_encode_site), ("vae_site", self.vae_site))
-            if name not in known
-        ]
+        for key, name in (("text_encode_site", self.text_encode_site), ("vae_site", self.vae_site)):
+            if name not in known:
+                rule, remedy = "must name a site of the plan", f"Sites: {', '.join(known)}."
+                problems.append(Problem(f"plan.{key}", repr(name), rule, remedy))
+        if problems:
+            raise IllegalPlanError(problems)
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -231,11 +225,21 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """A short name that a person can read: `a100 distrifusion x4 k=10 -> snapdragon-8-elite`."""
-        stages = " -> ".join(_stage_label(stage, with_steps=len(self.stages) > 1) for stage in self.stages)
+        """A short name that a person can read: `sd14 on a100 distrifusion x4 [0,10) -> small-sd on phone [10,25)`.
+
+        The steps of a stage stand there where the plan has several, a batch cap above 1 and a decoder that is not the
+        model's own, or not where the last stage ran, behind all stages.
+        """
+        stages = []
+        for stage in self.stages:
+            how = "" if stage.degree == 1 else f" {stage.method} x{stage.degree}"
+            options = "".join(f" {key}={value}" for key, value in stage.options)
+            steps = f" [{stage.start},{stage.stop})" if len(self.stages) > 1 else ""
+            stages.append(f"{stage.model} on {stage.site.name}{how}{options}{steps}")
         decoded = "" if self.vae_site == self.stages[-1].site.name else f", decoded on {self.vae_site}"
         batched = "" if self.batch_cap == 1 else f", up to {self.batch_cap} together"
-        return f"{stages}{batched}{decoded}{'' if self.vae == 'autoencoder-kl' else f' + {self.vae}'}"
+        vae = "" if self.vae == "autoencoder-kl" else f" + {self.vae}"
+        return f"{' -> '.join(stages)}{batched}{decoded}{vae}"
 
     def rescaled(self, steps: int) -> Plan:
         """The same plan for another number of steps: switch steps keep their share, and every stage keeps a step."""
@@ -249,13 +253,6 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for JSON and YAML; `plan_from_dict` reads it back."""
         return asdict(self)
-
-
-def _stage_label(stage: Stage, *, with_steps: bool) -> str:
-    how = "" if stage.degree == 1 else f" {stage.method} x{stage.degree}"
-    which = "".join(f" {key}={value}" for key, value in stage.options)
-    steps = f" [{stage.start},{stage.stop})" if with_steps else ""
-    return f"{stage.model} on {stage.site.name}{how}{which}{steps}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,13 +297,11 @@ def deployment_from_dict(data: Mapping[str, Any]) -> Deployment:
 
 
 def plan_from_dict(data: Mapping[str, Any]) -> Plan:
-    """Read back what `Plan.to_dict` wrote (lists for tuples allowed)."""
-    stages = tuple(_stage_from_dict(stage) for stage in data["stages"])
+    """Read back what `Plan.to_dict` wrote (lists for tuples allowed). Raises `IllegalPlanError` as `Plan` does."""
+    stages = []
+    for stage in data["stages"]:
+        options = tuple((key, value) for key, value in stage.get("options", ()))
+        stages.append(Stage(**{**stage, "site": Site(**stage["site"]), "options": options}))
     extra = tuple(Site(**site) for site in data.get("extra_sites", ()))
     rest = {key: data[key] for key in ("text_encode_site", "vae_site", "vae", "network", "batch_cap") if key in data}
-    return Plan(stages=stages, extra_sites=extra, **rest)
-
-
-def _stage_from_dict(data: Mapping[str, Any]) -> Stage:
-    options = tuple((key, value) for key, value in data.get("options", ()))
-    return Stage(**{**data, "site": Site(**data["site"]), "options": options})
+    return Plan(stages=tuple(stages), extra_sites=extra, **rest)

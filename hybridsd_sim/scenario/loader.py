@@ -56,6 +56,7 @@ def named_blocks(path: str | Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _resolve(
     reading: Reading, base: dict[str, Any], blocks: Blocks, *, chosen: str | None, folder: Path, call: Mapping[str, Any]
 ) -> Scenario:
+    """The base with the overrides of the chosen scenario and of the call, checked. Raises `InputError`."""
     names = check_blocks(reading, blocks, chosen)
     known = entries(base, [*blocks.overrides.values(), call])
     for name, block in blocks.overrides.items():
@@ -66,14 +67,18 @@ def _resolve(
     log: list[str] = []
     for name in names:
         log += apply_changes(reading, data, blocks.overrides[name], f"overrides.{name}", known=known, defaults=defaults)
-    _anchor(data, folder)
+    _resolve_paths(data, folder)
     log += apply_changes(reading, data, call, reading.call, known=known, defaults=defaults)
     if log:
         before = data.get("overrides_applied")
         data["overrides_applied"] = [*(before if isinstance(before, list) else ()), *log]
     result = reading.check(Scenario, data)
-    if result is None:
-        _flag_classes(reading, data)
+    requests, fleets = data.get("requests"), data.get("edge")
+    if result is None and isinstance(requests, Mapping) and isinstance(fleets, Mapping):
+        # Something else is wrong: names and origins of classes are checked all the same, so that all problems show.
+        origins = {name: spec.get("origin") for name, spec in requests.items() if isinstance(spec, Mapping)}
+        for key, value, rule, remedy in class_problems(origins, fleets):
+            reading.flag(key, shown(value), rule, remedy)
     return reading.finish(result)
 
 
@@ -98,7 +103,7 @@ def _read_text(file: Path) -> str:
     raise InputError(problem)
 
 
-def _anchor(data: Mapping[str, Any], folder: Path) -> None:
+def _resolve_paths(data: Mapping[str, Any], folder: Path) -> None:
     """Make the paths that the file names absolute."""
     requests = data.get("requests")
     for spec in requests.values() if isinstance(requests, Mapping) else ():
@@ -108,12 +113,3 @@ def _anchor(data: Mapping[str, Any], folder: Path) -> None:
     search = data.get("search")
     if isinstance(search, dict) and isinstance(search.get("profiles"), list):
         search["profiles"] = [str((folder / str(given)).resolve()) for given in search["profiles"]]
-
-
-def _flag_classes(reading: Reading, data: Mapping[str, Any]) -> None:
-    """Check names and origins of classes although something else is wrong, so that all problems show at once."""
-    requests, fleets = data.get("requests"), data.get("edge")
-    if isinstance(requests, Mapping) and isinstance(fleets, Mapping):
-        origins = {name: spec.get("origin") for name, spec in requests.items() if isinstance(spec, Mapping)}
-        for key, value, rule, remedy in class_problems(origins, fleets):
-            reading.flag(key, shown(value), rule, remedy)

@@ -147,7 +147,15 @@ def apply_changes(
             continue
         old = _get(data, key, _get(defaults or {}, key, ABSENT))
         _note_lines(reading, data, key, where)
-        _put(data, key, value)
+        target = data
+        for part in key[:-1]:
+            if not isinstance(target.get(part), dict):
+                target[part] = {}
+            target = target[part]
+        if value is None and len(key) == 2 and key[0] in MAIN_KEYS:
+            target.pop(key[1], None)
+        else:
+            target[key[-1]] = value
         if old != value:
             log.append(f"{'.'.join(key)}: {'not set' if old is ABSENT else _bare(old)} -> {_bare(value)}")
     return log
@@ -163,17 +171,6 @@ def _get(data: Any, key: Key, default: Any) -> Any:
             return default
         data = data[part]
     return data
-
-
-def _put(data: dict[str, Any], key: Key, value: Any) -> None:
-    for part in key[:-1]:
-        if not isinstance(data.get(part), dict):
-            data[part] = {}
-        data = data[part]
-    if value is None and len(key) == 2 and key[0] in MAIN_KEYS:
-        data.pop(key[1], None)
-    else:
-        data[key[-1]] = value
 
 
 def _note_lines(reading: Reading, data: Mapping[str, Any], key: Key, where: str) -> None:

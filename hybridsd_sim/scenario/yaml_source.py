@@ -112,7 +112,7 @@ class Written(BaseModel):
         return list(cls.model_fields)
 
     @model_validator(mode="after")
-    def _keeps_its_rules(self) -> Self:
+    def _check_rules(self) -> Self:
         if broken := list(self._broken()):
             summary = "; ".join(f"{key} is {shown(value)}, {rule}" for key, value, rule, _ in broken)
             raise PydanticCustomError("rules", "{summary}", {"summary": summary, "broken": broken})
@@ -251,13 +251,10 @@ class Reading:
         if node.tag not in ("plain", "untagged"):
             self.flag(path, node.tag.replace("tag:yaml.org,2002:", "!!"), "tags are not read", "Remove it.", line)
             return None
-        if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, f"{path}[{index}]", (*above, node)) for index, item in enumerate(node.value)]
-        return self._mapping(node, path, (*above, node))
-
-    def _scalar(self, node: yaml.ScalarNode, path: str) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            return self._mapping(node, path, (*above, node))
         value = read_scalar(node.value) if node.tag == "plain" else node.value
         if isinstance(value, float) and not isfinite(value):
             self.flag(path, node.value, "must be a finite number", "Write null where there is no limit.")
@@ -268,23 +265,20 @@ class Reading:
         merged: dict[str, Any] = {}
         own: dict[str, Any] = {}
         for key_node, value_node in sorted(node.value, key=lambda pair: pair[0].value != "<<"):
-            key, line = key_node.value, key_node.start_mark.line + 1
+            key, line, plain_key = key_node.value, key_node.start_mark.line + 1, key_node.tag == "plain"
             inner = f"{path}.{key}" if path else str(key)
-            if key == "<<" and key_node.tag == "plain":
+            is_scalar = isinstance(key_node, yaml.ScalarNode)
+            if key == "<<" and plain_key:
                 self._merge(merged, value_node, path, above)
-            elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(self._key(key_node), str):
+            elif not is_scalar or not isinstance(read_scalar(key) if plain_key else key, str):
                 self.flag(path, shown(str(key)), "keys must be text", "Put the key in quotes.", line)
             elif key in own:
-                self.flag(
-                    inner, "written twice", "a key may stand once only", f"First on line {self.lines[inner]}.", line
-                )
+                first = f"First on line {self.lines[inner]}."
+                self.flag(inner, "written twice", "a key may stand once only", first, line)
             else:
                 self.lines[inner] = line
                 own[key] = self._value(value_node, inner, above)
         return {**merged, **own}
-
-    def _key(self, node: yaml.ScalarNode) -> Any:
-        return read_scalar(node.value) if node.tag == "plain" else node.value
 
     def _merge(self, merged: dict[str, Any], node: yaml.Node, path: str, above: tuple[yaml.Node, ...]) -> None:
         """A merge key: the entries of the mapping, or mappings, that it names, beneath the mapping's own."""
@@ -304,25 +298,26 @@ class Reading:
         try:
             return model.model_validate_json(json.dumps(data, default=plain))
         except ValidationError as error:
-            for item in error.errors(include_url=False):
-                if rules or item["type"] != "rules":
-                    self._explain(model, item)
+            items = error.errors(include_url=False)
+        for item in items:
+            loc = tuple(part for part in item["loc"] if part != "[key]")
+            # A union complains once for each of its types, which then end the location.
+            union = loc and loc[-1] in _UNION_TAGS and item["type"] != "missing"
+            path = dotted(loc[:-1] if union else loc)
+            if item["type"] == "rules":
+                for key, value, rule, remedy in item["ctx"]["broken"] if rules else ():
+                    self.flag(f"{path}.{key}" if path else key, shown(value), rule, remedy)
+            elif not any(problem.place.endswith(f": {path}") for _, problem in self.problems):
+                found = validation_problem(item)
+                rule = "must be true, false, a number or text" if union else found.rule
+                self.flag(path, found.value, rule, _remedy(model, loc, item))
         return None
-
-    def _explain(self, model: type[Written], item: ErrorDetails) -> None:
-        loc = tuple(part for part in item["loc"] if part != "[key]")
-        union = loc and loc[-1] in _UNION_TAGS and item["type"] != "missing"
-        path = dotted(loc[:-1] if union else loc)
-        for key, value, rule, remedy in item.get("ctx", {}).get("broken", ()):
-            self.flag(f"{path}.{key}" if path else key, shown(value), rule, remedy)
-        if item["type"] != "rules" and not any(problem.place.endswith(f": {path}") for _, problem in self.problems):
-            found = validation_problem(item)
-            rule = "must be true, false, a number or text" if union else found.rule
-            self.flag(path, found.value, rule, _remedy(model, loc, item))
 
 
 def _remedy(model: type[Written], loc: Sequence[str | int], item: ErrorDetails) -> str:
-    model = _model_at(model, loc)
+    for part in loc[:-1]:  # down to the model that has the key
+        known = model.model_fields.get(str(part))
+        model = (_model_in(known.annotation) if known else None) or model
     fields = model.model_fields
     key = str(next((part for part in reversed(loc) if isinstance(part, str)), ""))
     if item["type"] == "extra_forbidden":
@@ -335,13 +330,6 @@ def _remedy(model: type[Written], loc: Sequence[str | int], item: ErrorDetails) 
         return "Names consist of letters, digits, hyphens and underscores."
     meaning = (fields[key].description or "") if key in fields else ""
     return f"{key}: {meaning}" if meaning else ""
-
-
-def _model_at(model: type[Written], loc: Sequence[str | int]) -> type[Written]:
-    for part in loc[:-1]:
-        known = model.model_fields.get(str(part))
-        model = (_model_in(known.annotation) if known else None) or model
-    return model
 
 
 def _model_in(annotation: Any) -> type[Written] | None:

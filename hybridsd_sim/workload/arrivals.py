@@ -11,7 +11,7 @@ Modeling and Analysis, 5th ed., section 11.2).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from hashlib import sha256
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridsd_sim.errors import InputError, Problem
-from hybridsd_sim.scenario import ArrivalSpec, RequestClass, Scenario
+from hybridsd_sim.scenario import ArrivalSpec, Scenario
 from hybridsd_sim.workload.gentd26 import MEAN_GAP_S, GenTD26Generator, StreamOf
 from hybridsd_sim.workload.traces import Floats, Ints, Trace, import_trace
 
@@ -54,7 +54,12 @@ def arrival_blocks(spec: ArrivalSpec, stream_of: StreamOf, size: int) -> Iterato
     """
     if _plays_file(spec):
         trace, scale = _trace_of(spec), _scale(spec)
-        models = _ranks(trace)
+        # Base models by rank: 0 for the commonest and for requests that name none.
+        names, which, counts = np.unique(trace.base_model, return_inverse=True, return_counts=True)
+        counts[names == ""] = 0
+        ranks = np.argsort(np.argsort(-counts, kind="stable"), kind="stable")
+        ranks[names == ""] = 0
+        models = np.minimum(ranks, np.iinfo(np.int16).max)[which]
         for at in range(0, len(trace), size):
             part = slice(at, at + size)
             yield trace.arrival_s[part] * scale, (models[part], trace.num_images[part], trace.num_inference_steps[part])
@@ -111,34 +116,21 @@ def daily_profile(peak_to_mean: float) -> Floats:
     """Rate over its mean in every minute of a day; time 0 is where it rises through its mean.
 
     A sinusoid up to a peak of twice the mean; above, where that would turn negative, a raised cosine to the power that
-    has the peak asked for.
+    has the peak asked for: the mean of ((1 + cos x) / 2)^n over a turn is gamma(n + 1/2) / (sqrt(pi) gamma(n + 1)).
     """
     swing = np.cos(2.0 * math.pi * (np.arange(_DAY_CELLS) + 0.5) / _DAY_CELLS - math.pi)
-    profile = 1.0 + (peak_to_mean - 1.0) * swing if peak_to_mean <= 2.0 else _sharpened(swing, peak_to_mean)
+    profile: Floats = 1.0 + (peak_to_mean - 1.0) * swing
+    if peak_to_mean > 2.0:
+        low, high = 1.0, 2.0 * peak_to_mean**2
+        for _ in range(60):
+            power = (low + high) / 2.0
+            mean = math.exp(math.lgamma(power + 0.5) - math.lgamma(power + 1.0)) / math.sqrt(math.pi)
+            low, high = (power, high) if 1.0 / mean < peak_to_mean else (low, power)
+        profile = ((1.0 + swing) / 2.0) ** high
+        profile /= profile.mean()
     profile = np.roll(profile, -int(np.argmax(profile >= 1.0)))
     profile.setflags(write=False)  # it is shared by all callers
     return profile
-
-
-def _sharpened(swing: Floats, peak_to_mean: float) -> Floats:
-    low, high = 1.0, 2.0 * peak_to_mean**2
-    for _ in range(60):
-        power = (low + high) / 2.0
-        # Mean of ((1 + cos x) / 2)^n over a turn.
-        mean = math.exp(math.lgamma(power + 0.5) - math.lgamma(power + 1.0)) / math.sqrt(math.pi)
-        low, high = (power, high) if 1.0 / mean < peak_to_mean else (low, power)
-    profile: Floats = ((1.0 + swing) / 2.0) ** high
-    profile /= profile.mean()
-    return profile
-
-
-def _ranks(trace: Trace) -> Ints:
-    """Rank of each request's base model, 0 for the commonest and for requests that name none."""
-    names, which, counts = np.unique(trace.base_model, return_inverse=True, return_counts=True)
-    counts[names == ""] = 0
-    ranks = np.argsort(np.argsort(-counts, kind="stable"), kind="stable")
-    ranks[names == ""] = 0
-    return np.minimum(ranks, np.iinfo(np.int16).max)[which]
 
 
 def arrival_problems(place: str, spec: ArrivalSpec) -> Iterator[Problem]:
@@ -256,6 +248,14 @@ class ArrivalChunk:
         """The arrivals at some positions."""
         return ArrivalChunk(*(getattr(self, name)[which] for name in _COLUMNS))
 
+    @classmethod
+    def join(cls, parts: Sequence[ArrivalChunk]) -> ArrivalChunk:
+        """Chunks one after the other, in the order given; one without arrivals where there are none."""
+        if not parts:
+            reals, wholes = np.empty(0), np.empty(0, np.int16)
+            return cls(reals, wholes, reals, reals, reals, wholes, wholes, wholes)
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS))
+
 
 _COLUMNS = tuple(column.name for column in fields(ArrivalChunk))
 
@@ -278,19 +278,6 @@ def arrival_chunks(scenario: Scenario, replication: int) -> Iterator[ArrivalChun
     Lazy and of bounded memory; no chunk is empty. A trace plays once, from its first request at time 0, the same in
     every replication. Raises `InputError` at once for arrivals that cannot be drawn, all classes together.
     """
-    _check(scenario)
-    size = max(256, CHUNK // len(scenario.requests))
-    return _merge([_of_class(scenario, index, replication, size) for index in range(len(scenario.requests))])
-
-
-def all_arrivals(scenario: Scenario, replication: int) -> ArrivalChunk:
-    """Every arrival of a replication at once: `arrival_chunks` in one piece, empty where nobody asks."""
-    reals, wholes = np.empty(0), np.empty(0, np.int16)
-    nobody = ArrivalChunk(reals, wholes, reals, reals, reals, wholes, wholes, wholes)
-    return _joined([nobody, *arrival_chunks(scenario, replication)])
-
-
-def _check(scenario: Scenario) -> None:
     problems = [
         problem
         for name, spec in scenario.requests.items()
@@ -298,9 +285,16 @@ def _check(scenario: Scenario) -> None:
     ]
     if problems:
         raise InputError(problems)
+    size = max(256, CHUNK // len(scenario.requests))
+    return merge([_of_class(scenario, index, replication, size) for index in range(len(scenario.requests))])
 
 
-def _merge(sources: list[Iterator[ArrivalChunk]]) -> Iterator[ArrivalChunk]:
+def all_arrivals(scenario: Scenario, replication: int) -> ArrivalChunk:
+    """Every arrival of a replication at once: `arrival_chunks` in one piece, empty where nobody asks."""
+    return ArrivalChunk.join(list(arrival_chunks(scenario, replication)))
+
+
+def merge(sources: list[Iterator[ArrivalChunk]]) -> Iterator[ArrivalChunk]:
     """Merge chunks in time order.
 
     What a source has not given yet lies at or after its last arrival. Everything before the earliest of those is
@@ -323,7 +317,7 @@ def _merge(sources: list[Iterator[ArrivalChunk]]) -> Iterator[ArrivalChunk]:
             if (chunk := next(sources[index], None)) is None:
                 limited.remove(index)
             else:
-                held[index] = _joined([held[index], chunk])
+                held[index] = ArrivalChunk.join([held[index], chunk])
     yield from _in_order([held[index] for index in sorted(held)])
 
 
@@ -333,12 +327,8 @@ def _in_order(parts: list[ArrivalChunk]) -> Iterator[ArrivalChunk]:
     if len(parts) == 1:
         yield parts[0]
     elif parts:
-        joined = _joined(parts)
+        joined = ArrivalChunk.join(parts)
         yield joined.take(np.argsort(joined.arrival_s, kind="stable"))
-
-
-def _joined(parts: list[ArrivalChunk]) -> ArrivalChunk:
-    return ArrivalChunk(*(np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS))
 
 
 def _of_class(scenario: Scenario, index: int, replication: int, size: int) -> Iterator[ArrivalChunk]:
@@ -355,18 +345,13 @@ def _of_class(scenario: Scenario, index: int, replication: int, size: int) -> It
         if stop:
             class_index = np.full(stop, index, np.int16)
             device_u, network_u, rtt_u = (rng.random(stop) for rng in uniforms)
-            asked = _marks(spec, marks, stop)
+            # Base model, images and steps; 0 images or steps mean the class's own.
+            asked = [
+                np.full(stop, own, np.int16)
+                if values is None
+                else np.where(values[:stop] > 0, values[:stop], own).astype(np.int16)
+                for values, own in zip(marks, (0, spec.num_images, spec.num_inference_steps), strict=True)
+            ]
             yield ArrivalChunk(arrival_s[:stop], class_index, device_u, network_u, rtt_u, *asked)
         if stop < len(arrival_s):
             return
-
-
-def _marks(spec: RequestClass, marks: Marks, size: int) -> list[npt.NDArray[np.int16]]:
-    """Base model, images and steps of the first arrivals of a block; 0 images or steps mean the class's own."""
-    found = []
-    for values, own in zip(marks, (0, spec.num_images, spec.num_inference_steps), strict=True):
-        if values is None:
-            found.append(np.full(size, own, np.int16))
-        else:
-            found.append(np.where(values[:size] > 0, values[:size], own).astype(np.int16))
-    return found

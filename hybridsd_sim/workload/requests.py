@@ -68,6 +68,10 @@ class Draws:
         for chunk in self._chunks:
             self.on_chunk()
             self.drawn += len(chunk)
+            sizes: list[tuple[int, int] | None] = [None] * len(chunk)
+            if not (own := own_size(self._scenario, chunk)).all():
+                pairs = zip(chunk.num_inference_steps.tolist(), chunk.num_images.tolist(), strict=True)
+                sizes = [None if same else pair for same, pair in zip(own.tolist(), pairs, strict=True)]
             # A zip of plain lists: the hot path takes one tuple a request and indexes nothing.
             yield from zip(
                 chunk.arrival_s.tolist(),
@@ -76,16 +80,9 @@ class Draws:
                 *(column.tolist() for column in links(self._scenario, self._profiles, chunk)),
                 self._load_seconds(len(chunk)),
                 chunk.base_model.tolist(),
-                self._variants(chunk),
+                sizes,
                 strict=True,
             )
-
-    def _variants(self, chunk: ArrivalChunk) -> list[tuple[int, int] | None]:
-        own = own_size(self._scenario, chunk)
-        if own.all():
-            return [None] * len(chunk)
-        pairs = zip(chunk.num_inference_steps.tolist(), chunk.num_images.tolist(), strict=True)
-        return [None if same else pair for same, pair in zip(own.tolist(), pairs, strict=True)]
 
     def _load_seconds(self, size: int) -> list[float]:
         """Seconds that loading the model would take each request: log-normal through the row's median and p95."""
@@ -136,7 +133,7 @@ def draw_requests(scenario: Scenario, profiles: Profiles, replication: int) -> R
     return Requests(
         replication=replication,
         arrival_s=chunk.arrival_s,
-        asked_s=on_the_clock(chunk.arrival_s),
+        asked_s=clock_times(chunk.arrival_s),
         class_index=chunk.class_index.astype(np.int64),
         half_rtt_s=half_rtt_s,
         up_bytes_per_s=up_bytes_per_s,
@@ -147,7 +144,7 @@ def draw_requests(scenario: Scenario, profiles: Profiles, replication: int) -> R
     )
 
 
-def on_the_clock(arrival_s: Floats) -> Floats:
+def clock_times(arrival_s: Floats) -> Floats:
     """Arrivals as the event loop's clock shows them, which goes from one to the next by differences.
 
     Nearly every difference is exact: what goes wrong with one is mended by the next, so that a few rounds are enough.

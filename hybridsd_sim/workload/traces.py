@@ -178,7 +178,10 @@ class Trace:
         if self.start is not None:
             columns["timestamp"] = [str(self.start + timedelta(seconds=value)) for value in times]
         for name, column in _COLUMNS.items():
-            cells = ["" if _unsaid(value, column.empty) else str(value) for value in getattr(self, name).tolist()]
+            cells = [
+                "" if value == column.empty or (isinstance(value, float) and math.isnan(value)) else str(value)
+                for value in getattr(self, name).tolist()
+            ]
             if any(cells):
                 columns[name] = cells
         writer = csv.writer(file, lineterminator="\n")
@@ -187,11 +190,41 @@ class Trace:
 
     def summary(self) -> TraceSummary:
         """What the trace says, as statistics."""
-        return _summarise(self)
-
-
-def _unsaid(value: Any, empty: Any) -> bool:
-    return bool(value == empty or value != value)  # noqa: PLR0124 -- only NaN differs from itself
+        gaps = np.diff(self.arrival_s)
+        short = gaps[gaps <= LONG_GAP_S]
+        past_hour_s = 0.0 if self.start is None else self.start.minute * 60 + self.start.second
+        busy = np.unique((self.arrival_s + past_hour_s) // 3600, return_counts=True)[1]
+        models = self.base_model[self.base_model != ""]
+        popular = list(_shares(models).values())
+        lora = self.num_lora[self.num_lora >= 0]
+        ran_s = self.execution_s[~np.isnan(self.execution_s)]
+        percentiles = {f"p{p}": float(np.percentile(ran_s, p)) for p in (50, 90, 95, 99) if len(ran_s)}
+        return TraceSummary(
+            layout=self.layout,
+            start=None if self.start is None else str(self.start),
+            requests=len(self),
+            span_s=self.span_s,
+            rate_per_s=len(gaps) / self.span_s if self.span_s else None,
+            gap_mean_s=_mean(gaps),
+            gap_median_s=float(np.median(gaps)) if len(gaps) else None,
+            gap_cv=_cv(gaps),
+            gap_mean_short_s=_mean(short),
+            gap_cv_short=_cv(short),
+            long_gaps=int(len(gaps) - len(short)),
+            busy_hours=len(busy),
+            peak_hour_requests=int(busy.max()),
+            peak_to_mean_busy_hour=float(busy.max() / busy.mean()),
+            num_inference_steps=_shares(self.num_inference_steps[self.num_inference_steps > 0]),
+            num_images=_shares(self.num_images[self.num_images > 0]),
+            lora_share=_mean(lora > 0),
+            base_models=len(popular),
+            base_model_top_share={str(n): sum(popular[:n]) for n in (1, 5, 10) if popular},
+            base_model_switch_share=_mean(models[1:] != models[:-1]),
+            users=len(np.unique(self.user[self.user != ""])),
+            status=_shares(self.status[self.status != ""]),
+            request_type=_shares(self.request_type[self.request_type != ""]),
+            execution_s={"mean": float(ran_s.mean()), **percentiles, "max": float(ran_s.max())} if len(ran_s) else {},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +301,7 @@ def _read(place: str, file: IO[str]) -> Trace:
 
 
 def _layout_of(place: str, header: list[str]) -> _Layout:
+    """The layout whose necessary columns stand in the header. Raises `InputError` for none, or for a column twice."""
     found = next((layout for layout in _LAYOUTS if set(layout.necessary) <= set(header)), None)
     if found is None:
         shown = ", ".join(header)[:200] or "an empty file"
@@ -339,53 +373,16 @@ class _Reading:
         since = [time - self.times[first] for time in self.times]
         arrival_s = np.array([gap.total_seconds() if isinstance(gap, timedelta) else gap for gap in since])
         order = np.argsort(arrival_s, kind="stable")
-        columns: dict[str, Any] = {name: self._column(name)[order] for name in _COLUMNS}
-        return Trace(layout=self.layout.label, start=self._start(first), arrival_s=arrival_s[order], **columns)
-
-    def _column(self, name: str) -> npt.NDArray[Any]:
-        values: Iterable[Any] = self.cells.get(name) or [_COLUMNS[name].empty] * len(self.times)
-        return np.array(values, {int: np.int64, float: np.float64, str: np.str_}[type(_COLUMNS[name].empty)])
-
-    def _start(self, first: int) -> datetime | None:
-        with suppress(ValueError):
-            return _date(self.stamps[first]) if self.stamps else None
-        return None
-
-
-def _summarise(trace: Trace) -> TraceSummary:
-    gaps = np.diff(trace.arrival_s)
-    short = gaps[gaps <= LONG_GAP_S]
-    past_hour_s = 0.0 if trace.start is None else trace.start.minute * 60 + trace.start.second
-    busy = np.unique((trace.arrival_s + past_hour_s) // 3600, return_counts=True)[1]
-    models = trace.base_model[trace.base_model != ""]
-    popular = list(_shares(models).values())
-    lora = trace.num_lora[trace.num_lora >= 0]
-    return TraceSummary(
-        layout=trace.layout,
-        start=None if trace.start is None else str(trace.start),
-        requests=len(trace),
-        span_s=trace.span_s,
-        rate_per_s=len(gaps) / trace.span_s if trace.span_s else None,
-        gap_mean_s=_mean(gaps),
-        gap_median_s=float(np.median(gaps)) if len(gaps) else None,
-        gap_cv=_cv(gaps),
-        gap_mean_short_s=_mean(short),
-        gap_cv_short=_cv(short),
-        long_gaps=int(len(gaps) - len(short)),
-        busy_hours=len(busy),
-        peak_hour_requests=int(busy.max()),
-        peak_to_mean_busy_hour=float(busy.max() / busy.mean()),
-        num_inference_steps=_shares(trace.num_inference_steps[trace.num_inference_steps > 0]),
-        num_images=_shares(trace.num_images[trace.num_images > 0]),
-        lora_share=_mean(lora > 0),
-        base_models=len(popular),
-        base_model_top_share={str(n): sum(popular[:n]) for n in (1, 5, 10) if popular},
-        base_model_switch_share=_mean(models[1:] != models[:-1]),
-        users=len(np.unique(trace.user[trace.user != ""])),
-        status=_shares(trace.status[trace.status != ""]),
-        request_type=_shares(trace.request_type[trace.request_type != ""]),
-        execution_s=_percentiles(trace.execution_s[~np.isnan(trace.execution_s)]),
-    )
+        columns: dict[str, Any] = {}
+        for name, column in _COLUMNS.items():
+            values: Iterable[Any] = self.cells.get(name) or [column.empty] * len(self.times)
+            kind: type[np.generic] = {int: np.int64, float: np.float64, str: np.str_}[type(column.empty)]
+            columns[name] = np.array(values, kind)[order]
+        start = None
+        if self.stamps:
+            with suppress(ValueError):  # the date of a plain trace is no more than a comment
+                start = _date(self.stamps[first])
+        return Trace(layout=self.layout.label, start=start, arrival_s=arrival_s[order], **columns)
 
 
 def _mean(values: npt.NDArray[Any]) -> float | None:
@@ -401,10 +398,3 @@ def _shares(values: npt.NDArray[Any]) -> dict[str, float]:
     names, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return {str(names[index]): float(counts[index] / len(values)) for index in order}
-
-
-def _percentiles(seconds: Floats) -> dict[str, float]:
-    if not len(seconds):
-        return {}
-    found = {f"p{p}": float(np.percentile(seconds, p)) for p in (50, 90, 95, 99)}
-    return {"mean": float(seconds.mean()), **found, "max": float(seconds.max())}

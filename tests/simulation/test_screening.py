@@ -29,7 +29,7 @@ from hybridsd_sim.simulation.metrics import quantile_of, value_at
 from hybridsd_sim.simulation.records import INDEX
 from hybridsd_sim.simulation.screening import ScreenError
 from hybridsd_sim.workload import Draws
-from hybridsd_sim.workload.requests import on_the_clock
+from hybridsd_sim.workload.requests import clock_times
 
 POOLS = ("a100", "l40s", "node")
 
@@ -280,7 +280,7 @@ def test_arrivals_are_on_the_clock_of_the_event_loop(gaps: list[float]) -> None:
     arrival_s = list(accumulate(gaps))
     clock = list(accumulate(arrival_s, lambda now, at: now + max(at - now, 0.0)))
 
-    assert on_the_clock(np.array(arrival_s)).tolist() == clock
+    assert clock_times(np.array(arrival_s)).tolist() == clock
 
 
 def test_chosen_replications_are_the_same_ones(profiles: Profiles) -> None:

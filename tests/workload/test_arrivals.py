@@ -155,7 +155,7 @@ def test_merging_is_sorting(classes):
         times = iter(sorted(itertools.chain(*cuts)))
         blocks.append([list(itertools.islice(times, len(cut))) for cut in cuts])
     sources = [iter([chunk_of(block, index) for block in mine]) for index, mine in enumerate(blocks)]
-    chunks = list(workload._merge(sources))
+    chunks = list(workload.merge(sources))
     assert all(len(chunk) for chunk in chunks)
     merged = [pair for chunk in chunks for pair in zip(chunk.arrival_s, chunk.class_index, strict=True)]
     assert merged == sorted((time, index) for index, mine in enumerate(blocks) for block in mine for time in block)
@@ -164,7 +164,7 @@ def test_merging_is_sorting(classes):
 def test_simultaneous_arrivals_of_a_class_keep_their_order():
     """Equal times across a block's border stay in the order in which they were drawn."""
     sources = [iter([chunk_of([1, 1], 0), chunk_of([1, 1, 2], 0)]), iter([chunk_of([1, 1, 1], 1)])]
-    chunks = list(workload._merge(sources))
+    chunks = list(workload.merge(sources))
     order = [(c, r) for chunk in chunks for c, r in zip(chunk.class_index, chunk.rtt_u, strict=True)]
     assert order == [(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (0, 2)]
 
