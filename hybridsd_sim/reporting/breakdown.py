@@ -137,25 +137,26 @@ def breakdowns(served: Iterable[tuple[str, str, PlanCost]], rates: Mapping[str, 
     for run, request_class, cost in served:
         key = request_class, cost.plan
         if key not in found:
+            parts = []
+            for part in cost.parts:
+                seconds = part.seconds
+                note = seconds.note or (OVER_USERS if part.tier == "network" and seconds.value else "")
+                parts.append({
+                    "component": part.name, "where": part.where, "value": seconds.value, "unit": "s",
+                    "low": seconds.low, "high": seconds.high, "kind": seconds.kind, "sources": list(seconds.sources),
+                    "note": note, "within": seconds.within, "critical": part.critical,
+                })  # fmt: skip
             found[key] = {
                 "runs": [],
                 "request_class": request_class,
                 "label": cost.plan.label,
-                "parts": [_part(part) for part in cost.parts],
+                "parts": parts,
                 "totals": list(_totals(cost, rates)),
                 "shares": shares(cost.parts),
             }
         if run not in found[key]["runs"]:
             found[key]["runs"].append(run)
     return list(found.values())
-
-
-def _part(part: Part) -> Data:
-    figures = {"component": part.name, "where": part.where, "value": part.seconds.value, "unit": "s"}
-    seconds = part.seconds
-    bounds = {"low": seconds.low, "high": seconds.high, "kind": seconds.kind, "sources": list(seconds.sources)}
-    note = seconds.note or (OVER_USERS if part.tier == "network" and seconds.value else "")
-    return {**figures, **bounds, "note": note, "within": seconds.within, "critical": part.critical}
 
 
 def shares(parts: Sequence[Part]) -> dict[Kind, float]:
@@ -171,8 +172,9 @@ def shares(parts: Sequence[Part]) -> dict[Kind, float]:
 def _totals(cost: PlanCost, rates: Mapping[str, Rate]) -> Iterator[Data]:
     """Latency, US$ and joules an image, then what the pictures are worth.
 
-    Dollars are the pool's price for the seconds of its gang and what is sent to the edge, joules the device's power
-    for the seconds in which it works. The CLIP score, or why nobody knows it, is always there, others where known.
+    Dollars are the pool's price for the seconds of its worker group and what is sent to the edge, joules the device's
+    power for the seconds in which it works. The CLIP score, or why nobody knows it, is always there, others where
+    known.
     """
     critical = [part.seconds for part in cost.parts if part.critical]
     kind = weakest(seconds.kind for seconds in critical if seconds.value > 0)
@@ -246,20 +248,33 @@ def how_known(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     sources = sources_of(data)
     yield Heading("How these numbers are known", "known")
     for plan in shown:
-        yield Paragraph(_in_words(plan), "lead")
-    yield Paragraph(_counted(mine, data["rates"], data["runs"][0]["name"]))
+        yield Paragraph(_tell_latency(plan), "lead")
+    yield Paragraph(_count_figures(mine, data["rates"], data["runs"][0]["name"]))
     yield Paragraph(TWO_INTERVALS, "note")
-    yield _shares(data["plans"])
+    rows: list[tuple[Cell, ...]] = []
+    for plan in data["plans"]:
+        name = Cell(plan["request_class"], ", ".join(plan["runs"]))
+        by_kind = (Cell(percent(share)) for share in plan["shares"].values())
+        rows.append((name, Cell(plan["label"]), ranged(plan["totals"][0]), *by_kind))
+    head = ("Request class", "Plan", "Idle latency (s)", *(f"{MARKS[kind]}{TIE}{kind}" for kind in MARKS))
+    caption = "How much of each plan's idle latency is known in which way; beneath a latency its 90% interval"
+    yield Table(caption, head, tuple(rows), words=frozenset({0, 1}))
     yield from (picture for picture in pictures if picture.name == "known")
     yield Heading("Part by part", "parts", 3)
     for plan in data["plans"]:
         whose = f"{', '.join(plan['runs'])}, {plan['request_class']}: {plan['label']}"
         yield Fold(whose, (_parts(plan, sources),), opened=plan in shown)
     yield Heading("Prices and powers", "rates", 3)
-    yield _rates(data["rates"], sources)
+    rows = []
+    for rate in data["rates"]:
+        item, _, *rest = _line(rate, Cell(rate["item"]), "", money if rate["unit"] == "US$" else number, sources)
+        rows.append((item, *rest))
+    head = ("Price or power", "Value", "Range", "Kind", "Source and note")
+    caption = "What seconds and bytes are turned into money and joules with; ranges are their sources' own"
+    yield Table(caption, head, tuple(rows), words=frozenset({0, 3, 4}))
 
 
-def _in_words(plan: Data) -> str:
+def _tell_latency(plan: Data) -> str:
     """A plan's idle latency, its interval, and what it is made of."""
     total, shares = plan["totals"][0], plan["shares"]
     ends, far = interval(total["low"], total["high"]), reach(total)
@@ -268,7 +283,7 @@ def _in_words(plan: Data) -> str:
     return f"{plan['request_class']}: {number(total['value'])} s on an idle fleet, {width}; {made_of}."
 
 
-def _counted(plans: Sequence[Data], rates: Sequence[Data], run: str) -> str:
+def _count_figures(plans: Sequence[Data], rates: Sequence[Data], run: str) -> str:
     """How many numbers stand behind the plans of a run, by kind."""
     figures = [part for plan in plans for part in plan["parts"] if part["value"]]
     figures += [total for plan in plans for total in plan["totals"] if total["figure"].startswith("quality")]
@@ -279,17 +294,6 @@ def _counted(plans: Sequence[Data], rates: Sequence[Data], run: str) -> str:
     text = f"Of the {len(figures)} times, scores, prices and powers behind the run {run}, {said}."
     lies = "of the times lies" if outside == 1 else "of the times lie"
     return f"{text} {outside} {lies} outside what was timed on the device." if outside else text
-
-
-def _shares(plans: Sequence[Data]) -> Table:
-    rows = []
-    for plan in plans:
-        name = Cell(plan["request_class"], ", ".join(plan["runs"]))
-        shares = (Cell(percent(share)) for share in plan["shares"].values())
-        rows.append((name, Cell(plan["label"]), ranged(plan["totals"][0]), *shares))
-    head = ("Request class", "Plan", "Idle latency (s)", *(f"{MARKS[kind]}{TIE}{kind}" for kind in MARKS))
-    caption = "How much of each plan's idle latency is known in which way; beneath a latency its 90% interval"
-    return Table(caption, head, tuple(rows), words=frozenset({0, 1}))
 
 
 def _parts(plan: Data, sources: Sequence[str]) -> Table:
@@ -321,31 +325,19 @@ def _line(
     figure: Data, name: Cell, where: str, show: Show, sources: Sequence[str], *, outside: bool = False
 ) -> tuple[Cell, ...]:
     """A figure with its interval, kind, sources and note; without a value, a dash and the reason."""
-    known = figure["value"] is not None
     grounds = tuple(sorted(sources.index(source) + 1 for source in figure["sources"]))
+    if figure["value"] is None:
+        dash, blank = Cell(DASH, figure["note"] or "not known"), Cell("")
+        return name, Cell(where), dash, blank, blank, Cell("" if grounds else NO_SOURCE, "", sources=grounds)
     note = f"outside what was timed: {figure['note']}" if outside else figure["note"]
+    ends = Cell(beneath(figure, show) or show(figure["value"]), reach(figure))
+    if figure["low"] is None and figure["high"] is None:
+        ends = Cell("none given")
     return (
         name,
         Cell(where),
-        Cell(f"{show(figure['value'])} {figure['unit']}") if known else Cell(DASH, figure["note"] or "not known"),
-        _interval(figure, show) if known else Cell(""),
-        Cell(figure["kind"], kind=figure["kind"]) if known else Cell(""),
-        Cell("" if grounds else NO_SOURCE, note if known else "", sources=grounds),
+        Cell(f"{show(figure['value'])} {figure['unit']}"),
+        ends,
+        Cell(figure["kind"], kind=figure["kind"]),
+        Cell("" if grounds else NO_SOURCE, note, sources=grounds),
     )
-
-
-def _interval(figure: Data, show: Show) -> Cell:
-    if figure["low"] is None and figure["high"] is None:
-        return Cell("none given")
-    return Cell(beneath(figure, show) or show(figure["value"]), reach(figure))
-
-
-def _rates(rates: Sequence[Data], sources: Sequence[str]) -> Table:
-    """Prices and powers."""
-    rows = tuple(
-        _line(rate, Cell(rate["item"]), "", money if rate["unit"] == "US$" else number, sources) for rate in rates
-    )
-    head = ("Price or power", "", "Value", "Range", "Kind", "Source and note")
-    shown = tuple((row[0], *row[2:]) for row in rows)
-    caption = "What seconds and bytes are turned into money and joules with; ranges are their sources' own"
-    return Table(caption, (head[0], *head[2:]), shown, words=frozenset({0, 3, 4}))

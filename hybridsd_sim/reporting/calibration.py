@@ -20,8 +20,7 @@ from hybridsd_sim.reporting.blocks import Block, Cell, Fold, Heading, Paragraph,
 from hybridsd_sim.reporting.labels import PARAMETERS, Data, reach
 
 if TYPE_CHECKING:
-    from hybridsd_sim.perf import Constant
-    from hybridsd_sim.profiles import CostRow, MethodConstant, Profiles
+    from hybridsd_sim.profiles import Profiles
 
 
 UNITS = (
@@ -43,25 +42,20 @@ def fits_of(sites: Iterable[Site], profiles: Profiles) -> list[Data]:
     """The fit of every device, runtime and precision of these sites once, sorted by name.
 
     Each has its `parameters` with the ends of their 90% intervals (None where no datasheet gives them), its `rows` with
-    the published and the predicted seconds, and `row_reach`, the share by which a quoted row is expected around the law
-    at 90%: exp(1.645 s) - 1 for residuals of the standard deviation s in logarithms. Where there is no law, the lists
+    the published and the predicted seconds, and `row_reach`, the share by which a quoted row is expected around the fit
+    at 90%: exp(1.645 s) - 1 for residuals of the standard deviation s in logarithms. Where there is no fit, the lists
     are empty, and `note` says why.
     """
-    found = {_asked(site): site for site in sites}
-    return [_fit(found[asked], profiles) for asked in sorted(found)]
-
-
-def _asked(site: Site) -> tuple[str, str, str]:
-    return site.device, site.runtime, alike(site.precision)
+    found = {(site.device, site.runtime, alike(site.precision)): site for site in sites}
+    return [{**dict(zip(WHOSE, key, strict=True)), **_fit(found[key], profiles)} for key in sorted(found)]
 
 
 def _fit(site: Site, profiles: Profiles) -> Data:
-    whose = dict(zip(WHOSE, _asked(site), strict=True))
     try:
         fit = fit_of(profiles, site.device, site.runtime, site.precision)
     except MissingDataError as error:
-        return {**whose, "parameters": [], "rows": [], "row_reach": None, "note": error.problems[0].rule, "sources": []}
-    # a memory whose bandwidth no datasheet gives is not in the law
+        return {"parameters": [], "rows": [], "row_reach": None, "note": error.problems[0].rule, "sources": []}
+    # a memory whose bandwidth no datasheet gives is not in the fit
     unbounded = getattr(profiles.device(fit.device), "memory_bandwidth_bytes_per_s", None) is None
     parameters = []
     for name, found in fit.parameters.items():
@@ -69,10 +63,17 @@ def _fit(site: Site, profiles: Profiles) -> Data:
         value, low, high = (None, None, None) if unknown else (found.value, found.low, found.high)
         note = "no datasheet gives it" if unknown else ""
         parameters.append({"name": name, "value": value, "low": low, "high": high, "unit": unit_of(name), "note": note})
+    rows = [
+        {
+            "model": row.model, "height_px": row.height_px, "width_px": row.width_px, "latents": row.latents,
+            "published_s": row.seconds_median, "predicted_s": row.seconds_median * exp(residual), "log_ratio": residual,
+            "kind": row.kind, "source": row.source, "source_date": row.source_date,
+        }
+        for row, residual in zip(fit.rows, fit.residuals, strict=True)  # residuals: log of predicted over published
+    ]  # fmt: skip
     return {
-        **whose,
         "parameters": parameters,
-        "rows": [_row(row, residual) for row, residual in zip(fit.rows, fit.residuals, strict=True)],
+        "rows": rows,
         "row_reach": expm1(Z90 * fit.sigma),
         "note": fit.note,
         "sources": list(fit.sources),
@@ -84,32 +85,23 @@ def unit_of(parameter: str) -> str:
     return next((unit for end, unit in UNITS if parameter.endswith(end)), "share")
 
 
-def _row(row: CostRow, residual: float) -> Data:
-    """One timed row and what the law makes of it; `residual` is the logarithm of predicted over published."""
-    return {
-        "model": row.model, "height_px": row.height_px, "width_px": row.width_px, "latents": row.latents,
-        "published_s": row.seconds_median, "predicted_s": row.seconds_median * exp(residual), "log_ratio": residual,
-        "kind": row.kind, "source": row.source, "source_date": row.source_date,
-    }  # fmt: skip
-
-
 def constants_of(profiles: Profiles) -> list[Data]:
-    """The constants that all devices share, with the rows that they were fitted to; 0 where none was looked at yet."""
-    believed = {constant.name: constant for constant in CONSTANTS}
-    return [
-        _constant(name, profiles.constants.get(name), believed.get(name))
-        for name in dict.fromkeys((*believed, *profiles.constants))
-    ]
+    """The constants that all devices share, with the ends of their 90% intervals and the rows behind them.
 
-
-def _constant(name: str, row: MethodConstant | None, believed: Constant | None) -> Data:
-    found = row or believed
-    value, spread = (found.value, found.spread) if found else (0.0, 0.0)
-    return {
-        "name": name, "value": value, "low": value * exp(-Z90 * spread), "high": value * exp(Z90 * spread),
-        "unit": unit_of(name), "meaning": believed.meaning if believed else row.notes if row else "",
-        "rows": row.rows if row else 0, "sources": [row.source] if row else [],
-    }  # fmt: skip
+    One that no row was fitted to yet has its prior, and `rows` is 0.
+    """
+    priors = {constant.name: constant for constant in CONSTANTS}
+    found = []
+    for name in dict.fromkeys((*priors, *profiles.constants)):
+        row, prior = profiles.constants.get(name), priors.get(name)
+        known = row or prior
+        value, spread = (known.value, known.spread) if known else (0.0, 0.0)
+        found.append({
+            "name": name, "value": value, "low": value * exp(-Z90 * spread), "high": value * exp(Z90 * spread),
+            "unit": unit_of(name), "meaning": prior.meaning if prior else row.notes if row else "",
+            "rows": row.rows if row else 0, "sources": [row.source] if row else [],
+        })  # fmt: skip
+    return found
 
 
 def calibrated(data: Data, pictures: Sequence[Picture], sources: Sequence[str]) -> Iterator[Block]:
@@ -117,13 +109,19 @@ def calibrated(data: Data, pictures: Sequence[Picture], sources: Sequence[str]) 
     yield Heading("Calibration", "calibration")
     yield Paragraph(ABOUT, "note")
     yield _overview(data["calibration"], sources)
-    yield from _parameters(data["calibration"])
+    fits = [fit for fit in data["calibration"] if fit["parameters"]]
+    if fits:
+        names = [one["name"] for one in fits[0]["parameters"]]
+        parameters = tuple((_whose(fit), *(_parameter(one) for one in fit["parameters"])) for fit in fits)
+        head = ("Device", *(PARAMETERS.get(name, name) for name in names))
+        yield Table("Parameters of the laws; beneath each its 90% interval", head, parameters)
     yield from (picture for picture in pictures if picture.name == "calibration")
     for fit in data["calibration"]:
-        if fit["rows"]:
-            said = f"{fit['device']}, {fit['runtime']}, {fit['precision']}: {_counted(fit['rows'])}"
-            yield Fold(said, (_residuals(fit, sources),))
-    rows = tuple(
+        if rows := fit["rows"]:
+            counted = "1 row and its error" if len(rows) == 1 else f"{len(rows)} rows and their errors"
+            whose = f"{fit['device']}, {fit['runtime']}, {fit['precision']}"
+            yield Fold(f"{whose}: {counted}", (_residuals(fit, sources),))
+    constants = tuple(
         (
             Cell(PARAMETERS.get(one["name"], one["name"].replace("_", " "))),
             _parameter(one),
@@ -134,52 +132,35 @@ def calibrated(data: Data, pictures: Sequence[Picture], sources: Sequence[str]) 
     )
     head = ("Constant", "Value", "Rows fitted", "What it is")
     caption = "Constants that all devices share; beneath each its 90% interval"
-    yield Table(caption, head, rows, words=frozenset({0, 3}))
+    yield Table(caption, head, constants, words=frozenset({0, 3}))
 
 
 def _whose(fit: Data) -> Cell:
     return Cell(fit["device"], f"{fit['runtime']}, {fit['precision']}")
 
 
-def _counted(rows: Sequence[Data]) -> str:
-    return "1 row and its error" if len(rows) == 1 else f"{len(rows)} rows and their errors"
-
-
 def _overview(fits: Sequence[Data], sources: Sequence[str]) -> Table:
-    """How many rows each law was fitted to, how far it misses them, and where a row is expected around it."""
-    rows = []
+    """How many rows stand behind each fit, how far it misses them, and where a row is expected around it."""
+    table = []
     for fit in fits:
+        rows = fit["rows"]
+        mean = worst = Cell(DASH, "no rows")
+        if rows:
+            errors = [abs(expm1(row["log_ratio"])) for row in rows]
+            mean = Cell(percent(sum(errors) / len(rows)))
+            worst = Cell(percent(max(errors)), _step(rows[errors.index(max(errors))]))
         band = Cell(DASH if fit["row_reach"] is None else f"±{percent(fit['row_reach'])}")
-        ground = "its own rows" if fit["rows"] else "datasheet and population" if fit["parameters"] else "nothing"
+        ground = "its own rows" if rows else "datasheet and population" if fit["parameters"] else "nothing"
         numbers = tuple(sources.index(source) + 1 for source in fit["sources"])
-        rests_on = Cell(ground, "" if fit["rows"] else fit["note"], sources=numbers)
-        rows.append((_whose(fit), Cell(number(len(fit["rows"]))), *_errors(fit["rows"]), band, rests_on))
+        rests_on = Cell(ground, "" if rows else fit["note"], sources=numbers)
+        table.append((_whose(fit), Cell(number(len(rows))), mean, worst, band, rests_on))
     head = ("Device", "Rows fitted", "Mean error", "Worst error", "90% of quoted rows", "Rests on")
-    return Table("What the laws of the plans and of all pools rest on", head, tuple(rows), words=frozenset({0, 5}))
-
-
-def _errors(rows: Sequence[Data]) -> tuple[Cell, Cell]:
-    """Mean and worst relative error of the law over its rows."""
-    if not rows:
-        return Cell(DASH, "no rows"), Cell(DASH, "no rows")
-    errors = [abs(expm1(row["log_ratio"])) for row in rows]
-    worst = max(errors)
-    return Cell(percent(sum(errors) / len(rows))), Cell(percent(worst), _step(rows[errors.index(worst)]))
+    return Table("What the laws of the plans and of all pools rest on", head, tuple(table), words=frozenset({0, 5}))
 
 
 def _step(row: Data) -> str:
     latents = f"{row['latents']} latent{'s' * (row['latents'] > 1)}"
     return f"{row['model']}, {row['width_px']}×{row['height_px']} px, {latents}"
-
-
-def _parameters(fits: Sequence[Data]) -> Iterator[Table]:
-    """The laws' parameters side by side."""
-    known = [fit for fit in fits if fit["parameters"]]
-    if known:
-        names = [one["name"] for one in known[0]["parameters"]]
-        rows = tuple((_whose(fit), *(_parameter(one) for one in fit["parameters"])) for fit in known)
-        head = ("Device", *(PARAMETERS.get(name, name) for name in names))
-        yield Table("Parameters of the laws; beneath each its 90% interval", head, rows)
 
 
 def _parameter(one: Data) -> Cell:
@@ -195,6 +176,7 @@ def _parameter(one: Data) -> Cell:
 
 
 def _residuals(fit: Data, sources: Sequence[str]) -> Table:
+    """A line for each row of a fit: as published, as predicted, and the error."""
     rows = tuple(
         (
             Cell(_step(row)),

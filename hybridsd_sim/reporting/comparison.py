@@ -35,7 +35,6 @@ from hybridsd_sim.scenario import ALL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SIDES = ("A", "B")
 
@@ -46,6 +45,19 @@ MEASURED = ("measured", "modelled")
 
 SHARES = frozenset({"utilisation", "slo_attainment"})
 """Figures that are shares of 1: they differ by points of a per cent, all others by per cent of the live figure."""
+
+MADE_BY = ("version", "ran", "profiles_digest")
+"""What made a run, beside its scenario."""
+
+HOW = (
+    "Runs are made in short parts, because machines seldom keep their pace for long. Cost rows were measured on "
+    "the workers themselves in a rehearsal, and brought to the pace that they had just before each part; they are "
+    "not fitted to it. A part after which workers have another pace than before it is void. The simulation plays "
+    "the live arrivals again, over the same links. Intervals: moving "
+    "block bootstrap over requests, live and simulated drawn together, in blocks of {blocks} requests. Load "
+    "driver: {drivers}. Utilisation and SLO attainment differ in points of a per cent; throughput is one figure a "
+    "run and has no interval."
+)
 
 _OWN_NAMES = {"utilisation": "Busiest worker's utilisation", "held_mean_s": "Mean time held by it (s)"}
 
@@ -82,7 +94,7 @@ def compare_page(first: tuple[Data, Data], second: tuple[Data, Data], pictures: 
         if data["kind"] == "plan":
             yield Paragraph(sentence(data))
     yield Heading("What differs in the question", "question")
-    yield _asked(first[1], second[1])
+    yield _differences(first[1], second[1])
     yield Heading("Figures side by side", "compared")
     yield from _tables(first[0], second[0])
     yield Heading("Figures", "figures")
@@ -90,22 +102,15 @@ def compare_page(first: tuple[Data, Data], second: tuple[Data, Data], pictures: 
     yield from words()
 
 
-def _asked(first: Data, second: Data) -> Block:
-    ours, theirs = ({**dict(_leaves(p["scenario"])), **_made_by(p)} for p in (first, second))
+def _differences(first: Data, second: Data) -> Block:
+    """The keys of two provenances, scenarios resolved, that have not the same value."""
+    ours, theirs = ({**dict(_leaves(p["scenario"])), **{key: p[key] for key in MADE_BY}} for p in (first, second))
     keys = [key for key in dict.fromkeys((*ours, *theirs)) if ours.get(key) != theirs.get(key)]
     if not keys:
         return Paragraph("Nothing: scenario, profiles and version are the same.", "note")
-    rows = tuple((Cell(key), Cell(_shown_value(ours, key)), Cell(_shown_value(theirs, key))) for key in keys)
+    rows = tuple((Cell(key), *(Cell(str(values.get(key, "absent"))) for values in (ours, theirs))) for key in keys)
     caption = "Keys of the resolved scenario, and what made the runs"
     return Table(caption, ("Key", *SIDES), rows, words=frozenset({0, 1, 2}))
-
-
-def _made_by(provenance: Data) -> dict[str, Any]:
-    return {key: provenance[key] for key in ("version", "ran", "profiles_digest")}
-
-
-def _shown_value(values: Mapping[str, Any], key: str) -> str:
-    return str(values[key]) if key in values else "absent"
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -122,19 +127,18 @@ def _tables(first: Data, second: Data) -> Iterator[Block]:
     pairs = [(run, by_name[run["name"]]) for run in _shown(first) if run["name"] in by_name]
     if not pairs:
         yield Paragraph("The two reports have no policy in common.", "note")
-    for ours, theirs in pairs:
-        classes = [name for name in ours["summary"] if name in theirs["summary"]]
-        for name in classes if len(classes) > 2 else [ALL]:
-            yield _table(f"{ours['name']}, {name}", ours["summary"][name], theirs["summary"][name])
-
-
-def _table(title: str, ours: Data, theirs: Data) -> Table:
-    rows = []
-    for key in [key for key in ours if ours[key]["value"] is not None or theirs[key]["value"] is not None]:
-        sides = (cell(figures[key], shown(key)) for figures in (ours, theirs))
-        rows.append((Cell(NAMES.get(key, key)), *sides, _change(ours[key], theirs[key]), Cell(ours[key]["unit"])))
     head = ("Figure", *SIDES, "B against A", "Unit")
-    return Table(f"{title}; beneath a figure its 95% interval", head, tuple(rows), words=frozenset({0, 4}))
+    for both in pairs:
+        classes = [name for name in both[0]["summary"] if name in both[1]["summary"]]
+        for name in classes if len(classes) > 2 else [ALL]:
+            rows = []
+            for key, ours in both[0]["summary"][name].items():
+                theirs = both[1]["summary"][name][key]
+                if ours["value"] is not None or theirs["value"] is not None:
+                    sides = (cell(figure, shown(key)) for figure in (ours, theirs))
+                    rows.append((Cell(NAMES.get(key, key)), *sides, _change(ours, theirs), Cell(ours["unit"])))
+            title = f"{both[0]['name']}, {name}; beneath a figure its 95% interval"
+            yield Table(title, head, tuple(rows), words=frozenset({0, 4}))
 
 
 def _change(ours: Data, theirs: Data) -> Cell:
@@ -180,7 +184,9 @@ def _page(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     yield Paragraph(_verdict(runs, data["lost"]), "lead")
     if runs:
         yield _overview(runs)
-        yield Paragraph(_how(runs), "note")
+        sizes = [run["block"] for run in runs]
+        drivers = " and ".join(dict.fromkeys(run["driver"] for run in runs))
+        yield Paragraph(HOW.format(blocks=f"{min(sizes)} to {max(sizes)}", drivers=drivers), "note")
         yield Heading("Latency, curve over curve", "figures")
         yield from pictures
         yield Heading("Every figure", "details")
@@ -191,6 +197,7 @@ def _page(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
 
 
 def _verdict(runs: Sequence[Data], lost: Sequence[str]) -> str:
+    """In how many runs the simulation is near enough, and what was left out."""
     asked = [run for run in runs if run["holds"] is not None]
     near = sum(run["holds"] for run in asked)
     requests = sum(run["requests"] for run in runs)
@@ -224,21 +231,8 @@ def _sound(run: Data) -> list[Data]:
     return [part for part in run["parts"] if not part["void"]]
 
 
-def _how(runs: Sequence[Data]) -> str:
-    drivers = " and ".join(dict.fromkeys(run["driver"] for run in runs))
-    blocks = f"{min(run['block'] for run in runs)} to {max(run['block'] for run in runs)}"
-    return (
-        "Runs are made in short parts, because machines seldom keep their pace for long. Cost rows were measured on "
-        "the workers themselves in a rehearsal, and brought to the pace that they had just before each part; they are "
-        "not fitted to it. A part after which workers have another pace than before it is void. The simulation plays "
-        "the live arrivals again, over the same links. Intervals: moving "
-        f"block bootstrap over requests, live and simulated drawn together, in blocks of {blocks} requests. Load "
-        f"driver: {drivers}. Utilisation and SLO attainment differ in points of a per cent; throughput is one figure a "
-        "run and has no interval."
-    )
-
-
 def _details(run: Data) -> tuple[Block, ...]:
+    """Every figure of a run live and simulated, its parts, and the costs measured before them."""
     facts = (
         f"Plan: {run['plan']}. Promise in the first sound part: {number(run['slo_s'])} s.",
         f"A part is void whose median step is by more than {percent(run['drift_limit'])} another after it than before.",
@@ -246,9 +240,9 @@ def _details(run: Data) -> tuple[Block, ...]:
         "What the machine adds to the network, or to asking where none is crossed, was measured in the rehearsal.",
     )
     head = ("Figure", "Live", "Simulated", "Simulated against live", "Asked", "Near enough")
-    rows = tuple(
+    figures = tuple(
         (
-            Cell(_name(figure)),
+            Cell(_OWN_NAMES.get(figure["name"]) or NAMES[figure["name"]]),
             Cell(_written(figure, figure["live"])),
             Cell(_written(figure, figure["simulated"])),
             _off(figure),
@@ -257,14 +251,10 @@ def _details(run: Data) -> tuple[Block, ...]:
         )
         for figure in run["figures"]
     )
-    return Bullets(facts), Table("Live and simulated", head, rows), _parts(run), _measured(run["rows"])
-
-
-def _parts(run: Data) -> Table:
     devices = list(run["parts"][0]["steps"])
     steps = (f"Median step of {device}: before, during, after (ms)" for device in devices)
-    head = ("Part", "Requests", *steps, "Drift", "Latest request (ms)", "Added by the machine (ms)")
-    cells = tuple(
+    parts_head = ("Part", "Requests", *steps, "Drift", "Latest request (ms)", "Added by the machine (ms)")
+    parts = tuple(
         (
             Cell(number(part["part"])), Cell(number(part["requests"])),
             *(Cell(_milliseconds(*part["steps"][device])) for device in devices),
@@ -273,19 +263,20 @@ def _parts(run: Data) -> Table:
         )
         for part in run["parts"]
     )  # fmt: skip
-    return Table("Parts of the run", head, cells)
-
-
-def _measured(rows: Sequence[Data]) -> Table:
-    head = ("Part", "Model", "Device", "Median (s)", "p05 to p95 (s)", "Samples")
-    cells = tuple(
+    costs_head = ("Part", "Model", "Device", "Median (s)", "p05 to p95 (s)", "Samples")
+    costs = tuple(
         (
             Cell(row["component"]), Cell(row["model"]), Cell(row["device"]), Cell(number(row["seconds_median"])),
             Cell(interval(row["seconds_p05"], row["seconds_p95"])), Cell(number(row["num_samples"])),
         )
-        for row in rows
+        for row in run["rows"]
     )  # fmt: skip
-    return Table("Costs known before the first sound part", head, cells, words=frozenset({0, 1, 2}))
+    return (
+        Bullets(facts),
+        Table("Live and simulated", head, figures),
+        Table("Parts of the run", parts_head, parts),
+        Table("Costs known before the first sound part", costs_head, costs, words=frozenset({0, 1, 2})),
+    )
 
 
 def _milliseconds(*seconds: float) -> str:
@@ -299,11 +290,6 @@ def _called(run: Data) -> str:
 def _figure(run: Data, name: str) -> Data:
     found: Data = next(figure for figure in run["figures"] if figure["name"] == name)
     return found
-
-
-def _name(figure: Data) -> str:
-    name: str = figure["name"]
-    return _OWN_NAMES.get(name) or NAMES[name]
 
 
 def _written(figure: Data, value: float) -> str:
@@ -333,25 +319,28 @@ def _pictures(runs: Sequence[Data]) -> Iterator[Picture]:
         mine = [run for run in runs if run["kind"] == kind]
         title = f"Latency of {kind} serving"
         with draw_with.styled():
-            svg = draw_with.to_svg(f"latency-{kind}", title, _drawn(mine))
+            figure = draw_with.canvas(3.0)
+            panels = figure.subplots(1, len(mine), sharey=True, squeeze=False)[0]
+            for axes, run in zip(panels, mine, strict=True):
+                _draw_curves(axes, run)
+            panels[0].set_ylabel("share of requests")
+            panels[0].yaxis.set_major_formatter(draw_with.per_cent)
+            draw_with.legend(figure, panels[0])
+            svg = draw_with.to_svg(f"latency-{kind}", title, figure)
+        alt = []
+        for run in mine:
+            median, tail = (_figure(run, name) for name in ("latency_p50_s", "latency_p95_s"))
+            alt.append(
+                f"At load {exact(run['load'])} the median latency is {number(median['live'])} s live and "
+                f"{number(median['simulated'])} s simulated, the 95th percentile {number(tail['live'])} s and "
+                f"{number(tail['simulated'])} s."
+            )
         caption = "Share of requests served within a time, live and in the simulation of the same arrivals."
-        yield Picture(f"latency-{kind}", title, svg, " ".join(_told(mine)), caption, MEASURED)
+        yield Picture(f"latency-{kind}", title, svg, " ".join(alt), caption, MEASURED)
 
 
-def _drawn(runs: Sequence[Data]) -> Figure:
-    figure = draw_with.canvas(3.0)
-    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    for axes, run in zip(panels, runs, strict=True):
-        _panel(axes, run)
-        axes.set_title(f"load {exact(run['load'])}")
-        axes.set_xlabel("latency (s)")
-    panels[0].set_ylabel("share of requests")
-    panels[0].yaxis.set_major_formatter(draw_with.per_cent)
-    draw_with.legend(figure, panels[0])
-    return figure
-
-
-def _panel(axes: Axes, run: Data) -> None:
+def _draw_curves(axes: Axes, run: Data) -> None:
+    """Both latency curves of a run, and its SLO where it lies among them."""
     end = 1.1 * max(max(run[side]) for side in ("live", "simulated"))
     for side, (colour, dashes) in zip(("live", "simulated"), LINES, strict=False):
         share = [(position + 1) / len(run[side]) for position in range(len(run[side]))]
@@ -361,13 +350,5 @@ def _panel(axes: Axes, run: Data) -> None:
     if run["slo_s"] is not None and run["slo_s"] <= end:
         axes.axvline(run["slo_s"], color=INK, linestyle=PROMISE, linewidth=1.1)
         draw_with.name_below(axes, run["slo_s"], 0.04, "SLO")
-
-
-def _told(runs: Sequence[Data]) -> Iterator[str]:
-    for run in runs:
-        median, tail = (_figure(run, name) for name in ("latency_p50_s", "latency_p95_s"))
-        yield (
-            f"At load {exact(run['load'])} the median latency is {number(median['live'])} s live and "
-            f"{number(median['simulated'])} s simulated, the 95th percentile {number(tail['live'])} s and "
-            f"{number(tail['simulated'])} s."
-        )
+    axes.set_title(f"load {exact(run['load'])}")
+    axes.set_xlabel("latency (s)")

@@ -35,7 +35,7 @@ from hybridsd_sim.reporting.labels import Data
 from hybridsd_sim.reporting.run_data import tally
 
 if TYPE_CHECKING:
-    from hybridsd_sim.planning import CapacityPlan, Confidence, EvaluatedPlan, Variation
+    from hybridsd_sim.planning import CapacityPlan, EvaluatedPlan, Variation
     from hybridsd_sim.pricing import Candidate, PlanCost
     from hybridsd_sim.profiles import Profiles
     from hybridsd_sim.scenario import Scenario
@@ -49,7 +49,10 @@ CHOSEN = "chosen"
 def planned(plan: CapacityPlan) -> Data:
     """Everything that a capacity plan knows beyond its simulations."""
     savings, said = plan.savings, describe_savings(plan)
-    gap = optimality_gap(plan)
+    gap, sure, chances = optimality_gap(plan), plan.confidence, {}
+    if sure:
+        low, high = probability_interval(sure.probability, sure.draws)
+        chances = asdict(sure) | {"low": low, "high": high, "said": describe_confidence(sure)}
     return {
         "feasible": plan.feasible,
         "explanation": list(plan.explanation),
@@ -65,7 +68,7 @@ def planned(plan: CapacityPlan) -> Data:
         "conflict": [asdict(each) | {"said": describe_relaxation(each)} for each in plan.conflict],
         "conflict_said": describe_infeasible_set(plan.conflict) if plan.conflict else "",
         "sensitivity": _variations(plan.sensitivity),
-        "confidence": _confidence(plan.confidence) if plan.confidence else None,
+        "confidence": chances or None,
         "robust": _variations(plan.robust),
         "evidence": [_evaluated(point) for point in plan.evidence],
         "evidence_said": describe_evidence(plan.evidence),
@@ -80,11 +83,6 @@ def planned(plan: CapacityPlan) -> Data:
     }
 
 
-def _confidence(found: Confidence) -> Data:
-    low, high = probability_interval(found.probability, found.draws)
-    return asdict(found) | {"low": low, "high": high, "said": describe_confidence(found)}
-
-
 def _variations(found: Sequence[Variation]) -> list[Data]:
     return [{**_evaluated(each.result), "name": each.name} for each in found]
 
@@ -92,36 +90,28 @@ def _variations(found: Sequence[Variation]) -> list[Data]:
 def _choice(plan: CapacityPlan, name: str) -> Data:
     """One class's plans, the largest share first: where each stage runs and what is promised of it."""
     mix = plan.mixes.get(name, ())
-    found = {"request_class": name, "label": labels({name: mix})[name] or None, "turned_away": turned_away_share(mix)}
-    parts = [{"share": share, **_part(option, plan)} for share, option in mix]
-    return {**found, "parts": parts, "note": "" if mix else "no legal plan"}
-
-
-def _part(option: Candidate, plan: CapacityPlan) -> Data:
-    served = option.plan
-    return {
-        "label": served.label,
-        "kind": option.cost.steps_kind,
-        "stages": [
+    parts = []
+    for share, option in mix:
+        served = option.plan
+        stages = [
             {
-                "start": stage.start,
-                "stop": stage.stop,
-                "model": stage.model,
-                "site": stage.site.name,
-                "device": stage.site.device,
-                "tier": stage.site.tier,
-                "method": stage.method,
-                "degree": stage.degree,
-                "options": dict(stage.options),
-                "nodes": plan.deployment.replicas.get(stage.site.name),
+                "start": stage.start, "stop": stage.stop, "model": stage.model, "site": stage.site.name,
+                "device": stage.site.device, "tier": stage.site.tier, "method": stage.method, "degree": stage.degree,
+                "options": dict(stage.options), "nodes": plan.deployment.replicas.get(stage.site.name),
             }
             for stage in served.stages
-        ],
-        "batch_cap": served.batch_cap,
-        "vae": served.vae,
-        "vae_site": served.vae_site,
-        "switch_step": served.switch_step,
-        "num_inference_steps": served.num_inference_steps,
+        ]  # fmt: skip
+        parts.append({
+            "share": share, "label": served.label, "kind": option.cost.steps_kind, "stages": stages,
+            "batch_cap": served.batch_cap, "vae": served.vae, "vae_site": served.vae_site,
+            "switch_step": served.switch_step, "num_inference_steps": served.num_inference_steps,
+        })  # fmt: skip
+    return {
+        "request_class": name,
+        "label": labels({name: mix})[name] or None,
+        "turned_away": turned_away_share(mix),
+        "parts": parts,
+        "note": "" if mix else "no legal plan",
     }
 
 
@@ -160,7 +150,7 @@ def contents(result: CapacityPlan | Sequence[SimResult], profiles: Profiles) -> 
     chosen = [option for mix in result.mixes.values() for _, option in mix]
     served = [(CHOSEN, option.request_class, option.cost) for option in chosen]
     served += [(name, *one) for name, run in result.baseline_results.items() for one in _used(run)]
-    served += [(point.name, *one) for point in result.alternatives for one in _by_formula(point, result, profiles)]
+    served += [(point.name, *one) for point in result.alternatives for one in _price_again(point, result, profiles)]
     shared = _shared(result.scenario, runs, served, profiles, chosen)
     return _clean({"kind": "plan", **shared, **planned(result)})
 
@@ -172,7 +162,7 @@ def _used(run: SimResult) -> Iterator[tuple[str, PlanCost]]:
         yield option.request_class, option.cost
 
 
-def _by_formula(point: EvaluatedPlan, plan: CapacityPlan, profiles: Profiles) -> Iterator[tuple[str, PlanCost]]:
+def _price_again(point: EvaluatedPlan, plan: CapacityPlan, profiles: Profiles) -> Iterator[tuple[str, PlanCost]]:
     """The plans of a capacity plan that was not simulated, priced again."""
     prefer = plan.scenario.search.prefer_sources
     for name, mix in (point.deployment.plans if point.deployment else {}).items():
@@ -200,9 +190,9 @@ def _shared(
     profiles: Profiles,
     chosen: Sequence[Candidate] = (),
 ) -> Data:
-    plans = [cost.plan for *_, cost in served]
+    """What plans and simulations have alike; `chosen` are the candidates that the first run follows."""
     sites = [pool_site(name, pool) for name, pool in scenario.pools.items()]
-    sites += [site for plan in plans for site in plan.sites.values()]
+    sites += [site for *_, cost in served for site in cost.plan.sites.values()]
     rates = rates_of({site.name: site for site in sites}, profiles)
     return {
         "scenario": _scenario(scenario),
@@ -218,6 +208,7 @@ def _shared(
 
 
 def _scenario(scenario: Scenario) -> Data:
+    """What pages tell of a scenario."""
     classes = {
         name: {key: getattr(spec, key) for key in ("slo_s", "slo_percentile", "quality_floor", "num_inference_steps")}
         | {"fleet": spec.origin, "device": scenario.edge[spec.origin].device, "num_images": spec.num_images}

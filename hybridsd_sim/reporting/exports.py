@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from hybridsd_sim.workload import ArrivalChunk, arrival_chunks, stream
 
 if TYPE_CHECKING:
     from hybridsd_sim.planning import CapacityPlan
-    from hybridsd_sim.scenario import RequestClass, Scenario
+    from hybridsd_sim.scenario import Scenario
     from hybridsd_sim.simulation import SimResult
 
 
@@ -73,6 +73,9 @@ EXPECTED = (
     "latency_p50_s", "latency_p95_s", "latency_p99_s", "latency_mean_s", "slo_attainment", "served_per_s",
 )  # fmt: skip
 
+ENDS = (("value", ""), ("low", "_low"), ("high", "_high"))
+"""A figure and the ends of its interval, with what their columns' names end in."""
+
 Event = dict[str, Any]
 
 Row = Mapping[str, Any]
@@ -81,22 +84,33 @@ Place = tuple[str, str]
 
 
 def tables(data: Data) -> dict[str, bytes]:
-    """Every table of a report by the name of its file; the same data give the same bytes."""
-    lines = (_summary(data), _pools(data), _parts(data), _parameters(data), _rows(data))
-    return {name: _csv(TABLE_COLUMNS[name], each) for name, each in zip(TABLE_COLUMNS, lines, strict=True)}
+    """Every table of a report by the name of its file, CSV in UTF-8; the same data give the same bytes.
 
-
-def _summary(data: Data) -> Iterator[Data]:
-    for run in data["runs"]:
-        for name, row in run["summary"].items():
-            yield from ({"policy": run["name"], "request_class": name, "figure": key, **row[key]} for key in row)
-
-
-def _pools(data: Data) -> Iterator[Data]:
-    for run in data["runs"]:
-        for row in run["pools"]:
-            figures = ((key, figure) for key, figure in row.items() if key != "pool")
-            yield from ({"policy": run["name"], "pool": row["pool"], "figure": key, **each} for key, each in figures)
+    Numbers stand in full, so that they read back as they were; lists are joined by semicolons.
+    """
+    summary = (
+        {"policy": run["name"], "request_class": name, "figure": key, **figure}
+        for run in data["runs"]
+        for name, row in run["summary"].items()
+        for key, figure in row.items()
+    )
+    pools = (
+        {"policy": run["name"], "pool": row["pool"], "figure": key, **figure}
+        for run in data["runs"]
+        for row in run["pools"]
+        for key, figure in row.items()
+        if key != "pool"
+    )
+    rows = ({**{key: fit[key] for key in WHOSE}, **row} for fit in data["calibration"] for row in fit["rows"])
+    lines = (summary, pools, _parts(data), _parameters(data), rows)
+    found = {}
+    for (name, columns), each in zip(TABLE_COLUMNS.items(), lines, strict=True):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows({key: "; ".join(v) if isinstance(v, list) else v for key, v in line.items()} for line in each)
+        found[name] = text.getvalue().encode()
+    return found
 
 
 def _parts(data: Data) -> Iterator[Data]:
@@ -113,6 +127,7 @@ def _parts(data: Data) -> Iterator[Data]:
 
 
 def _parameters(data: Data) -> Iterator[Data]:
+    """Every fitted parameter of every device, a line for a fit without any, then the constants that devices share."""
     for fit in data["calibration"]:
         whose = {**{key: fit[key] for key in (*WHOSE, "note", "sources")}, "rows": len(fit["rows"]), "kind": "modelled"}
         for parameter in fit["parameters"] or [{"name": "", "note": ""}]:
@@ -121,40 +136,27 @@ def _parameters(data: Data) -> Iterator[Data]:
         yield {**constant, "parameter": constant["name"], "kind": "modelled", "note": constant["meaning"]}
 
 
-def _rows(data: Data) -> Iterator[Data]:
-    for fit in data["calibration"]:
-        yield from ({**{key: fit[key] for key in WHOSE}, **row} for row in fit["rows"])
-
-
-def _csv(columns: tuple[str, ...], lines: Iterable[Data]) -> bytes:
-    """Numbers in full, so that they read back as they were; lists joined by semicolons."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows({key: "; ".join(v) if isinstance(v, list) else v for key, v in line.items()} for line in lines)
-    return text.getvalue().encode()
-
-
 def write_rows(path: Path, runs: Mapping[str, SimResult]) -> None:
     """Write the requests of every run, in order of run, replication and arrival; a million need little memory."""
+    blocks = (
+        _table(records, records.rows()[first : first + BLOCK_ROWS], name)
+        for name, result in runs.items()
+        for records in result.replications
+        for first in range(0, max(1, len(records)), BLOCK_ROWS)
+    )
     writer = None
     try:
-        for name, result in runs.items():
-            for records in result.replications:
-                for first in range(0, max(1, len(records)), BLOCK_ROWS):
-                    table = _table(records, records.rows()[first : first + BLOCK_ROWS], name)
-                    writer = writer or pq.ParquetWriter(path, table.schema, **_encoding(table.schema))
-                    writer.write_table(table)
+        for table in blocks:
+            if writer is None:
+                # Times compress best with their bytes sorted by significance, names as dictionaries.
+                times = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+                names = [field.name for field in table.schema if not pa.types.is_floating(field.type)]
+                encoding = {"compression": "zstd", "use_dictionary": names, "use_byte_stream_split": times}
+                writer = pq.ParquetWriter(path, table.schema, **encoding)
+            writer.write_table(table)
     finally:
         if writer is not None:
             writer.close()
-
-
-def _encoding(schema: Any) -> dict[str, Any]:
-    """Times compress best with their bytes sorted by significance, names as dictionaries."""
-    times = [field.name for field in schema if pa.types.is_floating(field.type)]
-    names = [field.name for field in schema if not pa.types.is_floating(field.type)]
-    return {"compression": "zstd", "use_dictionary": names, "use_byte_stream_split": times}
 
 
 def _table(records: Records, rows: np.ndarray, policy: str) -> Any:
@@ -162,19 +164,7 @@ def _table(records: Records, rows: np.ndarray, policy: str) -> Any:
     same = {"policy": pa.array([policy], pa.string()), "replication": pa.array([records.replication], pa.int64())}
     columns = {name: pa.chunked_array([value.take(np.zeros(len(rows), np.int64))]) for name, value in same.items()}
     fields = [pa.field(name, value.type) for name, value in columns.items()]
-    names = _names(records)
-    for name, meaning in COLUMNS:
-        values = column(rows, name)
-        label, known = names.get(name, (name, ()))
-        plain = pa.array(values.astype(np.int64) if name in INTEGER_COLUMNS else values)
-        columns[label] = _named(values, known) if name in names else plain
-        fields.append(pa.field(label, columns[label].type, metadata={"meaning": meaning}))
-    return pa.table(columns, schema=pa.schema(fields))
-
-
-def _names(records: Records) -> dict[str, tuple[str, Sequence[str]]]:
-    """Columns of indexes: the name of the column of names, and the names."""
-    return {
+    named = {
         "class_index": ("request_class", records.classes),
         "plan_index": ("plan", records.plans),
         "status": ("status", STATUS_NAMES),
@@ -182,14 +172,18 @@ def _names(records: Records) -> dict[str, tuple[str, Sequence[str]]]:
         "pool_index": ("pool", records.pools),
         "fleet_index": ("fleet", records.fleets),
     }
-
-
-def _named(values: np.ndarray, names: Sequence[str]) -> Any:
-    """Names for indexes, null for -1. Two plans may have one name, which is why this is no pandas category."""
-    codes = values.astype(np.int32)
-    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(list(names), pa.string())).cast(
-        pa.string()
-    )
+    for name, meaning in COLUMNS:
+        values, label = column(rows, name), name
+        if name in named:
+            # Null for -1. Two plans may have one name, which is why this is no pandas category.
+            label, names = named[name]
+            codes = values.astype(np.int32)
+            known = pa.array(list(names), pa.string())
+            columns[label] = pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), known).cast(pa.string())
+        else:
+            columns[label] = pa.array(values.astype(np.int64) if name in INTEGER_COLUMNS else values)
+        fields.append(pa.field(label, columns[label].type, metadata={"meaning": meaning}))
+    return pa.table(columns, schema=pa.schema(fields))
 
 
 def first_rows(path: Path, most: int) -> list[dict[str, Any]]:
@@ -211,18 +205,17 @@ def trace(rows: Sequence[Row], gpus_per_node: Mapping[str, int], horizon_s: floa
     GPUs: a request is shown on those of its node that were free first.
     """
     rows = rows[:MOST_REQUESTS]
-    processes = {place: number for number, place in enumerate(_places(rows), 1)}
+    places = [(kind, name) for kind in ("pool", "fleet") for name in sorted({r[kind] for r in rows} - {None})]
+    processes = {place: number for number, place in enumerate(places, 1)}
     events = [*_waits(rows, processes, horizon_s), *_cloud(rows, processes, gpus_per_node, horizon_s)]
-    events += [*_edge(rows, processes, horizon_s), *_arrows(events, rows, processes)]
+    edge = []
+    for row in rows:
+        if row["fleet"] is not None and not math.isnan(row["edge_start_s"]) and row["edge_start_s"] < horizon_s:
+            start, stop = _microseconds(row["edge_start_s"]), _microseconds(_end(row["edge_stop_s"], horizon_s))
+            edge.append(_slice(row, processes["fleet", row["fleet"]], row["device"] + 1, start, stop))
+    events += [*edge, *_arrows(events, rows, processes)]
     events.sort(key=lambda event: (event["ts"], event["pid"], event.get("tid", 0), -event.get("dur", 0)))
     return {"displayTimeUnit": "ms", "traceEvents": [*_labels(events, processes, gpus_per_node), *events]}
-
-
-def _places(rows: Sequence[Row]) -> list[Place]:
-    """Pools first, then edge fleets, as (kind, name)."""
-    return [
-        (kind, name) for kind in ("pool", "fleet") for name in sorted({r[kind] for r in rows if r[kind] is not None})
-    ]
 
 
 def _microseconds(seconds: float) -> int:
@@ -236,7 +229,7 @@ def _end(value: float, horizon_s: float) -> float:
 def _cloud(
     rows: Sequence[Row], processes: Mapping[Place, int], gpus_per_node: Mapping[str, int], horizon_s: float
 ) -> Iterator[Event]:
-    """A slice on each GPU that a gang held; the model load inside the first one. A batch lies on the same GPUs."""
+    """A slice on each GPU that a worker group held, the model load in the first one; a batch lies on the same GPUs."""
     free: dict[tuple[int, int], list[int]] = {}
     batches: dict[tuple[Any, ...], list[tuple[list[int], list[int]]]] = {}
     held = [row for row in rows if row["pool"] is not None and not math.isnan(row["cloud_start_s"])]
@@ -268,24 +261,14 @@ def _cloud(
 
 
 def _slice(row: Row, pid: int, tid: int, start: int, stop: int) -> Event:
+    latency_s = row["finish_s"] - row["arrival_s"]
     args = {
         "class": row["request_class"],
-        "latency_s": _rounded(row["finish_s"] - row["arrival_s"]),
+        "latency_s": None if math.isnan(latency_s) else round(latency_s, 6),
         "plan": row["plan"],
     }
     name = f"{row['request_class']} {row['request']}"
     return {"name": name, "ph": "X", "pid": pid, "tid": tid, "ts": start, "dur": max(0, stop - start), "args": args}
-
-
-def _rounded(seconds: float) -> float | None:
-    return None if math.isnan(seconds) else round(seconds, 6)
-
-
-def _edge(rows: Sequence[Row], processes: Mapping[Place, int], horizon_s: float) -> Iterator[Event]:
-    for row in rows:
-        if row["fleet"] is not None and not math.isnan(row["edge_start_s"]) and row["edge_start_s"] < horizon_s:
-            start, stop = _microseconds(row["edge_start_s"]), _microseconds(_end(row["edge_stop_s"], horizon_s))
-            yield _slice(row, processes["fleet", row["fleet"]], row["device"] + 1, start, stop)
 
 
 def _waits(rows: Sequence[Row], processes: Mapping[Place, int], horizon_s: float) -> Iterator[Event]:
@@ -304,7 +287,7 @@ def _waits(rows: Sequence[Row], processes: Mapping[Place, int], horizon_s: float
 
 
 def _arrows(events: list[Event], rows: Sequence[Row], processes: Mapping[Place, int]) -> Iterator[Event]:
-    """An arrow from the end of the cloud's slice to the start of the edge's."""
+    """An arrow from the end of the slice in the cloud, which is among `events`, to the start of the one at the edge."""
     tracks = {event["name"]: event["tid"] for event in events if "args" in event}
     for row in rows:
         if row["pool"] is None or row["fleet"] is None or math.isnan(row["edge_start_s"]):
@@ -346,11 +329,10 @@ def load_of(plan: CapacityPlan) -> Data:
     counted.
     """
     scenario = plan.scenario
-    drawn = _drawn(scenario)
-    first, counted, last = _window(scenario, drawn)
-    origin_s = float(drawn.arrival_s[first]) if len(drawn) else 0.0
-    from_s = float(drawn.arrival_s[counted]) - origin_s if counted < last else 0.0
-    counts = np.bincount(drawn.class_index[counted:last], minlength=len(scenario.requests)).tolist()
+    sent, lead_in = _draw_requests(scenario)
+    origin_s = float(sent.arrival_s[0]) if len(sent) else 0.0
+    from_s = float(sent.arrival_s[lead_in]) - origin_s if lead_in < len(sent) else 0.0
+    counts = np.bincount(sent.class_index[lead_in:], minlength=len(scenario.requests)).tolist()
     # too few for the percentile of a class with an SLO to show
     too_few = {
         name: count
@@ -366,27 +348,23 @@ def load_of(plan: CapacityPlan) -> Data:
         "bodies": {name: {key: getattr(spec, key) for key in BODY} for name, spec in scenario.requests.items()},
         "expected": _expected(plan),
         "too_few": too_few,
-        "requests": _requests(scenario, drawn.take(slice(first, last)), origin_s),
+        "requests": _requests(scenario, sent, origin_s),
     }
 
 
-def _drawn(scenario: Scenario) -> ArrivalChunk:
-    """The arrivals of the first replication, as far as a load test can need them."""
+def _draw_requests(scenario: Scenario) -> tuple[ArrivalChunk, int]:
+    """The requests to send, from the first replication, and how many of them are the lead-in.
+
+    The lead-in is the last of the warm-up. Then come as many as it takes for every class with an SLO (for every class
+    where none has one) to show its percentile, if `MOST` are enough for that.
+    """
     chunks, after = [], 0
     for chunk in arrival_chunks(scenario, 0):
         chunks.append(chunk)
         after += int((chunk.arrival_s >= scenario.warmup_s).sum())
         if after >= MOST:
             break
-    if not chunks:
-        empty = np.empty(0)
-        return ArrivalChunk(empty, *(empty.astype(np.int16),), *(empty,) * 3, *(empty.astype(np.int16),) * 3)
-    columns = ArrivalChunk.__dataclass_fields__
-    return ArrivalChunk(*(np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in columns))
-
-
-def _window(scenario: Scenario, drawn: ArrivalChunk) -> tuple[int, int, int]:
-    """Positions of the first request to send, of the first to count, and after the last."""
+    drawn = ArrivalChunk.join(chunks)
     counted = int(np.searchsorted(drawn.arrival_s, scenario.warmup_s))
     first = max(0, counted - MOST_LEAD_IN)
     most = min(len(drawn), first + MOST)
@@ -395,7 +373,7 @@ def _window(scenario: Scenario, drawn: ArrivalChunk) -> tuple[int, int, int]:
     for index in promised or range(len(scenario.requests)):
         mine = counted + np.flatnonzero(drawn.class_index[counted:] == index)
         last = max(last, int(mine[ENOUGH - 1]) + 1 if len(mine) >= ENOUGH else most)
-    return first, counted, min(last, most)
+    return drawn.take(slice(first, min(last, most))), counted - first
 
 
 def _requests(scenario: Scenario, drawn: ArrivalChunk, origin_s: float) -> list[Data]:
@@ -406,31 +384,22 @@ def _requests(scenario: Scenario, drawn: ArrivalChunk, origin_s: float) -> list[
     columns = [getattr(drawn, name).tolist() for name in names]
     found = []
     for row, seed in zip(zip(*columns, strict=True), seeds, strict=True):
-        arrival_s, index, base_model, images, steps = row
+        arrival_s, index, *asked = row
         name, spec = classes[index]
         request = {"arrival_s": round(arrival_s - origin_s, 6), "request_class": name, "seed": seed}
-        found.append(request | _unlike(spec, base_model, images, steps))
+        own = (0, spec.num_images, spec.num_inference_steps)
+        found.append(request | {key: v for key, v, same in zip(names[2:], asked, own, strict=True) if v != same})
     return found
-
-
-def _unlike(spec: RequestClass, base_model: int, images: int, steps: int) -> Data:
-    """What a request of a trace asks for that its class does not."""
-    asked = {"base_model": (base_model, 0), "num_images": (images, spec.num_images)}
-    asked["num_inference_steps"] = (steps, spec.num_inference_steps)
-    return {key: value for key, (value, own) in asked.items() if value != own}
 
 
 def _expected(plan: CapacityPlan) -> Data:
     """What the confirmed simulation says of every class and of all, with 95% intervals, and what is promised."""
     rows = plan.chosen_result.summary.droplevel(0).to_dict("index")
-    found = {}
+    found: dict[str, Data] = {}
     for name in (*plan.scenario.requests, ALL):
         spec = plan.scenario.requests.get(name)
-        promised = {"slo_s": spec.slo_s, "slo_percentile": spec.slo_percentile} if spec else {"slo_s": None}
-        found[name] = promised | {key: _figure(rows[name], key) for key in EXPECTED}
+        found[name] = {"slo_s": spec.slo_s, "slo_percentile": spec.slo_percentile} if spec else {"slo_s": None}
+        for key in EXPECTED:
+            ends = {end: float(rows[name][key + tail]) for end, tail in ENDS}
+            found[name][key] = {end: value if math.isfinite(value) else None for end, value in ends.items()}
     return found
-
-
-def _figure(row: Mapping[Any, Any], key: str) -> dict[str, float | None]:
-    ends = {end: float(row[key + tail]) for end, tail in (("value", ""), ("low", "_low"), ("high", "_high"))}
-    return {end: value if math.isfinite(value) else None for end, value in ends.items()}

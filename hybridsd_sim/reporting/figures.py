@@ -20,6 +20,7 @@ from hybridsd_sim.scenario import ALL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
 KIND_FILLS = {"measured": ("#0072b2", ""), "quoted": ("#ffffff", "////"), "modelled": ("#f3c27b", "\\\\")}
@@ -56,13 +57,22 @@ def known(data: Data) -> Figure | None:
         return None
     figure = draw_with.canvas(1.35 + 0.36 * len(plans))
     axes = figure.add_subplot()
+    place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
     for row, plan in enumerate(plans):
-        _plan_bar(axes, row, plan)
+        left, total = 0.0, plan["totals"][0]
+        for kind, (fill, hatch) in KIND_FILLS.items():
+            share = plan["shares"][kind]
+            axes.barh(row, share, left=left, height=0.62, color=fill, hatch=hatch, edgecolor=INK, linewidth=0.4)
+            left += share
+        ends = [min(total[end] / total["value"], WIDEST) for end in ("low", "high")]
+        axes.plot(ends, [row, row], color=INK, linewidth=1.3, marker="|", markersize=7, zorder=4)
+        axes.annotate(f"{number(total['value'])} s", (max(1.0, ends[1]), row), annotation_clip=False, **place)
     names = (f"{', '.join(plan['runs'])}: {plan['request_class']}" for plan in plans)
     axes.set_yticks(range(len(plans)), [name if len(name) <= 44 else f"{name[:43]}…" for name in names])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set(xlabel="share of the plan's idle latency", xlim=(0.0, _end(plans)))
+    widest = max(plan["totals"][0]["high"] / plan["totals"][0]["value"] for plan in plans)
+    axes.set(xlabel="share of the plan's idle latency", xlim=(0.0, min(WIDEST, 1.18 * max(1.0, widest))))
     axes.xaxis.set_major_formatter(draw_with.per_cent)
     found = [kind for kind in KIND_FILLS if any(plan["shares"][kind] for plan in plans)]
     draw_with.legend_of_fills(figure, {kind: KIND_FILLS[kind] for kind in found})
@@ -71,25 +81,8 @@ def known(data: Data) -> Figure | None:
     return figure
 
 
-def _end(plans: Sequence[Data]) -> float:
-    widest: float = max(plan["totals"][0]["high"] / plan["totals"][0]["value"] for plan in plans)
-    return min(WIDEST, 1.18 * max(1.0, widest))
-
-
-def _plan_bar(axes: Axes, row: int, plan: Data) -> None:
-    left, total = 0.0, plan["totals"][0]
-    for kind, (fill, hatch) in KIND_FILLS.items():
-        share = plan["shares"][kind]
-        axes.barh(row, share, left=left, height=0.62, color=fill, hatch=hatch, edgecolor=INK, linewidth=0.4)
-        left += share
-    ends = [min(total[end] / total["value"], WIDEST) for end in ("low", "high")]
-    axes.plot(ends, [row, row], color=INK, linewidth=1.3, marker="|", markersize=7, zorder=4)
-    place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
-    axes.annotate(f"{number(total['value'])} s", (max(1.0, ends[1]), row), annotation_clip=False, **place)
-
-
 def calibration(data: Data) -> Figure | None:
-    """Step times under each device's law against the published or measured rows that it was fitted to."""
+    """Step times under each device's fit against the published or measured rows that it was fitted to."""
     fits = [fit for fit in data.get("calibration", ()) if fit["rows"]]
     if not fits:
         return None
@@ -100,7 +93,7 @@ def calibration(data: Data) -> Figure | None:
         axes.set_visible(False)
     for position, fit in enumerate(fits):
         axes = grid[position // COLUMNS][position % COLUMNS]
-        _panel(axes, fit)
+        _draw_fit(axes, fit)
         axes.set_xlabel("published step (s)" if position >= len(fits) - COLUMNS else "")
         axes.set_ylabel("predicted (s)" if position % COLUMNS == 0 else "")
     found = {row["kind"] for fit in fits for row in fit["rows"]}
@@ -111,7 +104,8 @@ def calibration(data: Data) -> Figure | None:
     return figure
 
 
-def _panel(axes: Axes, fit: Data) -> None:
+def _draw_fit(axes: Axes, fit: Data) -> None:
+    """Predicted against published seconds of a fit's rows, logarithmic, with the band that holds 90% of quoted rows."""
     times = [row[key] for row in fit["rows"] for key in ("published_s", "predicted_s")]
     ends = [min(times) / 1.5, max(times) * 1.5]
     width = 1.0 + fit["row_reach"]
@@ -159,8 +153,7 @@ def frontier(data: Data) -> Figure | None:
     known = [point["quality"] for point, *_ in points if point["quality"] is not None]
     scale = draw_with.colours(known)
     for point, marker, size, label in points:
-        colour = "#ffffff" if point["quality"] is None else scale.to_rgba(point["quality"])
-        _plot_point(axes, point, _called(point, label), {"marker": marker, "s": size, "color": [colour]})
+        _plot_point(axes, point, label, marker, size, scale)
     if known:
         draw_with.colour_bar(figure, axes, scale, "quality (CLIP score, 0 to 1)")
     axes.margins(x=0.08)
@@ -174,22 +167,21 @@ def frontier(data: Data) -> Figure | None:
     return figure
 
 
-def _called(point: Data, label: str) -> str:
-    doubts = [
-        text
-        for text, is_so in (("not feasible", not point["feasible"]), ("quality unknown", point["quality"] is None))
-        if is_so
-    ]
-    return f"{label} ({', '.join(doubts)})" if doubts else label
-
-
-def _plot_point(axes: Axes, point: Data, label: str, look: Mapping[str, Any]) -> None:
-    (middle, low, high), usd = point["latency_p95_s"], point["usd_per_hour"]
+def _plot_point(axes: Axes, point: Data, label: str, marker: str, size: float, scale: ScalarMappable) -> None:
+    """A plan with the whiskers of its latency and, crossed out where it is not feasible, what is wrong with it."""
+    (middle, low, high), usd, quality = point["latency_p95_s"], point["usd_per_hour"], point["quality"]
     if low is not None and high is not None:
         axes.plot([low, high], [usd, usd], color=SOFT, linewidth=1.2, marker="|", markersize=7, zorder=2, clip_on=False)
-    axes.scatter(middle, usd, edgecolor=INK, linewidth=0.8, zorder=3, label=label, clip_on=False, **look)
+    wrong = ([] if point["feasible"] else ["not feasible"]) + ([] if quality is not None else ["quality unknown"])
+    look: dict[str, Any] = {
+        "marker": marker,
+        "s": size,
+        "color": ["#ffffff" if quality is None else scale.to_rgba(quality)],
+        "label": f"{label} ({', '.join(wrong)})" if wrong else label,
+    }
+    axes.scatter(middle, usd, edgecolor=INK, linewidth=0.8, zorder=3, clip_on=False, **look)
     if not point["feasible"]:
-        axes.scatter(middle, usd, s=look["s"] * 0.5, marker="x", color=INK, linewidth=1.0, zorder=4, clip_on=False)
+        axes.scatter(middle, usd, s=size * 0.5, marker="x", color=INK, linewidth=1.0, zorder=4, clip_on=False)
 
 
 def latency(data: Data) -> Figure | None:
@@ -212,16 +204,23 @@ def latency(data: Data) -> Figure | None:
 
 
 def _latency_panel(axes: Axes, data: Data, name: str) -> None:
+    """The curves of a class, a line for each run, with their bands and its SLO."""
     spec = data["scenario"]["classes"][name]
     curves = [run["latency"].get(name) for run in data["runs"]]
     ends = [value for curve in curves if curve for value in (curve["latency_s"][0], curve["latency_s"][-1])]
     ends += [spec["slo_s"]] if spec["slo_s"] else []
+    end = 1.15 * max(ends)
     for run, curve, (colour, dashes) in zip(data["runs"], curves, cycle(LINES), strict=False):
         axes.plot([], [], color=colour, linestyle=dashes, label=run["name"])
-        if curve is not None:
-            _curve(axes, curve, 1.15 * max(ends), {"color": colour, "linestyle": dashes})
+        if curve is None:
+            continue
+        x, share = draw_with.steps_from_zero(curve["latency_s"], curve["share"], end)
+        axes.step(x, share, where="post", color=colour, linestyle=dashes)
+        if None not in curve["low"]:
+            low, high = (draw_with.steps_from_zero(curve["latency_s"], curve[side], end)[1] for side in ("low", "high"))
+            axes.fill_between(x, low, high, step="post", color=colour, alpha=0.16, linewidth=0)
     axes.set_ylim(0.0, 1.04)
-    axes.set_xlim(0.8 * min(ends), 1.15 * max(ends))
+    axes.set_xlim(0.8 * min(ends), end)
     draw_with.stretch(axes, ends)
     axes.yaxis.set_major_formatter(draw_with.per_cent)
     if spec["slo_s"] is not None:
@@ -232,29 +231,28 @@ def _latency_panel(axes: Axes, data: Data, name: str) -> None:
         )
 
 
-def _curve(axes: Axes, curve: Data, end: float, look: Mapping[str, Any]) -> None:
-    axes.step(*draw_with.steps_from_zero(curve["latency_s"], curve["share"], end), where="post", **look)
-    if None not in curve["low"]:
-        x, low = draw_with.steps_from_zero(curve["latency_s"], curve["low"], end)
-        _, high = draw_with.steps_from_zero(curve["latency_s"], curve["high"], end)
-        axes.fill_between(x, low, high, step="post", color=look["color"], alpha=0.16, linewidth=0)
-
-
 def components(data: Data) -> Figure | None:
     """Dollars and GPU-seconds by component, stacked, per class and run; what was rented and not used under `all`."""
     classes = list(data["scenario"]["classes"])
     owners = [ALL, *(classes if len(classes) > 1 else ())]
-    bars = [(owner, run, _stack(run, owner)) for owner in owners for run in data["runs"] if owner in run["summary"]]
+    bars: list[tuple[str, Data, dict[str, Data]]] = []
+    rows: list[float] = []
+    first_rows: dict[str, float] = {}
+    for group, owner in enumerate(owners):
+        for run in (run for run in data["runs"] if owner in run["summary"]):
+            found = {item["component"]: item for item in run["components"] if item["request_class"] == owner}
+            # one below the other, with room for a title above each group
+            rows.append(len(bars) + 1.6 * group)
+            bars.append((owner, run, {name: found[name] for name in FILLS if name in found}))
+            first_rows.setdefault(owner, rows[-1])
     names = {name for _, _, stack in bars for name in stack}
     if not names:
         return None
     figure = draw_with.canvas(0.25 * (len(bars) + 1.6 * len(owners)) + 1.2)
     panels = figure.subplots(1, 2, sharey=True)
-    owner_of_bar = [owner for owner, _, _ in bars]
-    rows = _rows(owner_of_bar)
     for axes, key, times in zip(panels, ("usd", "gpu_seconds"), (1000.0, 1.0), strict=True):
         ends = [
-            _bar(axes, row, s, run["summary"][owner], key, times)
+            _stack_bar(axes, row, s, run["summary"][owner], key, times)
             for row, (owner, run, s) in zip(rows, bars, strict=True)
         ]
         axes.set_xlim(0.0, max(1.22 * max(ends), axes.get_xlim()[1]))
@@ -262,12 +260,9 @@ def components(data: Data) -> Figure | None:
         axes.grid(visible=False, axis="y")
     panels[0].set_yticks(rows, [run["name"] for _, run, _ in bars])
     panels[0].set_ylim(rows[-1] + 0.6, -1.6)
-    for owner in owners:
-        row = rows[owner_of_bar.index(owner)]
-        title = "all requests, with idle nodes" if owner == ALL else owner
-        panels[0].annotate(
-            title, (0.0, row - 0.95), xytext=(2, 0), textcoords="offset points", va="center", weight="bold"
-        )
+    place: dict[str, Any] = {"xytext": (2, 0), "textcoords": "offset points", "va": "center", "weight": "bold"}
+    for owner, row in first_rows.items():
+        panels[0].annotate("all requests, with idle nodes" if owner == ALL else owner, (0.0, row - 0.95), **place)
     panels[0].set_xlabel("US$ per 1,000 images")
     panels[1].set_xlabel("GPU-seconds an image")
     draw_with.legend_of_fills(figure, {name: fill for name, fill in FILLS.items() if name in names})
@@ -275,18 +270,7 @@ def components(data: Data) -> Figure | None:
     return figure
 
 
-def _rows(owners: Sequence[str]) -> list[float]:
-    """Where each bar stands: one below the other, with room for a title above each group."""
-    groups = {owner: number_of for number_of, owner in enumerate(dict.fromkeys(owners))}
-    return [position + 1.6 * groups[owner] for position, owner in enumerate(owners)]
-
-
-def _stack(run: Data, owner: str) -> dict[str, Data]:
-    found = {item["component"]: item for item in run["components"] if item["request_class"] == owner}
-    return {name: found[name] for name in FILLS if name in found}
-
-
-def _bar(axes: Axes, row: float, stack: Mapping[str, Data], summary: Data, key: str, times: float) -> float:
+def _stack_bar(axes: Axes, row: float, stack: Mapping[str, Data], summary: Data, key: str, times: float) -> float:
     """Draw one stacked bar with its whisker and its total; returns where it ends."""
     total, left = summary[TOTALS[key]], 0.0
     unknown = any(item[key] is None for item in stack.values())
@@ -331,14 +315,11 @@ def load(data: Data) -> Figure | None:
     panels[0].yaxis.set_major_formatter(draw_with.per_cent)
     panels[1].set(ylabel="requests waiting", xlabel=f"simulated time ({unit})")
     draw_with.legend(figure, panels[0])
-    draw_with.note(figure, f"{_lines(scenario['replications'])} Grey: warm-up. Run: {run['name']}, {_kinds(data)}.")
+    lines, several = "One replication: no interval.", scenario["replications"]
+    if several > 1:
+        lines = f"Lines: mean of {several} replications; bands: from the lowest to the highest of them."
+    draw_with.note(figure, f"{lines} Grey: warm-up. Run: {run['name']}, {_kinds(data)}.")
     return figure
-
-
-def _lines(replications: int) -> str:
-    if replications == 1:
-        return "One replication: no interval."
-    return f"Lines: mean of {replications} replications; bands: from the lowest to the highest of them."
 
 
 def switch(data: Data) -> Figure | None:
@@ -368,6 +349,7 @@ def switch(data: Data) -> Figure | None:
 
 
 def _switch_panels(upper: Axes, lower: Axes, curve: Sequence[Data], spec: Data) -> None:
+    """Latency above and dollars below of a class against the switch step, the chosen steps shaded."""
     steps = [point["switch_step"] for point in curve]
     low, high = ([point[end] for point in curve] for end in ("low_s", "high_s"))
     upper.fill_between(steps, low, high, color=LINES[0][0], alpha=0.18, linewidth=0)

@@ -72,25 +72,19 @@ def write_report(
     """
     if isinstance(result, Sequence) and not result:
         raise InputError(Problem("results", "[]", "a report needs at least one simulation"))
+    from hybridsd_sim.profiles import load_profiles
+
     digest = profiles_digest if isinstance(result, Sequence) else result.profiles_digest
-    known = _the_same(result, profiles, digest)
+    scenario = result[0].scenario if isinstance(result, Sequence) else result.scenario
+    known = profiles or load_profiles(scenario.search.profiles)
+    if digest not in (None, known.digest):  # kinds, intervals and fits of others would be wrong
+        rule = f"the result was made with others ({str(digest)[:12]})"
+        raise InputError(Problem("profiles", known.digest[:12], rule, "Give write_report the `profiles` of the run."))
     with _replaced(Path(folder)) as fresh:
         _save(result, fresh, known, digest or (profiles.digest if profiles else None))
         if draw:
             draw_report(fresh)
     return Path(folder) / "index.html"
-
-
-def _the_same(result: CapacityPlan | Sequence[SimResult], profiles: Profiles | None, digest: str | None) -> Profiles:
-    """The profiles that the result was made with: kinds, intervals and fits of others would be wrong."""
-    from hybridsd_sim.profiles import load_profiles
-
-    scenario = result[0].scenario if isinstance(result, Sequence) else result.scenario
-    found = profiles or load_profiles(scenario.search.profiles)
-    if digest not in (None, found.digest):
-        rule = f"the result was made with others ({str(digest)[:12]})"
-        raise InputError(Problem("profiles", found.digest[:12], rule, "Give write_report the `profiles` of the run."))
-    return found
 
 
 def draw_report(folder: Path) -> Path:
@@ -142,6 +136,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, profiles: Profiles, digest: str | None) -> None:
+    """Write everything that a run is drawn from, provenance first and the requests last."""
     from hybridsd_sim.reporting.data import CHOSEN, contents, named
     from hybridsd_sim.reporting.exports import tables, write_rows
     from hybridsd_sim.scenario import dump_yaml

@@ -37,8 +37,10 @@ from hybridsd_sim.reporting.plan_sections import (
     figures,
     folded,
     frontier,
+    holds,
     own_figures,
     pools,
+    refused,
 )
 from hybridsd_sim.reporting.run_data import IDLE
 from hybridsd_sim.scenario import ALL
@@ -71,13 +73,13 @@ def pictures(data: Data, drawn: Mapping[str, str]) -> list[Picture]:
     """The drawn figures with caption, alternative text and the kinds of the numbers behind them."""
     found = []
     for name, svg in drawn.items():
-        behind = _behind(name, data)
+        behind = _kinds_behind(name, data)
         kinds = tuple(kind for kind in KINDS if kind in behind)
         found.append(Picture(name, FIGURES[name][0], svg, " ".join(DESCRIBE[name](data)), CAPTIONS[name], kinds))
     return found
 
 
-def _behind(name: str, data: Data) -> set[str]:
+def _kinds_behind(name: str, data: Data) -> set[str]:
     """The kinds of the numbers that a figure shows."""
     if name == "switch":
         return {point["kind"] for curve in data["switch_curve"].values() for point in curve}
@@ -89,7 +91,7 @@ def _behind(name: str, data: Data) -> set[str]:
     return kinds | {"modelled"} if name == "frontier" else kinds
 
 
-def _frontier(data: Data) -> Iterator[str]:
+def _describe_frontier(data: Data) -> Iterator[str]:
     count = len(data["frontier"])
     yield f"Scatter plot of rent in US$ an hour against p95 latency in seconds, with {count} plans on the frontier."
     run = data["runs"][0]
@@ -102,7 +104,7 @@ def _place(name: str, usd: float | None, seconds: float | None) -> str:
     return f"{name.capitalize()}: {money(usd)} US$ an hour at {number(seconds)} s."
 
 
-def _latency(data: Data) -> Iterator[str]:
+def _describe_latency(data: Data) -> Iterator[str]:
     yield "Curves of the share of requests served within a time, a panel for each request class, a line for each run."
     for name, spec in data["scenario"]["classes"].items():
         limit = "any time" if spec["slo_s"] is None else f"{exact(spec['slo_s'])} s"
@@ -111,7 +113,7 @@ def _latency(data: Data) -> Iterator[str]:
         yield f"{name} within {limit}: {text}."
 
 
-def _components(data: Data) -> Iterator[str]:
+def _describe_components(data: Data) -> Iterator[str]:
     yield "Stacked bars of dollars and of GPU-seconds an image by component, for each run."
     for run in data["runs"]:
         mine = [item for item in run["components"] if item["request_class"] == ALL and item["usd"] is not None]
@@ -121,7 +123,7 @@ def _components(data: Data) -> Iterator[str]:
         yield f"{run['name'].capitalize()}: {dollars}, in US$ per 1,000 images."
 
 
-def _load(data: Data) -> Iterator[str]:
+def _describe_load(data: Data) -> Iterator[str]:
     yield "Lines over time: share of busy GPUs above, requests waiting below."
     for series in data["runs"][0]["series"]:
         busy, queue = series["busy"]["value"], series["queue"]["value"]
@@ -129,7 +131,7 @@ def _load(data: Data) -> Iterator[str]:
         yield f"{series['pool']}: {percent(mean)} busy on average, at most {number(float(max(queue)))} waiting."
 
 
-def _switch(data: Data) -> Iterator[str]:
+def _describe_switch(data: Data) -> Iterator[str]:
     yield "Latency and cost against the switch step, for each request class."
     for name, curve in data["switch_curve"].items():
         if curve:
@@ -137,7 +139,7 @@ def _switch(data: Data) -> Iterator[str]:
             yield f"{name}: {points}."
 
 
-def _known(data: Data) -> Iterator[str]:
+def _describe_shares(data: Data) -> Iterator[str]:
     yield "Stacked bars of the share of each plan's idle latency that is measured, quoted and modelled."
     for plan in data["plans"]:
         parts = ", ".join(f"{percent(share)} {kind}" for kind, share in plan["shares"].items())
@@ -146,7 +148,7 @@ def _known(data: Data) -> Iterator[str]:
         yield f"{', '.join(plan['runs'])}, {plan['request_class']}: {ends}; {parts}."
 
 
-def _calibration(data: Data) -> Iterator[str]:
+def _describe_fits(data: Data) -> Iterator[str]:
     yield "Scatter plots of predicted against published seconds a step, a panel for each device, runtime and precision."
     for fit in data["calibration"]:
         if fit["rows"]:
@@ -154,10 +156,10 @@ def _calibration(data: Data) -> Iterator[str]:
 
 
 DESCRIBE = {
-    "frontier": _frontier, "latency": _latency, "components": _components, "load": _load, "switch": _switch,
-    "known": _known, "calibration": _calibration,
+    "frontier": _describe_frontier, "latency": _describe_latency, "components": _describe_components,
+    "load": _describe_load, "switch": _describe_switch, "known": _describe_shares, "calibration": _describe_fits,
 }  # fmt: skip
-"""What makes the alternative text of each figure."""
+"""What writes the alternative text of each figure."""
 
 
 def conflict(data: Data) -> Iterator[Block]:
@@ -185,9 +187,13 @@ def other_conditions(data: Data) -> Iterator[Block]:
         yield Heading("Named scenarios", "robust")
         yield Paragraph(_held(data["robust"], "scenarios"))
         yield _varied(data["robust"], data, "Scenario", "The plan in each scenario")
-    if data["confidence"]:
+    if found := data["confidence"]:
         yield Heading("Confidence", "confidence")
-        yield from _confidence(data["confidence"])
+        yield Paragraph(found["said"])
+        if len(found["by_class"]) > 1:
+            rows = tuple((Cell(name), Cell(percent(p), mark="modelled")) for name, p in found["by_class"].items())
+            caption = f"Share of the {found['draws']:,} draws in which a class keeps its own promises"
+            yield Table(caption, ("Request class", "Probability"), rows)
 
 
 def _held(variations: Sequence[Data], what: str) -> str:
@@ -204,19 +210,10 @@ def _varied(variations: Sequence[Data], data: Data, what: str, caption: str) -> 
     rows = []
     for each in (own, *variations):
         _, rent, p95, share, quality = figures(each, data)
-        holds = answered(each["feasible"], "" if each["feasible"] else each["reason"])
-        rows.append((Cell(each["name"]), holds, share, p95, rent, quality, Cell(each["known_by"])))
+        rows.append((Cell(each["name"]), holds(each), share, p95, rent, quality, Cell(each["known_by"])))
     head = (what, "Holds", "Inside SLO", "p95 latency (s)", "Rent (US$/h)", "Quality (CLIP)", "Known by")
     table = Table(f"{caption}; {BENEATH}", head, tuple(rows), strong=frozenset({0}), words=frozenset({0, 1, 6}))
     return folded(table, f"All {len(variations)}")
-
-
-def _confidence(found: Data) -> Iterator[Block]:
-    yield Paragraph(found["said"])
-    if len(found["by_class"]) > 1:
-        rows = tuple((Cell(name), Cell(percent(share), mark="modelled")) for name, share in found["by_class"].items())
-        caption = f"Share of the {found['draws']:,} draws in which a class keeps its own promises"
-        yield Table(caption, ("Request class", "Probability"), rows)
 
 
 def plan_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
@@ -227,31 +224,28 @@ def plan_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iter
     yield from conflict(data)
     yield from chosen_plan(data)
     yield from compared(data)
-    yield from _why(data)
+    # The explanation, without what savings and conflict have said before.
+    before = {each["said"] for each in (*data["savings"], *data["conflict"])} | {data["conflict_said"]}
+    if reasons := tuple(sentence for sentence in data["explanation"] if sentence not in before):
+        yield Heading("Why this plan", "why")
+        yield Bullets(reasons)
     yield from margins(data)
     yield from frontier(data, pictures)
     yield from other_conditions(data)
     yield from evidence(data)
     yield from how_known(data, pictures)
     yield from _rest(data, provenance, pictures)
-    yield from _refused(data)
+    yield from refused(data)
     yield from words()
-
-
-def _why(data: Data) -> Iterator[Block]:
-    """The explanation, without what savings and conflict have said before."""
-    before = {each["said"] for each in (*data["savings"], *data["conflict"])} | {data["conflict_said"]}
-    reasons = tuple(sentence for sentence in data["explanation"] if sentence not in before)
-    if reasons:
-        yield Heading("Why this plan", "why")
-        yield Bullets(reasons)
 
 
 def simulation_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     """The report of simulations side by side: a verdict for each, then their figures."""
     yield Heading(f"Simulation: {data['scenario']['name']}", "top", 1)
     yield Heading("Verdicts", "verdict")
-    yield _verdicts(data["runs"])
+    verdicts = [(Cell(r["name"]), *(answered(f["ok"], f["reason"]) for f in r["verdict"])) for r in data["runs"]]
+    head: tuple[str, ...] = ("Policy", *QUESTIONS.values())
+    yield Table("Each policy's verdict", head, tuple(verdicts), words=frozenset(range(len(head))))
     yield _conditions(data, provenance)
     yield Heading("Policies side by side", "compared")
     classes = list(data["scenario"]["classes"])
@@ -272,6 +266,7 @@ def simulation_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -
 
 
 def _rest(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
+    """What closes every report: figures, every number, the calibration, and where the numbers come from."""
     yield Heading("Figures", "figures")
     # the others stand in sections of their own
     elsewhere = {"known", "calibration"} | ({"frontier"} if data.get("frontier") else set())
@@ -282,7 +277,19 @@ def _rest(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator
     yield from _details(data)
     sources = sources_of(data)
     yield from calibrated(data, pictures, sources)
-    yield from _provenance(provenance, sources)
+    yield Heading("Where the numbers come from", "provenance")
+    if sources:
+        yield Bullets(tuple(sources), numbered=True)
+    libraries = ", ".join(f"{name} {version}" for name, version in sorted(provenance["libraries"].items()))
+    yield Terms(
+        (
+            ("Made by", f"{provenance['package']} {provenance['version']} with {libraries}"),
+            ("Run", provenance["run_id"]),
+            ("Scenario digest", provenance["scenario_digest"] or "not recorded"),
+            ("Profiles digest", provenance["profiles_digest"] or "not recorded"),
+            ("Overrides", "; ".join(provenance["overrides_applied"]) or "none"),
+        )
+    )
 
 
 def _conditions(data: Data, provenance: Data) -> Paragraph:
@@ -299,12 +306,13 @@ def _conditions(data: Data, provenance: Data) -> Paragraph:
 
 
 def _verdict(run: Data, *, feasible: bool) -> Iterator[Block]:
+    """Whether the plan keeps every promise, with which reservations."""
     yield Heading("Verdict", "verdict")
-    doubts = [QUESTIONS[f["name"]].lower() for f in run["verdict"] if not f["ok"] and f["name"] != "feasible"]
+    failed = [QUESTIONS[f["name"]].lower() for f in run["verdict"] if not f["ok"] and f["name"] != "feasible"]
     if not feasible:
         text = "No plan that was found keeps every promise. What follows is the one that misses least."
-    elif doubts:
-        text = f"The plan keeps every promise, with reservations: not {', not '.join(doubts)}."
+    elif failed:
+        text = f"The plan keeps every promise, with reservations: not {', not '.join(failed)}."
     else:
         text = "The plan keeps every promise, and the simulation behind it can be relied on."
     yield Paragraph(text, "lead")
@@ -314,12 +322,6 @@ def _verdict(run: Data, *, feasible: bool) -> Iterator[Block]:
 def cards(run: Data) -> Cards:
     """A run's verdict."""
     return Cards(tuple((QUESTIONS[f["name"]], f["ok"], f["reason"]) for f in run["verdict"]))
-
-
-def _verdicts(runs: Sequence[Data]) -> Table:
-    rows = [(Cell(run["name"]), *(answered(f["ok"], f["reason"]) for f in run["verdict"])) for run in runs]
-    head = ("Policy", *QUESTIONS.values())
-    return Table("Each policy's verdict", head, tuple(rows), words=frozenset(range(len(head))))
 
 
 def shown(key: str) -> Show:
@@ -346,27 +348,6 @@ def _details(data: Data) -> Iterator[Block]:
         words_at = frozenset({0, len(classes) + 1})
         table = Table(f"Run {run['name']}; {BENEATH}", ("Figure", *classes, "Unit"), tuple(rows), words=words_at)
         yield Fold(f"Run {run['name']}", (table, *([Bullets(turned_away)] if turned_away else [])))
-
-
-def _provenance(provenance: Data, sources: Sequence[str]) -> Iterator[Block]:
-    yield Heading("Where the numbers come from", "provenance")
-    if sources:
-        yield Bullets(tuple(sources), numbered=True)
-    libraries = ", ".join(f"{name} {version}" for name, version in sorted(provenance["libraries"].items()))
-    made_by = f"{provenance['package']} {provenance['version']} with {libraries}"
-    digests = (("Scenario digest", provenance["scenario_digest"]), ("Profiles digest", provenance["profiles_digest"]))
-    overrides = ("Overrides", "; ".join(provenance["overrides_applied"]) or "none")
-    known = tuple((name, digest or "not recorded") for name, digest in digests)
-    yield Terms((("Made by", made_by), ("Run", provenance["run_id"]), *known, overrides))
-
-
-def _refused(data: Data) -> Iterator[Block]:
-    yield Heading("Refused plans", "refused")
-    if not data["refusals"]:
-        yield Paragraph("No plan of the search space was refused.", "note")
-        return
-    rows = tuple((Cell(name), Cell(reason), Cell(number(count))) for name, reason, count in data["refusals"])
-    yield Table("Plans that cannot run, by reason", ("Request class", "Reason", "Plans"), rows, words=frozenset({0, 1}))
 
 
 def words() -> Iterator[Block]:

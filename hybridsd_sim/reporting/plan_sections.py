@@ -41,6 +41,9 @@ POOL_FIGURES: tuple[tuple[str, Show], ...] = (
     ("queue_wait_p95_s", number),
 )
 
+PLAN_COLUMNS = ("Nodes", "Rent (US$/h)", "p95 latency (s)", "Inside SLO", "Quality (CLIP)")
+"""Headings of what `figures` tells of a plan."""
+
 EXPECTED = ("cloud only", "edge only", "static switch")
 """Baselines that a capacity plan is held against wherever they can serve every class."""
 
@@ -84,28 +87,25 @@ def sentence(data: Data) -> str:
     start = f"Rent {listed(rented)} for {price}" if rented else "Rent nothing"
     alike: dict[str, list[str]] = {}
     for choice in data["chosen"]:
-        for what, who in _to_do(choice):
+        for what, who in _instructions(choice):
             alike.setdefault(what, []).append(who)
     return f"{start}: {'; '.join(what.format(listed(names)) for what, names in alike.items())}."
 
 
-def _to_do(choice: Data) -> Iterator[tuple[str, str]]:
+def _instructions(choice: Data) -> Iterator[tuple[str, str]]:
     """What to do with a class, or with several alike, and who is meant: the class or a share of it."""
     name = choice["request_class"]
     if not choice["parts"]:
         yield "no legal plan serves {}", name
     for part in choice["parts"]:
-        yield _served(part), f"{percent(part['share'])} of {name}" if is_shared(choice) else name
+        first = part["stages"][0]
+        place = "at the edge" if first["tier"] == "edge" else f"on {first['site']}"
+        what = f"run every step of {{}} {place}"
+        if len(part["stages"]) > 1:
+            what = f"hand {{}} over after step {part['switch_step']} of {part['num_inference_steps']}"
+        yield what, f"{percent(part['share'])} of {name}" if is_shared(choice) else name
     if choice["turned_away"]:
         yield "turn {} away", f"{percent(choice['turned_away'])} of {name}"
-
-
-def _served(part: Data) -> str:
-    stages = part["stages"]
-    if len(stages) > 1:
-        return f"hand {{}} over after step {part['switch_step']} of {part['num_inference_steps']}"
-    place = "at the edge" if stages[0]["tier"] == "edge" else f"on {stages[0]['site']}"
-    return f"run every step of {{}} {place}"
 
 
 def is_shared(choice: Data) -> bool:
@@ -117,23 +117,18 @@ def in_words(part: Data) -> str:
     """A plan in words: which steps, of which model, where, and how."""
     total = part["num_inference_steps"]
     together = f", up to {part['batch_cap']} together" if part["batch_cap"] > 1 else ""
-    stages = [
-        f"{_steps(stage, total)} steps of {stage['model']} {_where(stage)}"
-        f"{together if stage['tier'] == 'cloud' else ''}"
-        for stage in part["stages"]
-    ]
+    stages = []
+    for stage in part["stages"]:
+        count = stage["stop"] - stage["start"]
+        some = f"the other {count}" if stage["start"] else f"first {count} of {total}"
+        steps = f"all {total}" if count == total else some
+        batched = together if stage["tier"] == "cloud" else ""
+        stages.append(f"{steps} steps of {stage['model']} {_where(stage)}{batched}")
     text = ", then ".join(stages)
     # usually decoded by the model's own VAE, where the last step ran
     vae = "" if part["vae"] == "autoencoder-kl" else f" by {part['vae']}"
     place = "" if part["vae_site"] == part["stages"][-1]["site"] else f" on {part['vae_site']}"
     return f"{text[0].upper()}{text[1:]}" + (f"; decoded{vae}{place}" if vae or place else "")
-
-
-def _steps(stage: Data, total: int) -> str:
-    count = stage["stop"] - stage["start"]
-    if count == total:
-        return f"all {total}"
-    return f"the other {count}" if stage["start"] else f"first {count} of {total}"
 
 
 def _where(stage: Data) -> str:
@@ -147,8 +142,8 @@ def _where(stage: Data) -> str:
 
 def _class_rows(data: Data, choice: Data) -> Iterator[tuple[Cell, ...]]:
     """A row for each plan of a class, the first with what the whole class was simulated to get, one for the rest."""
-    name = choice["request_class"]
-    spec, figures = data["scenario"]["classes"][name], data["runs"][0]["summary"].get(choice["request_class"], {})
+    name, run = choice["request_class"], data["runs"][0]
+    spec, figures = data["scenario"]["classes"][name], run["summary"].get(name, {})
     simulated = (
         cell(figures.get("latency_p95_s")),
         *_promised(spec, figures),
@@ -159,10 +154,12 @@ def _class_rows(data: Data, choice: Data) -> Iterator[tuple[Cell, ...]]:
     if not choice["parts"]:
         nothing = (Cell(choice["note"]), *_how(None), Cell(DASH, choice["note"]))
         yield (Cell(name, f"from {spec['fleet']}"), *nothing, *simulated)
+    mine = [plan for plan in data["plans"] if plan["request_class"] == name and run["name"] in plan["runs"]]
     for number_of, part in enumerate(choice["parts"]):
         share = f"\n{percent(part['share'])} of its requests" if is_shared(choice) else ""
         who = Cell(name, f"from {spec['fleet']}{share}")
-        yield (who, Cell(in_words(part)), *_how(part), _idle(data, name, part), *(blank if number_of else simulated))
+        idle = ranged(next(plan for plan in mine if plan["label"] == part["label"])["totals"][0])
+        yield (who, Cell(in_words(part)), *_how(part), idle, *(blank if number_of else simulated))
     if choice["turned_away"]:
         who = Cell(name, f"{percent(choice['turned_away'])} of its requests")
         yield (who, Cell("Turned away: there is no room for them"), *(Cell(""),) * 4, *blank)
@@ -179,13 +176,6 @@ def _how(part: Data | None) -> tuple[Cell, Cell, Cell]:
     nodes = f"{cloud[0]['nodes']} × {cloud[0]['site']}"
     together = f"up to {part['batch_cap']} together" if part["batch_cap"] > 1 else ""
     return step, Cell(f"{cloud[0]['method']} × {cloud[0]['degree']}", together), Cell(nodes)
-
-
-def _idle(data: Data, name: str, part: Data) -> Cell:
-    """The latency of a plan of a class when nobody else is there."""
-    chosen = data["runs"][0]["name"]
-    mine = (plan for plan in data["plans"] if plan["request_class"] == name and chosen in plan["runs"])
-    return ranged(next(plan for plan in mine if plan["label"] == part["label"])["totals"][0])
 
 
 def _promised(spec: Data, figures: Data) -> tuple[Cell, Cell]:
@@ -261,7 +251,7 @@ def _policy_row(point: Data, data: Data, chosen: Data | None) -> tuple[Cell, ...
 
     return (
         Cell(point["name"]),
-        _answer(point),
+        holds(point),
         noted("usd_per_hour", money, "rent_usd_per_hour"),
         _interval(point["latency_p95_s"], number, figures.get("latency_p95_s")),
         _interval(point["slo_attainment"], percent, figures.get("slo_attainment")),
@@ -271,7 +261,7 @@ def _policy_row(point: Data, data: Data, chosen: Data | None) -> tuple[Cell, ...
     )
 
 
-def _answer(point: Data) -> Cell:
+def holds(point: Data) -> Cell:
     """Whether a plan holds; the reason where it does not."""
     return answered(point["feasible"], "" if point["feasible"] else point["reason"])
 
@@ -283,94 +273,82 @@ def _interval(values: Sequence[float | None], show: Show, figure: Data | None = 
 
 def _saving(chosen: Data, other: Data) -> Cell:
     """Dollars saved in per cent, and the quality lost for them."""
-    loss = _loss(chosen["quality"], other["quality"])
+    loss = "loss of quality not known"
+    if chosen["quality"] is not None and other["quality"] is not None:
+        change = chosen["quality"] - other["quality"]
+        loss = "same quality" if abs(change) < 5e-5 else f"quality {signed(change, score)}"
     if chosen["usd_per_hour"] is None or other["usd_per_hour"] is None:
         return Cell(DASH, "no price")
     if not other["usd_per_hour"]:
         return Cell(DASH, f"it rents nothing\n{loss}")
-    saved = 1.0 - chosen["usd_per_hour"] / other["usd_per_hour"]
-    return Cell(percent(saved), loss)
-
-
-def _loss(chosen: float | None, other: float | None) -> str:
-    if chosen is None or other is None:
-        return "loss of quality not known"
-    change = chosen - other
-    return "same quality" if abs(change) < 5e-5 else f"quality {signed(change, score)}"
+    return Cell(percent(1.0 - chosen["usd_per_hour"] / other["usd_per_hour"]), loss)
 
 
 def frontier(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     """Plans that no other beats in cost, latency and quality, as figure and table, and near plans of other kinds."""
-    drawn = [picture for picture in pictures if picture.name == "frontier"]
     if not data["frontier"] and not data["alternatives"]:
         return
     yield Heading("Frontier and alternatives", "frontier")
     if data["frontier"]:
-        yield from drawn
-        yield folded(_frontier(data), f"The frontier: {len(data['frontier'])} plans")
+        yield from (picture for picture in pictures if picture.name == "frontier")
+        points = sorted(
+            data["frontier"], key=lambda point: (point["usd_per_hour"] or 0.0, point["latency_p95_s"][0] or 0.0)
+        )
+        rows: list[tuple[Cell, ...]] = [(*figures(point, data), Cell(point["known_by"])) for point in points]
+        head: tuple[str, ...] = (*PLAN_COLUMNS, "Known by")
+        caption = (
+            "Plans that no other beats in rent, p95 latency and quality together, the cheapest first; beneath a figure "
+            "its 95% interval where it was simulated"
+        )
+        yield folded(Table(caption, head, tuple(rows), words=frozenset({0, 5})), f"The frontier: {len(points)} plans")
     if data["alternatives"]:
         rows = []
         for point in data["alternatives"]:
             plans = "; ".join(f"{name}: {label}" for name, label in point["labels"].items())
             rows.append((Cell(point["name"]), *figures(point, data), Cell(point["known_by"]), Cell(plans)))
-        head = (
-            "Other kind of plan", "Nodes", "Rent (US$/h)", "p95 latency (s)", "Inside SLO", "Quality (CLIP)",
-            "Known by", "Plans",
-        )  # fmt: skip
+        head = ("Other kind of plan", *PLAN_COLUMNS, "Known by", "Plans")
         yield Table("Nearly as cheap, and of another kind", head, tuple(rows), words=frozenset({0, 1, 6, 7}))
 
 
-def _frontier(data: Data) -> Table:
-    points = sorted(
-        data["frontier"], key=lambda point: (point["usd_per_hour"] or 0.0, point["latency_p95_s"][0] or 0.0)
-    )
-    rows = tuple((*figures(point, data), Cell(point["known_by"])) for point in points)
-    head = ("Nodes", "Rent (US$/h)", "p95 latency (s)", "Inside SLO", "Quality (CLIP)", "Known by")
-    caption = (
-        "Plans that no other beats in rent, p95 latency and quality together, the cheapest first; beneath a figure "
-    )
-    return Table(f"{caption}its 95% interval where it was simulated", head, rows, words=frozenset({0, 5}))
-
-
 def figures(point: Data, data: Data) -> tuple[Cell, Cell, Cell, Cell, Cell]:
-    """Nodes, rent, p95 latency, share inside SLO and quality of a plan."""
+    """Nodes, rent, p95 latency, share inside SLO and quality of a plan, the columns of `PLAN_COLUMNS`.
+
+    The rent is as well known as the worst known of the nodes' prices.
+    """
+    nodes = ", ".join(f"{count} × {pool}" for pool, count in point["replicas"].items() if count) or "none"
+    prices = [rate["kind"] for rate in data["rates"] if point["replicas"].get(rate["where"])]
+    rent = cell({"value": point["usd_per_hour"], "kind": weakest(prices)}, money)
     quality = cell({"value": point["quality"], "kind": SIMULATED}, score)
     p95 = _interval(point["latency_p95_s"], number, {} if point["feasible"] else {"note": NOWHERE})
     share = _interval(point["slo_attainment"], percent)
-    return _nodes(point), _rent(point, data), p95, share, quality
-
-
-def _rent(point: Data, data: Data) -> Cell:
-    """What a plan's nodes cost an hour: as well known as the worst known of their prices."""
-    kinds = [rate["kind"] for rate in data["rates"] if point["replicas"].get(rate["where"])]
-    return cell({"value": point["usd_per_hour"], "kind": weakest(kinds)}, money)
-
-
-def _nodes(point: Data) -> Cell:
-    return Cell(", ".join(f"{count} × {pool}" for pool, count in point["replicas"].items() if count) or "none")
+    return Cell(nodes), rent, p95, share, quality
 
 
 def evidence(data: Data) -> Iterator[Block]:
-    """Every capacity plan that the search tried, in its order."""
+    """Every capacity plan that the search evaluated, in its order."""
     if not data["evidence"]:
         return
     yield Heading("Evidence", "evidence")
     holding = sum(point["feasible"] for point in data["evidence"])
     yield Paragraph(f"{data['evidence_said']} {holding} of them held every promise.")
-    yield folded(_tried(data), f"All {len(data['evidence'])} in the order of the search")
+    rows = []
+    for point in data["evidence"]:
+        known, answer = Cell(point["known_by"]), answered(point["feasible"], point["reason"])
+        rows.append((Cell(point["name"]), *figures(point, data), known, answer))
+    head = ("Name", *PLAN_COLUMNS, "Known by", "Feasible")
+    table = Table(f"In the order of the search; {BENEATH}", head, tuple(rows), words=frozenset({0, 1, 6, 7}))
+    yield folded(table, f"All {len(rows)} in the order of the search")
     yield Paragraph(CHECK, "note")
 
 
-def _tried(data: Data) -> Table:
-    rows = []
-    for point in data["evidence"]:
-        nodes, rent, p95, share, quality = figures(point, data)
-        known, answer = Cell(point["known_by"]), answered(point["feasible"], point["reason"])
-        rows.append((Cell(point["name"]), nodes, rent, p95, share, quality, known, answer))
-    head = (
-        "Name", "Nodes", "Rent (US$/h)", "p95 latency (s)", "Inside SLO", "Quality (CLIP)", "Known by", "Feasible",
-    )  # fmt: skip
-    return Table(f"In the order of the search; {BENEATH}", head, tuple(rows), words=frozenset({0, 1, 6, 7}))
+def refused(data: Data) -> Iterator[Block]:
+    """Plans of the search space that cannot run, by class and reason."""
+    yield Heading("Refused plans", "refused")
+    if not data["refusals"]:
+        yield Paragraph("No plan of the search space was refused.", "note")
+        return
+    rows = tuple((Cell(name), Cell(reason), Cell(number(count))) for name, reason, count in data["refusals"])
+    yield Table("Plans that cannot run, by reason", ("Request class", "Reason", "Plans"), rows, words=frozenset({0, 1}))
 
 
 def folded(table: Table, summary: str) -> Block:

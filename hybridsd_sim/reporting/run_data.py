@@ -52,7 +52,7 @@ def tally(name: str, result: SimResult, chosen: Sequence[Candidate], rates: Mapp
     """
     known = {(option.request_class, option.plan.label): option for option in (*result.used.values(), *chosen)}
     rent_kind = weakest(rates[pool].figure.kind for pool, nodes in result.replicas.items() if nodes and pool in rates)
-    summary = _summary(result, known, rent_kind)
+    pools = pool_table(result.scenario, result.policy, result.replications, result.replicas)
     return {
         "name": name,
         "policy": result.policy,
@@ -60,8 +60,16 @@ def tally(name: str, result: SimResult, chosen: Sequence[Candidate], rates: Mapp
         "replicas": dict(result.replicas),
         "usd_per_hour": result.usd_per_hour,
         "verdict": [{"name": f.name, "ok": f.ok, "reason": f.reason} for f in result.verdict.findings],
-        "summary": summary,
-        "pools": _pools(result),
+        "summary": _summary(result, known, rent_kind),
+        # how many GPUs there are is a decision; what they did was simulated
+        "pools": [
+            {"pool": row["pool"]}
+            | {
+                key: {**figure, "kind": "" if key == "gpus" else SIMULATED}
+                for key, figure in _tidy(row, pools.attrs["units"])
+            }
+            for row in pools.reset_index().to_dict("records")
+        ],
         "latency": {cls: curve for cls in result.scenario.requests if (curve := _curve(result, cls))},
         "series": list(_series(result)),
         "components": list(_components(result, known)),
@@ -75,19 +83,24 @@ def tally(name: str, result: SimResult, chosen: Sequence[Candidate], rates: Mapp
 def _summary(
     result: SimResult, known: Mapping[tuple[str, str], Candidate], rent_kind: Kind
 ) -> dict[str, dict[str, Data]]:
-    """Per class and for all: quantity to value, interval, unit, kind and, for a null, the reason."""
+    """Per class and for all: quantity to value, interval, unit, kind and, where something is not known, the reason."""
     frame = result.summary.reset_index()
     units = result.summary.attrs["units"]
-    rows = {}
+    rows: dict[str, dict[str, Data]] = {}
     for row in frame.to_dict("records"):
         cls = str(row["request_class"])
         costs = [option.cost for (owner, _), option in known.items() if cls in (ALL, owner)]
         kinds = {"quality_mean": weakest(cost.quality.clip.kind for cost in costs), "rent_usd_per_hour": rent_kind}
         served = float(row.get("served", 1))
-        rows[cls] = {
-            key: _why(key, cls, {**figure, "kind": kinds.get(key, SIMULATED)}, costs, served)
-            for key, figure in _tidy(row, units)
-        }
+        rows[cls] = {}
+        for key, figure in _tidy(row, units):
+            figure["kind"] = kinds.get(key, SIMULATED)
+            ends = [end for end in ("low", "high") if figure[end] is not None and not math.isfinite(figure[end])]
+            if not math.isfinite(figure["value"]):
+                figure["note"] = _explain_unknown(key, cls, costs, served)
+            elif ends:
+                figure["note"] = f"the run is too short to tell the {' and the '.join(ends)} end of the interval"
+            rows[cls][key] = figure
     return rows
 
 
@@ -102,17 +115,8 @@ def _tidy(row: Mapping[Any, Any], units: Mapping[str, str]) -> Iterator[tuple[st
         yield key, figure | {end: float(row[f"{key}_{end}"]) for end in ("low", "high") if f"{key}_{end}" in row}
 
 
-def _why(key: str, cls: str, figure: Data, costs: Sequence[PlanCost], served: float) -> Data:
-    """The figure, with the reason for what it does not know."""
-    if not _known(figure["value"]):
-        return {**figure, "note": _reason(key, cls, costs, served)}
-    ends = [end for end in ("low", "high") if figure[end] is not None and not _known(figure[end])]
-    if ends:
-        return {**figure, "note": f"the run is too short to tell the {' and the '.join(ends)} end of the interval"}
-    return figure
-
-
-def _reason(key: str, cls: str, costs: Sequence[PlanCost], served: float) -> str:
+def _explain_unknown(key: str, cls: str, costs: Sequence[PlanCost], served: float) -> str:
+    """Why a figure of a class is not known: what the plans behind it do not know, or the run cannot tell."""
     if key.startswith("rent_"):
         return "no price for a rented pool" if cls == ALL else "the classes share the nodes"
     if not served:
@@ -132,22 +136,6 @@ def _first(notes: Iterator[str]) -> str:
 
 def _all_parts(costs: Sequence[PlanCost]) -> Iterator[Part]:
     return (part for cost in costs for part in cost.parts)
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _pools(result: SimResult) -> list[Data]:
-    frame = pool_table(result.scenario, result.policy, result.replications, result.replicas)
-    units = frame.attrs["units"]
-    rows = frame.reset_index().to_dict("records")
-    # how many GPUs there are is a decision; what they did was simulated
-    return [
-        {"pool": row["pool"]}
-        | {key: {**figure, "kind": "" if key == "gpus" else SIMULATED} for key, figure in _tidy(row, units)}
-        for row in rows
-    ]
 
 
 def _curve(result: SimResult, cls: str) -> Data | None:
@@ -207,12 +195,17 @@ def _range(each: np.ndarray) -> Data:
 
 
 def _components(result: SimResult, known: Mapping[tuple[str, str], Candidate]) -> Iterator[Data]:
-    """Dollars and GPU-seconds an image by component, per class and for all; the idle rent comes last."""
+    """Dollars and GPU-seconds an image by component, per class and for all; the idle rent comes last.
+
+    That is the rent which no counted image bears: of idle nodes, and of requests from before or beyond the counted
+    time.
+    """
+    scenario = result.scenario
     totals: dict[tuple[str, str], np.ndarray] = {}
-    images = dict.fromkeys([*result.scenario.requests, ALL], 0.0)
+    images = dict.fromkeys([*scenario.requests, ALL], 0.0)
     for cls, label, count, booked in _booked(result):
         option = known.get((cls, label))
-        images[cls] += count * result.scenario.requests[cls].num_images
+        images[cls] += count * scenario.requests[cls].num_images
         for name, figures in _split(option, booked):
             for owner in (cls, ALL):
                 totals[owner, name] = totals.get((owner, name), np.zeros(2)) + figures
@@ -225,7 +218,13 @@ def _components(result: SimResult, known: Mapping[tuple[str, str], Candidate]) -
                 "usd": usd / images[owner],
                 "gpu_seconds": gpu_s / images[owner],
             }
-    yield from _idle(result, totals, images[ALL])
+    gpus = sum(result.replicas.get(name, 0) * pool.gpus_per_node for name, pool in scenario.pools.items())
+    if gpus and images[ALL]:
+        seconds = (scenario.horizon_s - scenario.warmup_s) * len(result.replications)
+        rent = math.nan if result.usd_per_hour is None else result.usd_per_hour * seconds / 3600
+        on_gpus = [value for (owner, name), value in totals.items() if owner == ALL and name != TRANSFER]
+        usd, gpu_s = np.maximum(0.0, np.array([rent, gpus * seconds]) - sum(on_gpus, np.zeros(2))) / images[ALL]
+        yield {"request_class": ALL, "component": IDLE, "usd": usd, "gpu_seconds": gpu_s}
 
 
 def _booked(result: SimResult) -> Iterator[tuple[str, str, int, np.ndarray]]:
@@ -266,18 +265,6 @@ def _over(part: float | None, total: float | None) -> float:
     if part is None or total is None:
         return math.nan
     return part / total if total else 0.0
-
-
-def _idle(result: SimResult, totals: Mapping[tuple[str, str], np.ndarray], images: float) -> Iterator[Data]:
-    """The rent that no counted image bears: of idle nodes, and of requests from before or beyond the counted time."""
-    gpus = sum(result.replicas.get(name, 0) * pool.gpus_per_node for name, pool in result.scenario.pools.items())
-    seconds = (result.scenario.horizon_s - result.scenario.warmup_s) * len(result.replications)
-    if not gpus or not images:
-        return
-    rent = math.nan if result.usd_per_hour is None else result.usd_per_hour * seconds / 3600
-    on_gpus = [value for (owner, name), value in totals.items() if owner == ALL and name != TRANSFER]
-    usd, gpu_s = np.maximum(0.0, np.array([rent, gpus * seconds]) - sum(on_gpus, np.zeros(2))) / images
-    yield {"request_class": ALL, "component": IDLE, "usd": usd, "gpu_seconds": gpu_s}
 
 
 def _unserved(result: SimResult) -> list[list[Any]]:

@@ -99,17 +99,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], width: int, *, k
     """Aligned columns within `width` characters; those that do not fit stand below, beside the first `keys` again."""
     cells = [list(header), *([figure(cell) for cell in row] for row in rows)]
     columns = list(zip(*cells, strict=True))
-    return "\n".join(_block(block, width) for block in _blocks(columns, width, keys))
-
-
-def _blocks(columns: Sequence[Sequence[str]], width: int, keys: int) -> Iterator[list[Sequence[str]]]:
-    block = list(columns[:keys])
+    blocks = [columns[:keys]]
     for column in columns[keys:]:
-        if len(block) > keys and sum(map(_longest_word, [*block, column])) + GAP * len(block) > width:
-            yield block
-            block = list(columns[:keys])
-        block.append(column)
-    yield block
+        block = [*blocks[-1], column]
+        if len(block) > keys + 1 and sum(map(_longest_word, block)) + GAP * (len(block) - 1) > width:
+            blocks.append([*columns[:keys], column])
+        else:
+            blocks[-1] = block
+    return "\n".join(_align(block, width) for block in blocks)
 
 
 def _longest_word(column: Sequence[str]) -> int:
@@ -117,7 +114,7 @@ def _longest_word(column: Sequence[str]) -> int:
     return min(max(words, default=0), LONGEST_WORD)
 
 
-def _block(columns: Sequence[Sequence[str]], width: int) -> str:
+def _align(columns: Sequence[Sequence[str]], width: int) -> str:
     """One block: the widest columns are narrowed, down to their longest word, until all of them fit."""
     widths = [max(map(len, column)) for column in columns]
     least = [max(1, _longest_word(column)) for column in columns]
@@ -126,20 +123,15 @@ def _block(columns: Sequence[Sequence[str]], width: int) -> str:
         if not loose:
             break
         widths[max(loose, key=widths.__getitem__)] -= 1
-    wrapped = [[_wrapped(cell, wide) for cell in column] for column, wide in zip(columns, widths, strict=True)]
+    wrapped = []
+    for column, wide in zip(columns, widths, strict=True):
+        broken = ([wrap(part, wide, break_on_hyphens=False) for part in cell.splitlines()] for cell in column)
+        wrapped.append([[line.replace(TIE, " ") for lines in parts for line in lines] or [""] for parts in broken])
     widths = [max(len(line) for lines in column for line in lines) for column in wrapped]
     head, *body = ([*zip_longest(*row, fillvalue="")] for row in zip(*wrapped, strict=True))
-    lines = [*head, tuple("-" * wide for wide in widths), *(line for row in body for line in row)]
-    return "".join(f"{_joined(line, widths)}\n" for line in lines)
-
-
-def _wrapped(cell: str, width: int) -> list[str]:
-    lines = [line for part in cell.splitlines() for line in wrap(part, width, break_on_hyphens=False)]
-    return [line.replace(TIE, " ") for line in lines] or [""]
-
-
-def _joined(line: Sequence[str], widths: Sequence[int]) -> str:
-    return (" " * GAP).join(text.ljust(wide) for text, wide in zip(line, widths, strict=True)).rstrip()
+    rows = [*head, tuple("-" * wide for wide in widths), *(line for row in body for line in row)]
+    padded = ([text.ljust(wide) for text, wide in zip(row, widths, strict=True)] for row in rows)
+    return "".join(f"{(' ' * GAP).join(texts).rstrip()}\n" for texts in padded)
 
 
 def sentences(lines: Iterable[str], width: int, mark: str = "- ") -> str:
@@ -197,7 +189,7 @@ def scenario_text(scenario: Scenario, width: int) -> str:
     """A resolved scenario in brief, and every change to its base."""
     keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
     rows: list[tuple[str, Any]] = [(key, figure(getattr(scenario, key), exact)) for key in keys]
-    rows += [(f"requests.{name}", _class_in_brief(spec)) for name, spec in scenario.requests.items()]
+    rows += [(f"requests.{name}", _summarise_class(spec)) for name, spec in scenario.requests.items()]
     rows += [(f"edge.{name}", f"{f.replicas} x {f.device} on {f.network}") for name, f in scenario.edge.items()]
     for name, pool in scenario.pools.items():
         nodes = f"{pool.replicas_min} to {pool.replicas_max}" if pool.replicas is None else str(pool.replicas)
@@ -213,7 +205,7 @@ def scenario_text(scenario: Scenario, width: int) -> str:
     return table(("key", "value"), rows, width)
 
 
-def _class_in_brief(spec: RequestClass) -> str:
+def _summarise_class(spec: RequestClass) -> str:
     small = f" then {' or '.join(spec.small_models)}" if spec.small_models else ""
     rate = "" if spec.arrivals.rate_per_s is None else f" {exact(spec.arrivals.rate_per_s)}/s"
     slo = "no SLO" if spec.slo_s is None else f"p{exact(spec.slo_percentile)} within {exact(spec.slo_s)} s"
@@ -292,7 +284,10 @@ def simulation_text(saved: Data, width: int) -> str:
     for run in saved["runs"]:
         classes = run["summary"] if len(run["summary"]) > 2 else {"all": run["summary"]["all"]}
         for name, figures in classes.items():
-            rows.append((run["name"], name, *(_of_class(name, key, figures[key]) for key in shown)))
+            # nodes are rented for all classes together
+            mine = [key for key in shown if key != "rent_usd_per_hour" or name == "all"]
+            cells = (with_interval(figures[key], way_of(key)) if key in mine else "" for key in shown)
+            rows.append((run["name"], name, *cells))
         overall = run["summary"]["all"]
         notes += [
             f"{FIGURES[key]} of {run['name']} is not known: {overall[key].get('note', '')}."
@@ -302,11 +297,6 @@ def simulation_text(saved: Data, width: int) -> str:
     header = ("policy", "class", *(FIGURES[key] for key in shown))
     text = (_verdicts(saved["runs"], width), table(header, rows, width, keys=2), sentences(notes, width))
     return "\n".join(filter(None, text))
-
-
-def _of_class(name: str, key: str, found: Data) -> str:
-    """A figure of a class; nodes are rented for all classes together."""
-    return "" if key == "rent_usd_per_hour" and name != "all" else with_interval(found, way_of(key))
 
 
 def _value(run: Data, key: str) -> Any:
@@ -324,21 +314,32 @@ def _verdicts(runs: Sequence[Data], width: int) -> str:
 
 def plan_text(saved: Data, width: int) -> str:
     """The verdict, what serves each class, what to rent, what it was compared with, the frontier, and why."""
-    nodes = list(saved["runs"][0]["replicas"].items())
+    run = saved["runs"][0]
+    nodes = list(run["replicas"].items())
+    overall = run["summary"]["all"]["latency_p95_s"], _value(run, "quality_mean")
+    plans = [("chosen", run["usd_per_hour"], *overall, saved["feasible"])]
+    plans += [
+        (other["name"], other["usd_per_hour"], other["latency_p95_s"], other["quality"], _holds(other))
+        for other in (*saved["baselines"], *saved["alternatives"])
+    ]
+    compared = [
+        (name, figure(usd, money), with_interval(latency), figure(quality, score), holds)
+        for name, usd, latency, quality, holds in plans
+    ]
     text = (
         _verdicts(saved["runs"][:1], width),
         table(("class", "plan", "p95 latency s", "SLO s", "inside SLO", "CLIP"), list(_chosen(saved)), width),
         table(("pool", "nodes"), nodes, width) if nodes else "",
-        table(("plan", "USD/h", "p95 latency s", "CLIP", "holds"), list(_compared(saved)), width),
+        table(("plan", "USD/h", "p95 latency s", "CLIP", "holds"), compared, width),
         _frontier(saved["frontier"], width),
         _varied("condition", saved["sensitivity"], width),
         _varied("scenario", saved["robust"], width),
-        sentences(_said(saved), width),
+        sentences(_remarks(saved), width),
     )
     return "\n".join(filter(None, text))
 
 
-def _said(saved: Data) -> Iterator[str]:
+def _remarks(saved: Data) -> Iterator[str]:
     """Why the plan is what it is, how far from the cheapest, what a change would buy, how sure it is."""
     bound, sure = saved["bound"], saved["confidence"]
     yield from saved["explanation"]
@@ -374,6 +375,7 @@ def _holds(point: Data) -> str:
 
 
 def _chosen(saved: Data) -> Iterator[tuple[Any, ...]]:
+    """A row for each plan of each class, the first with the figures of the class."""
     summary, classes = saved["runs"][0]["summary"], saved["scenario"]["classes"]
     for choice in saved["chosen"]:
         name, parts, away = choice["request_class"], choice["parts"], choice["turned_away"]
@@ -387,28 +389,15 @@ def _chosen(saved: Data) -> Iterator[tuple[Any, ...]]:
         yield from (("", label, "", "", "", "") for label in labels[1:])
 
 
-def _compared(saved: Data) -> Iterator[tuple[Any, ...]]:
-    """The chosen plan, the baselines and the alternatives; those by formula alone have no interval."""
-    run = saved["runs"][0]
-    latency, quality = with_interval(run["summary"]["all"]["latency_p95_s"]), _value(run, "quality_mean")
-    yield "chosen", figure(run["usd_per_hour"], money), latency, figure(quality, score), saved["feasible"]
-    for other in (*saved["baselines"], *saved["alternatives"]):
-        latency, rent = with_interval(other["latency_p95_s"]), figure(other["usd_per_hour"], money)
-        yield other["name"], rent, latency, figure(other["quality"], score), _holds(other)
-
-
 def _frontier(points: Sequence[Data], width: int) -> str:
     """Plans that no other beats in dollars, latency and quality together, cheapest first; by what they are known."""
     ordered = sorted(points, key=lambda point: (point["usd_per_hour"] or 0.0, point["latency_p95_s"][0] or 0.0))
     last = min(len(ordered), SHOWN_POINTS) - 1
-    shown = [ordered[round(n * (len(ordered) - 1) / max(last, 1))] for n in range(last + 1)]
-    rows = [
-        (
-            figure(point["usd_per_hour"], money), point["latency_p95_s"][0], figure(point["quality"], score),
-            _nodes(point["replicas"]),
-        )
-        for point in shown
-    ]  # fmt: skip
+    rows = []
+    for point in (ordered[round(n * (len(ordered) - 1) / max(last, 1))] for n in range(last + 1)):
+        nodes = ", ".join(f"{nodes} x {pool}" for pool, nodes in point["replicas"].items() if nodes) or "none"
+        rent, quality = figure(point["usd_per_hour"], money), figure(point["quality"], score)
+        rows.append((rent, point["latency_p95_s"][0], quality, nodes))
     known = ", ".join(sorted({point["known_by"] for point in points}))
     more = [f"The report has all {len(points)} points of the frontier."] if len(points) > len(rows) else []
     more.insert(0, f"The frontier's figures are by {known}.")
@@ -416,47 +405,35 @@ def _frontier(points: Sequence[Data], width: int) -> str:
     return table(header, rows, width) + sentences(more, width) if rows else ""
 
 
-def _nodes(replicas: Mapping[str, int]) -> str:
-    return ", ".join(f"{nodes} x {pool}" for pool, nodes in replicas.items() if nodes) or "none"
-
-
 def verification_text(data: Data, width: int) -> str:
     """A line a table, the worst row of each, then what is out of order, not counted or not predicted."""
-    tables = data["tables"]
-    rows = [_line(found) for found in tables]
-    rows.append(_total(data))
+    rows: list[tuple[Any, ...]] = []
     worst = []
-    for found in tables:
+    for found in data["tables"]:
+        name, order = found["name"], {None: "", True: "right", False: f"{len(found['wrong_order'])} wrong"}
+        errors, errors_out = (
+            [figure(found[key + end], percent) for key in ("mare", "worst")] for end in ("", "_held_out")
+        )
+        inside, inside_out = _shares(found)
+        counted = found["rows"], found["calibration_rows"], *errors, inside
+        held_out = found["held_out_rows"], *errors_out, inside_out
+        rows.append((name, *counted, *held_out, order[found["ranking_right"]]))
         if found["worst_row"]:
             known = (case for case in found["cases"] if case["counts"] and case["error"] is not None)
             case = max(known, key=lambda case: abs(case["error"]))
-            worst.append((found["name"], case["label"], case["published"], case["predicted"], _off(case)))
-    notes = [note for found in tables for note in _notes(found)]
+            worst.append((name, case["label"], case["published"], case["predicted"], _off(case)))
+    total, fitted, out = (
+        sum(found[key] for found in data["tables"]) for key in ("rows", "calibration_rows", "held_out_rows")
+    )
+    inside, inside_out = _shares(data)
+    rows.append(("all", total, fitted, "", "", inside, out, "", "", inside_out, ""))
     text = (
         table(VERIFIED, rows, width),
         sentences(VERIFICATION_LEGEND, width),
         table(("table", "worst row", "published", "predicted", "error"), worst, width),
-        sentences(notes, width),
+        sentences((note for found in data["tables"] for note in _notes(found)), width),
     )
     return "\n".join(filter(None, text))
-
-
-def _line(found: Data) -> tuple[Any, ...]:
-    error, worst, error_out, worst_out = (
-        figure(found[key], percent) for key in ("mare", "worst", "mare_held_out", "worst_held_out")
-    )
-    inside, inside_out = _shares(found)
-    order = {None: "", True: "right", False: f"{len(found['wrong_order'])} wrong"}[found["ranking_right"]]
-    everything = found["rows"], found["calibration_rows"], error, worst, inside
-    return found["name"], *everything, found["held_out_rows"], error_out, worst_out, inside_out, order
-
-
-def _total(data: Data) -> tuple[Any, ...]:
-    rows, fitted, held_out = (
-        sum(found[key] for found in data["tables"]) for key in ("rows", "calibration_rows", "held_out_rows")
-    )
-    inside, inside_out = _shares(data)
-    return "all", rows, fitted, "", "", inside, held_out, "", "", inside_out, ""
 
 
 def _shares(found: Data) -> tuple[str, str]:
@@ -464,6 +441,7 @@ def _shares(found: Data) -> tuple[str, str]:
 
 
 def _notes(found: Data) -> Iterator[str]:
+    """What is to be said of a table: its wrong order, the rows that do not count, and those without a prediction."""
     name, cases = found["name"], found["cases"]
     if found["wrong_order"]:
         yield f"{name}, not in the published order: {_some([' and '.join(pair) for pair in found['wrong_order']])}."
