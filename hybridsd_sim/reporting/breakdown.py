@@ -200,7 +200,10 @@ def _product(
     missing = [part.unknown or (rate.figure.note if rate else "") for part, amount, rate in some if amount is None]
     ends = [0.0, 0.0]
     for part, amount, rate in some:
-        for side, share in enumerate(_reach(part, rate)):
+        far, seconds = (rate.reach if rate else (1.0, 1.0)), part.seconds
+        if part.tier != "network" and seconds.value:
+            far = (far[0] * seconds.low / seconds.value, far[1] * seconds.high / seconds.value)
+        for side, share in enumerate(far):
             ends[side] += share * (amount or 0.0) / images
     kinds = [part.seconds.kind for part, *_ in some if part.tier != "network"]
     kinds += [rate.figure.kind for *_, rate in some if rate]
@@ -208,15 +211,6 @@ def _product(
     value = None if missing else sum(amount or 0.0 for _, amount, _ in some) / images
     note = "; ".join(dict.fromkeys(filter(None, missing))) if missing else "" if some else if_none
     return _total(name, value, unit, None if missing else (ends[0], ends[1]), weakest(kinds), sources, note)
-
-
-def _reach(part: Part, rate: Rate | None) -> tuple[float, float]:
-    """The ends of a part's dollars or joules as shares of their middle."""
-    low, high = rate.reach if rate else (1.0, 1.0)
-    seconds = part.seconds
-    if part.tier == "network" or not seconds.value:
-        return low, high
-    return low * seconds.low / seconds.value, high * seconds.high / seconds.value
 
 
 def _total(

@@ -94,23 +94,22 @@ def compare_page(first: tuple[Data, Data], second: tuple[Data, Data], pictures: 
         if data["kind"] == "plan":
             yield Paragraph(sentence(data))
     yield Heading("What differs in the question", "question")
-    yield _differences(first[1], second[1])
+    ours, theirs = (
+        {**dict(_leaves(provenance["scenario"])), **{key: provenance[key] for key in MADE_BY}}
+        for _, provenance in (first, second)
+    )
+    keys = [key for key in dict.fromkeys((*ours, *theirs)) if ours.get(key) != theirs.get(key)]
+    if keys:
+        rows = tuple((Cell(key), *(Cell(str(values.get(key, "absent"))) for values in (ours, theirs))) for key in keys)
+        caption = "Keys of the resolved scenario, and what made the runs"
+        yield Table(caption, ("Key", *SIDES), rows, words=frozenset({0, 1, 2}))
+    else:
+        yield Paragraph("Nothing: scenario, profiles and version are the same.", "note")
     yield Heading("Figures side by side", "compared")
     yield from _tables(first[0], second[0])
     yield Heading("Figures", "figures")
     yield from pictures
     yield from words()
-
-
-def _differences(first: Data, second: Data) -> Block:
-    """The keys of two provenances, scenarios resolved, that have not the same value."""
-    ours, theirs = ({**dict(_leaves(p["scenario"])), **{key: p[key] for key in MADE_BY}} for p in (first, second))
-    keys = [key for key in dict.fromkeys((*ours, *theirs)) if ours.get(key) != theirs.get(key)]
-    if not keys:
-        return Paragraph("Nothing: scenario, profiles and version are the same.", "note")
-    rows = tuple((Cell(key), *(Cell(str(values.get(key, "absent"))) for values in (ours, theirs))) for key in keys)
-    caption = "Keys of the resolved scenario, and what made the runs"
-    return Table(caption, ("Key", *SIDES), rows, words=frozenset({0, 1, 2}))
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -170,30 +169,29 @@ def write_agreement(data: Data, folder: Path) -> Path:
     asking), `late_s` (the latest request). `data["lost"]` are names of runs without a sound part, `data["made_by"]`
     terms for the provenance.
     """
-    shown = list(_pictures(data["runs"]))
-    return write_pages(Path(folder), "Simulated against live", list(_page(data, shown)), shown)
+    runs = data["runs"]
+    pictures = list(_pictures(runs))
+    blocks: list[Block] = [
+        Heading("Simulated against live", "top", 1),
+        Heading("Verdict", "verdict"),
+        Paragraph(_verdict(runs, data["lost"]), "lead"),
+    ]
+    if runs:
+        sizes = [run["block"] for run in runs]
+        drivers = " and ".join(dict.fromkeys(run["driver"] for run in runs))
+        blocks += [
+            _overview(runs),
+            Paragraph(HOW.format(blocks=f"{min(sizes)} to {max(sizes)}", drivers=drivers), "note"),
+            Heading("Latency, curve over curve", "figures"),
+            *pictures,
+            Heading("Every figure", "details"),
+            *(Fold(f"{_called(run)}: {_WORDS[run['holds']]}", _details(run)) for run in runs),
+        ]
+    blocks += [Heading("Provenance", "provenance"), Terms(tuple(data["made_by"]))]
+    return write_pages(Path(folder), "Simulated against live", blocks, pictures)
 
 
 # ---- Page -----------------------------------------------------------------------------------------------------------
-
-
-def _page(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
-    runs = data["runs"]
-    yield Heading("Simulated against live", "top", 1)
-    yield Heading("Verdict", "verdict")
-    yield Paragraph(_verdict(runs, data["lost"]), "lead")
-    if runs:
-        yield _overview(runs)
-        sizes = [run["block"] for run in runs]
-        drivers = " and ".join(dict.fromkeys(run["driver"] for run in runs))
-        yield Paragraph(HOW.format(blocks=f"{min(sizes)} to {max(sizes)}", drivers=drivers), "note")
-        yield Heading("Latency, curve over curve", "figures")
-        yield from pictures
-        yield Heading("Every figure", "details")
-        for run in runs:
-            yield Fold(f"{_called(run)}: {_WORDS[run['holds']]}", _details(run))
-    yield Heading("Provenance", "provenance")
-    yield Terms(tuple(data["made_by"]))
 
 
 def _verdict(runs: Sequence[Data], lost: Sequence[str]) -> str:

@@ -150,7 +150,12 @@ def contents(result: CapacityPlan | Sequence[SimResult], profiles: Profiles) -> 
     chosen = [option for mix in result.mixes.values() for _, option in mix]
     served = [(CHOSEN, option.request_class, option.cost) for option in chosen]
     served += [(name, *one) for name, run in result.baseline_results.items() for one in _used(run)]
-    served += [(point.name, *one) for point in result.alternatives for one in _price_again(point, result, profiles)]
+    # Alternatives were not simulated: their plans are priced again.
+    prefer = result.scenario.search.prefer_sources
+    for point in result.alternatives:
+        for name, mix in (point.deployment.plans if point.deployment else {}).items():
+            request = request_of(name, result.scenario.requests[name])
+            served += [(point.name, name, price(part.plan, request, profiles, prefer=prefer)) for part in mix]
     shared = _shared(result.scenario, runs, served, profiles, chosen)
     return _clean({"kind": "plan", **shared, **planned(result)})
 
@@ -160,14 +165,6 @@ def _used(run: SimResult) -> Iterator[tuple[str, PlanCost]]:
     order = list(run.scenario.requests)
     for option in sorted(run.used.values(), key=lambda option: (order.index(option.request_class), option.plan.label)):
         yield option.request_class, option.cost
-
-
-def _price_again(point: EvaluatedPlan, plan: CapacityPlan, profiles: Profiles) -> Iterator[tuple[str, PlanCost]]:
-    """The plans of a capacity plan that was not simulated, priced again."""
-    prefer = plan.scenario.search.prefer_sources
-    for name, mix in (point.deployment.plans if point.deployment else {}).items():
-        for part in mix:
-            yield name, price(part.plan, request_of(name, plan.scenario.requests[name]), profiles, prefer=prefer)
 
 
 def _clean(data: Data) -> Data:
@@ -194,8 +191,16 @@ def _shared(
     sites = [pool_site(name, pool) for name, pool in scenario.pools.items()]
     sites += [site for *_, cost in served for site in cost.plan.sites.values()]
     rates = rates_of({site.name: site for site in sites}, profiles)
+    classes = {
+        name: {key: getattr(spec, key) for key in ("slo_s", "slo_percentile", "quality_floor", "num_inference_steps")}
+        | {"fleet": spec.origin, "device": scenario.edge[spec.origin].device, "num_images": spec.num_images}
+        | {"model": spec.model, "height_px": spec.height_px, "width_px": spec.width_px}
+        for name, spec in scenario.requests.items()
+    }
+    pools = {name: {"gpu": pool.gpu, "gpus_per_node": pool.gpus_per_node} for name, pool in scenario.pools.items()}
+    keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
     return {
-        "scenario": _scenario(scenario),
+        "scenario": {**{key: getattr(scenario, key) for key in keys}, "classes": classes, "pools": pools},
         "runs": [
             tally(name, result, chosen if index == 0 else (), rates)
             for index, (name, result) in enumerate(runs.items())
@@ -205,19 +210,6 @@ def _shared(
         "calibration": fits_of(sites, profiles),
         "constants": constants_of(profiles),
     }
-
-
-def _scenario(scenario: Scenario) -> Data:
-    """What pages tell of a scenario."""
-    classes = {
-        name: {key: getattr(spec, key) for key in ("slo_s", "slo_percentile", "quality_floor", "num_inference_steps")}
-        | {"fleet": spec.origin, "device": scenario.edge[spec.origin].device, "num_images": spec.num_images}
-        | {"model": spec.model, "height_px": spec.height_px, "width_px": spec.width_px}
-        for name, spec in scenario.requests.items()
-    }
-    pools = {name: {"gpu": pool.gpu, "gpus_per_node": pool.gpus_per_node} for name, pool in scenario.pools.items()}
-    keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
-    return {**{key: getattr(scenario, key) for key in keys}, "classes": classes, "pools": pools}
 
 
 def plain(value: Any) -> Any:

@@ -339,6 +339,14 @@ def load_of(plan: CapacityPlan) -> Data:
         for (name, spec), count in zip(scenario.requests.items(), counts, strict=True)
         if spec.slo_s is not None and count < ENOUGH
     }
+    figures = plan.chosen_result.summary.droplevel(0).to_dict("index")
+    expected: dict[str, Data] = {}
+    for name in (*scenario.requests, ALL):
+        spec = scenario.requests.get(name)
+        expected[name] = {"slo_s": spec.slo_s, "slo_percentile": spec.slo_percentile} if spec else {"slo_s": None}
+        for key in EXPECTED:
+            ends = {end: float(figures[name][key + tail]) for end, tail in ENDS}
+            expected[name][key] = {end: value if math.isfinite(value) else None for end, value in ends.items()}
     return {
         "format": FORMAT,
         "scenario": scenario.name,
@@ -346,7 +354,7 @@ def load_of(plan: CapacityPlan) -> Data:
         "feasible": plan.feasible,
         "count_from_s": round(from_s, 6),
         "bodies": {name: {key: getattr(spec, key) for key in BODY} for name, spec in scenario.requests.items()},
-        "expected": _expected(plan),
+        "expected": expected,
         "too_few": too_few,
         "requests": _requests(scenario, sent, origin_s),
     }
@@ -389,17 +397,4 @@ def _requests(scenario: Scenario, drawn: ArrivalChunk, origin_s: float) -> list[
         request = {"arrival_s": round(arrival_s - origin_s, 6), "request_class": name, "seed": seed}
         own = (0, spec.num_images, spec.num_inference_steps)
         found.append(request | {key: v for key, v, same in zip(names[2:], asked, own, strict=True) if v != same})
-    return found
-
-
-def _expected(plan: CapacityPlan) -> Data:
-    """What the confirmed simulation says of every class and of all, with 95% intervals, and what is promised."""
-    rows = plan.chosen_result.summary.droplevel(0).to_dict("index")
-    found: dict[str, Data] = {}
-    for name in (*plan.scenario.requests, ALL):
-        spec = plan.scenario.requests.get(name)
-        found[name] = {"slo_s": spec.slo_s, "slo_percentile": spec.slo_percentile} if spec else {"slo_s": None}
-        for key in EXPECTED:
-            ends = {end: float(rows[name][key + tail]) for end, tail in ENDS}
-            found[name][key] = {end: value if math.isfinite(value) else None for end, value in ends.items()}
     return found

@@ -138,7 +138,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, profiles: Profiles, digest: str | None) -> None:
     """Write everything that a run is drawn from, provenance first and the requests last."""
     from hybridsd_sim.reporting.data import CHOSEN, contents, named
-    from hybridsd_sim.reporting.exports import tables, write_rows
+    from hybridsd_sim.reporting.exports import load_of, tables, write_rows
     from hybridsd_sim.scenario import dump_yaml
 
     data = contents(result, profiles)
@@ -147,7 +147,14 @@ def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, profiles: Pr
     else:
         runs, scenario, extra = {CHOSEN: result.chosen_result, **result.baseline_results}, result.scenario, "plan"
         write_atomically(folder / "plan.yaml", dump_yaml(result.deployment.to_dict()).encode())
-        _save_load_test(result, folder)
+        # What checks the plan against a running service: a file that people can add to, and the script that sends it.
+        load = load_of(result)
+        requests = ",\n    ".join(json.dumps(request, allow_nan=False) for request in load["requests"])
+        head = json.dumps({**load, "requests": []}, indent=2, allow_nan=False)
+        text = head.replace('"requests": []', f'"requests": [\n    {requests}\n  ]')
+        write_atomically(folder / "load_test.json", f"{text}\n".encode())
+        script = (files("hybridsd_sim.reporting") / "load_test.py").read_bytes()
+        write_atomically(folder / "load_test.py", script)
     provenance = json.dumps(_provenance(scenario, digest, extra), sort_keys=True, indent=2, allow_nan=False)
     write_atomically(folder / "provenance.json", f"{provenance}\n".encode())
     # not sorted: the order of classes, pools and runs counts
@@ -156,18 +163,6 @@ def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, profiles: Pr
     for name, content in tables(data).items():
         write_atomically(folder / name, content)
     write_rows(folder / "requests.parquet", runs)
-
-
-def _save_load_test(plan: CapacityPlan, folder: Path) -> None:
-    """What checks the plan against a running service: a file that people can add to, and the script that sends it."""
-    from hybridsd_sim.reporting.exports import load_of
-
-    load = load_of(plan)
-    requests = ",\n    ".join(json.dumps(request, allow_nan=False) for request in load["requests"])
-    head = json.dumps({**load, "requests": []}, indent=2, allow_nan=False)
-    text = head.replace('"requests": []', f'"requests": [\n    {requests}\n  ]')
-    write_atomically(folder / "load_test.json", f"{text}\n".encode())
-    write_atomically(folder / "load_test.py", (files("hybridsd_sim.reporting") / "load_test.py").read_bytes())
 
 
 def _provenance(scenario: Scenario, digest: str | None, extra: str) -> dict[str, Any]:

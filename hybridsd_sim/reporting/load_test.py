@@ -128,14 +128,14 @@ def body_of(load: Data, request: Data) -> dict[str, Any]:
 def _send(one: ReplayedRequest, body: bytes, due_s: float, target: Target, slots: threading.BoundedSemaphore) -> None:
     try:
         one.late_s = max(0.0, time.perf_counter() - due_s) / target.time_scale
-        one.reason = _answer(body, target)
+        one.reason = _post(body, target)
         if not one.reason:
             one.latency_s = (time.perf_counter() - due_s) / target.time_scale
     finally:
         slots.release()
 
 
-def _answer(body: bytes, target: Target) -> str:
+def _post(body: bytes, target: Target) -> str:
     """Post one body and read the whole answer; why it failed, or nothing where it did not."""
     address, deadline_s = target.url, time.perf_counter() + target.timeout_s
     make = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
@@ -181,7 +181,11 @@ def quantile_interval(ordered: Sequence[float], share: float) -> tuple[float, fl
 
 
 def judge(load: Data, sent: Sequence[ReplayedRequest]) -> dict[str, Any]:
-    """Expected and measured figures of every class and of all, with their verdicts."""
+    """Expected and measured figures of every class and of all, with their verdicts.
+
+    `promise_holds` is None where nothing is promised or counted. `agrees` says whether the measured p95 lies in the
+    simulated interval widened by its own; it is None where either is unknown.
+    """
     slos = {name: row.get("slo_s") for name, row in load["expected"].items()}
     found = {}
     for name, expected in load["expected"].items():
@@ -190,7 +194,11 @@ def judge(load: Data, sent: Sequence[ReplayedRequest]) -> dict[str, Any]:
         measured = _measured(mine, inside, load["count_from_s"])
         slo_s, attained = expected.get("slo_s"), measured["slo_attainment"]
         promised = None if slo_s is None or not mine else attained >= expected["slo_percentile"] / 100 - ROUNDING
-        agrees = _agrees(measured, expected["latency_p95_s"])
+        agrees, p95, simulated = None, measured["latency_p95_s"], expected["latency_p95_s"]
+        if simulated["value"] is not None and not math.isnan(p95):
+            low, high = (simulated["value" if simulated[end] is None else end] for end in ("low", "high"))
+            down, up = p95 - measured["latency_p95_s_low"], measured["latency_p95_s_high"] - p95
+            agrees = bool(low - up <= p95 <= high + down)
         found[name] = {"expected": expected, "measured": measured, "promise_holds": promised, "agrees": agrees}
     return found
 
@@ -208,16 +216,6 @@ def _measured(mine: Sequence[ReplayedRequest], inside: int, from_s: float) -> di
     return figures
 
 
-def _agrees(measured: Data, simulated: Data) -> bool | None:
-    """Whether the measured p95 lies in the simulated interval widened by its own; None where either is unknown."""
-    value, found = simulated["value"], measured["latency_p95_s"]
-    if value is None or math.isnan(found):
-        return None
-    low, high = (value if simulated[end] is None else simulated[end] for end in ("low", "high"))
-    down, up = found - measured["latency_p95_s_low"], measured["latency_p95_s_high"] - found
-    return bool(low - up <= found <= high + down)
-
-
 def lateness(load: Data, sent: Sequence[ReplayedRequest], share: float = LATENESS_SHARE) -> dict[str, Any]:
     """The sender's own lateness, how much is allowed, and whether the run is void for it.
 
@@ -233,12 +231,14 @@ def lateness(load: Data, sent: Sequence[ReplayedRequest], share: float = LATENES
 # ---- Telling ----------------------------------------------------------------------------------------------------
 
 
-def told(result: Data) -> str:
+def result_text(result: Data) -> str:
     """The table of expected and measured figures, then what was unserved, late or void."""
     rows: list[tuple[str, ...]] = [HEAD]
     for name, found in result["classes"].items():
         expected, measured = found["expected"], found["measured"]
-        rows.append((name, "expected", *(_number(expected[key]["value"]) for key in SHOWN), *_asked(expected)))
+        slo_s = expected.get("slo_s")
+        promise = "none" if slo_s is None else f"{expected['slo_percentile']:g}% in {slo_s:g} s"
+        rows.append((name, "expected", *(_number(expected[key]["value"]) for key in SHOWN), promise, ""))
         answers = (ANSWERS[found["promise_holds"]], AGREES[found["agrees"]])
         rows.append(("", f"{measured['requests']} measured", *(_number(measured[key]) for key in SHOWN), *answers))
     widths = [max(len(row[n]) for row in rows) for n in range(len(HEAD))]
@@ -250,11 +250,6 @@ def told(result: Data) -> str:
     lines.append(f"own lateness: p99 {late['p99_s']:.4f} s, at most {late['allowed_s']:.4f} s allowed")
     verdict = {True: "every promise holds", False: "a promise is broken", None: "void: the sender was too late"}
     return "\n".join([*lines, verdict[result["holds"]]]) + "\n"
-
-
-def _asked(expected: Data) -> tuple[str, str]:
-    slo_s = expected.get("slo_s")
-    return ("none" if slo_s is None else f"{expected['slo_percentile']:g}% in {slo_s:g} s", "")
 
 
 def _number(value: float | None) -> str:
@@ -327,7 +322,7 @@ def chosen_requests(load: Data, count: int | None) -> list[Data]:
     return found
 
 
-def _target(options: argparse.Namespace) -> Target:
+def _read_target(options: argparse.Namespace) -> Target:
     url = urlsplit(options.url)
     try:
         port_is_fine = url.port is None or url.port > 0
@@ -378,14 +373,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the load test; 0 if every promise holds, 1 if one is broken or the run is void, 2 if the input is wrong."""
     options = _parser().parse_args(arguments)
     try:
-        load, target = read_load(options.load), _target(options)
+        load, target = read_load(options.load), _read_target(options)
         sent, held_back = replay(load, chosen_requests(load, options.requests), target)
         result = result_of(load, sent, held_back, options.lateness)
         write(options.load.parent, result, sent)
     except (BadInputError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(told(result))
+    sys.stdout.write(result_text(result))
     return 0 if result["holds"] else 1
 
 

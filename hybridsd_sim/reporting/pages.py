@@ -71,24 +71,19 @@ SIDE_BY_SIDE = (
 
 def pictures(data: Data, drawn: Mapping[str, str]) -> list[Picture]:
     """The drawn figures with caption, alternative text and the kinds of the numbers behind them."""
+    simulated = {kind for run in data["runs"] for kind in run["kinds"]}
+    plans, curves, fits = data.get("plans", ()), data.get("switch_curve", {}), data.get("calibration", ())
+    behind = {
+        "frontier": simulated | {"modelled"},
+        "switch": {point["kind"] for curve in curves.values() for point in curve},
+        "known": {kind for plan in plans for kind, share in plan["shares"].items() if share},
+        "calibration": {row["kind"] for fit in fits for row in fit["rows"]} | {"modelled"},
+    }
     found = []
     for name, svg in drawn.items():
-        behind = _kinds_behind(name, data)
-        kinds = tuple(kind for kind in KINDS if kind in behind)
+        kinds = tuple(kind for kind in KINDS if kind in behind.get(name, simulated))
         found.append(Picture(name, FIGURES[name][0], svg, " ".join(DESCRIBE[name](data)), CAPTIONS[name], kinds))
     return found
-
-
-def _kinds_behind(name: str, data: Data) -> set[str]:
-    """The kinds of the numbers that a figure shows."""
-    if name == "switch":
-        return {point["kind"] for curve in data["switch_curve"].values() for point in curve}
-    if name == "known":
-        return {kind for plan in data["plans"] for kind, share in plan["shares"].items() if share}
-    if name == "calibration":
-        return {row["kind"] for fit in data["calibration"] for row in fit["rows"]} | {"modelled"}
-    kinds = {kind for run in data["runs"] for kind in run["kinds"]}
-    return kinds | {"modelled"} if name == "frontier" else kinds
 
 
 def _describe_frontier(data: Data) -> Iterator[str]:

@@ -122,8 +122,13 @@ def in_words(part: Data) -> str:
         count = stage["stop"] - stage["start"]
         some = f"the other {count}" if stage["start"] else f"first {count} of {total}"
         steps = f"all {total}" if count == total else some
-        batched = together if stage["tier"] == "cloud" else ""
-        stages.append(f"{steps} steps of {stage['model']} {_where(stage)}{batched}")
+        where = f"on the user's {stage['device']}"
+        if stage["tier"] == "cloud":
+            options = "".join(f", {key}" if v is True else f", {key} {v}" for key, v in stage["options"].items())
+            how = "" if stage["degree"] == 1 else f" by {stage['method']} over {stage['degree']} GPUs{options}"
+            device = "" if stage["device"] == stage["site"] else f" ({stage['device']})"
+            where = f"on {stage['site']}{device}{how}{together}"
+        stages.append(f"{steps} steps of {stage['model']} {where}")
     text = ", then ".join(stages)
     # usually decoded by the model's own VAE, where the last step ran
     vae = "" if part["vae"] == "autoencoder-kl" else f" by {part['vae']}"
@@ -131,22 +136,19 @@ def in_words(part: Data) -> str:
     return f"{text[0].upper()}{text[1:]}" + (f"; decoded{vae}{place}" if vae or place else "")
 
 
-def _where(stage: Data) -> str:
-    if stage["tier"] == "edge":
-        return f"on the user's {stage['device']}"
-    options = "".join(f", {key}" if value is True else f", {key} {value}" for key, value in stage["options"].items())
-    how = "" if stage["degree"] == 1 else f" by {stage['method']} over {stage['degree']} GPUs{options}"
-    device = "" if stage["device"] == stage["site"] else f" ({stage['device']})"
-    return f"on {stage['site']}{device}{how}"
-
-
 def _class_rows(data: Data, choice: Data) -> Iterator[tuple[Cell, ...]]:
     """A row for each plan of a class, the first with what the whole class was simulated to get, one for the rest."""
     name, run = choice["request_class"], data["runs"][0]
     spec, figures = data["scenario"]["classes"][name], run["summary"].get(name, {})
+    attained = Cell("none promised")
+    if spec["slo_s"] is not None:
+        slo = f"SLO {exact(spec['slo_s'])} s for {exact(spec['slo_percentile'])}%"
+        attained = cell(figures.get("slo_attainment"), percent, slo)
+    floor = "no floor" if spec["quality_floor"] is None else f"floor {score(spec['quality_floor'])}"
     simulated = (
         cell(figures.get("latency_p95_s")),
-        *_promised(spec, figures),
+        attained,
+        cell(figures.get("quality_mean"), score, floor),
         cell(figures.get("metered_usd_per_image"), money),
         cell(figures.get("edge_energy_j_per_image")),
     )
@@ -176,16 +178,6 @@ def _how(part: Data | None) -> tuple[Cell, Cell, Cell]:
     nodes = f"{cloud[0]['nodes']} × {cloud[0]['site']}"
     together = f"up to {part['batch_cap']} together" if part["batch_cap"] > 1 else ""
     return step, Cell(f"{cloud[0]['method']} × {cloud[0]['degree']}", together), Cell(nodes)
-
-
-def _promised(spec: Data, figures: Data) -> tuple[Cell, Cell]:
-    """Attainment and quality, each with what was promised."""
-    floor = "no floor" if spec["quality_floor"] is None else f"floor {score(spec['quality_floor'])}"
-    quality = cell(figures.get("quality_mean"), score, floor)
-    if spec["slo_s"] is None:
-        return Cell("none promised"), quality
-    slo = f"SLO {exact(spec['slo_s'])} s for {exact(spec['slo_percentile'])}%"
-    return cell(figures.get("slo_attainment"), percent, slo), quality
 
 
 def pools(data: Data, run: Data) -> Block:

@@ -20,7 +20,7 @@ from hybridsd_sim.estimate import DASH, MINUS, Show, exact, interval, money, num
 from hybridsd_sim.reporting.labels import Data
 
 if TYPE_CHECKING:
-    from hybridsd_sim.scenario import RequestClass, Scenario
+    from hybridsd_sim.scenario import Scenario
 
 
 GAP = 2
@@ -189,30 +189,25 @@ def scenario_text(scenario: Scenario, width: int) -> str:
     """A resolved scenario in brief, and every change to its base."""
     keys = ("name", "seed", "horizon_s", "warmup_s", "replications")
     rows: list[tuple[str, Any]] = [(key, figure(getattr(scenario, key), exact)) for key in keys]
-    rows += [(f"requests.{name}", _summarise_class(spec)) for name, spec in scenario.requests.items()]
+    for name, spec in scenario.requests.items():
+        small = f" then {' or '.join(spec.small_models)}" if spec.small_models else ""
+        rate = "" if spec.arrivals.rate_per_s is None else f" {exact(spec.arrivals.rate_per_s)}/s"
+        slo = "no SLO" if spec.slo_s is None else f"p{exact(spec.slo_percentile)} within {exact(spec.slo_s)} s"
+        floor = "" if spec.quality_floor is None else f", CLIP at least {score(spec.quality_floor)}"
+        energy = "" if spec.edge_energy_j is None else f", at most {exact(spec.edge_energy_j)} J at the edge"
+        shape = f"{spec.model}{small}, {spec.width_px}x{spec.height_px} px, {spec.num_inference_steps} steps"
+        asked = f"{shape}, {spec.arrivals.process}{rate} from {spec.origin}, {slo}{floor}{energy}"
+        rows.append((f"requests.{name}", asked))
     rows += [(f"edge.{name}", f"{f.replicas} x {f.device} on {f.network}") for name, f in scenario.edge.items()]
     for name, pool in scenario.pools.items():
         nodes = f"{pool.replicas_min} to {pool.replicas_max}" if pool.replicas is None else str(pool.replicas)
         size = f"{nodes} nodes of {pool.gpus_per_node} x {pool.gpu}"
         rows.append((f"pools.{name}", f"{size}, {pool.runtime}, {pool.purchase}, {pool.discipline}"))
-    rows += [
-        (f"budget.{key}", figure(value, exact))
-        for key, value in scenario.budget.model_dump().items()
-        if value is not None
-    ]
+    limits = scenario.budget.model_dump().items()
+    rows += [(f"budget.{key}", figure(value, exact)) for key, value in limits if value is not None]
     rows += [(f"search.{key}", list(getattr(scenario.search, key))) for key in ("methods", "degrees", "policies")]
     rows += [("changed", line) for line in scenario.overrides_applied]
     return table(("key", "value"), rows, width)
-
-
-def _summarise_class(spec: RequestClass) -> str:
-    small = f" then {' or '.join(spec.small_models)}" if spec.small_models else ""
-    rate = "" if spec.arrivals.rate_per_s is None else f" {exact(spec.arrivals.rate_per_s)}/s"
-    slo = "no SLO" if spec.slo_s is None else f"p{exact(spec.slo_percentile)} within {exact(spec.slo_s)} s"
-    floor = "" if spec.quality_floor is None else f", CLIP at least {score(spec.quality_floor)}"
-    energy = "" if spec.edge_energy_j is None else f", at most {exact(spec.edge_energy_j)} J at the edge"
-    shape = f"{spec.model}{small}, {spec.width_px}x{spec.height_px} px, {spec.num_inference_steps} steps"
-    return f"{shape}, {spec.arrivals.process}{rate} from {spec.origin}, {slo}{floor}{energy}"
 
 
 # ---- A prediction ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The shape of a scenario: who asks for what, the edge fleets and cloud pools that serve it, budget and search space.
 
 Frozen pydantic models; the sentence under each field is its documentation here, in the JSON Schema and in messages.
-Rules between fields are each model's `_broken`. How a file becomes a `Scenario` is in `loader`.
+Rules between fields are each model's `broken_rules`. How a file becomes a `Scenario` is in `loader`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Pool(Written):
         """Share of the time that a node is there."""
         return 1.0 / (1.0 + self.preemptions_per_s * self.replacement_s)
 
-    def _broken(self) -> Iterator[Broken]:
+    def broken_rules(self) -> Iterator[Broken]:
         low, high = self.replicas_min, self.replicas_max
         if low > high:
             yield (
@@ -144,7 +144,7 @@ class ArrivalSpec(Written):
     time_scale: Positive = 1.0
     """Factor on every gap of a trace or of gentd26: 0.01 plays it a hundred times as fast."""
 
-    def _broken(self) -> Iterator[Broken]:
+    def broken_rules(self) -> Iterator[Broken]:
         if self.process == "trace" and self.path is None:
             yield "path", None, "must name a file when process is trace", "Give the path of a trace."
         if self.process not in ("trace", "gentd26") and self.rate_per_s is None:
@@ -263,7 +263,7 @@ class Scenario(Written):
     overrides_applied: tuple[str, ...] = ()
     """Every change to the base, in order, as `key: old -> new`. Written when the scenario is resolved."""
 
-    def _broken(self) -> Iterator[Broken]:
+    def broken_rules(self) -> Iterator[Broken]:
         if self.warmup_s >= self.horizon_s:
             yield "warmup_s", self.warmup_s, f"must be shorter than horizon_s, {self.horizon_s:g}", ""
         yield from class_problems({name: spec.origin for name, spec in self.requests.items()}, self.edge)

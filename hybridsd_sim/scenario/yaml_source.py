@@ -102,7 +102,7 @@ class Written(BaseModel):
         use_attribute_docstrings=True,
     )
 
-    def _broken(self) -> Iterator[Broken]:
+    def broken_rules(self) -> Iterator[Broken]:
         """The rules between fields that do not hold, as (key, value, rule, remedy)."""
         yield from ()
 
@@ -113,7 +113,7 @@ class Written(BaseModel):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        if broken := list(self._broken()):
+        if broken := list(self.broken_rules()):
             summary = "; ".join(f"{key} is {shown(value)}, {rule}" for key, value, rule, _ in broken)
             raise PydanticCustomError("rules", "{summary}", {"summary": summary, "broken": broken})
         return self
@@ -168,13 +168,12 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Line breaks that only Unicode knows are escaped, or reading would fold them.
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if set(data) & set(_BREAKS) else None)
 
-def _quote_breaks(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Text; line breaks that only Unicode knows are escaped, or reading would fold them."""
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if set(text) & set(_BREAKS) else None)
 
-
-_Dumper.add_representer(str, _quote_breaks)
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def load_yaml(text: str, place: str) -> Any:

@@ -86,12 +86,22 @@ class GenTD26Generator:
     time_scale: float = 1.0
 
     def blocks(self, stream_of: StreamOf) -> Iterator[GenTD26Block]:
-        """Requests, one day to a block; a block may be empty."""
+        """Requests, one day to a block; a block may be empty.
+
+        A request keeps the base model of the one before it with the probability `stickiness()`, and draws one by
+        `popularity()` else.
+        """
         steps, images, lora = stream_of("steps"), stream_of("images"), stream_of("lora")
         models, model = stream_of("base_model"), -1
         for arrival_s in _arrivals(stream_of("rate"), stream_of("arrivals")):
             size = len(arrival_s)
-            base_model = _base_models(models, size, model)
+            chances, draws = models.random((size, 2)).T
+            drawn = np.searchsorted(np.cumsum(popularity())[:-1], draws, side="right")
+            fresh = chances >= stickiness()
+            if size and model < 0:  # the very first request has none before it
+                fresh[0] = True
+            since = np.maximum.accumulate(np.where(fresh, np.arange(size), -1))
+            base_model = np.where(since < 0, model, drawn[since])
             model = int(base_model[-1]) if size else model
             yield GenTD26Block(
                 arrival_s=arrival_s * self.time_scale,
@@ -144,17 +154,6 @@ def stickiness() -> float:
     """
     independent = 1.0 - float((popularity() ** 2).sum())
     return 1.0 - SWITCH_SHARE / independent
-
-
-def _base_models(rng: np.random.Generator, size: int, before: int) -> Ints:
-    """The base models of `size` requests that follow one for model `before` (-1: none came before)."""
-    chances, draws = rng.random((size, 2)).T
-    drawn = np.searchsorted(np.cumsum(popularity())[:-1], draws, side="right")
-    fresh = chances >= stickiness()
-    if size and before < 0:
-        fresh[0] = True
-    since = np.maximum.accumulate(np.where(fresh, np.arange(size), -1))
-    return np.where(since < 0, before, drawn[since])
 
 
 def _pick(rng: np.random.Generator, table: tuple[tuple[int, float], ...], size: int) -> Ints:

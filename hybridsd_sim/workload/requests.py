@@ -65,10 +65,16 @@ class Draws:
         self.drawn = 0
 
     def __iter__(self) -> Iterator[Draw]:
+        row = self._load_row
         for chunk in self._chunks:
             self.on_chunk()
-            self.drawn += len(chunk)
-            sizes: list[tuple[int, int] | None] = [None] * len(chunk)
+            size = len(chunk)
+            self.drawn += size
+            load_s = [0.0] * size
+            if row is not None:  # log-normal through the row's median and p95
+                spread = 0.0 if row.seconds_p95 is None else math.log(row.seconds_p95 / row.seconds_median) / 1.6449
+                load_s = (row.seconds_median * np.exp(spread * self._loads.standard_normal(size))).tolist()
+            sizes: list[tuple[int, int] | None] = [None] * size
             if not (own := own_size(self._scenario, chunk)).all():
                 pairs = zip(chunk.num_inference_steps.tolist(), chunk.num_images.tolist(), strict=True)
                 sizes = [None if same else pair for same, pair in zip(own.tolist(), pairs, strict=True)]
@@ -78,20 +84,11 @@ class Draws:
                 chunk.class_index.tolist(),
                 chunk.device_u.tolist(),
                 *(column.tolist() for column in links(self._scenario, self._profiles, chunk)),
-                self._load_seconds(len(chunk)),
+                load_s,
                 chunk.base_model.tolist(),
                 sizes,
                 strict=True,
             )
-
-    def _load_seconds(self, size: int) -> list[float]:
-        """Seconds that loading the model would take each request: log-normal through the row's median and p95."""
-        row = self._load_row
-        if row is None:
-            return [0.0] * size
-        spread = 0.0 if row.seconds_p95 is None else math.log(row.seconds_p95 / row.seconds_median) / 1.6449
-        seconds: list[float] = (row.seconds_median * np.exp(spread * self._loads.standard_normal(size))).tolist()
-        return seconds
 
 
 @dataclass(frozen=True, slots=True, eq=False)

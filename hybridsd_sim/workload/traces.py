@@ -159,11 +159,23 @@ class Trace:
 
         The file appears whole or not at all. Raises `InputError` when it cannot be written.
         """
+        times = self.arrival_s.tolist()
+        columns = {"arrival_s": [repr(value) for value in times]}
+        if self.start is not None:
+            columns["timestamp"] = [str(self.start + timedelta(seconds=value)) for value in times]
+        for name, column in _COLUMNS.items():
+            values = getattr(self, name).tolist()
+            unsaid = (value == column.empty or (isinstance(value, float) and math.isnan(value)) for value in values)
+            cells = ["" if blank else str(value) for value, blank in zip(values, unsaid, strict=True)]
+            if any(cells):
+                columns[name] = cells
         target = Path(out)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("w", newline="", encoding="utf-8") as file:
-                self._write(file)
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(columns)
+                writer.writerows(zip(*columns.values(), strict=True))
             temporary.replace(target)
         except OSError as error:
             problem = Problem(str(target), error.strerror or str(error), "the trace cannot be written there")
@@ -171,22 +183,6 @@ class Trace:
         finally:
             with suppress(OSError):
                 temporary.unlink()
-
-    def _write(self, file: IO[str]) -> None:
-        times = self.arrival_s.tolist()
-        columns = {"arrival_s": [repr(value) for value in times]}
-        if self.start is not None:
-            columns["timestamp"] = [str(self.start + timedelta(seconds=value)) for value in times]
-        for name, column in _COLUMNS.items():
-            cells = [
-                "" if value == column.empty or (isinstance(value, float) and math.isnan(value)) else str(value)
-                for value in getattr(self, name).tolist()
-            ]
-            if any(cells):
-                columns[name] = cells
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
 
     def summary(self) -> TraceSummary:
         """What the trace says, as statistics."""

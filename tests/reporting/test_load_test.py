@@ -174,7 +174,7 @@ def test_nothing_answered_agrees_with_nothing():
     """With every request refused there is no p95 to hold against the simulation, and the promise is broken."""
     found = load_test.judge(load([0.0]), answered([None] * 5))["a"]
     assert (found["agrees"], found["promise_holds"]) == (None, False)
-    assert "connection refused" in load_test.told(load_test.result_of(load([0.0]), answered([None] * 5), 0))
+    assert "connection refused" in load_test.result_text(load_test.result_of(load([0.0]), answered([None] * 5), 0))
 
 
 @pytest.mark.parametrize(("late_s", "void"), [(0.0049, False), (0.0051, True)])
@@ -183,7 +183,7 @@ def test_a_late_sender_voids_the_run(late_s, void):
     result = load_test.result_of(load([0.0], p50_s=0.1), answered([0.1] * 50, late_s=late_s), 0)
     assert result["lateness"]["void"] is void
     assert result["holds"] is (None if void else True)
-    assert ("void" in load_test.told(result)) is void
+    assert ("void" in load_test.result_text(result)) is void
 
 
 def test_the_lead_in_is_sent_and_not_counted():
