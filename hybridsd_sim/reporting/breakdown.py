@@ -242,7 +242,11 @@ def how_known(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     sources = sources_of(data)
     yield Heading("How these numbers are known", "known")
     for plan in shown:
-        yield Paragraph(_tell_latency(plan), "lead")
+        total, far = plan["totals"][0], reach(plan["totals"][0])
+        made_of = listed([f"{percent(share)} {kind}" for kind, share in plan["shares"].items() if share]) or "nothing"
+        width = f"{interval(total['low'], total['high'])} s at 90%" + (f" ({far})" if far else "")
+        latency = f"{plan['request_class']}: {number(total['value'])} s on an idle fleet"
+        yield Paragraph(f"{latency}, {width}; {made_of}.", "lead")
     yield Paragraph(_count_figures(mine, data["rates"], data["runs"][0]["name"]))
     yield Paragraph(TWO_INTERVALS, "note")
     rows: list[tuple[Cell, ...]] = []
@@ -266,15 +270,6 @@ def how_known(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     head = ("Price or power", "Value", "Range", "Kind", "Source and note")
     caption = "What seconds and bytes are turned into money and joules with; ranges are their sources' own"
     yield Table(caption, head, tuple(rows), words=frozenset({0, 3, 4}))
-
-
-def _tell_latency(plan: Data) -> str:
-    """A plan's idle latency, its interval, and what it is made of."""
-    total, shares = plan["totals"][0], plan["shares"]
-    ends, far = interval(total["low"], total["high"]), reach(total)
-    made_of = listed([f"{percent(share)} {kind}" for kind, share in shares.items() if share]) or "nothing"
-    width = f"{ends} s at 90%" + (f" ({far})" if far else "")
-    return f"{plan['request_class']}: {number(total['value'])} s on an idle fleet, {width}; {made_of}."
 
 
 def _count_figures(plans: Sequence[Data], rates: Sequence[Data], run: str) -> str:

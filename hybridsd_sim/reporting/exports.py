@@ -215,7 +215,17 @@ def trace(rows: Sequence[Row], gpus_per_node: Mapping[str, int], horizon_s: floa
             edge.append(_slice(row, processes["fleet", row["fleet"]], row["device"] + 1, start, stop))
     events += [*edge, *_arrows(events, rows, processes)]
     events.sort(key=lambda event: (event["ts"], event["pid"], event.get("tid", 0), -event.get("dur", 0)))
-    return {"displayTimeUnit": "ms", "traceEvents": [*_labels(events, processes, gpus_per_node), *events]}
+    names: list[Event] = []
+    for (kind, name), pid in processes.items():
+        title = f"{'edge fleet' if kind == 'fleet' else 'pool'} {name}"
+        names.append({"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": title}})
+    for pid, tid in sorted({(event["pid"], event["tid"]) for event in events if event["ph"] == "X"}):
+        kind, name = places[pid - 1]
+        size = gpus_per_node[name] if kind == "pool" else 1
+        node, gpu = divmod(tid - 1, size)
+        title = f"device {tid - 1}" if kind == "fleet" else f"node {node}" if size == 1 else f"node {node} GPU {gpu}"
+        names.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": title}})
+    return {"displayTimeUnit": "ms", "traceEvents": [*names, *events]}
 
 
 def _microseconds(seconds: float) -> int:
@@ -304,20 +314,6 @@ def _arrows(events: list[Event], rows: Sequence[Row], processes: Mapping[Place, 
             "tid": row["device"] + 1,
             "ts": reach,
         }
-
-
-def _labels(events: list[Event], processes: Mapping[Place, int], gpus_per_node: Mapping[str, int]) -> Iterator[Event]:
-    """Names of processes and threads."""
-    for (kind, name), pid in processes.items():
-        title = f"{'edge fleet' if kind == 'fleet' else 'pool'} {name}"
-        yield {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": title}}
-    places = {pid: place for place, pid in processes.items()}
-    for pid, tid in sorted({(event["pid"], event["tid"]) for event in events if event["ph"] == "X"}):
-        kind, name = places[pid]
-        size = gpus_per_node[name] if kind == "pool" else 1
-        node, gpu = divmod(tid - 1, size)
-        text = f"device {tid - 1}" if kind == "fleet" else f"node {node}" if size == 1 else f"node {node} GPU {gpu}"
-        yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": text}}
 
 
 def load_of(plan: CapacityPlan) -> Data:

@@ -269,7 +269,19 @@ def _rest(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator
     yield from drawn
     if not drawn:
         yield Paragraph("There is nothing to draw: no request was served.", "note")
-    yield from _details(data)
+    yield Heading("Every figure", "details")
+    text = "The same figures stand in summary.csv and pools.csv, one a line, with interval and unit."
+    yield Paragraph(text, "note")
+    for run in data["runs"]:
+        classes = list(run["summary"])
+        rows = []
+        for key, figure in run["summary"][ALL].items():
+            figures = (cell(run["summary"][name][key], shown(key)) for name in classes)
+            rows.append((Cell(NAMES.get(key, key)), *figures, Cell(figure["unit"])))
+        words_at = frozenset({0, len(classes) + 1})
+        table = Table(f"Run {run['name']}; {BENEATH}", ("Figure", *classes, "Unit"), tuple(rows), words=words_at)
+        turned_away = tuple(f"{number(n)} {name} requests unserved: {reason}" for name, reason, n in run["unserved"])
+        yield Fold(f"Run {run['name']}", (table, Bullets(turned_away)) if turned_away else (table,))
     sources = sources_of(data)
     yield from calibrated(data, pictures, sources)
     yield Heading("Where the numbers come from", "provenance")
@@ -327,22 +339,6 @@ def shown(key: str) -> Show:
     if key in {"unserved_share", "slo_attainment"}:
         return percent
     return score if key == "quality_mean" else money if "usd" in key else number
-
-
-def _details(data: Data) -> Iterator[Block]:
-    yield Heading("Every figure", "details")
-    text = "The same figures stand in summary.csv and pools.csv, one a line, with interval and unit."
-    yield Paragraph(text, "note")
-    for run in data["runs"]:
-        turned_away = tuple(f"{number(n)} {name} requests unserved: {reason}" for name, reason, n in run["unserved"])
-        classes = list(run["summary"])
-        rows = []
-        for key, figure in run["summary"][ALL].items():
-            figures = (cell(run["summary"][name][key], shown(key)) for name in classes)
-            rows.append((Cell(NAMES.get(key, key)), *figures, Cell(figure["unit"])))
-        words_at = frozenset({0, len(classes) + 1})
-        table = Table(f"Run {run['name']}; {BENEATH}", ("Figure", *classes, "Unit"), tuple(rows), words=words_at)
-        yield Fold(f"Run {run['name']}", (table, *([Bullets(turned_away)] if turned_away else [])))
 
 
 def words() -> Iterator[Block]:

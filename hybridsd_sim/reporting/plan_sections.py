@@ -6,6 +6,7 @@ section turns the plain data of `data.contents` into blocks, and is left out whe
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -80,32 +81,26 @@ def chosen_plan(data: Data) -> Iterator[Block]:
 
 
 def sentence(data: Data) -> str:
-    """The chosen plan in one sentence: what to rent, and which classes are served alike."""
+    """The chosen plan in one sentence: what to rent, and which classes, or shares of them, are served alike."""
     run = data["runs"][0]
     rented = [f"{count} {name} node{'s' * (count > 1)}" for name, count in run["replicas"].items() if count]
     price = "an unknown price" if run["usd_per_hour"] is None else f"US$ {money(run['usd_per_hour'])} an hour"
     start = f"Rent {listed(rented)} for {price}" if rented else "Rent nothing"
-    alike: dict[str, list[str]] = {}
+    alike: defaultdict[str, list[str]] = defaultdict(list)
     for choice in data["chosen"]:
-        for what, who in _instructions(choice):
-            alike.setdefault(what, []).append(who)
+        name = choice["request_class"]
+        if not choice["parts"]:
+            alike["no legal plan serves {}"].append(name)
+        for part in choice["parts"]:
+            first = part["stages"][0]
+            place = "at the edge" if first["tier"] == "edge" else f"on {first['site']}"
+            what = f"run every step of {{}} {place}"
+            if len(part["stages"]) > 1:
+                what = f"hand {{}} over after step {part['switch_step']} of {part['num_inference_steps']}"
+            alike[what].append(f"{percent(part['share'])} of {name}" if is_shared(choice) else name)
+        if choice["turned_away"]:
+            alike["turn {} away"].append(f"{percent(choice['turned_away'])} of {name}")
     return f"{start}: {'; '.join(what.format(listed(names)) for what, names in alike.items())}."
-
-
-def _instructions(choice: Data) -> Iterator[tuple[str, str]]:
-    """What to do with a class, or with several alike, and who is meant: the class or a share of it."""
-    name = choice["request_class"]
-    if not choice["parts"]:
-        yield "no legal plan serves {}", name
-    for part in choice["parts"]:
-        first = part["stages"][0]
-        place = "at the edge" if first["tier"] == "edge" else f"on {first['site']}"
-        what = f"run every step of {{}} {place}"
-        if len(part["stages"]) > 1:
-            what = f"hand {{}} over after step {part['switch_step']} of {part['num_inference_steps']}"
-        yield what, f"{percent(part['share'])} of {name}" if is_shared(choice) else name
-    if choice["turned_away"]:
-        yield "turn {} away", f"{percent(choice['turned_away'])} of {name}"
 
 
 def is_shared(choice: Data) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import zip_longest
 from textwrap import TextWrapper, wrap
 from typing import TYPE_CHECKING, Any
@@ -166,20 +165,20 @@ def with_interval(found: Data | Sequence[float | None] | None, show: Show = numb
 
 
 def way_of(key: str) -> Show:
-    """How a figure of this name is written."""
+    """How a figure of this name is written: shares as per cent, large ones with a prefix and unit (`215 TFLOP`)."""
+    unit = next((unit for end, unit in LARGE if end in key), "")
+
+    def prefixed(value: float | None) -> str:
+        if not value or math.isnan(value):
+            return number(value)
+        show, whole = scaled(value, unit)
+        return f"{show(value)}{TIE}{whole}"
+
     if key in SHARES:
         return percent
-    if unit := next((unit for end, unit in LARGE if end in key), ""):
-        return partial(_prefixed, unit=unit)
+    if unit:
+        return prefixed
     return money if "usd" in key else score if key.startswith("quality") and "fid" not in key else number
-
-
-def _prefixed(value: float | None, unit: str) -> str:
-    """A figure with its unit and that one's prefix: `215 TFLOP`."""
-    if not value or math.isnan(value):
-        return number(value)
-    show, prefixed = scaled(value, unit)
-    return f"{show(value)}{TIE}{prefixed}"
 
 
 # ---- A scenario -----------------------------------------------------------------------------------------------------

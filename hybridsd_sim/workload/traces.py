@@ -284,29 +284,26 @@ def describe_trace(path: str | Path) -> TraceSummary:
 
 
 def _read(place: str, file: IO[str]) -> Trace:
+    """The trace in an open file, by the layout whose necessary columns its header has."""
     lines = csv.reader(file)
     try:
         header = [name.strip() for name in next(lines, [])]
-        reading = _Reading(place, header, _layout_of(place, header))
+        layout = next((layout for layout in _LAYOUTS if set(layout.necessary) <= set(header)), None)
+        if layout is None:
+            shown = ", ".join(header)[:200] or "an empty file"
+            known = "; ".join(f"{layout.label}: {', '.join(layout.necessary)}" for layout in _LAYOUTS)
+            raise InputError(Problem(f"{place}:1", shown, "no known trace has these columns", f"Expected {known}."))
+        used = {layout.time, *layout.columns.values()}
+        if repeated := sorted(name for name in used if header.count(name) > 1):
+            rule = "a column may stand once only"
+            raise InputError(Problem(f"{place}:1", ", ".join(repeated), rule, "Remove one."))
+        reading = _Reading(place, header, layout)
         for row in lines:
             if row:
                 reading.add(f"{place}:{lines.line_num}", row)
     except csv.Error as error:
         raise InputError(Problem(f"{place}:{lines.line_num}", str(error), "is not CSV")) from error
     return reading.trace()
-
-
-def _layout_of(place: str, header: list[str]) -> _Layout:
-    """The layout whose necessary columns stand in the header. Raises `InputError` for none, or for a column twice."""
-    found = next((layout for layout in _LAYOUTS if set(layout.necessary) <= set(header)), None)
-    if found is None:
-        shown = ", ".join(header)[:200] or "an empty file"
-        known = "; ".join(f"{layout.label}: {', '.join(layout.necessary)}" for layout in _LAYOUTS)
-        raise InputError(Problem(f"{place}:1", shown, "no known trace has these columns", f"Expected {known}."))
-    used = {found.time, *found.columns.values()}
-    if repeated := sorted(name for name in used if header.count(name) > 1):
-        raise InputError(Problem(f"{place}:1", ", ".join(repeated), "a column may stand once only", "Remove one."))
-    return found
 
 
 @dataclass(slots=True)
