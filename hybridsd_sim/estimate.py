@@ -1,4 +1,4 @@
-"""One figure with its doubt: value, interval, kind and sources, which it keeps through sums, factors and maxima.
+"""One figure with its uncertainty: value, interval, kind and sources, which it keeps through sums, factors and maxima.
 
 What the project says of seconds, scores and rates is an `Estimate` from the row that it was read from up to the price
 of a plan, and again where simulation summarises; a candidate and the event loop carry its value alone. So a reader of a
@@ -56,7 +56,7 @@ class Estimate:
 
     @classmethod
     def exact(cls, value: float, kind: Kind = "modelled", sources: tuple[str, ...] = (), note: str = "") -> Estimate:
-        """A figure without doubt: both ends of its interval are the value."""
+        """A figure without uncertainty: both ends of its interval are the value."""
         return cls(value, value, value, kind, sources, note)
 
     @classmethod

@@ -43,7 +43,7 @@ EGRESS = "network"
 OWN = "the scenario's own figure"
 
 OVER_USERS = "at the network's median rates; the interval spans users and moments"
-"""What the interval of a transfer is: not doubt, but who asks and when."""
+"""What the interval of a transfer says: not how well it is known, but how users and moments differ."""
 
 TIE = "\N{NO-BREAK SPACE}"
 
@@ -231,8 +231,8 @@ def sources_of(data: Data) -> tuple[str, ...]:
     A source's number on the page is its position here, from 1.
     """
     figures = [figure for plan in data["plans"] for figure in (*plan["parts"], *plan["totals"])]
-    laws = (*data["calibration"], *data["constants"])
-    return tuple(dict.fromkeys(source for each in (*figures, *data["rates"], *laws) for source in each["sources"]))
+    fits = (*data["calibration"], *data["constants"])
+    return tuple(dict.fromkeys(source for each in (*figures, *data["rates"], *fits) for source in each["sources"]))
 
 
 def how_known(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
