@@ -17,36 +17,36 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from hybridsd_sim.plan import Deployment
 from hybridsd_sim.planning.capacity_plan import Margin
-from hybridsd_sim.planning.evaluation import EvaluatedPlan, EvaluationJob
+from hybridsd_sim.planning.evaluation import EvaluatedPlan
 from hybridsd_sim.planning.milp import GAP, Condition, Formulation, Goal, Solution
 from hybridsd_sim.planning.planner import (
     BIG,
     Keep,
     Planner,
     budgeted_goal,
+    evaluate_quickly,
     fit_headroom,
     is_hybrid,
     latency_limits_s,
-    quickest_level,
     solve,
     strict_condition,
     vary,
 )
-from hybridsd_sim.planning.search import CALM, to_deployment
+from hybridsd_sim.planning.search import CALM
 
 NEAR_OPTIMAL = 1.3
 """Alternatives rent for at most this many times as much as the chosen plan."""
 
 MOST = 6
-"""Alternatives told at most."""
+"""Alternatives given at most."""
 
 LAST_HEADROOMS = (1.0, 1.15)
-"""Factors on the traffic for which a kind is asked in the end, until its plan holds."""
+"""Factors on the traffic for which a kind is solved in the end, until its plan holds."""
 
 SAME = 0.01
 """Plans that differ by less than this, in shares of the nodes and of the requests, are one."""
@@ -66,44 +66,49 @@ def alternatives(planner: Planner, chosen: EvaluatedPlan) -> tuple[EvaluatedPlan
     """
     if chosen.deployment is None or chosen.usd_per_hour is None:
         return ()
-    waiting = dict(_kinds(planner, chosen.deployment))
+    waiting = _kinds(planner, chosen.deployment)
     found: list[EvaluatedPlan] = []
     condition = strict_condition(planner)
     first = 1.0 if condition is None else fit_headroom(planner, condition, chosen.usd_per_hour)
     for headroom in dict.fromkeys((first, *LAST_HEADROOMS)):
         solutions = {name: _cheapest(planner, keep, chosen.usd_per_hour, headroom) for name, keep in waiting.items()}
-        evaluated = _evaluate(planner, {name: solution for name, solution in solutions.items() if solution})
-        found += [plan for plan in evaluated if plan.feasible]
-        held = {plan.name for plan in found}
-        waiting = {name: keep for name, keep in waiting.items() if name not in held}
-    return tuple(_most_different(planner, chosen, found))
+        sizings = [(name, planner.sizer.assess(s.mixes, s.replicas)) for name, s in solutions.items() if s]
+        feasible = [plan for plan in evaluate_quickly(planner, sizings) if plan.feasible]
+        found += feasible
+        for plan in feasible:
+            del waiting[plan.name]
+    # One after the other the plan that is furthest from the chosen one and from those picked before it.
+    picked = [chosen]
+    while found and len(picked) <= MOST:
+        distances = [min(distance(planner, plan, other) for other in picked) for plan in found]
+        furthest = max(range(len(found)), key=lambda index: distances[index])
+        if distances[furthest] < SAME:
+            break
+        picked.append(found.pop(furthest))
+    return tuple(picked[1:])
 
 
-def _kinds(planner: Planner, chosen: Deployment) -> Iterator[tuple[str, Keep]]:
+def _kinds(planner: Planner, chosen: Deployment) -> dict[str, Keep]:
     """Kinds of plan by name; those which the chosen plan is of already are left out."""
     scenario, pools = planner.scenario, list(planner.scenario.pools)
-    used = {(name, part.plan) for name, mix in chosen.plans.items() for part in mix}
-    options = [o for mine in planner.found.by_class.values() for o in mine if (o.request_class, o.plan) in used]
-    for name, keep in _all_kinds(planner, chosen, pools):
-        if not all(keep(option) for option in options):
-            yield name, keep
+    kinds: dict[str, Keep] = {}
+    if len(pools) > 1:
+        for index, name in enumerate(pools):
+            kinds[f"only pool {name}"] = lambda option, i=index: option.pool_index in {-1, i}  # type: ignore[misc]
+        rents = [chosen.replicas.get(name, 0) * planner.sizer.unit_rent[name] for name in pools]
+        used = max(range(len(pools)), key=lambda index: rents[index])
+        kinds[f"without pool {pools[used]}"] = lambda option: option.pool_index != used
+    for method in scenario.search.methods:
+        kinds[f"only {method}"] = lambda option, m=method: all(s.method == m for s in option.plan.cloud_stages)  # type: ignore[misc]
+    kinds |= {"no hand-over": lambda option: not is_hybrid(option), "always a hand-over": is_hybrid}
+    plans = {(name, part.plan) for name, mix in chosen.plans.items() for part in mix}
+    options = [o for mine in planner.found.by_class.values() for o in mine if (o.request_class, o.plan) in plans]
+    kinds = {name: keep for name, keep in kinds.items() if not all(keep(option) for option in options)}
     for purchase, name in (("on_demand", "on demand only"), ("spot", "spot only")):
         bought = {index for index, spec in enumerate(scenario.pools.values()) if spec.purchase == purchase}
         if 0 < len(bought) < len(pools):
-            yield name, lambda option, mine=bought: option.pool_index in {-1, *mine}  # type: ignore[misc]
-
-
-def _all_kinds(planner: Planner, chosen: Deployment, pools: Sequence[str]) -> Iterator[tuple[str, Keep]]:
-    if len(pools) > 1:
-        for index, name in enumerate(pools):
-            yield f"only pool {name}", lambda option, i=index: option.pool_index in {-1, i}  # type: ignore[misc]
-        rents = [chosen.replicas.get(name, 0) * planner.sizer.unit_rent[name] for name in pools]
-        used = max(range(len(pools)), key=lambda index: rents[index])
-        yield f"without pool {pools[used]}", lambda option: option.pool_index != used
-    for method in planner.scenario.search.methods:
-        yield f"only {method}", lambda option, m=method: all(s.method == m for s in option.plan.cloud_stages)  # type: ignore[misc]
-    yield "no hand-over", lambda option: not is_hybrid(option)
-    yield "always a hand-over", is_hybrid
+            kinds[name] = lambda option, mine=bought: option.pool_index in {-1, *mine}  # type: ignore[misc]
+    return kinds
 
 
 def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, headroom: float) -> Solution | None:
@@ -121,38 +126,10 @@ def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, headroom: 
     return formulation.solve(calm) or best
 
 
-def _evaluate(planner: Planner, solutions: Mapping[str, Solution]) -> list[EvaluatedPlan]:
-    """Each plan's figures by the quickest level, under the name of its kind."""
-    scenario, found, jobs = planner.scenario, [], {}
-    for name, solution in solutions.items():
-        deployment = to_deployment(solution.mixes, solution.replicas)
-        if quickest_level(scenario, deployment) == "screen":
-            jobs[name] = EvaluationJob(scenario, planner.profiles, deployment, "screen")
-        else:
-            found.append(
-                EvaluatedPlan.from_formula(name, planner.sizer.assess(solution.mixes, solution.replicas), planner.sizer)
-            )
-    for name, evaluation in zip(jobs, planner.evaluate(list(jobs.values())), strict=True):
-        found.append(EvaluatedPlan.from_evaluation(name, evaluation, solutions[name].mixes))
-    return found
-
-
-def _most_different(planner: Planner, chosen: EvaluatedPlan, found: Sequence[EvaluatedPlan]) -> Iterator[EvaluatedPlan]:
-    """One after the other the plan that is furthest from the chosen one and from those told before."""
-    told, left = [chosen], list(found)
-    while left and len(told) <= MOST:
-        distances = [min(distance(planner, plan, other) for other in told) for plan in left]
-        furthest = max(range(len(left)), key=lambda index: distances[index])
-        if distances[furthest] < SAME:
-            return
-        told.append(left.pop(furthest))
-        yield told[-1]
-
-
 def distance(planner: Planner, one: EvaluatedPlan, other: EvaluatedPlan) -> float:
     """How far apart two plans are: in rent of nodes that differ and in shares of requests that are served otherwise.
 
-    Each is between 0, the same, and 1, nothing in common; their sum is told.
+    Each is between 0, the same, and 1, nothing in common; their sum is returned.
     """
     here, there = one.deployment, other.deployment
     if here is None or there is None:
@@ -175,7 +152,7 @@ def margins(planner: Planner, chosen: EvaluatedPlan) -> tuple[Margin, ...]:
 
     Where `chosen` holds on a cheaper fleet than the formula believes, the formula is asked for as much less traffic as
     makes it agree. Costs None mean that no plan holds there. A step that the scenario has no use for (a second of SLO
-    where nobody is promised one) is left out; where as few as possible are to be turned away, nothing is told.
+    where nobody is promised one) is left out; where as few as possible are to be turned away, there are none.
     """
     if planner.scenario.search.minimise == "turned_away_per_s":
         return ()
@@ -191,30 +168,25 @@ def margins(planner: Planner, chosen: EvaluatedPlan) -> tuple[Margin, ...]:
         if limit is not None and planner.scenario.search.minimise != "usd_per_hour":
             rent = limit
         found += _margins_of_money(planner, condition, rent, headroom)
-    for change, other in _changes(planner):
+    requests = planner.scenario.requests
+    changed: dict[str, Planner] = {}
+    later = {f"requests.{name}.slo_s": s.slo_s + SECONDS for name, s in requests.items() if s.slo_s is not None}
+    if later:
+        changed["one more second of every SLO"] = vary(planner, later)
+    floors = {f"requests.{name}.quality_floor": s.quality_floor for name, s in requests.items()}
+    for sign, what in ((1.0, "more"), (-1.0, "less")):
+        moved = {key: min(1.0, max(0.0, floor + sign * CLIP)) for key, floor in floors.items() if floor is not None}
+        if moved:
+            changed[f"{CLIP:g} of CLIP {what} on every quality floor"] = vary(planner, moved)
+    for sign, what in ((1.0, "more"), (-1.0, "less")):
+        changed[f"ten per cent {what} traffic"] = vary(planner, {}, traffic=1.0 + sign * TRAFFIC)
+    for change, other in changed.items():
         solution = solve(other, headroom=headroom)
         after = None if solution is None else solution.objective
         if before is not None and after is not None and abs(after - before) <= 2.0 * GAP * max(before, after):
             after = before  # the solver knows no difference smaller than its gap
         found.append(Margin(change, "usd_per_hour", before, after))
     return tuple(found)
-
-
-def _changes(planner: Planner) -> Iterator[tuple[str, Planner]]:
-    """The planner under each change whose cost is asked."""
-    requests = planner.scenario.requests
-    later = {f"requests.{name}.slo_s": s.slo_s + SECONDS for name, s in requests.items() if s.slo_s is not None}
-    if later:
-        yield "one more second of every SLO", vary(planner, later)
-    for sign, what in ((1.0, "more"), (-1.0, "less")):
-        floors = {name: s.quality_floor for name, s in requests.items() if s.quality_floor is not None}
-        moved = {
-            f"requests.{name}.quality_floor": min(1.0, max(0.0, floor + sign * CLIP)) for name, floor in floors.items()
-        }
-        if moved:
-            yield f"{CLIP:g} of CLIP {what} on every quality floor", vary(planner, moved)
-    for sign, what in ((1.0, "more"), (-1.0, "less")):
-        yield f"ten per cent {what} traffic", vary(planner, {}, traffic=1.0 + sign * TRAFFIC)
 
 
 def _margins_of_money(planner: Planner, condition: Condition, rent: float, headroom: float) -> Iterator[Margin]:
@@ -237,11 +209,9 @@ def _margins_of_money(planner: Planner, condition: Condition, rent: float, headr
         then = bisect_left(range(first - 1), x=True, key=lambda level: fits(level, rent + DOLLARS)) if sooner else first
         yield Margin("one more dollar an hour", "latency_p95_s", limits_s[first], limits_s[then])
     goals = [Goal(minimise="quality_loss", usd_per_hour=rent + more, headroom=headroom) for more in (0.0, DOLLARS)]
-    before, after = (_quality(planner, whole.solve(goal)) for goal in goals)
+    before, after = (
+        None if finest is None else planner.sizer.assess(finest.mixes, finest.replicas).quality
+        for finest in (whole.solve(goal) for goal in goals)
+    )
     if before is not None and after is not None:
         yield Margin("one more dollar an hour", "quality", before, max(before, after))
-
-
-def _quality(planner: Planner, solution: Solution | None) -> float | None:
-    """The mean quality of an solution; None where there is none or its quality is not known."""
-    return None if solution is None else planner.sizer.assess(solution.mixes, solution.replicas).quality

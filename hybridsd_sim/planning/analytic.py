@@ -323,6 +323,10 @@ class Sizer:
         overload = sum(
             max(0.0, busy / fleets[index].replicas - EDGE_LOAD_MOST) for index, busy in edge_load.items() if index >= 0
         )
+        scores = [(share * self.rates[o.request_class][0], o.quality) for share, o in _parts(mixes)]
+        served = sum(rate for rate, _ in scores)
+        known = served and all(score is not None for _, score in scores)
+        quality = sum(rate * (score or 0.0) for rate, score in scores) / served if known else None
         return Sizing(
             mixes=mixes,
             replicas=dict(replicas),
@@ -331,7 +335,7 @@ class Sizer:
             waits=waits,
             attainment=attainment,
             missed=missed + overload,
-            quality=self._quality(mixes),
+            quality=quality,
         )
 
     def edge_busy(self, option: Candidate, site: str) -> float:
@@ -358,14 +362,6 @@ class Sizer:
         """Dollars an hour of metered egress of a share of the candidate's class."""
         dollars = sum(part.usd or 0.0 for part in option.cost.parts if part.tier == "network")
         return share * self.rates[option.request_class][0] * 3600 * dollars
-
-    def _quality(self, mixes: Mixes) -> float | None:
-        """Mean CLIP score over the requests served; None if any is unknown."""
-        scores = [(share * self.rates[o.request_class][0], o.quality) for share, o in _parts(mixes)]
-        total = sum(rate for rate, _ in scores)
-        if not total or any(score is None for _, score in scores):
-            return None
-        return sum(rate * (score or 0.0) for rate, score in scores) / total
 
     def quantile(self, sizing: Sizing, share: float) -> float:
         """The latency in seconds that `share` of all requests stay under; infinite when a queue is overloaded."""

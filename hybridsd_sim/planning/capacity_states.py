@@ -17,9 +17,10 @@ that are shared, one for each device that has an owner.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -147,65 +148,38 @@ def pool_states(spec: Pool | None, demands: Sequence[ServiceDemand], load_most: 
     """
     if spec is None or not demands or not spec.replicas_max:
         return States(NO_INTS, NO_FLOATS, NO_FLOATS, NO_INTS, np.empty((len(demands), 0), np.bool_))
-    peakedness = _peakedness(demands)
     few = len(demands) > MANY
-    parts = [
-        _of_kind(spec, demands, nodes, residual_s, degree, peakedness)
-        for residual_s in _residuals([demand.residual_s for demand in demands], FEWER_KINDS if few else KINDS)
-        for degree in sorted({demand.degree for demand in demands})
-        for nodes in _node_counts(spec, load_most, FEWER_NODE_COUNTS if few else NODE_COUNTS)
-    ]
-    nodes, load, residuals, degrees, serves = zip(*parts, strict=True)
+    # A few bounds on residual work, the longest first, no two alike.
+    residuals: list[float] = []
+    for value in sorted((demand.residual_s for demand in demands), reverse=True):
+        if not residuals or value * ALIKE < residuals[-1]:
+            residuals.append(value)
+    bounds = FEWER_KINDS if few else KINDS
+    if len(residuals) > bounds:
+        spread = {round(index * (len(residuals) - 1) / max(bounds - 1, 1)) for index in range(bounds)}
+        residuals = [residuals[at] for at in sorted(spread)]
+    # Numbers of nodes from the fewest to what the whole demand could need, every few where there are too many.
+    first, most = max(1, spec.replicas_min), FEWER_NODE_COUNTS if few else NODE_COUNTS
+    last = min(spec.replicas_max, max(first, int(2.0 * load_most / spec.availability) + 3))
+    counts: Iterable[int] = range(first, last + 1)
+    if last - first >= most:
+        counts = sorted({round(count) for count in np.geomspace(first, last, most)})
+    peakedness, parts = _peakedness(demands), []
+    for residual_s, degree, nodes in product(residuals, sorted({demand.degree for demand in demands}), counts):
+        gangs = nodes * spec.availability * (spec.gpus_per_node // degree)
+        breaks = _break_points(demands, gangs, residual_s, degree, peakedness)
+        caps = _representatives(breaks[breaks > 0.0], FEWER_CAPS if few else CAPS)
+        kinds = (np.full(len(caps), residual_s), np.full(len(caps), degree))
+        load = caps * nodes * spec.availability
+        parts.append((np.full(len(caps), nodes), load, *kinds, breaks[:, None] >= caps[None, :]))
+    nodes_of, load_of, residual_of, degree_of, serves = zip(*parts, strict=True)
     return States(
-        nodes=np.concatenate(nodes),
-        load=np.concatenate(load),
-        residual_s=np.concatenate(residuals),
-        degree=np.concatenate(degrees),
+        nodes=np.concatenate(nodes_of),
+        load=np.concatenate(load_of),
+        residual_s=np.concatenate(residual_of),
+        degree=np.concatenate(degree_of),
         serves=np.hstack(serves),
     )
-
-
-def _residuals(values: Sequence[float], most: int) -> list[float]:
-    """A few bounds on residual work, the longest first, no two alike."""
-    bounds: list[float] = []
-    for value in sorted(values, reverse=True):
-        if not bounds or value * ALIKE < bounds[-1]:
-            bounds.append(value)
-    return bounds if len(bounds) <= most else [bounds[index] for index in _spread(len(bounds), most)]
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """Positions among `count`, at most so many and spread evenly; the first and the last are among them."""
-    if most == 1:
-        return [0]
-    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
-
-
-def _node_counts(spec: Pool, load_most: float, most: int) -> list[int]:
-    """Numbers of nodes from the fewest to what the whole demand could need, every few where there are too many."""
-    first = max(1, spec.replicas_min)
-    last = min(spec.replicas_max, max(first, int(2.0 * load_most / spec.availability) + 3))
-    if last - first < most:
-        return list(range(first, last + 1))
-    return sorted({round(count) for count in np.geomspace(first, last, most)})
-
-
-def _of_kind(
-    spec: Pool,
-    demands: Sequence[ServiceDemand],
-    nodes: int,
-    residual_s: float,
-    degree: int,
-    peakedness: Mapping[str, float],
-) -> tuple[Ints, Floats, Floats, Ints, npt.NDArray[np.bool_]]:
-    """The states of so many nodes that see one kind of jobs: a cap for each few plans that break at it."""
-    gangs = nodes * spec.availability * (spec.gpus_per_node // degree)
-    breaks = _break_points(demands, gangs, residual_s, degree, peakedness)
-    caps = _representatives(breaks[breaks > 0.0], FEWER_CAPS if len(demands) > MANY else CAPS)
-    served = breaks[:, None] >= caps[None, :]
-    count = len(caps)
-    load = caps * nodes * spec.availability
-    return (np.full(count, nodes), load, np.full(count, residual_s), np.full(count, degree), served)
 
 
 def _peakedness(demands: Sequence[ServiceDemand]) -> dict[str, float]:

@@ -6,17 +6,17 @@ median 1, log-normal to either side, as wide as the interval of the seconds that
 parts of a site being long together. Transfers are drawn per request anyway and stay. Factors are drawn by Latin
 hypercube (McKay, Beckman and Conover, Technometrics 21, 1979), each site from a random stream of its own, so that two
 plans meet the same luck. A plan is as sure as the share of draws in which it keeps every promise, by the compiled
-recursion; where that does not apply, by the formula, brought into line with one simulation.
+recursion; where that does not apply, by the formula, calibrated by one simulation.
 
 For a plan that must hold with some probability, plans are searched for at prices of a higher quantile of every factor,
-on a ladder of quantiles: the lowest rung whose plan turns out sure enough. That a higher rung's plan is surer is a
+on a grid of quantiles: the lowest one whose plan turns out sure enough. That a higher one's plan is surer is a
 heuristic, which is why the probability of each is found by itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -40,10 +40,10 @@ LEAST_FACTOR = 0.01
 """What the lower end of an interval is taken to be at least, as a share of the seconds."""
 
 FIT = 0.001
-"""How far the formula may stay under an attainment that it is brought into line with."""
+"""How far the formula may stay under an attainment that it is calibrated by."""
 
 STRAINS = (0.25, 4.0)
-"""Factors on a pool's traffic between which the formula is brought into line."""
+"""Factors on a pool's traffic between which the formula is calibrated."""
 
 SLACK = 1e-9
 """What rounding may cost a promise, as a share of its bound."""
@@ -54,7 +54,7 @@ DRAWS = 200
 REQUESTS_MOST = 40_000_000
 """Requests that all draws together may carry: a few seconds' work."""
 
-RUNGS = tuple(NORMAL.cdf(0.2 * step) for step in range(16))
+QUANTILES = tuple(NORMAL.cdf(0.2 * step) for step in range(16))
 """Quantiles of the factors at which plans are searched for: from 0.5 to 0.9987, evenly in standard deviations."""
 
 SEARCHES = 8
@@ -76,6 +76,14 @@ class Spread:
         z = NORMAL.inv_cdf(probability)
         return math.exp(z * (self.above if z > 0.0 else self.below))
 
+    @classmethod
+    def of_interval(cls, low_s: float, seconds: float, high_s: float) -> Spread:
+        """The spread of seconds with the ends of their 90% interval; none where there are no seconds."""
+        if seconds <= 0.0:
+            return KNOWN
+        low, high = min(max(low_s / seconds, LEAST_FACTOR), 1.0), max(high_s / seconds, 1.0)
+        return cls(-math.log(low) / Z_90, math.log(high) / Z_90)
+
 
 KNOWN = Spread()
 """The spread of seconds that are known for sure."""
@@ -90,14 +98,7 @@ def spreads(mixes: Mixes, sizer: Sizer) -> dict[str, Spread]:
                 ends = sums.setdefault(part.where, [0.0, 0.0, 0.0])
                 for index, seconds in enumerate((part.seconds.low, part.seconds.value, part.seconds.high)):
                     ends[index] += sizer.rates[name][0] * share * seconds
-    return {site: _spread(*ends) for site, ends in sums.items()}
-
-
-def _spread(low_s: float, seconds: float, high_s: float) -> Spread:
-    if seconds <= 0.0:
-        return KNOWN
-    low, high = min(max(low_s / seconds, LEAST_FACTOR), 1.0), max(high_s / seconds, 1.0)
-    return Spread(-math.log(low) / Z_90, math.log(high) / Z_90)
+    return {site: Spread.of_interval(*ends) for site, ends in sums.items()}
 
 
 def factors(scenario: Scenario, spread: Mapping[str, Spread], draws: int) -> list[dict[str, float]]:
@@ -116,7 +117,7 @@ def slowed_mixes(mixes: Mixes, slowdowns: Mapping[str, float]) -> Mixes:
 
 
 def attainment_by_recursion(inputs: Inputs, deployment: Deployment) -> Attained:
-    """Draws tried on the scenario's own requests, where the recursion applies."""
+    """The attainment in draws on the scenario's own requests, where the recursion applies."""
     scenario, profiles = inputs.scenario, inputs.profiles
     return lambda drawn: screen(scenario, profiles, deployment, slowdowns=drawn, inputs=inputs).attainment
 
@@ -124,43 +125,38 @@ def attainment_by_recursion(inputs: Inputs, deployment: Deployment) -> Attained:
 def attainment_by_formula(
     sizer: Sizer, mixes: Mixes, replicas: Mapping[str, int], known: Evaluation, slowdowns: Mapping[str, float]
 ) -> Attained:
-    """Draws tried by a copy of the formula, brought into line with how the plan fared under `slowdowns`."""
+    """The attainment in draws by a copy of the formula, calibrated by how the plan fared under `slowdowns`.
+
+    Nobody is in time where edge devices have more work than they can do.
+    """
     mine = sizer.replace()
     nodes = {name: replicas.get(name, 0) for name in sizer.scenario.pools}
+    slow = slowed_mixes(mixes, slowdowns)
     for index, pool in enumerate(sizer.scenario.pools):
-        _bring_into_line(mine, slowed_mixes(mixes, slowdowns), nodes, known, (index, pool))
-    return lambda drawn: _attained(mine, slowed_mixes(mixes, drawn), nodes)
+        # The highest strain under which the formula gives none of the pool's classes less than they got; where the two
+        # agree within `FIT` it stays: an attainment near 1 says little about the load.
+        own = [cls for cls, mix in mixes.items() if any(option.pool_index == index for _, option in mix)]
+        got = {cls: value for cls in own if not math.isnan(value := known.classes[cls]["slo_attainment"].value)}
+        low, high = STRAINS
+        strain = mine.strain.get(pool, 1.0)
+        for halving in range(21):
+            mine.strain[pool] = strain
+            attainment = mine.assess(slow, nodes).attainment
+            gap = min((attainment[cls] - value for cls, value in got.items()), default=0.0)
+            if halving == 0 and abs(gap) <= FIT:
+                break
+            low, high = (strain, high) if gap >= -FIT else (low, strain)
+            strain = (low + high) / 2.0
+        else:
+            mine.strain[pool] = low
 
+    def attained(drawn: Mapping[str, float]) -> Mapping[str, float]:
+        sizing = mine.assess(slowed_mixes(mixes, drawn), nodes)
+        late = sum(max(0.0, mine.wanted(name) - got) for name, got in sizing.attainment.items())
+        overloaded = sizing.missed > late + SLACK
+        return dict.fromkeys(mixes, 0.0) if overloaded else sizing.attainment
 
-def _bring_into_line(
-    sizer: Sizer, mixes: Mixes, nodes: Mapping[str, int], known: Evaluation, pool: tuple[int, str]
-) -> None:
-    """Set a pool's strain to the highest under which the formula gives none of its classes less than they got.
-
-    Where the two agree within `FIT` it stays: an attainment near 1 says little about the load.
-    """
-    index, name = pool
-    own = [cls for cls, mix in mixes.items() if any(option.pool_index == index for _, option in mix)]
-    got = {cls: value for cls in own if not math.isnan(value := known.classes[cls]["slo_attainment"].value)}
-    low, high = STRAINS
-    middle = sizer.strain.get(name, 1.0)
-    for first in (True, *(False for _ in range(20))):
-        sizer.strain[name] = middle
-        attained = sizer.assess(mixes, nodes).attainment
-        gap = min((attained[cls] - value for cls, value in got.items()), default=0.0)
-        if first and abs(gap) <= FIT:
-            return
-        low, high = (middle, high) if gap >= -FIT else (low, middle)
-        middle = (low + high) / 2.0
-    sizer.strain[name] = low
-
-
-def _attained(sizer: Sizer, mixes: Mixes, nodes: Mapping[str, int]) -> Mapping[str, float]:
-    """What the formula gives; nothing to anybody where edge devices are asked for more than they can do."""
-    sizing = sizer.assess(mixes, nodes)
-    late = sum(max(0.0, sizer.wanted(name) - got) for name, got in sizing.attainment.items())
-    overloaded = sizing.missed > late + SLACK
-    return dict.fromkeys(mixes, 0.0) if overloaded else sizing.attainment
+    return attained
 
 
 def keeps_limits(scenario: Scenario, name: str, mix: Sequence[tuple[float, Candidate]]) -> bool:
@@ -168,22 +164,16 @@ def keeps_limits(scenario: Scenario, name: str, mix: Sequence[tuple[float, Candi
 
     An unknown figure keeps no limit.
     """
-    floor = scenario.promises[name].quality_floor
-    good = floor is None or _mean([(share, o.quality) for share, o in mix], -math.inf) >= floor * (1.0 - SLACK)
-    return good and all(
-        _mean(figures, math.inf) <= most * (1.0 + SLACK) for most, figures in _limits(scenario, name, mix)
-    )
-
-
-def _limits(
-    scenario: Scenario, name: str, mix: Sequence[tuple[float, Candidate]]
-) -> Iterator[tuple[float, list[tuple[float, float | None]]]]:
-    """Every limit on a class's images, in joules or dollars of a request, and the figures of its plans."""
     promises, images = scenario.promises[name], scenario.requests[name].num_images
-    if promises.edge_energy_j is not None:
-        yield promises.edge_energy_j * images, [(share, o.cost.edge_energy_j) for share, o in mix]
-    if promises.usd is not None:
-        yield promises.usd * images, [(share, o.cost.usd) for share, o in mix]
+    floor = promises.quality_floor
+    good = floor is None or _mean([(share, o.quality) for share, o in mix], -math.inf) >= floor * (1.0 - SLACK)
+    limits = (
+        (promises.edge_energy_j, [(share, o.cost.edge_energy_j) for share, o in mix]),
+        (promises.usd, [(share, o.cost.usd) for share, o in mix]),
+    )
+    return good and all(
+        most is None or _mean(figures, math.inf) <= most * images * (1.0 + SLACK) for most, figures in limits
+    )
 
 
 def _mean(figures: Sequence[tuple[float, float | None]], unknown: float) -> float:
@@ -214,7 +204,7 @@ class Confident:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """A rung's plan at its true prices, how sure it is, and the figure that is minimised."""
+    """A quantile's plan at its true prices, how sure it is, and the figure that is minimised."""
 
     mixes: Mixes
     found: Found
@@ -244,26 +234,35 @@ def confident_search(planner: Planner, asked: float, *, draws: int = DRAWS) -> C
     """The best plan that holds with probability `asked`, or more: searched at slower prices, confirmed at the medians.
 
     Slower prices are those of one quantile of every site's factor, with the spread over all plans worth trying. Where
-    no rung has a plan that is sure enough, the surest plan comes back, and its confidence says how sure.
+    no quantile has a plan that is sure enough, the surest plan comes back, and its confidence says how sure.
     """
     tester, evaluated = _Tester.of(planner, draws), list[EvaluatedPlan]()
     options = planner.condition().plans
     spread = spreads({name: tuple((1.0, o) for o in kept if o) for name, kept in options.items()}, planner.sizer)
     attempts: dict[int, _Attempt | None] = {}
-    low, high = -1, len(RUNGS)  # rungs whose plan is not sure enough; that are sure, or too slow for any plan
-    rung = next(index for index in range(len(RUNGS)) if RUNGS[index] >= min(asked, RUNGS[-1]))
-    while high - low > 1 and len(attempts) < SEARCHES and not _alike(attempts.get(low), attempts.get(high)):
-        attempts[rung] = one = _attempt(planner, tester, spread, RUNGS[rung], asked, evaluated)
-        low, high = (rung, high) if one is not None and one.confidence.probability < asked else (low, rung)
-        rung = 0 if low < 0 and 0 not in attempts else (low + high) // 2
-    return _chosen(planner, attempts, asked, evaluated)
-
-
-def _alike(one: _Attempt | None, other: _Attempt | None) -> bool:
-    """Whether nothing worth having lies between two plans."""
-    if one is None or other is None:
-        return False
-    return abs(one.objective - other.objective) <= BETTER * abs(other.objective)
+    low, high = -1, len(QUANTILES)  # those whose plan is not sure enough; that are sure, or too slow for any plan
+    at = next(index for index in range(len(QUANTILES)) if QUANTILES[index] >= min(asked, QUANTILES[-1]))
+    while high - low > 1 and len(attempts) < SEARCHES:
+        attempts[at] = one = _attempt(planner, tester, spread, QUANTILES[at], asked, evaluated)
+        low, high = (at, high) if one is not None and one.confidence.probability < asked else (low, at)
+        at = 0 if low < 0 and 0 not in attempts else (low + high) // 2
+        below, above = attempts.get(low), attempts.get(high)
+        if below and above and abs(below.objective - above.objective) <= BETTER * abs(above.objective):
+            break  # nothing worth having lies between
+    made = [one for _, one in sorted(attempts.items()) if one is not None]
+    sure = sorted((one for one in made if one.confidence.probability >= asked), key=lambda one: one.objective)
+    others = sorted(
+        (one for one in made if one.confidence.probability < asked), key=lambda one: -one.confidence.probability
+    )
+    plain = attempts.get(0)
+    for one in (*sure, *others):  # the best that also holds at the medians
+        replicas = {name: one.found.replicas.get(name, 0) for name in planner.scenario.pools}
+        job = EvaluationJob(planner.scenario, planner.profiles, to_deployment(one.mixes, replicas))
+        sizing, evaluations = planner.sizer.assess(one.mixes, replicas), tuple(planner.evaluate([job]))
+        found = Found(one.mixes, replicas, sizing, evaluations, plain.found.bound if plain else None)
+        if found.feasible:
+            return Confident(found, one.confidence, tuple(evaluated))
+    return Confident(None, None, tuple(evaluated))
 
 
 def _attempt(
@@ -296,27 +295,6 @@ def _attempt(
     return _Attempt(mixes, found, sure, objective)
 
 
-def _chosen(
-    planner: Planner, attempts: Mapping[int, _Attempt | None], asked: float, evaluated: Sequence[EvaluatedPlan]
-) -> Confident:
-    """The best plan that is sure enough and holds at the medians; without one, the surest."""
-    made = [one for _, one in sorted(attempts.items()) if one is not None]
-    sure = sorted((one for one in made if one.confidence.probability >= asked), key=lambda one: one.objective)
-    others = sorted(
-        (one for one in made if one.confidence.probability < asked), key=lambda one: -one.confidence.probability
-    )
-    plain = attempts.get(0)
-    answer = Confident(None, None, tuple(evaluated))
-    for one in (*sure, *others):
-        replicas = {name: one.found.replicas.get(name, 0) for name in planner.scenario.pools}
-        job = EvaluationJob(planner.scenario, planner.profiles, to_deployment(one.mixes, replicas))
-        sizing, evaluations = planner.sizer.assess(one.mixes, replicas), tuple(planner.evaluate([job]))
-        found = Found(one.mixes, replicas, sizing, evaluations, plain.found.bound if plain else None)
-        if found.feasible:
-            return Confident(found, one.confidence, tuple(evaluated))
-    return answer
-
-
 @dataclass(frozen=True, slots=True)
 class _Tester:
     """Tries plans under draws of the factors. `inputs` are the requests that they meet; None if they are too many."""
@@ -343,12 +321,29 @@ class _Tester:
         known: tuple[Evaluation, Mapping[str, float]] | None = None,
     ) -> Confidence:
         """How sure a plan is; `known` is how it fared under factors by site, where that is known."""
-        sizer = self.planner.sizer
+        scenario, sizer = self.planner.scenario, self.planner.sizer
         spread = spreads(mixes, sizer)
-        attained, level = self._attainment(mixes, replicas, known)
+        deployment = to_deployment(mixes, replicas)
+        if self.inputs is None or why_not(scenario, deployment, self.inputs):
+            if known is None:
+                known = self.planner.evaluate([EvaluationJob(scenario, self.planner.profiles, deployment)])[0], {}
+            attained, level = (
+                attainment_by_formula(sizer, mixes, replicas, *known),
+                "formula, in line with one simulation",
+            )
+        else:
+            count, most = len(self.inputs.replications), scenario.replications
+            level = "screened" if count == most else f"compiled recursion on {count} of {most} replications"
+            attained = attainment_by_recursion(self.inputs, deployment)
         certain = all(one == KNOWN for one in spread.values())
-        drawn = factors(self.planner.scenario, spread, 1 if certain else self.draws)
-        held = [self._held(slowed_mixes(mixes, one), attained(one)) for one in drawn]
+        # An SLO is promised to the whole class; to those let in, where as few as possible are turned away.
+        as_few = scenario.search.minimise == "turned_away_per_s"
+        promised = {name: sum(share for share, _ in mix) if as_few else 1.0 for name, mix in mixes.items()}
+        least = {name: sizer.wanted(name) * share * (1.0 - SLACK) for name, share in promised.items()}
+        held = []
+        for drawn in factors(scenario, spread, 1 if certain else self.draws):
+            got, slow = attained(drawn), slowed_mixes(mixes, drawn)
+            held.append({n: got[n] >= least[n] and keeps_limits(scenario, n, mix) for n, mix in slow.items()})
         rent = sum(count * sizer.unit_rent[name] for name, count in replicas.items() if count)
         limit = sizer.rent_limit_usd_per_hour
         affordable = limit is None or rent <= limit * (1.0 + SLACK)
@@ -359,31 +354,3 @@ class _Tester:
             by_class={name: sum(one[name] for one in held) / len(held) for name in mixes},
             level=level,
         )
-
-    def _held(self, mixes: Mixes, attained: Mapping[str, float]) -> dict[str, bool]:
-        """Which classes' promises hold in a draw, at its prices."""
-        scenario, wanted = self.planner.scenario, self.planner.sizer.wanted
-        return {
-            name: attained[name] >= wanted(name) * self._let_in(mix) * (1.0 - SLACK)
-            and keeps_limits(scenario, name, mix)
-            for name, mix in mixes.items()
-        }
-
-    def _let_in(self, mix: Sequence[tuple[float, Candidate]]) -> float:
-        """The share of a class to which its SLO is promised: those let in, where as few as possible are turned away."""
-        as_few = self.planner.scenario.search.minimise == "turned_away_per_s"
-        return sum(share for share, _ in mix) if as_few else 1.0
-
-    def _attainment(
-        self, mixes: Mixes, replicas: Mapping[str, int], known: tuple[Evaluation, Mapping[str, float]] | None
-    ) -> tuple[Attained, str]:
-        """How draws are tried, and what that is called."""
-        planner, inputs = self.planner, self.inputs
-        deployment = to_deployment(mixes, replicas)
-        if inputs is None or why_not(planner.scenario, deployment, inputs):
-            if known is None:
-                known = planner.evaluate([EvaluationJob(planner.scenario, planner.profiles, deployment)])[0], {}
-            return attainment_by_formula(planner.sizer, mixes, replicas, *known), "formula, in line with one simulation"
-        count, most = len(inputs.replications), planner.scenario.replications
-        level = "screened" if count == most else f"compiled recursion on {count} of {most} replications"
-        return attainment_by_recursion(inputs, deployment), level

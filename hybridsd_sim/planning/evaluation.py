@@ -238,7 +238,13 @@ def _inputs(scenario: Scenario, profiles: Profiles, numbers: range) -> Inputs:
 
 def _figures(job: EvaluationJob, result: SimResult, store: Store | None) -> dict[str, Any]:
     """Everything that an evaluation says, as plain data, put into the store; by pool only those that are rented."""
-    parts = _parts(job)
+    options = price_deployment(Pricing(job.scenario, job.profiles, job.slowdowns), job.deployment).by_class
+    # What leads to a pool without nodes is turned away and left out.
+    served_at = {index for index, name in enumerate(job.scenario.pools) if job.deployment.replicas.get(name, 0)} | {-1}
+    parts = {
+        name: [(p.share, o) for p, o in zip(mix, options[name], strict=True) if o.pool_index in served_at]
+        for name, mix in job.deployment.plans.items()
+    }
     classes = {
         name: {figure: [row[figure].value, *row[figure].interval] for figure in UNITS}
         for name, row in figures_of(result.summary).items()
@@ -282,16 +288,6 @@ def _judged(job: EvaluationJob, figures: Mapping[str, Any]) -> Evaluation:
         replications=figures["replications"],
         verdict=Verdict(feasibility(job.scenario, classes), *findings),
     )
-
-
-def _parts(job: EvaluationJob) -> Parts:
-    """The deployment's mixes, priced; what leads to a pool without nodes is turned away and left out."""
-    rented = {index for index, name in enumerate(job.scenario.pools) if job.deployment.replicas.get(name, 0)} | {-1}
-    options = price_deployment(Pricing(job.scenario, job.profiles, job.slowdowns), job.deployment).by_class
-    return {
-        name: [(p.share, o) for p, o in zip(mix, options[name], strict=True) if o.pool_index in rented]
-        for name, mix in job.deployment.plans.items()
-    }
 
 
 def _utilisation(result: SimResult, pool: str) -> float:
@@ -429,11 +425,12 @@ class EvaluatedPlan:
 
 def labels(mixes: Mixes) -> dict[str, str]:
     """The plans of each class, with their shares where there are several or some requests are turned away."""
-    return {name: " + ".join(_labelled(share, option) for share, option in mix) for name, mix in mixes.items()}
-
-
-def _labelled(share: float, option: Candidate) -> str:
-    return option.plan.label if share > 1.0 - 1e-9 else f"{share:.0%} {option.plan.label}"
+    return {
+        name: " + ".join(
+            option.plan.label if share > 1.0 - 1e-9 else f"{share:.0%} {option.plan.label}" for share, option in mix
+        )
+        for name, mix in mixes.items()
+    }
 
 
 def _interval(figure: Estimate) -> Interval:

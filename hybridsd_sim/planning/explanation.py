@@ -26,17 +26,23 @@ def explain(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[s
     """Every sentence of a capacity plan, the most important first."""
     if not plan.feasible:
         yield from _why_not(plan, found, sizer)
-    yield from _rent(plan)
-    yield from _prices(plan, sizer)
+    yield from _rent(plan, sizer)
     yield from describe_savings(plan)
     for name, mix in plan.mixes.items():
-        yield from _shares(name, mix)
+        if len(mix) > 1:
+            parts = "; ".join(f"{percent(share)} by {option.plan.label}" for share, option in mix)
+            yield f"{name}: its requests are shared out: {parts}."
+        if away := turned_away_share(mix):
+            yield f"{name}: {percent(away)} of its requests are turned away: there is no room for them."
         yield from _why_edge(plan, name, found.by_class[name])
         for _, option in mix:
             yield from _why_switch(option, found.by_class[name])
             yield from _why_degree(option, found.by_class[name], plan)
     yield from _unused_pools(plan, found, sizer)
-    yield from _arrivals(plan)
+    for name, spec in plan.scenario.requests.items():
+        # Whether a trace was played or its stand-in: a reader must not take one for the other.
+        if spec.arrivals.process in ("trace", "gentd26"):
+            yield f"{name}: its arrivals come from {arrival_source(spec.arrivals)}."
 
 
 def _why_not(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
@@ -57,30 +63,11 @@ def _why_not(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[
     yield from _lifts(plan, found, sizer)
 
 
-def _shares(name: str, mix: Mix) -> Iterator[str]:
-    """Who gets what where a class has several plans, and what is turned away; nothing for one plan that serves all."""
-    if len(mix) > 1:
-        parts = "; ".join(f"{percent(share)} by {option.plan.label}" for share, option in mix)
-        yield f"{name}: its requests are shared out: {parts}."
-    if away := turned_away_share(mix):
-        yield f"{name}: {percent(away)} of its requests are turned away: there is no room for them."
-
-
-def _arrivals(plan: CapacityPlan) -> Iterator[str]:
-    """Whether a trace was played or its stand-in: a reader must not take one for the other."""
-    for name, spec in plan.scenario.requests.items():
-        if spec.arrivals.process in ("trace", "gentd26"):
-            yield f"{name}: its arrivals come from {arrival_source(spec.arrivals)}."
-
-
-def _rent(plan: CapacityPlan) -> Iterator[str]:
+def _rent(plan: CapacityPlan, sizer: Sizer) -> Iterator[str]:
+    """What is rented for how much, and where the price of each rented GPU comes from."""
     rented = [f"{count} x {name}" for name, count in plan.replicas_opt.items() if count]
     dollars = "an unknown price" if plan.usd_per_hour is None else f"{money(plan.usd_per_hour)} USD an hour"
     yield f"Rent {', '.join(rented)} for {dollars}." if rented else "Rent nothing: the edge does everything."
-
-
-def _prices(plan: CapacityPlan, sizer: Sizer) -> Iterator[str]:
-    """Where the price of each rented GPU comes from."""
     for name, spec in plan.scenario.pools.items():
         if not plan.replicas_opt.get(name, 0):
             continue
@@ -204,25 +191,21 @@ def _unused_pools(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iter
         if not served:
             yield f"Pool {pool} is not rented: no class needs it."
         for name, chosen in served.items():
-            options = [one for one in found.by_class[name] if one.pool_index == index]
-            yield f"Pool {pool} is not rented for {name}: {_fault_of_pool(options, chosen, sizer)}."
-
-
-def _fault_of_pool(options: Sequence[Candidate], chosen: Candidate, sizer: Sizer) -> str:
-    holding = [
-        one for one in options if one.meets_floor and sizer.idle_attainment(one) >= sizer.wanted(one.request_class)
-    ]
-    keeping = [one for one in options if one.meets_floor]
-    if not holding:
-        if not keeping:
-            return "no plan on it keeps the class's floor and limits"
-        fastest = min(one.latency_s for one in keeping)
-        return f"its fastest plan that keeps the floor takes {number(fastest)} s even on an idle pool"
-    dollars, ours = min(one.usd_or_inf for one in holding), chosen.usd_or_inf
-    costs = f"{money(1000 * dollars)} USD per 1,000 requests in GPU time and egress against {money(1000 * ours)}"
-    if dollars < ours:
-        return f"it would cost {costs}, but the nodes rented for the other classes have room"
-    return f"its cheapest plan costs {costs}"
+            keeping = [one for one in found.by_class[name] if one.pool_index == index and one.meets_floor]
+            holding = [one for one in keeping if sizer.idle_attainment(one) >= sizer.wanted(name)]
+            if holding:
+                dollars, ours = min(one.usd_or_inf for one in holding), chosen.usd_or_inf
+                against = f"against {money(1000 * ours)}"
+                costs = f"{money(1000 * dollars)} USD per 1,000 requests in GPU time and egress {against}"
+                fault = f"its cheapest plan costs {costs}"
+                if dollars < ours:
+                    fault = f"it would cost {costs}, but the nodes rented for the other classes have room"
+            elif keeping:
+                fastest_s = min(one.latency_s for one in keeping)
+                fault = f"its fastest plan that keeps the floor takes {number(fastest_s)} s even on an idle pool"
+            else:
+                fault = "no plan on it keeps the class's floor and limits"
+            yield f"Pool {pool} is not rented for {name}: {fault}."
 
 
 def _lifts(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[str]:
@@ -318,39 +301,28 @@ def turned_away_share(mix: Mix) -> float:
 
 def describe_savings(plan: CapacityPlan) -> Iterator[str]:
     """A sentence for each plan of another kind: dollars and quality, or why it does not hold."""
-    yield from (_describe_saving(saving, plan) for saving in plan.savings)
-
-
-def _describe_saving(saving: Saving, plan: CapacityPlan) -> str:
-    if not saving.holds:
-        return f"{capitalise(saving.other)} does not hold: {saving.reason.rstrip('.')}."
     own = plan.usd_per_hour
-    if saving.usd_per_hour is None or own is None:
-        return f"What the plan saves against {saving.other} is not known: a price is missing."
-    known = next((other.policy for other in plan.baselines if other.name == saving.other), "planned")
-    dollars = f"{money(own)} USD/h of rent against {money(own + saving.usd_per_hour)}"
-    rest = f"{_loss(saving, plan)}{_unserved(saving)}"
-    return f"It costs {_compared(saving)}: {dollars}, both by {KNOWN_BY.get(known, known)}{rest}."
-
-
-def _compared(saving: Saving) -> str:
-    """`40% less than ...`, or `as much as ...` within half a percent."""
-    dollars, share, other = saving.usd_per_hour or 0.0, saving.share, saving.other
-    if abs(dollars) < 0.005 or (share is not None and abs(share) < 0.005):
-        return f"as much as {other}"
-    amount = f"{money(abs(dollars))} USD/h" if share is None else percent(abs(share))
-    return f"{amount} {'less' if dollars > 0 else 'more'} than {other}"
-
-
-def _unserved(saving: Saving) -> str:
-    """What is turned away, where either plan turns anybody away."""
-    mine, theirs = saving.unserved
-    if max(mine, theirs) < LEAST_SHARE:
-        return ""
-    return f", leaving {percent(mine)} of the requests unserved against {percent(theirs)}"
+    for saving in plan.savings:
+        if not saving.holds:
+            yield f"{capitalise(saving.other)} does not hold: {saving.reason.rstrip('.')}."
+        elif saving.usd_per_hour is None or own is None:
+            yield f"What the plan saves against {saving.other} is not known: a price is missing."
+        else:
+            saved, share = saving.usd_per_hour, saving.share
+            compared = "as much as"
+            if abs(saved) >= 0.005 and (share is None or abs(share) >= 0.005):
+                amount = f"{money(abs(saved))} USD/h" if share is None else percent(abs(share))
+                compared = f"{amount} {'less' if saved > 0 else 'more'} than"
+            known = next((other.policy for other in plan.baselines if other.name == saving.other), "planned")
+            dollars = f"{money(own)} USD/h of rent against {money(own + saved)}"
+            mine, theirs = map(percent, saving.unserved)
+            unserved = f", leaving {mine} of the requests unserved against {theirs}"
+            rest = _loss(saving, plan) + (unserved if max(saving.unserved) >= LEAST_SHARE else "")
+            yield f"It costs {compared} {saving.other}: {dollars}, both by {KNOWN_BY.get(known, known)}{rest}."
 
 
 def _loss(saving: Saving, plan: CapacityPlan) -> str:
+    """What a saving costs in CLIP score, as the end of its sentence."""
     quality = float(plan.chosen_result.summary.xs(ALL, level="request_class").iloc[0]["quality_mean"])
     own, change = None if math.isnan(quality) else quality, saving.quality
     if change is None:

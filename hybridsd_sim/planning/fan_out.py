@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
+import operator
 import os
 import pickle
 import signal
@@ -187,17 +188,16 @@ class _Processes:
                     futures[index] = self._submit(calls[index])
                 else:
                     if losses:
-                        again = [self._submit(c) if _is_lost(f) else f for c, f in zip(calls, futures, strict=True)]
-                        futures[:] = again
+                        for at, future in enumerate(futures):
+                            if future.cancelled() or (
+                                future.done() and isinstance(future.exception(), BrokenProcessPool)
+                            ):
+                                futures[at] = self._submit(calls[at])
                     yield result
                     index, losses = index + 1, 0
         finally:
             for future in futures:
                 future.cancel()
-
-
-def _is_lost(future: Future[Any]) -> bool:
-    return future.cancelled() or (future.done() and isinstance(future.exception(), BrokenProcessPool))
 
 
 def _call_from_folder(packed: bytes, folder: Path) -> Any:
@@ -207,34 +207,18 @@ def _call_from_folder(packed: bytes, folder: Path) -> Any:
 def _live_with_parent() -> None:
     """In a worker: leave Ctrl-C to the parent, and end with it, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
+    def end_with_parent() -> None:
+        if parent := parent_process():
+            parent.join()
+        os._exit(1)
 
-def _end_with_parent() -> None:
-    if parent := parent_process():
-        parent.join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @contextmanager
 def _ray_workers(jobs: int, address: str) -> Iterator[_RayMap]:
     """A map over Ray. A connection that stood before is used as it is, and left standing."""
-    ray = _imported_ray()
-    mine = not ray.is_initialized()
-    try:
-        if mine:
-            _connect(ray, jobs, address)
-        fan_out = _RayMap(ray)
-        if address != LOCAL and list(fan_out(_program, [None])) != [program_digest()]:
-            rule = "runs another hybridsd_sim than this machine"
-            raise InputError(Problem("--ray", address, rule, "Install the same one on every node."))
-        yield fan_out
-    finally:
-        if mine:
-            ray.shutdown()
-
-
-def _imported_ray() -> Any:
     # Before the import: no report of usage to anybody, and Ray's coming habit with accelerators, of which it warns.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -243,7 +227,18 @@ def _imported_ray() -> Any:
     except ImportError:
         rule, remedy = "needs Ray, which is not installed", "pip install 'hybridsd-sim[ray]'"
         raise InputError(Problem("--ray", "given", rule, remedy)) from None
-    return ray
+    mine = not ray.is_initialized()
+    try:
+        if mine:
+            _connect(ray, jobs, address)
+        fan_out = _RayMap(ray)
+        if address != LOCAL and list(fan_out(operator.call, [program_digest])) != [program_digest()]:
+            rule = "runs another hybridsd_sim than this machine"
+            raise InputError(Problem("--ray", address, rule, "Install the same one on every node."))
+        yield fan_out
+    finally:
+        if mine:
+            ray.shutdown()
 
 
 def _connect(ray: Any, jobs: int, address: str) -> None:
@@ -280,26 +275,19 @@ class _RayMap:
         return self._results(begun, calls[self._ahead :], shared)
 
     def _results(self, begun: deque[Any], waiting: Sequence[bytes], shared: Mapping[str, Any]) -> Iterator[Any]:
-        rest = iter(waiting)
+        rest, errors = iter(waiting), self._ray.exceptions
         while begun:
-            yield self._result(begun.popleft())
+            try:
+                result = self._ray.get(begun.popleft())
+            except errors.RayTaskError as error:
+                raise error.cause from None
+            except errors.RayError as error:
+                raise RunError(f"{LOST}: {error}") from None
+            yield result
             begun.extend(self._task.remote(call, shared) for call in islice(rest, 1))
-
-    def _result(self, ref: Any) -> Any:
-        errors = self._ray.exceptions
-        try:
-            return self._ray.get(ref)
-        except errors.RayTaskError as error:
-            raise error.cause from None
-        except errors.RayError as error:
-            raise RunError(f"{LOST}: {error}") from None
 
 
 def _call_from_refs(packed: bytes, shared: dict[str, Any]) -> Any:
     import ray
 
     return _call(packed, lambda name: ray.get(shared[name]))
-
-
-def _program(_: object) -> str:
-    return program_digest()

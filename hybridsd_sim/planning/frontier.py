@@ -6,8 +6,8 @@ the best quality, the fastest, and for rents in between those of the best qualit
 On every fleet the best quality is then looked for within some L between the least that it can keep and none, and on the
 largest ones nodes are added while that still shortens waits.
 
-Every plan found is evaluated on the scenario's own requests by the compiled recursion, or told by formula alone where
-that does not apply. The formula is careful about SLOs: on each fleet it is asked for the boldest of `HEADROOMS` at
+Every plan found is evaluated on the scenario's own requests by the compiled recursion, or by formula alone where that
+does not apply. The formula is careful about SLOs: on each fleet it is asked for the boldest of `HEADROOMS` at
 which the plan that comes out still holds. The promises of the scenario hold for every point; what another one beats is
 left out.
 """
@@ -23,17 +23,17 @@ from typing import Any
 import numpy as np
 
 from hybridsd_sim.planning.analytic import Sizing
-from hybridsd_sim.planning.evaluation import EvaluatedPlan, EvaluationJob, dominates, same_figures
+from hybridsd_sim.planning.evaluation import EvaluatedPlan, dominates, same_figures
 from hybridsd_sim.planning.milp import Condition, Formulation, Solution
 from hybridsd_sim.planning.planner import (
     BIG,
     Planner,
     budgeted_goal,
+    evaluate_quickly,
     latency_limits_s,
     quickest_level,
     strict_condition,
 )
-from hybridsd_sim.planning.search import to_deployment
 
 NAME = "frontier"
 
@@ -93,11 +93,11 @@ def frontier(planner: Planner, chosen: EvaluatedPlan) -> tuple[EvaluatedPlan, ..
     for point in points:
         if not any(dominates(other, point) or same_figures(other, point) for other in best):
             best = [other for other in best if not dominates(point, other)] + [point]
-    return tuple(sorted(best, key=lambda point: (_dollars(point), point.latency_p95_s[0])))
 
+    def rent_and_latency(point: EvaluatedPlan) -> tuple[float, float]:
+        return math.inf if point.usd_per_hour is None else point.usd_per_hour, point.latency_p95_s[0]
 
-def _dollars(point: EvaluatedPlan) -> float:
-    return math.inf if point.usd_per_hour is None else point.usd_per_hour
+    return tuple(sorted(best, key=rent_and_latency))
 
 
 @dataclass(slots=True)
@@ -118,13 +118,18 @@ class _Curve:
 
     def points(self, known: Sequence[Fleet]) -> list[EvaluatedPlan]:
         """Every plan that was evaluated and holds: on the fleets found, those `known`, and some with more nodes."""
-        fleets = _spread([*known, *sorted(self._fleets() - {*known}, key=lambda fleet: (self._rent(fleet), fleet))])
+        every = [*known, *sorted(self._fleets() - {*known}, key=lambda fleet: (self._rent(fleet), fleet))]
+        fleets = [every[at] for at in sorted({round(at) for at in np.linspace(0, len(every) - 1, FLEETS_EVALUATED)})]
         boldest = self._boldest(fleets)
-        found = {fleet: self._on(fleet, boldest[fleet]) for fleet in fleets}
+        found = {fleet: self._tradeoffs(fleet, boldest[fleet]) for fleet in fleets}
         rivals = [sizing for sizings in found.values() for sizing in sizings]
         calm = [self._calmest(mine[0]) for mine in found.values() if mine]
         self._evaluate([*rivals, *(self._swapped(rivals) if rivals else ()), *calm])
-        self._evaluate(self._unbeaten([more for mine in found.values() for more in self._spared(mine, fleets)], rivals))
+        # More nodes only where neither each other nor what is known on other fleets beats them by formula.
+        larger = [more for mine in found.values() for more in self._spared(mine, fleets)]
+        by_formula = [EvaluatedPlan.from_formula("", one, self.planner.sizer) for one in (*larger, *rivals)]
+        unbeaten = (not any(dominates(other, point) for other in by_formula) for point in by_formula)
+        self._evaluate([one for one, best in zip(larger, unbeaten, strict=False) if best])
         return [point for point in self._evaluated.values() if point.feasible]
 
     def fleet(self, replicas: Mapping[str, int]) -> Fleet:
@@ -139,7 +144,7 @@ class _Curve:
         return sum(count * rents[name] for name, count in self._replicas(fleet).items() if count)
 
     def _solve(self, level: int, **constraints: Any) -> Solution | None:
-        """An solution within the limit of a level; None also when enough programs were solved."""
+        """A solution within the limit of a level; None also when enough programs were solved."""
         if level not in self._formulations:
             self._formulations[level] = Formulation([replace(self.condition, within_s=self.limits_s[level])])
         formulation = self._formulations[level]
@@ -203,7 +208,7 @@ class _Curve:
                     held[fleet] = at if fleet in points else held[fleet]
         return {fleet: HEADROOMS[at] for fleet, at in held.items()}
 
-    def _on(self, fleet: Fleet, boldest: float) -> list[Sizing]:
+    def _tradeoffs(self, fleet: Fleet, boldest: float) -> list[Sizing]:
         """The best quality within some limits on one fleet, the tightest limit first; of equal quality the fastest.
 
         Without a limit at the headroom that was found to hold; so within limits too where the formula has no plan else.
@@ -281,35 +286,16 @@ class _Curve:
     def _sizing(self, solution: Solution) -> Sizing:
         return self.planner.sizer.assess(solution.mixes, solution.replicas)
 
-    def _unbeaten(self, sizings: Sequence[Sizing], rivals: Sequence[Sizing]) -> list[Sizing]:
-        """Those that neither each other nor the rivals beat by formula."""
-        sizer = self.planner.sizer
-        points = [EvaluatedPlan.from_formula("", sizing, sizer) for sizing in (*sizings, *rivals)]
-        return [s for s, point in zip(sizings, points, strict=False) if not any(dominates(o, point) for o in points)]
-
     def _evaluate(self, sizings: Sequence[Sizing]) -> list[EvaluatedPlan]:
         """The plans' figures on the scenario's own requests, or by formula where the recursion does not apply."""
-        planner = self.planner
         fresh = {self._key(sizing): sizing for sizing in sizings if self._key(sizing) not in self._evaluated}
-        jobs: dict[object, EvaluationJob] = {}
-        for key, sizing in fresh.items():
-            deployment = to_deployment(sizing.mixes, sizing.replicas)
-            if quickest_level(planner.scenario, deployment) == "screen":
-                jobs[key] = EvaluationJob(planner.scenario, planner.profiles, deployment, "screen")
-            else:
-                self._evaluated[key] = EvaluatedPlan.from_formula(NAME, sizing, planner.sizer)
-        for key, evaluation in zip(jobs, planner.evaluate(list(jobs.values())), strict=True):
-            self._evaluated[key] = EvaluatedPlan.from_evaluation(NAME, evaluation, fresh[key].mixes)
+        plans = evaluate_quickly(self.planner, [(NAME, sizing) for sizing in fresh.values()])
+        self._evaluated.update(zip(fresh, plans, strict=True))
         return [self._evaluated[self._key(sizing)] for sizing in sizings]
 
     def _key(self, sizing: Sizing) -> object:
         parts = [(id(o), round(share, 5)) for mix in sizing.mixes.values() for share, o in mix]
         return self.fleet(sizing.replicas), tuple(parts)
-
-
-def _spread(fleets: Sequence[Fleet]) -> list[Fleet]:
-    """At most `FLEETS_EVALUATED` of them, evenly spread, the first and the last included."""
-    return [fleets[at] for at in sorted({round(at) for at in np.linspace(0, len(fleets) - 1, FLEETS_EVALUATED)})]
 
 
 def _score(sizing: Sizing) -> float:

@@ -3,10 +3,10 @@
 A set of constraints is infeasible if no plan meets all of them, and irreducible (an IIS) if every smaller part of it
 can be met (Chinneck, Feasibility and Infeasibility in Optimization, 2008). One is found by QuickXplain (Junker, AAAI
 2004), which asks whether a plan exists some k log(n / k) times for k of n constraints; two orders of the constraints
-may find two sets, of which the smaller is told. A constraint is dropped by lifting it in the scenario (no SLO, no
+may find two sets, of which the smaller is returned. A constraint is dropped by lifting it in the scenario (no SLO, no
 floor, a hundred thousand nodes), and the formulation says whether a plan exists. It speaks with what simulations taught
 the formula, so that it also explains a scenario of which it once believed that it could be met; where it still believes
-so there is no set to tell.
+so there is none.
 
 The relaxation of a constraint is the least change of it alone, with all others as they are, that makes a plan possible.
 Floors, energies and prices move from one plan's figure to the next, nodes and devices are counted; seconds and dollars
@@ -16,7 +16,7 @@ are found to within `PRECISION` of the change.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybridsd_sim.planning.capacity_plan import Relaxation
@@ -150,27 +150,17 @@ def _relax(planner: Planner, one: _Constraint) -> float | None:
     if one.steps is not None:
         at = bisect_left(range(len(one.steps)), x=True, key=lambda index: enough(one.steps[index]))  # type: ignore[index]
         return one.steps[at] if at < len(one.steps) else None
-    if one.lifted is not None:
-        return _least_count(enough, int(one.asked), int(one.lifted))
-    return _least_value(enough, one.asked)
-
-
-def _least_count(enough: Callable[[float], bool], few: int, many: int) -> int:
-    """The least whole number above `few` that is enough, where `many` are: by doubling the step, then by halving."""
-    step = 1
-    while few + step < many and not enough(few + step):
-        few, step = few + step, 2 * step
-    return bisect_left(range(many), x=True, lo=few + 1, hi=min(many, few + step), key=enough)
-
-
-def _least_value(enough: Callable[[float], bool], asked: float) -> float | None:
-    """The least value above `asked` that is enough, to within `PRECISION` of the change."""
-    low, high = asked, 2.0 * asked
+    if one.lifted is not None:  # counts: by doubling the step, then by halving
+        few, many, step = int(one.asked), int(one.lifted), 1
+        while few + step < many and not enough(few + step):
+            few, step = few + step, 2 * step
+        return bisect_left(range(many), x=True, lo=few + 1, hi=min(many, few + step), key=enough)
+    low, high = one.asked, 2.0 * one.asked
     while not enough(high):
-        if high > LONGEST * asked:
+        if high > LONGEST * one.asked:
             return None
         low, high = high, 2.0 * high
-    while high - low > max(PRECISION * (high - asked), TINY * asked):
+    while high - low > max(PRECISION * (high - one.asked), TINY * one.asked):
         middle = (low + high) / 2.0
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high

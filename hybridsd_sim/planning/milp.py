@@ -221,7 +221,17 @@ class Formulation:
 
     def _block(self, condition: Condition, at: int) -> _Block:
         """What a condition adds to the program; its states stand from column `at` on."""
-        scenario, rates, edges = condition.sizer.scenario, condition.sizer.rates, self._edges(condition)
+        scenario, rates = condition.sizer.scenario, condition.sizer.rates
+        edges: list[tuple[list[int], EdgeStates]] = []
+        for index, site in enumerate(scenario.edge):  # those fleets that could be too busy
+            mine = [
+                (column, option)
+                for column, (name, j) in enumerate(self._columns)
+                if (option := condition.plans[name][j]) is not None and option.fleet_index == index and option.edge_s
+            ]
+            promised = [_promise(option, condition) for _, option in mine]
+            caps = edge_states(site, [option for _, option in mine], condition.sizer, promised)
+            edges += [] if caps is None else [([column for column, _ in mine], caps)]
         queued = {column for columns, _ in edges for column in columns}
         demands: list[list[tuple[int, ServiceDemand]]] = [[] for _ in self.pools]
         for column, (name, j) in enumerate(self._columns):
@@ -233,26 +243,12 @@ class Formulation:
                 )
                 demands[self.pools.index(pool)].append((column, demand))
         states = []
-        for pool, mine in zip(self.pools, demands, strict=True):
-            load_most = self._together((c, rates[self._columns[c][0]][0] * demand.node_s) for c, demand in mine)
-            states.append(pool_states(scenario.pools.get(pool), [demand for _, demand in mine], load_most))
+        for pool, jobs in zip(self.pools, demands, strict=True):
+            load_most = self._together((c, rates[self._columns[c][0]][0] * demand.node_s) for c, demand in jobs)
+            states.append(pool_states(scenario.pools.get(pool), [demand for _, demand in jobs], load_most))
         first = [at + int(n) for n in np.cumsum([0, *(len(s) for s in states)])]
         last = np.cumsum([first[-1], *(len(states.caps) for _, states in edges)]).tolist()
         return _Block(condition, demands, states, [*first, *last[1:]], edges)
-
-    def _edges(self, condition: Condition) -> list[tuple[list[int], EdgeStates]]:
-        """For each edge fleet that could be too busy: the columns of the plans that use it, and its states."""
-        found = []
-        for index, site in enumerate(condition.sizer.scenario.edge):
-            mine = [
-                (column, option)
-                for column, (name, j) in enumerate(self._columns)
-                if (option := condition.plans[name][j]) is not None and option.fleet_index == index and option.edge_s
-            ]
-            promised = [_promise(option, condition) for _, option in mine]
-            states = edge_states(site, [option for _, option in mine], condition.sizer, promised)
-            found += [] if states is None else [([column for column, _ in mine], states)]
-        return found
 
     def _together(self, each: Iterable[tuple[int, float]]) -> float:
         """The most that values of columns come to, each class wholly on one of its plans; at least 0."""
@@ -264,22 +260,27 @@ class Formulation:
 
     def _add_pool(self, block: _Block, index: int, rates: Mapping[str, float]) -> None:
         states, rows = block.states[index], self._rows
+        scenario, demands = block.condition.sizer.scenario, block.demands[index]
         z = np.arange(block.first[index], block.first[index + 1])
         rows.at_most(z, np.ones(len(z)), 1.0)
         rows.at_most([*z, self._nodes + index], [*states.nodes, -1.0], 0.0)
-        columns = [column for column, _ in block.demands[index]]
+        columns = [column for column, _ in demands]
         self._add_service(columns, states.serves, z)
-        busy = np.array([rates[self._columns[c][0]] * demand.node_s for c, demand in block.demands[index]])
+        busy = np.array([rates[self._columns[c][0]] * demand.node_s for c, demand in demands])
         strain = block.condition.sizer.strain.get(self.pools[index], 1.0)
         rows.load([*columns, *z], busy * strain, -states.load)
         # No fleet does more than its time, whatever headroom is asked: the load at the mean rates is at most 1.
-        scenario, demands = block.condition.sizer.scenario, block.demands[index]
         mean = {name: mean_rate_per_s(spec.arrivals) for name, spec in scenario.requests.items()}
         busy_mean = [mean[self._columns[column][0]] * demand.node_s for column, demand in demands]
         there = states.nodes * scenario.pools[self.pools[index]].availability
         rows.at_most([*columns, *z], [*busy_mean, *(-there)], 0.0)
-        for residual in np.unique(states.residual_s)[:-1]:  # the longest residual bounds nothing
-            self._add_kind(block, index, float(residual), columns, rates)
+        # The mean residual work of the pool's jobs is bounded where a state says so; the longest bounds nothing.
+        per_batch = np.array([rates[self._columns[c][0]] / len(w.candidate.batch_s) for c, w in demands])
+        for residual_s in np.unique(states.residual_s)[:-1].tolist():
+            excess = per_batch * [2.0 * demand.hold_s * (demand.residual_s - residual_s) for _, demand in demands]
+            most = self._together(zip(columns, excess, strict=True))
+            bound = z[states.residual_s == residual_s]
+            rows.at_most([*columns, *bound], [*excess, *(most for _ in bound)], most)
 
     def _add_service(self, columns: Sequence[int], serves: np.ndarray, z: np.ndarray) -> None:
         """A plan needs a state in which it is in time, and so do those of its class together that need no other."""
@@ -289,17 +290,6 @@ class Formulation:
             for pattern in np.unique(serves[mine], axis=0):
                 within = [columns[k] for k in mine[~(serves[mine] & ~pattern).any(axis=1)]]
                 self._rows.at_most([*within, *z[pattern]], [1.0] * len(within) + [-1.0] * pattern.sum(), 0.0)
-
-    def _add_kind(
-        self, block: _Block, index: int, residual_s: float, columns: Sequence[int], rates: Mapping[str, float]
-    ) -> None:
-        """The mean residual work of the pool's jobs is at most `residual_s` where a state says so."""
-        mine = [demand for _, demand in block.demands[index]]
-        rate = np.array([rates[self._columns[c][0]] / len(w.candidate.batch_s) for c, w in block.demands[index]])
-        excess = rate * [2.0 * demand.hold_s * (demand.residual_s - residual_s) for demand in mine]
-        z = np.arange(block.first[index], block.first[index + 1])[block.states[index].residual_s == residual_s]
-        most = self._together(zip(columns, excess, strict=True))
-        self._rows.at_most([*columns, *z], [*excess, *(most for _ in z)], most)
 
     def solve(self, goal: Goal) -> Solution | None:
         """The best mix and fleet for a goal; None where no plan meets it, or none was found in time (`gave_up`)."""
@@ -317,7 +307,18 @@ class Formulation:
         if found.x is None:
             self.gave_up |= found.status == OUT_OF_TIME
             return None
-        mixes = {name: self._mix(name, found.x) for name in self.classes}
+        mixes = {}
+        for i, name in enumerate(self.classes):
+            parts = [
+                (float(found.x[column]), option)
+                for column, ((of, _), option) in enumerate(zip(self._columns, self._options, strict=True))
+                if of == name and option is not None and found.x[column] >= SMALLEST_SHARE
+            ]
+            total = sum(share for share, _ in parts)
+            served = 1.0 - float(found.x[self._turned + i])
+            served = 1.0 if served > 1.0 - SMALLEST_SHARE else served
+            scaled = [(share * served / total, option) for share, option in parts]
+            mixes[name] = tuple(sorted(scaled, key=lambda part: -part[0]))
         nodes = found.x[self._nodes : self._nodes + len(self.pools)]
         replicas = {name: round(float(count)) for name, count in zip(self.pools, nodes, strict=True)}
         bound: float | None = found.get("mip_dual_bound")  # None where nothing had to be branched on
@@ -394,32 +395,14 @@ class Formulation:
             columns = [*mine, self._turned + self.classes.index(name)]
             yield columns, [1.0] * len(columns), 1.0
             yield columns, [-1.0] * len(columns), -1.0
-        for fleet in goal.no_good_cuts:
-            yield from self._unlike(fleet)
-
-    def _unlike(self, fleet: Mapping[str, int]) -> Iterator[tuple[Sequence[int], Sequence[float], float]]:
-        """Some pool has more nodes in its state than `fleet`, under some condition: only then it has them at all."""
-        columns = [
-            block.first[index] + k
-            for block in self._blocks
-            for index, name in enumerate(self.pools)
-            for k in np.flatnonzero(block.states[index].nodes > fleet[name])
-        ]
-        yield [int(c) for c in columns], [1.0] * len(columns), 1.0
-
-    def _mix(self, name: str, x: np.ndarray) -> tuple[tuple[float, Candidate], ...]:
-        """The parts of a class, the largest first; crumbs are given to the others."""
-        parts = [
-            (float(x[column]), option)
-            for column, ((of, _), option) in enumerate(zip(self._columns, self._options, strict=True))
-            if of == name and option is not None and x[column] >= SMALLEST_SHARE
-        ]
-        total = sum(share for share, _ in parts)
-        served = 1.0 - float(x[self._turned + self.classes.index(name)])
-        if served > 1.0 - SMALLEST_SHARE:
-            served = 1.0
-        scaled = [(share * served / total, option) for share, option in parts]
-        return tuple(sorted(scaled, key=lambda part: -part[0]))
+        for fleet in goal.no_good_cuts:  # some pool has more nodes in its state than the fleet, under some condition
+            larger = [
+                int(block.first[index] + k)
+                for block in self._blocks
+                for index, name in enumerate(self.pools)
+                for k in np.flatnonzero(block.states[index].nodes > fleet[name])
+            ]
+            yield larger, [1.0] * len(larger), 1.0
 
 
 def _promise(option: Candidate, condition: Condition) -> tuple[float | None, float]:

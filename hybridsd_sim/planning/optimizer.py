@@ -32,7 +32,7 @@ from hybridsd_sim.planning.evaluation_cache import Store
 from hybridsd_sim.planning.explanation import explain
 from hybridsd_sim.planning.frontier import frontier
 from hybridsd_sim.planning.infeasibility import irreducible_infeasible_set
-from hybridsd_sim.planning.milp import Condition, Formulation, Solution
+from hybridsd_sim.planning.milp import Formulation, Solution
 from hybridsd_sim.planning.planner import Keep, Planner, quickest_level
 from hybridsd_sim.planning.robustness import robust_conditions, robust_variations, sensitivity
 from hybridsd_sim.planning.search import Found, PlanSearch
@@ -80,10 +80,14 @@ def optimize(
     chosen = _chosen(planner, robust or {})
     progress("planning and simulating the baselines")
     less = ", for the base scenario" if robust else "" if scenario.budget.confidence is None else ", at median costs"
-    baselines = _baselines(planner, map or builtins.map, store, less)
-    plan = _assembled(planner, trials, chosen, baselines)
+    share = scenario.search.static_switch
+    kinds = {CLOUD_ONLY: CLOUD_ONLY, EDGE_ONLY: EDGE_ONLY, STATIC_SWITCH: f"{STATIC_SWITCH} {share:.0%}"}
+    jobs = [(scenario, profiles, found, store, kind, f"{name}{less}") for kind, name in kinds.items()]
+    outcomes = zip(jobs, (map or builtins.map)(_baseline, jobs), strict=True)
+    baselines = {job[-1]: outcome for job, outcome in outcomes if outcome is not None}
+    plan = _assemble(planner, trials, chosen, baselines)
     progress("looking around the plan")
-    plan = _with_surroundings(plan, planner, chosen, robust or {})
+    plan = _add_context(plan, planner, chosen, robust or {})
     return replace(plan, explanation=tuple(explain(plan, found, planner.sizer)))
 
 
@@ -146,60 +150,43 @@ def _best(search: PlanSearch) -> _SearchOutcome:
     condition = search.conditions[0]
     hopeless = condition.forgiven or any(not options for options in condition.plans.values())
     found = None if hopeless else search.run()
-    return _SearchOutcome(found or _least_bad(search, condition), tuple(search.evaluated))
-
-
-def _least_bad(search: PlanSearch, condition: Condition) -> Found:
-    """The plan that turns fewest away when nobody's SLO counts, within the budget if that can be."""
-    forgiving = replace(condition, forgiven=frozenset(condition.plans))
-    formulation = Formulation([forgiving])
-    goal = search.goal(minimise="turned_away_per_s", turned_away_per_s=None)
-    solution = formulation.solve(goal) or formulation.solve(replace(goal, usd_per_hour=None))
-    return search.simulate(solution or Solution({}, dict.fromkeys(search.scenario.pools, 0), 0.0, 0.0))
-
-
-def _baselines(
-    planner: Planner, fan_out: Mapper, store: Store | None, less: str
-) -> dict[str, tuple[_SearchOutcome, SimResult]]:
-    """Cloud only, edge only and the paper's static switch, each with its own best pools and the scenario's promises.
-
-    `less` is said of each where the chosen plan was asked for more.
-    """
-    share = planner.scenario.search.static_switch
-    names = {CLOUD_ONLY: CLOUD_ONLY, EDGE_ONLY: EDGE_ONLY, STATIC_SWITCH: f"{STATIC_SWITCH} {share:.0%}"}
-    names = {kind: f"{name}{less}" for kind, name in names.items()}
-    jobs = [(planner.scenario, planner.profiles, planner.found, store, kind, name) for kind, name in names.items()]
-    done = zip(names.values(), fan_out(_baseline, jobs), strict=True)
-    return {name: outcome for name, outcome in done if outcome is not None}
+    if found is None:  # the plan that turns fewest away when nobody's SLO counts, within the budget if that can be
+        formulation = Formulation([replace(condition, forgiven=frozenset(condition.plans))])
+        goal = search.goal(minimise="turned_away_per_s", turned_away_per_s=None)
+        solution = formulation.solve(goal) or formulation.solve(replace(goal, usd_per_hour=None))
+        found = search.simulate(solution or Solution({}, dict.fromkeys(search.scenario.pools, 0), 0.0, 0.0))
+    return _SearchOutcome(found, tuple(search.evaluated))
 
 
 def _baseline(
     job: tuple[Scenario, Profiles, CandidateSet, Store | None, str, str],
 ) -> tuple[_SearchOutcome, SimResult] | None:
-    """One baseline, by a planner of its own, so that they can run side by side and none learns from another."""
+    """Cloud only, edge only or the paper's static switch, with its own best pools and the scenario's promises.
+
+    By a planner of its own, so that they can run side by side and none learns from another. None where no plan of some
+    class is of the kind.
+    """
     scenario, profiles, found, store, kind, name = job
     trials = _Trials(builtins.map, store)
     planner = Planner(scenario, profiles, found, Sizer(scenario, profiles), trials)
-    search = planner.search(name, _baseline_filter(kind, scenario.search.static_switch))
+    share = scenario.search.static_switch
+    keep: Mapping[str, Keep] = {
+        CLOUD_ONLY: lambda option: option.edge_steps == 0,
+        EDGE_ONLY: lambda option: option.cloud_steps == 0,
+        STATIC_SWITCH: lambda o: bool(o.edge_steps) and abs(o.switch_share - share) < SHARE_TOLERANCE,
+    }
+    search = planner.search(name, keep[kind])
     if any(not options for options in search.conditions[0].plans.values()):
         return None
     outcome = _best(search)
     return outcome, trials.records(_job(planner, outcome.found))
 
 
-def _baseline_filter(kind: str, share: float) -> Keep:
-    if kind == CLOUD_ONLY:
-        return lambda option: option.edge_steps == 0
-    if kind == EDGE_ONLY:
-        return lambda option: option.cloud_steps == 0
-    return lambda option: bool(option.edge_steps) and abs(option.switch_share - share) < SHARE_TOLERANCE
-
-
 def _job(planner: Planner, found: Found) -> EvaluationJob:
     return EvaluationJob(planner.scenario, planner.profiles, found.evaluations[0].deployment)
 
 
-def _assembled(
+def _assemble(
     planner: Planner,
     trials: _Trials,
     chosen: _SearchOutcome,
@@ -238,7 +225,7 @@ def _summarise(name: str, found: Found) -> EvaluatedPlan:
     return EvaluatedPlan.from_evaluation(name, found.evaluations[0], found.mixes)
 
 
-def _with_surroundings(
+def _add_context(
     plan: CapacityPlan, planner: Planner, chosen: _SearchOutcome, robust: Mapping[str, Scenario]
 ) -> CapacityPlan:
     """The plan with what a planner asks next; where nothing holds, with the constraints that conflict."""
@@ -263,18 +250,20 @@ def _with_surroundings(
 
 
 def _switch_curve(options: Sequence[Candidate], chosen: Candidate) -> Iterator[Candidate]:
+    """The cheapest plan of each switch step, if possible with the cloud stage and the small model of the chosen one."""
+
+    def sides(option: Candidate) -> tuple[list[object], list[object]]:
+        cloud, edge = option.plan.cloud_stages[:1], option.plan.edge_stages[:1]
+        return [(stage.site, stage.method, stage.degree) for stage in cloud], [stage.model for stage in edge]
+
     by_step: dict[int, list[Candidate]] = {}
     for option in options:
         by_step.setdefault(option.cloud_steps, []).append(option)
+    wanted = sides(chosen)
     for step in sorted(by_step):
-        alike = [option for option in by_step[step] if _comparable(option, chosen)]
+        alike = [
+            option
+            for option in by_step[step]
+            if all(not mine or not theirs or mine == theirs for mine, theirs in zip(sides(option), wanted, strict=True))
+        ]
         yield min(alike or by_step[step], key=lambda option: (option.usd_or_inf, option.latency_s))
-
-
-def _comparable(option: Candidate, chosen: Candidate) -> bool:
-    mine, theirs = option.plan.cloud_stages, chosen.plan.cloud_stages
-    same_cloud = not mine or not theirs or (mine[0].site, mine[0].method, mine[0].degree) == (
-        theirs[0].site, theirs[0].method, theirs[0].degree
-    )  # fmt: skip
-    small, wanted = option.plan.edge_stages, chosen.plan.edge_stages
-    return same_cloud and (not small or not wanted or small[0].model == wanted[0].model)

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from hybridsd_sim.perf import Floats
 from hybridsd_sim.plan import Deployment, tightest
-from hybridsd_sim.planning.analytic import Mixes, Sizer
-from hybridsd_sim.planning.evaluation import Level
+from hybridsd_sim.planning.analytic import Mixes, Sizer, Sizing
+from hybridsd_sim.planning.evaluation import EvaluatedPlan, EvaluationJob, Level
 from hybridsd_sim.planning.milp import Condition, Formulation, Goal, Solution
-from hybridsd_sim.planning.search import Evaluate, PlanSearch
+from hybridsd_sim.planning.search import Evaluate, PlanSearch, to_deployment
 from hybridsd_sim.pricing import Candidate, CandidateSet, Pricing, price_deployment
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario
@@ -107,6 +106,25 @@ def quickest_level(scenario: Scenario, deployment: Deployment) -> Level:
     from hybridsd_sim.simulation import why_not
 
     return "simulate" if why_not(scenario, deployment) else "screen"
+
+
+def evaluate_quickly(planner: Planner, plans: Sequence[tuple[str, Sizing]]) -> list[EvaluatedPlan]:
+    """The figures of named plans on the scenario's own requests, in order, all of them in one call.
+
+    By the compiled recursion; by formula alone where that does not apply.
+    """
+    found: dict[int, EvaluatedPlan] = {}
+    jobs: dict[int, EvaluationJob] = {}
+    for index, (name, sizing) in enumerate(plans):
+        deployment = to_deployment(sizing.mixes, sizing.replicas)
+        if quickest_level(planner.scenario, deployment) == "screen":
+            jobs[index] = EvaluationJob(planner.scenario, planner.profiles, deployment, "screen")
+        else:
+            found[index] = EvaluatedPlan.from_formula(name, sizing, planner.sizer)
+    for index, evaluation in zip(jobs, planner.evaluate(list(jobs.values())), strict=True):
+        name, sizing = plans[index]
+        found[index] = EvaluatedPlan.from_evaluation(name, evaluation, sizing.mixes)
+    return [found[index] for index in range(len(plans))]
 
 
 def least_infeasible(options: Sequence[Candidate]) -> list[Candidate]:
@@ -219,20 +237,15 @@ def prune(options: Sequence[Candidate]) -> list[Candidate]:
     kept: list[int] = []
     for pool in dict.fromkeys(pools.tolist()):
         rivals = order[(pools[order] == pool) | (pools[order] == -1)]
-        best = _unbeaten(merits[rivals])
-        kept += [int(index) for index in rivals[best] if pools[index] == pool]
+        # Rows stand in rising order, so that a row can only be beaten by one before it.
+        best, front = np.empty((len(rivals), merits.shape[1])), 0
+        for index in rivals:
+            if not (best[:front] <= merits[index]).all(axis=1).any():
+                best[front] = merits[index]
+                front += 1
+                if pools[index] == pool:
+                    kept.append(int(index))
     return [options[index] for index in sorted(kept)]
-
-
-def _unbeaten(merits: Floats) -> list[int]:
-    """The rows that no row before them is as good as in everything; rows stand in rising order."""
-    found: list[int] = []
-    best = np.empty_like(merits)
-    for index, mine in enumerate(merits):
-        if not (best[: len(found)] <= mine).all(axis=1).any():
-            best[len(found)] = mine
-            found.append(index)
-    return found
 
 
 def thin(options: Sequence[Candidate], most: int) -> list[Candidate]:

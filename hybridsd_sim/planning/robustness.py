@@ -11,7 +11,7 @@ Sensitivity keeps the chosen plan as it is and changes one thing at a time: traf
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,13 +54,25 @@ def robust_conditions(planner: Planner, scenarios: Mapping[str, Scenario]) -> li
     scenario. Raises `InputError` where a scenario has other request classes than the planner's.
     """
     aligned = _aligned(planner, scenarios)
-    kept = {name: _kept(aligned, name) for name in planner.scenario.requests}
-    forgiven = frozenset(name for name, keys in kept.items() if not _usable(aligned, name))
+    kept: dict[str, list[Hashable]] = {}
+    forgiven = set()
+    for name in planner.scenario.requests:
+        usable = _usable(aligned, name)
+        if usable:  # those that no other beats under some scenario
+            unbeaten = {
+                _identity(option.plan) for one in aligned for option in prune([one.within[name][key] for key in usable])
+            }
+            kept[name] = [key for key in usable if key in unbeaten]
+        else:
+            first, *others = (one.plans[name] for one in aligned)
+            common = [option for key, option in first.items() if all(key in other for other in others)]
+            kept[name] = [_identity(option.plan) for option in least_infeasible(common)]
+            forgiven.add(name)
     return [
         Condition(
             one.planner.sizer,
             {name: [one.plans[name][key] for key in keys] for name, keys in kept.items()},
-            forgiven=forgiven,
+            forgiven=frozenset(forgiven),
             name=one.name,
         )
         for one in aligned
@@ -70,7 +82,17 @@ def robust_conditions(planner: Planner, scenarios: Mapping[str, Scenario]) -> li
 def robust_obstacles(planner: Planner, scenarios: Mapping[str, Scenario]) -> tuple[str, ...]:
     """In words, for each class that no plan serves within its promises everywhere: under which scenarios that is so."""
     aligned = _aligned(planner, scenarios)
-    return tuple(_obstacle(aligned, name) for name in planner.scenario.requests if not _usable(aligned, name))
+    found = []
+    for request_class in planner.scenario.requests:
+        alone = [one.name for one in aligned if not one.within[request_class]]
+        if alone:
+            where = f"under {' or '.join(alone)}, even on an idle fleet"
+            found.append(f"{request_class}: no plan keeps its promises {where}")
+        elif not _usable(aligned, request_class):
+            *names, last = (one.name for one in aligned)
+            where = f"under {', '.join(names)} and {last} alike"
+            found.append(f"{request_class}: each scenario has plans that keep its promises, but none does {where}")
+    return tuple(found)
 
 
 def robust_variations(found: Found, scenarios: Mapping[str, Scenario]) -> tuple[Variation, ...]:
@@ -91,31 +113,28 @@ def _aligned(planner: Planner, scenarios: Mapping[str, Scenario]) -> list[_Scena
         problems += [Problem(place, f"requests.{cls}", rule, remedy) for cls in other.requests if cls not in base]
     if problems:
         raise InputError(problems)
-    bounded = [_with_bounds(planner.scenario, other) for other in scenarios.values()]
-    others = (planner.under(other, find_candidates(other, planner.profiles)) for other in bounded)
-    return [_scenario_plans(name, mine) for name, mine in zip((BASE, *scenarios), (planner, *others), strict=True)]
-
-
-def _with_bounds(base: Scenario, other: Scenario) -> Scenario:
-    """The scenario with the base's bounds on the nodes of the pools that both have."""
-    changes: dict[str, int | None] = {}
-    for name, pool in base.pools.items():
-        theirs = other.pools.get(name)
-        if theirs is not None and (theirs.replicas_min, theirs.replicas_max) != (pool.replicas_min, pool.replicas_max):
-            changes |= {
-                f"pools.{name}.{key}": getattr(pool, key) for key in ("replicas_min", "replicas_max", "replicas")
-            }
-    return other.with_overrides(changes) if changes else other
-
-
-def _scenario_plans(name: str, planner: Planner) -> _ScenarioPlans:
-    found = planner.found.by_class
-    plans = {cls: {_identity(option.plan): option for option in options} for cls, options in found.items()}
-    within = {
-        cls: {_identity(option.plan): option for option in planner.within_promises(options)}
-        for cls, options in found.items()
-    }
-    return _ScenarioPlans(name, planner, plans, within)
+    others = []
+    for other in scenarios.values():  # with the base's bounds on the nodes of the pools that both have
+        theirs = {name: other.pools[name] for name in planner.scenario.pools if name in other.pools}
+        bounds = {
+            f"pools.{name}.{key}": getattr(pool, key)
+            for name, pool in planner.scenario.pools.items()
+            if name in theirs
+            and (theirs[name].replicas_min, theirs[name].replicas_max) != (pool.replicas_min, pool.replicas_max)
+            for key in ("replicas_min", "replicas_max", "replicas")
+        }
+        bounded = other.with_overrides(bounds) if bounds else other
+        others.append(planner.under(bounded, find_candidates(bounded, planner.profiles)))
+    aligned = []
+    for name, mine in zip((BASE, *scenarios), (planner, *others), strict=True):
+        found = mine.found.by_class
+        within = {cls: mine.within_promises(options) for cls, options in found.items()}
+        by_identity, within_by_identity = (
+            {cls: {_identity(option.plan): option for option in options} for cls, options in each.items()}
+            for each in (found, within)
+        )
+        aligned.append(_ScenarioPlans(name, mine, by_identity, within_by_identity))
+    return aligned
 
 
 def _identity(plan: Plan) -> Hashable:
@@ -128,30 +147,6 @@ def _usable(aligned: Sequence[_ScenarioPlans], request_class: str) -> list[Hasha
     """The plans of a class that are within its promises under every scenario, in the base's order."""
     first, *others = (one.within[request_class] for one in aligned)
     return [key for key in first if all(key in other for other in others)]
-
-
-def _kept(aligned: Sequence[_ScenarioPlans], request_class: str) -> list[Hashable]:
-    """The usable plans that no other beats under some scenario; without any, the least bad that exist everywhere."""
-    usable = _usable(aligned, request_class)
-    if not usable:
-        first, *others = (one.plans[request_class] for one in aligned)
-        common = [option for key, option in first.items() if all(key in other for other in others)]
-        return [_identity(option.plan) for option in least_infeasible(common)]
-    unbeaten = {
-        _identity(option.plan)
-        for one in aligned
-        for option in prune([one.within[request_class][key] for key in usable])
-    }
-    return [key for key in usable if key in unbeaten]
-
-
-def _obstacle(aligned: Sequence[_ScenarioPlans], request_class: str) -> str:
-    alone = [one.name for one in aligned if not one.within[request_class]]
-    if alone:
-        return f"{request_class}: no plan keeps its promises under {' or '.join(alone)}, even on an idle fleet"
-    names = [one.name for one in aligned]
-    listed = f"{', '.join(names[:-1])} and {names[-1]}"
-    return f"{request_class}: each scenario has plans that keep its promises, but none does under {listed} alike"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,35 +165,30 @@ def sensitivity(planner: Planner, deployment: Deployment) -> tuple[Variation, ..
     scenario's own replications, with no more where a promise is undecided. A site at which the plan spends no time is
     left out: nothing would change.
     """
-    changes = list(_changes(planner, deployment))
-    once = {"search.replications_max": planner.scenario.replications}
-    scenarios = [planner.scenario.with_overrides({**once, **change.overrides}) for change in changes]
-    jobs = []
-    for scenario, change in zip(scenarios, changes, strict=True):
-        moved = follow_networks(deployment, scenario)
-        level = quickest_level(scenario, moved)
-        jobs.append(EvaluationJob(scenario, planner.profiles, moved, level, change.slowdowns))
-    evaluations = planner.evaluate(jobs)
-    return tuple(
-        Variation(
-            change.name, EvaluatedPlan.from_evaluation(change.name, one, planner.priced(one.deployment, scenario))
-        )
-        for change, one, scenario in zip(changes, evaluations, scenarios, strict=True)
-    )
-
-
-def _changes(planner: Planner, deployment: Deployment) -> Iterator[_Change]:
     scenario = planner.scenario
-    yield _Change("as planned")
-    for factor in TRAFFIC:
-        yield _Change(f"traffic {factor - 1.0:+.0%}", traffic(scenario, factor))
-    for site in busy_sites(planner.priced(deployment)):
-        for factor in SLOWER:
-            yield _Change(f"{site} {factor - 1.0:.0%} slower", slowdowns={site: factor})
+    changes = [_Change("as planned")]
+    changes += [_Change(f"traffic {factor - 1.0:+.0%}", traffic(scenario, factor)) for factor in TRAFFIC]
+    changes += [
+        _Change(f"{site} {factor - 1.0:.0%} slower", slowdowns={site: factor})
+        for site in busy_sites(planner.priced(deployment))
+        for factor in SLOWER
+    ]
     for network in planner.profiles.networks:
         others = [name for name, fleet in scenario.edge.items() if fleet.network != network]
         if others:
-            yield _Change(f"everybody on {network}", {f"edge.{name}.network": network for name in others})
+            changes.append(_Change(f"everybody on {network}", {f"edge.{name}.network": network for name in others}))
+    once = {"search.replications_max": scenario.replications}
+    scenarios = [scenario.with_overrides({**once, **change.overrides}) for change in changes]
+    jobs = []
+    for other, change in zip(scenarios, changes, strict=True):
+        moved = follow_networks(deployment, other)
+        level = quickest_level(other, moved)
+        jobs.append(EvaluationJob(other, planner.profiles, moved, level, change.slowdowns))
+    evaluations = planner.evaluate(jobs)
+    return tuple(
+        Variation(change.name, EvaluatedPlan.from_evaluation(change.name, one, planner.priced(one.deployment, other)))
+        for change, one, other in zip(changes, evaluations, scenarios, strict=True)
+    )
 
 
 def traffic(scenario: Scenario, factor: float) -> dict[str, float]:
@@ -214,17 +204,16 @@ def traffic(scenario: Scenario, factor: float) -> dict[str, float]:
 
 def follow_networks(deployment: Deployment, scenario: Scenario) -> Deployment:
     """The same plans over the access networks that the scenario's fleets are on."""
-    plans = {
-        name: tuple(Share(part.share, _over(part.plan, scenario, name)) for part in mix)
-        for name, mix in deployment.plans.items()
-    }
+    plans = {}
+    for name, mix in deployment.plans.items():
+        parts = []
+        for part in mix:
+            plan = part.plan
+            if plan.network is not None:
+                plan = replace(plan, network=scenario.edge[scenario.requests[name].origin].network)
+            parts.append(Share(part.share, plan))
+        plans[name] = tuple(parts)
     return Deployment(deployment.replicas, plans)
-
-
-def _over(plan: Plan, scenario: Scenario, class_name: str) -> Plan:
-    if plan.network is None:
-        return plan
-    return replace(plan, network=scenario.edge[scenario.requests[class_name].origin].network)
 
 
 def busy_sites(mixes: Mixes) -> list[str]:

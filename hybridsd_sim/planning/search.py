@@ -167,13 +167,9 @@ class PlanSearch:
             if last.feasible:
                 incumbent, proved = last, proposal is None
             else:
-                # Going up, correct the formula; going down, or where there is nothing to correct, cut the fleet off.
-                if not self._learn(last) or incumbent is not None or self._plain is not None:
-                    self._give_up(last)
-                if self._target is not None:
-                    self._late = self._target if self._late is None else self._late.beyond(self._target)
+                self._learn(last, incumbent)
                 incumbent = incumbent if incumbent and incumbent.feasible else None
-            self._say(incumbent)
+            self._report(incumbent)
         if incumbent is not None and not incumbent.simulated:
             incumbent = self._confirm(incumbent)
         exact = self.scenario.search.minimise != "latency_p95_s" and not (self._plain and self._plain.gave_up)
@@ -181,15 +177,27 @@ class PlanSearch:
             return replace(incumbent, bound=self.objective(incumbent.sizing) * (1.0 - self._better))
         return incumbent or last
 
-    def _give_up(self, last: Found) -> None:
-        """Rule a fleet out; where trying costs little, once its late classes had a second choice of plans on it."""
-        if self._second is not None or last.simulated:
-            self._no_good_cuts.append(dict(last.replicas))
-            self._second = None
-            return
-        late = late_classes(self.sizer, last.mixes, last.evaluations[0])
-        used = frozenset(option for name in late for _, option in last.mixes[name] if option.pool_index >= 0)
-        self._second = dict(last.replicas), used
+    def _learn(self, last: Found, incumbent: Found | None) -> None:
+        """What a plan that was late teaches.
+
+        Going up, the formula of every condition is corrected under which it was late. Going down, or where there is
+        nothing to correct, its fleet is ruled out; where trying costs little, once its late classes had a second choice
+        of plans on it.
+        """
+        grew = False
+        for condition, evaluation in zip(self.conditions, last.evaluations, strict=True):
+            if not evaluation.feasible:
+                grew = correct(condition.sizer, self.priced(condition, last.mixes), evaluation) or grew
+        if not grew or incumbent is not None or self._plain is not None:
+            if self._second is not None or last.simulated:
+                self._no_good_cuts.append(dict(last.replicas))
+                self._second = None
+            else:
+                late = late_classes(self.sizer, last.mixes, last.evaluations[0])
+                used = frozenset(option for name in late for _, option in last.mixes[name] if option.pool_index >= 0)
+                self._second = dict(last.replicas), used
+        if self._target is not None:
+            self._late = self._target if self._late is None else self._late.beyond(self._target)
 
     def _second_choice(self, incumbent: Found | None) -> Solution | None:
         """The calmest plan on the fleet that was late, without the plans that were; None rules the fleet out."""
@@ -246,19 +254,12 @@ class PlanSearch:
             low = max(reach.objective, 0.0 if self._late is None else self._late.objective)
             goal = (best + low) / 2.0 if low < (1.0 - MUCH) * best else best * (1.0 - self._better)
             constraints |= self._limits(goal, 1.0)
-        return self._at_most_traffic(self._plain, constraints, goal)
-
-    def _at_most_traffic(
-        self, formulation: Formulation, constraints: Mapping[str, Any], goal: float
-    ) -> Solution | None:
-        """The plan that is in time at the highest traffic; None where that is far under what another was late at."""
         low, high, found = -1, len(HEADROOMS), None
         while high - low > 1:
             middle = (low + high) // 2
-            solution = formulation.solve(
-                self.goal(**{**constraints, "minimise": "load", "headroom": HEADROOMS[middle]})
-            )
+            solution = self._plain.solve(self.goal(**constraints, minimise="load", headroom=HEADROOMS[middle]))
             low, high, found = (low, middle, found) if solution is None else (middle, high, solution)
+        # Far under the traffic that another plan was late at, it would be late as well.
         if found is None or (self._late and HEADROOMS[low] < MISJUDGED * self._late.headroom):
             return None
         self._target = _Target(goal, HEADROOMS[low])
@@ -318,7 +319,13 @@ class PlanSearch:
         return self._evaluate(found.mixes, found.replicas, "simulate")
 
     def _evaluate(self, mixes: Mixes, replicas: Mapping[str, int], level: Level | None) -> Found:
-        jobs = [self._job(condition, mixes, replicas, level) for condition in self.conditions]
+        jobs = []
+        for condition in self.conditions:
+            scenario, profiles = condition.sizer.scenario, condition.sizer.profiles
+            nodes = {name: replicas.get(name, 0) for name in scenario.pools}
+            deployment = to_deployment(self.priced(condition, mixes), nodes)
+            quickest = level or self.levels(scenario, deployment)
+            jobs.append(EvaluationJob(scenario, profiles, deployment, quickest, condition.slowdowns))
         evaluations = tuple(self.evaluate(jobs))
         sizing = self.sizer.assess(mixes, replicas)
         at = next((k for k, one in enumerate(evaluations) if not one.feasible), 0)
@@ -327,15 +334,6 @@ class PlanSearch:
             EvaluatedPlan.from_evaluation(f"{self.name}{where}: {fleet_text(replicas)}", evaluations[at], mixes)
         )
         return Found(mixes, replicas, sizing, evaluations, None)
-
-    def _job(
-        self, condition: Condition, mixes: Mixes, replicas: Mapping[str, int], level: Level | None
-    ) -> EvaluationJob:
-        scenario = condition.sizer.scenario
-        there = {name: replicas.get(name, 0) for name in scenario.pools}
-        deployment = to_deployment(self.priced(condition, mixes), there)
-        quickest = level or self.levels(scenario, deployment)
-        return EvaluationJob(scenario, condition.sizer.profiles, deployment, quickest, condition.slowdowns)
 
     def priced(self, condition: Condition, mixes: Mixes) -> Mixes:
         """The same mixes as another condition prices them."""
@@ -351,15 +349,8 @@ class PlanSearch:
             found[name] = tuple((share, option) for share, option in there if option is not None)
         return found
 
-    def _learn(self, last: Found) -> bool:
-        """Correct the formula of every condition under which the plan was late; whether any could be."""
-        grew = False
-        for condition, evaluation in zip(self.conditions, last.evaluations, strict=True):
-            if not evaluation.feasible:
-                grew = correct(condition.sizer, self.priced(condition, last.mixes), evaluation) or grew
-        return grew
-
-    def _say(self, incumbent: Found | None) -> None:
+    def _report(self, incumbent: Found | None) -> None:
+        """Tell `progress` the bound, the incumbent and the gap."""
         if incumbent is None:
             self.progress(f"{self.name}: {len(self.evaluated)} tried, none holds yet")
             return

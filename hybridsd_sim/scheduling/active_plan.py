@@ -91,17 +91,16 @@ class CachedCandidates:
             return replace(self, version=version)
         kept = {priced: now for now, priced in self.uncorrected.items() if not changed & self.step_kinds[priced]}
         runnable = [o for o in self.step_kinds if o.pool_index < 0 or o.degree <= widest[o.pool_index]]
-        uncorrected = {kept.get(option) or _corrected(option, own): option for option in runnable}
-        current = tuple(sorted(uncorrected, key=_cheapest) if own else uncorrected)
-        return CachedCandidates(self.step_kinds, version, widest, own, current, uncorrected)
-
-
-def _corrected(candidate: Candidate, factors: Mapping[StepKind, float]) -> Candidate:
-    """The candidate at the observed pace: every second at a site takes the factor of the steps done there."""
-    if not factors:
-        return candidate
-    by_site = {stage.site.name: factors.get(kind_of(candidate, stage), 1.0) for stage in candidate.plan.stages}
-    return slowed(candidate, by_site)
+        uncorrected = {}
+        for option in runnable:
+            current = kept.get(option)
+            if current is None:
+                # At the observed pace: every second at a site takes the factor of the steps done there.
+                by_site = {stage.site.name: own.get(kind_of(option, stage), 1.0) for stage in option.plan.stages}
+                current = slowed(option, by_site) if own else option
+            uncorrected[current] = option
+        cheapest_first = tuple(sorted(uncorrected, key=_cheapest) if own else uncorrected)
+        return CachedCandidates(self.step_kinds, version, widest, own, cheapest_first, uncorrected)
 
 
 def _cheapest(option: Candidate) -> tuple[float, float]:
@@ -173,7 +172,13 @@ class CandidateCache:
         """The class's own candidates, or what becomes of their plans for a request of another size."""
         own, found = self.class_requests[size[0]], self._found[size[0]]
         if size[:-1] == _size(own, own)[:-1]:
-            return tuple(_with_priority(option, size[-1]) for option in found)
+            priority = size[-1]  # another one changes no figure, but policies read it off the candidate
+            return tuple(
+                option
+                if option.cost.request.priority == priority
+                else replace(option, cost=replace(option.cost, request=replace(option.cost.request, priority=priority)))
+                for option in found
+            )
         _, model, height_px, width_px, steps, guided, images, sampler, floor, priority = size
         if model != own.model or not images >= 1:
             return ()
@@ -203,14 +208,6 @@ def _size(request: Request, own: Request) -> Size:
         request.guidance_scale > 1.0, request.num_images, request.sampler, floor,
         request.priority,
     )  # fmt: skip
-
-
-def _with_priority(candidate: Candidate, priority: int) -> Candidate:
-    """The candidate for a request of another priority, which changes no figure; itself where it has that one."""
-    request = candidate.cost.request
-    if request.priority == priority:
-        return candidate
-    return replace(candidate, cost=replace(candidate.cost, request=replace(request, priority=priority)))
 
 
 @dataclass(frozen=True, slots=True)

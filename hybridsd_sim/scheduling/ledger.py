@@ -1,10 +1,10 @@
 """The scheduler's ledger: which workers there are, what each was given, and when a gang could start on it.
 
 A worker is one node, or one gang of GPUs, with a queue of its own in order of arrival: its head waits for its GPUs and
-everybody behind it waits too. Which jobs run and which wait follows from the events that are told; when GPUs will be
-free is predicted. An overdue job is expected to take as long again as it is late: a worker that hangs looks busier and
-busier instead of free, and so does the queue behind it. A job overdue by far is taken for done and its end for not
-told, so that no event that got lost keeps a worker busy for ever.
+everybody behind it waits too. Which jobs run and which wait follows from the events; when GPUs will be free is
+predicted. An overdue job is expected to take as long again as it is late: a worker that hangs looks busier and busier
+instead of free, and so does the queue behind it. A job overdue by far is taken for done and its event for lost, so that
+no worker is kept busy for ever.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class WorkerJob:
         return self.due_s + max(LOST_S, LOST_TIMES * self.hold_s)
 
     def expect(self, now: float) -> None:
-        """Believe in the prediction until it has failed, and then in as long again; look again halfway."""
+        """Expect the end when it was predicted until that has passed, and then as long again; look again halfway."""
         if self.again_s < now:
             late_s = max(now - self.due_s, LEAST_LATE * self.hold_s)
             self.stop_s, self.again_s = now + late_s, min(now + late_s / 2, self.lost_s)
@@ -174,29 +174,22 @@ class WorkerPool(AnyPool):
             self.settle()
         if self.queues and self._again_s[self._again_s.argmin()] < now:
             for index in np.flatnonzero(self._again_s < now).tolist():
-                self._expect(self.queues[index], now)
-
-    def _expect(self, queue: WorkerQueue, now: float) -> None:
-        """Put off the ends of a worker's overdue jobs. Behind one that runs alone, the whole queue moves with it."""
-        lost = self._lose(queue, now)
-        jobs = list(queue.running.values())
-        stops_s = [job.stop_s for job in jobs]
-        for job in jobs:
-            job.expect(now)
-        if lost or len(jobs) > 1:
-            self._write(queue)
-            return
-        self.free_s[: queue.worker.gpus, queue.index] += jobs[0].stop_s - stops_s[0]
-        self._again_s[queue.index] = jobs[0].again_s
-        self._soonest = {}
-
-    def _lose(self, queue: WorkerQueue, now: float) -> bool:
-        """Take out lost jobs; whether there were any. Those behind began when it was due, and may be lost as well."""
-        lost = False
-        while job := next((job for job in queue.running.values() if job.lost_s < now), None):
-            self.remove(queue, job.number, job.due_s)
-            lost = True
-        return lost
+                queue, lost = self.queues[index], False
+                # What is behind a lost job began when that was due, and may be lost as well.
+                while job := next((job for job in queue.running.values() if job.lost_s < now), None):
+                    self.remove(queue, job.number, job.due_s)
+                    lost = True
+                jobs = list(queue.running.values())
+                stops_s = [job.stop_s for job in jobs]
+                for job in jobs:
+                    job.expect(now)
+                if lost or len(jobs) > 1:
+                    self._write(queue)
+                    continue
+                # Behind a job that runs alone the whole queue moves with it.
+                self.free_s[: queue.worker.gpus, index] += jobs[0].stop_s - stops_s[0]
+                self._again_s[index] = jobs[0].again_s
+                self._soonest = {}
 
     def _write(self, queue: WorkerQueue) -> None:
         free_s, self._again_s[queue.index] = queue.outlook()
@@ -205,7 +198,15 @@ class WorkerPool(AnyPool):
 
     def wait_s(self, degree: int, now: float) -> float:
         soonest = self._soonest  # a thread that looks while another writes puts its finding into a dropped table
-        _, free_s = soonest.get(degree) or soonest.setdefault(degree, self._find(degree))
+        found = soonest.get(degree)
+        if found is None:
+            found = -1, NEVER
+            if degree <= self.widest:
+                row = self.free_s[degree - 1]
+                index = int(row.argmin())
+                found = index, float(row[index])
+            found = soonest.setdefault(degree, found)
+        free_s = found[1]
         return free_s - now if free_s > now else 0.0
 
     def best(self, degree: int, now: float) -> tuple[int, float]:
@@ -215,13 +216,6 @@ class WorkerPool(AnyPool):
         """
         wait_s = self.wait_s(degree, now)
         return self._soonest[degree][0], wait_s
-
-    def _find(self, degree: int) -> tuple[int, float]:
-        if degree > self.widest:
-            return -1, NEVER
-        row = self.free_s[degree - 1]
-        index = int(row.argmin())
-        return index, float(row[index])
 
     def add(self, index: int, job: WorkerJob) -> None:
         """Give a worker a job that it begins once it can."""

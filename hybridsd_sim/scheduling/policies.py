@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name
-from hybridsd_sim.plan import Deployment, Plan, Share
+from hybridsd_sim.plan import Deployment, Share
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.scheduling.policy import (
@@ -120,7 +120,7 @@ class LeastWork(Policy):
     summary = "cloud pool with least steps x pixels x images outstanding"
 
     def __init__(self) -> None:
-        self._per_pool = PerCandidates(_cloud_plan_of_each_pool)
+        self._per_pool = PerCandidates(_best_per_pool)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         pools = view.pools
@@ -130,7 +130,8 @@ class LeastWork(Policy):
         return Decision("run", best, pools[best.pool_index].wait_s(best.degree, now), self.name)
 
 
-def _cloud_plan_of_each_pool(options: Sequence[Candidate]) -> list[Candidate]:
+def _best_per_pool(options: Sequence[Candidate]) -> list[Candidate]:
+    """The best cloud plan of each pool by itself."""
     pools = sorted({option.pool_index for option in options if option.edge_steps == 0})
     chosen = [best_static([o for o in options if o.pool_index == pool and o.edge_steps == 0]) for pool in pools]
     return [option for option in chosen if option is not None]
@@ -203,7 +204,7 @@ class Planned(Policy):
     def __init__(self, chosen: Mapping[str, Sequence[Share]] | None = None) -> None:
         self.chosen = dict(chosen or {})
         self._turns = {name: _Turns([part.share for part in mix]) for name, mix in self.chosen.items()}
-        self._decisions: PerCandidates[list[Decision]] = PerCandidates(self._decide_parts)
+        self._decisions: PerCandidates[list[Decision]] = PerCandidates(self._decide_shares)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         decisions = self._decisions.of(options)
@@ -211,16 +212,17 @@ class Planned(Policy):
             return decisions[0] if decisions else REJECT
         return decisions[self._turns[options[0].request_class].next_index()]
 
-    def _decide_parts(self, options: Sequence[Candidate]) -> list[Decision]:
-        """A decision for each part of the class's mix, and one for what is turned away; one alone if that is all."""
-        mix = self.chosen.get(options[0].request_class, ()) if options else ()
-        decisions = [self._take(part.plan, options) for part in mix]
-        return decisions if sum(part.share for part in mix) > ALL_SHARES else [*decisions, TURN_AWAY]
+    def _decide_shares(self, options: Sequence[Candidate]) -> list[Decision]:
+        """A decision for each part of the class's mix, and one for what is turned away; one alone if that is all.
 
-    def _take(self, wanted: Plan, options: Sequence[Candidate]) -> Decision:
-        """The option that is the plan, or what becomes of the plan for a request of another number of steps."""
-        found = next((o for o in options if o.plan == wanted.rescaled(o.plan.num_inference_steps)), None)
-        return REJECT if found is None else Decision("run", found, 0.0, self.name)
+        For a request of another number of steps a part is what becomes of its plan.
+        """
+        mix = self.chosen.get(options[0].request_class, ()) if options else ()
+        decisions = []
+        for part in mix:
+            found = next((o for o in options if o.plan == part.plan.rescaled(o.plan.num_inference_steps)), None)
+            decisions.append(REJECT if found is None else Decision("run", found, 0.0, self.name))
+        return decisions if sum(part.share for part in mix) > ALL_SHARES else [*decisions, TURN_AWAY]
 
 
 class _Waits:
@@ -320,7 +322,12 @@ class SwitchByQueue(Policy):
 
     def __init__(self, gain: float = 3.0) -> None:
         self.gain = gain
-        self._ranked: PerCandidates[list[Candidate]] = PerCandidates(_best_pictures_first)
+        # Most cloud steps first, then the best quality, then the cheapest.
+        self._ranked: PerCandidates[list[Candidate]] = PerCandidates(
+            lambda options: sorted(
+                above_floor(options) or options, key=lambda option: (-option.cloud_steps, -(option.quality or 0.0))
+            )
+        )
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         ranked = self._ranked.of(options)
@@ -338,11 +345,6 @@ class SwitchByQueue(Policy):
             option = min((o for o in possible if o.cloud_steps == fewest), key=waits.total_s)
         reason = self.name if waits.total_s(option) <= left_s else LATE
         return Decision("degrade" if option.cloud_steps < most else "run", option, waits.of(option), reason)
-
-
-def _best_pictures_first(options: Sequence[Candidate]) -> list[Candidate]:
-    """Options above the floor, all if there are none: most cloud steps, then best quality, then cheapest, first."""
-    return sorted(above_floor(options) or options, key=lambda option: (-option.cloud_steps, -(option.quality or 0.0)))
 
 
 @register
@@ -399,7 +401,13 @@ class Budgeted(Policy):
         accepted = self._above_floor.of(options)
         left_s, waits = deadline_s - now, _Waits(view.pools, deadline_s, now)
         in_time = [option for option in accepted if waits.total_s(option) <= left_s]
-        found = min(filter(self._affords, in_time), key=self._objective, default=None)
+        # Drift plus penalty, but for what is the same for every option.
+        ahead_usd, v = self.ahead_usd, self._v
+        found = min(
+            filter(self._affords, in_time),
+            key=lambda option: ahead_usd * option.usd_or_inf - v * (option.quality or 0.0),
+            default=None,
+        )
         reason = self.name
         if found is None:
             found = min(filter(self._affords, accepted), key=lambda o: (o.usd_or_inf, waits.total_s(o)), default=None)
@@ -416,7 +424,3 @@ class Budgeted(Policy):
 
     def _affords(self, option: Candidate) -> bool:
         return self.ahead_usd + option.usd_or_inf <= self.cap_usd
-
-    def _objective(self, option: Candidate) -> float:
-        """Drift plus penalty, but for what is the same for every option."""
-        return self.ahead_usd * option.usd_or_inf - self._v * (option.quality or 0.0)

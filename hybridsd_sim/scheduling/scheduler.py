@@ -186,7 +186,13 @@ class Scheduler:
         try:
             return self._decide(request, view, now)
         except Exception:  # noqa: BLE001 -- whatever it is, a request waits for an answer
-            return self._fall_back(request, now)
+            active = self._active
+            # A plan that is right on an idle fleet, and no worker: the caller sends it where it can.
+            asked: Any = request  # whatever was given instead
+            name: Any = asked.request_class if isinstance(asked, Request) else None
+            candidate = active.fallbacks.get(name) if isinstance(name, str) else None
+            action: Action = "reject" if candidate is None else "run"
+            return Decision(action, candidate, 0.0, FALLBACK, now_s=_shown_s(now), plan_version=active.version)
 
     def is_priced(self, request: Request) -> bool:
         """Whether `decide` on the own ledger takes microseconds, because such a request was priced lately."""
@@ -243,7 +249,16 @@ class Scheduler:
         if candidate is None:
             return chosen._replace(now_s=now, deadline_s=deadline_s, plan_version=version)
         number = self._number + 1
-        worker, wait_s = self._place(candidate, number, deadline_s, view, now)
+        worker: str | None = None
+        if candidate.pool_index < 0:
+            wait_s = 0.0
+        elif view is not None:  # the caller keeps the queues
+            wait_s = _wait_s(candidate, view, now, deadline_s)
+        else:
+            request = candidate.cost.request
+            work = request.num_inference_steps * request.height_px * request.width_px * request.num_images
+            job = WorkerJob(number, candidate.degree, candidate.cloud_s, work, now)
+            worker, wait_s = self._ledger.place(candidate.pool_index, job, now)
         if not wait_s < INFINITY:  # the caller's view says that the pool never begins, or does not say when
             return Decision("reject", None, 0.0, NO_CANDIDATE, 0, None, now, deadline_s, version)
         self._number = number
@@ -254,30 +269,6 @@ class Scheduler:
         return Decision(
             _action(chosen, wait_s), candidate, wait_s, chosen.reason, number, worker, now, deadline_s, version
         )
-
-    def _place(
-        self, candidate: Candidate, number: int, deadline_s: float, view: FleetView | None, now: float
-    ) -> tuple[str | None, float]:
-        """The worker of the ledger that takes it and how long it waits; no worker where the caller keeps the queues."""
-        if candidate.pool_index < 0:
-            return None, 0.0
-        if view is not None:
-            return None, _wait_s(candidate, view, now, deadline_s)
-        request = candidate.cost.request
-        work = request.num_inference_steps * request.height_px * request.width_px * request.num_images
-        job = WorkerJob(number, candidate.degree, candidate.cloud_s, work, now)
-        return self._ledger.place(candidate.pool_index, job, now)
-
-    def _fall_back(self, request: object, now: object) -> Decision:
-        """A plan that is right on an idle fleet, and no worker: the caller sends it where it can.
-
-        A clock that shows no time is taken for 0.
-        """
-        active = self._active
-        name = request.request_class if isinstance(request, Request) else None
-        candidate = active.fallbacks.get(name) if isinstance(name, str) else None
-        action: Action = "reject" if candidate is None else "run"
-        return Decision(action, candidate, 0.0, FALLBACK, now_s=_shown_s(now), plan_version=active.version)
 
     # ---- Learning ---------------------------------------------------------------------------------------------------
 
@@ -293,9 +284,18 @@ class Scheduler:
                 case _ if not _is_time(event.at_s):
                     pass
                 case CloudDone() | RequestDone():
-                    self._done(event)
+                    if (known := self._open.get(event.number)) is not None:
+                        self._release(event.number, known, event.at_s)
+                        self._ledger.settle()
+                        if isinstance(event, RequestDone):
+                            del self._open[event.number]
                 case WorkerUp():
-                    self._join(event)
+                    pool = self.scenario.pools.get(event.pool)
+                    gpus = pool.gpus_per_node if pool and event.gpus is None else event.gpus or 0
+                    worker = Worker(event.worker, event.pool, gpus)
+                    _check_workers([worker], self.scenario)
+                    check_number(len(self._ledger) + (event.worker not in self._ledger))
+                    self._ledger.join(worker, event.at_s)
                 case WorkerDown():
                     self._ledger.leave(event.worker, event.at_s)
 
@@ -318,25 +318,9 @@ class Scheduler:
         if self._corrections.factors is not self._active.cache.factors:
             self._active.cache.correct(self._corrections.factors)
 
-    def _done(self, event: CloudDone | RequestDone) -> None:
-        known = self._open.get(event.number)
-        if known is not None:
-            self._release(event.number, known, event.at_s)
-            self._ledger.settle()
-            if isinstance(event, RequestDone):
-                del self._open[event.number]
-
     def _release(self, number: int, known: _OpenRequest, now: float) -> None:
         if known.worker is not None:
             self._ledger.release(known.worker, number, now)
-
-    def _join(self, event: WorkerUp) -> None:
-        pool = self.scenario.pools.get(event.pool)
-        gpus = pool.gpus_per_node if pool and event.gpus is None else event.gpus or 0
-        worker = Worker(event.worker, event.pool, gpus)
-        _check_workers([worker], self.scenario)
-        check_number(len(self._ledger) + (event.worker not in self._ledger))
-        self._ledger.join(worker, event.at_s)
 
     # ---- Plans ------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from starlette.responses import HTMLResponse, Response
 from hybridsd_sim.errors import InputError, Problem, unknown_name
 from hybridsd_sim.plan import Request as Wanted
 from hybridsd_sim.pricing import read_deployment
-from hybridsd_sim.scheduling import AnyPlan, Decision, Event, Scheduler, WorkerDown, WorkerUp, check_number
+from hybridsd_sim.scheduling import AnyPlan, Decision, Scheduler, WorkerDown, WorkerUp, check_number
 from hybridsd_sim.serving.answers import (
     ChoicesAnswer,
     DecisionAnswer,
@@ -135,40 +135,37 @@ class Sidecar:
         """Take in one event or a list of them, all or, where one is wrong, none."""
         now = self._clock()
         events = [sent.of(now) for sent in read_events(await body_of(request, self._most))]
-        self._check(events, now)
+        # What the scheduler would raise, before it has taken in the first: strange pools, too many workers.
+        if any(isinstance(event, WorkerUp) for event in events):
+            pools = self.scheduler.scenario.pools
+            if strange := [e.pool for e in events if isinstance(e, WorkerUp) and e.pool not in pools]:
+                raise InputError(unknown_name("pool", name, list(pools)) for name in strange)
+            up = {worker.name for worker in self.scheduler.workers(now)}
+            for event in events:
+                if isinstance(event, WorkerUp):
+                    up.add(event.worker)
+                    check_number(len(up))
+                elif isinstance(event, WorkerDown):
+                    up.discard(event.worker)
         for event in events:
             self.scheduler.observe(event)
             self._metrics.observed(event)
         return Json({"observed": len(events)})
 
-    def _check(self, events: list[Event], now: float) -> None:
-        """Raise what the scheduler would, before it has taken in the first: strange pools, too many workers."""
-        if not any(isinstance(event, WorkerUp) for event in events):
-            return
-        pools = self.scheduler.scenario.pools
-        if strange := [e.pool for e in events if isinstance(e, WorkerUp) and e.pool not in pools]:
-            raise InputError(unknown_name("pool", name, list(pools)) for name in strange)
-        up = {worker.name for worker in self.scheduler.workers(now)}
-        for event in events:
-            if isinstance(event, WorkerUp):
-                up.add(event.worker)
-                check_number(len(up))
-            elif isinstance(event, WorkerDown):
-                up.discard(event.worker)
-
     async def get_plan(self, _: Request) -> Response:
         """The plan in use."""
         version, deployment = self.scheduler.active_plan
-        told = {"version": version, "policy": self.scheduler.policy_name, "scenario": self.scheduler.scenario.name}
-        return Json(told | {"deployment": deployment.to_dict()})
+        about = {"version": version, "policy": self.scheduler.policy_name, "scenario": self.scheduler.scenario.name}
+        return Json(about | {"deployment": deployment.to_dict()})
 
     async def put_plan(self, request: Request) -> Response:
         """Follow another plan for the same scenario from the next decision on; if it does not fit, nothing changes."""
         body = await body_of(request, LARGER_PLAN * self._most)
-        return Json({"version": await self._in_turn(partial(self._put, body))})
 
-    def _put(self, body: bytes) -> int:
-        return self.scheduler.replace_plan(read_deployment(read_plain(body, "plan"), "plan"))
+        def replace_plan() -> int:
+            return self.scheduler.replace_plan(read_deployment(read_plain(body, "plan"), "plan"))
+
+        return Json({"version": await self._in_turn(replace_plan)})
 
     async def replaced(self, plan: AnyPlan) -> int:
         """Follow another plan; its number."""
@@ -196,11 +193,12 @@ class Sidecar:
 
     async def metrics(self, _: Request) -> Response:
         """Metrics for Prometheus."""
-        return Response(await to_thread.run_sync(self._measured), media_type=CONTENT_TYPE_LATEST)
 
-    def _measured(self) -> bytes:
-        self._metrics.fleet(self.scheduler.workers(self._clock()), self.scheduler.scenario.pools)
-        return generate_latest(self._metrics.registry)
+        def measure() -> bytes:
+            self._metrics.fleet(self.scheduler.workers(self._clock()), self.scheduler.scenario.pools)
+            return generate_latest(self._metrics.registry)
+
+        return Response(await to_thread.run_sync(measure), media_type=CONTENT_TYPE_LATEST)
 
     async def healthy(self, _: Request) -> Response:
         """Whether the process answers."""
@@ -235,7 +233,7 @@ def _add_routes(app: FastAPI, sidecar: Sidecar) -> None:
     app.add_api_route("/", sidecar.page, include_in_schema=False)
 
 
-async def _not_there(request: Request, error: Exception) -> Response:
+async def _unknown_path(request: Request, error: Exception) -> Response:
     """A path or a method that there is not."""
     if getattr(error, "status_code", 404) != 405:
         problem = Problem("path", "unknown", "is none that is answered", "See /openapi.json.")
@@ -246,16 +244,15 @@ async def _not_there(request: Request, error: Exception) -> Response:
     return problems_answer([Problem("method", request.method, f"must be {known} here")], 405, {"Allow": known})
 
 
-async def _wrong_input(_: Request, error: Exception) -> Response:
-    return input_answer(error) if isinstance(error, InputError) else problems_answer([], 500)
-
-
-async def _turned_away(_: Request, error: Exception) -> Response:
+async def _refuse(_: Request, error: Exception) -> Response:
+    """Input that is wrong, and a request that is turned away."""
+    if isinstance(error, InputError):
+        return input_answer(error)
     return refusal(error) if isinstance(error, RefusedError) else problems_answer([], 500)
 
 
 ERRORS = {
-    HTTPException: _not_there,
-    InputError: _wrong_input,
-    RefusedError: _turned_away,
+    HTTPException: _unknown_path,
+    InputError: _refuse,
+    RefusedError: _refuse,
 }

@@ -94,36 +94,28 @@ class Guard:
         except ClientDisconnect:
             return
         except Exception as error:  # noqa: BLE001 -- nobody outside learns more than that it failed
-            LOG.error("%s in %s", type(error).__name__, _place(error))  # noqa: TRY400 -- values might stand in it
+            frames = traceback.extract_tb(error.__traceback__)
+            place = f"{frames[-1].name}, line {frames[-1].lineno}" if frames else "an unknown place"
+            LOG.error("%s in %s", type(error).__name__, place)  # noqa: TRY400 -- values might stand in it
             if not begun:
                 await self._answer(FAILED)(scope, receive, send)
 
     def _refused(self, scope: Scope) -> RefusedError | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         path = scope["path"]
-        if self._hosts is not None and _name(headers.get(b"host", b"")) not in self._hosts:
-            return STRANGE_HOST
-        if self._token is not None and path not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
-            return NO_TOKEN
+        if self._hosts is not None:
+            host = headers.get(b"host", b"")
+            name, colon, port = host.rpartition(b":")
+            if (name if colon and port.isdigit() else host).lower() not in self._hosts:
+                return STRANGE_HOST
+        if self._token is not None and path not in OPEN_PATHS:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            # The comparison takes as long for a wrong token as for the right one.
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
+                return NO_TOKEN
         if self._limiter is not None and path not in FREE_PATHS and (wait_s := self._limiter.wait_s()):
             return too_many(wait_s)
         return None
-
-    def _knows(self, header: bytes) -> bool:
-        """Whether the header has the token; takes as long for a wrong one as for the right one."""
-        scheme, _, given = header.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._token or b"")
-
-
-def _name(host: bytes) -> bytes:
-    """A `Host` header without its port."""
-    name, colon, port = host.rpartition(b":")
-    return (name if colon and port.isdigit() else host).lower()
-
-
-def _place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].name}, line {frames[-1].lineno}" if frames else "an unknown place"
 
 
 FAILED = RefusedError(500, Problem("server", "failed", "this should not have happened", "See the server's log."))
@@ -159,25 +151,21 @@ async def body_of(request: Request, most: int) -> bytes:
     length = headers.get("content-length", "0")
     if not length.isdigit() or int(length[:20]) > most:
         raise too_large(most)
+    parts: list[bytes] = []
+    size = 0
+    message: Message = {"type": "http.request", "more_body": True}
     try:
         async with asyncio.timeout(BODY_S):
-            return await _received(request, most)
+            while message.get("more_body", False) and size <= most:
+                message = await request.receive()
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
     except TimeoutError:
         raise RefusedError(408, Problem("body", "incomplete", f"must be there within {BODY_S:g} s"), CLOSE) from None
-
-
-async def _received(request: Request, most: int) -> bytes:
-    parts: list[bytes] = []
-    size, more = 0, True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise RefusedError(400, Problem("body", "incomplete", "must be sent whole"), CLOSE)
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        more = message.get("more_body", False)
-        if size > most:
-            raise too_large(most)
+    if message["type"] == "http.disconnect":
+        raise RefusedError(400, Problem("body", "incomplete", "must be sent whole"), CLOSE)
+    if size > most:
+        raise too_large(most)
     return b"".join(parts)
 
 

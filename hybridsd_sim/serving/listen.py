@@ -98,10 +98,10 @@ class BoundedHead(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_head()
+        self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_is_there()
+        self._stop_waiting_for_head()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -110,12 +110,12 @@ class BoundedHead(HttpToolsProtocol):
         if self._head_bytes > MOST_HEAD_BYTES:
             self.transport.close()
         elif self._head_due is None and self.cycle.response_complete:  # the first head is awaited from the start
-            self._await_head()
+            self._wait_for_head()
 
-    def _await_head(self) -> None:
+    def _wait_for_head(self) -> None:
         self._head_due = self.loop.call_later(HEAD_S, self.transport.abort)
 
-    def _head_is_there(self) -> None:
+    def _stop_waiting_for_head(self) -> None:
         if self._head_due is not None:
             self._head_due.cancel()
             self._head_due = None
@@ -123,7 +123,7 @@ class BoundedHead(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
         super().on_headers_complete()
-        self._head_is_there()
+        self._stop_waiting_for_head()
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -169,8 +169,8 @@ def opened(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         remedy = "Choose another --port, or another --host."
-        said = getattr(error, "strerror", None) or str(error)
-        raise InputError(Problem("--port", str(port), f"cannot listen on {host}: {said}", remedy)) from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise InputError(Problem("--port", str(port), f"cannot listen on {host}: {why}", remedy)) from None
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits this
     return listener
 

@@ -33,8 +33,8 @@ STEPS = (0, 1, 2, 3, 5, 8, 10, 15, 20, 25, 30, 40, 50, 75, 100)
 DEGREES = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 
 
-class _Told(NamedTuple):
-    """What was said of a request: when, until when the image is there, and until when it is due."""
+class _Prediction(NamedTuple):
+    """What was predicted of an open request: when, until when the image is there, and until when it is due."""
 
     candidate: Candidate
     site: str
@@ -71,15 +71,14 @@ class SchedulerMetrics:
         self.registry = registry if registry is not None else CollectorRegistry()
         self._policy = policy
         self._lock = Lock()
-        self._told: OrderedDict[int, _Told] = OrderedDict()
+        self._open: OrderedDict[int, _Prediction] = OrderedDict()
         self._version = 0
-        self._make_counters()
-        self._make_histograms()
-        self._make_gauges()
 
-    def _make_counters(self) -> None:
         def counter(name: str, text: str, *labels: str) -> _Children:
             return _Children(Counter(name, text, labels, registry=self.registry), len(labels))
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=self.registry)
 
         self._decisions = counter(
             "hybridsd_decisions_total", "Decisions, by what was decided and why.", "action", "policy", "reason"
@@ -95,11 +94,6 @@ class SchedulerMetrics:
         self._gpu_s = counter(
             "hybridsd_gpu_seconds_total", "GPU-seconds predicted of the requests that were served.", "pool", "gpu"
         )
-
-    def _make_histograms(self) -> None:
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, buckets=buckets, registry=self.registry)
-
         self._duration = histogram("hybridsd_decision_duration_seconds", "Seconds of deciding.", DURATIONS)
         self._error = histogram(
             "hybridsd_prediction_error_ratio",
@@ -108,8 +102,6 @@ class SchedulerMetrics:
         )
         self._switch = histogram("hybridsd_switch_step", "First step done at the edge, of what is run.", STEPS)
         self._degree = histogram("hybridsd_parallel_degree", "GPUs of the gang, of what runs in a pool.", DEGREES)
-
-    def _make_gauges(self) -> None:
         self._plan = Info("hybridsd_plan", "The plan in use.", registry=self.registry)
         self._depth = Gauge(
             "hybridsd_queue_depth", "Requests given to the workers and not done.", ("pool",), registry=self.registry
@@ -126,12 +118,11 @@ class SchedulerMetrics:
         self._duration.observe(seconds)
         if decision.plan_version != self._version:
             self.follow(decision.plan_version)
-        if decision.candidate is not None:
-            self._run(decision, decision.candidate)
-        elif decision.deadline_s < inf:
-            self._attained.of(request_class, "false").inc()
-
-    def _run(self, decision: Decision, candidate: Candidate) -> None:
+        candidate = decision.candidate
+        if candidate is None:
+            if decision.deadline_s < inf:
+                self._attained.of(request_class, "false").inc()
+            return
         plan = candidate.plan
         self._switch.observe(plan.switch_step)
         if candidate.pool_index >= 0:
@@ -140,33 +131,31 @@ class SchedulerMetrics:
             return
         site = plan.stages[0].site.name
         predicted_s = decision.predicted_wait_s + candidate.latency_s
-        told = _Told(candidate, site, decision.now_s, predicted_s, decision.deadline_s)
+        predicted = _Prediction(candidate, site, decision.now_s, predicted_s, decision.deadline_s)
         with self._lock:
-            self._told[decision.number] = told
-            if len(self._told) > MAX_OPEN:
-                self._told.popitem(last=False)
+            self._open[decision.number] = predicted
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)
 
     def observed(self, event: Event) -> None:
         """Count how a request ended; a decision that is not known any more, and other events, change nothing."""
         if not isinstance(event, RequestDone):
             return
         with self._lock:
-            told = self._told.pop(event.number, None)
-        if told is None or event.outcome == "cancelled":
+            known = self._open.pop(event.number, None)
+        if known is None or event.outcome == "cancelled":
             return
-        served = event.outcome == "served"
-        if told.deadline_s < inf:
-            in_time = served and event.at_s <= told.deadline_s
-            self._attained.of(told.candidate.request_class, "true" if in_time else "false").inc()
-        if served:
-            self._served(told, event.at_s - told.now_s)
-
-    def _served(self, told: _Told, seconds: float) -> None:
-        candidate, cost = told.candidate, told.candidate.cost
-        if seconds >= 0.0 and 0.0 < told.predicted_s < inf:
-            self._error.observe(seconds / told.predicted_s - 1.0)
+        candidate, served = known.candidate, event.outcome == "served"
+        if known.deadline_s < inf:
+            in_time = served and event.at_s <= known.deadline_s
+            self._attained.of(candidate.request_class, "true" if in_time else "false").inc()
+        if not served:
+            return
+        seconds, cost = event.at_s - known.now_s, candidate.cost
+        if seconds >= 0.0 and 0.0 < known.predicted_s < inf:
+            self._error.observe(seconds / known.predicted_s - 1.0)
         if cost.usd is not None:
-            self._usd.of(told.site).inc(cost.usd)
+            self._usd.of(known.site).inc(cost.usd)
         if candidate.pool_index >= 0:
             pool = next(iter(candidate.plan.cloud_stages)).site
             self._gpu_s.of(pool.name, pool.device).inc(cost.gpu_seconds)

@@ -193,19 +193,18 @@ class PredictedCostRouter(RequestRouter):
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # otherwise Ray asks again at once, for ever
         with _harmless():
-            return await self._ranks(pending_request)
+            now = time.monotonic()
+            if self._plan is not None and now >= self._look_s and (self._look is None or self._look.done()):
+                self._look_s = now + LOOK_S
+                self._look = asyncio.create_task(self._follow(self._plan))
+            while not (call := await self._call_of(pending_request)).turn.is_set():
+                await call.turn.wait()
+            call.task = asyncio.current_task()
+            return self._ranks_of(call)
         return [candidate_replicas]
 
-    async def _ranks(self, pending: PendingRequest) -> list[list[RunningReplica]]:
-        self._look_at_plan()
-        while True:
-            call = self._known(pending) or await self._new(pending)
-            if call.turn.is_set():
-                call.task = asyncio.current_task()
-                return self._ranks_of(call)
-            await call.turn.wait()
-
     def _ranks_of(self, call: _Call) -> list[list[RunningReplica]]:
+        """The replicas to offer a call whose turn has come, in order; each list is offered at once."""
         replicas = list(self.curr_replicas.values())
         queue = self._replica_queues.get(call.worker or "")
         if self._scheduler is None or call.decision is None or queue is None:
@@ -255,26 +254,31 @@ class PredictedCostRouter(RequestRouter):
 
     # ---- Calls ------------------------------------------------------------------------------------------------------
 
-    def _known(self, pending: PendingRequest) -> _Call | None:
-        """The call as it was decided; None if it was not, or if its replica is gone."""
-        calls = self._calls.get(pending.metadata.internal_request_id, ())
-        call = next((call for call in calls if call.pending is pending), None)
-        if call is not None and call.worker is not None and call.worker not in self._replica_queues:
-            self._end(call, "cancelled")
-            return None
-        if call is not None:
-            self._watch(call)
-        return call
+    async def _call_of(self, pending: PendingRequest) -> _Call:
+        """The call as it was decided; decided now if it was not, or if its replica is gone."""
+        key = pending.metadata.internal_request_id
+        known = next((call for call in self._calls.get(key, ()) if call.pending is pending), None)
+        if known is not None and (known.worker is None or known.worker in self._replica_queues):
+            self._watch(known)
+            return known
+        if known is not None:
+            self._end(known, "cancelled")
+        call = _Call(pending, await self._decide(pending))
+        decision = call.decision
+        if decision is not None and decision.action == "reject" and self._refuse:
+            from hybridsd_sim.serving.ray_serve import TurnedAwayError as Raised  # Ray has this very class by value
 
-    async def _new(self, pending: PendingRequest) -> _Call:
-        call = _Call(pending, await self._decision(pending))
-        if call.decision is not None and call.decision.action == "reject" and self._refuse:
-            self._turn_away(call, call.decision.reason)
+            # The caller waits for the call's future; Ray stops routing what is done.
+            pending.future.set_exception(Raised(decision.reason))
+            self._remove_pending_request_from_indices(pending)
+            call.admit(time.monotonic())
             return call
         self._forget_lost()
-        self._calls.setdefault(pending.metadata.internal_request_id, []).append(call)
+        self._calls.setdefault(key, []).append(call)
         self._watch(call)
-        self._tell(call)
+        has_keywords = not (pending.metadata.is_http_request or pending.metadata.is_grpc_request)
+        if decision is not None and self._decision_argument is not None and has_keywords:
+            pending.kwargs[self._decision_argument] = decision.to_dict()
         queue = self._replica_queues.get(call.worker or "")
         if queue is None:
             call.admit(time.monotonic())
@@ -283,7 +287,7 @@ class PredictedCostRouter(RequestRouter):
             queue.admit(time.monotonic())
         return call
 
-    async def _decision(self, pending: PendingRequest) -> Decision | None:
+    async def _decide(self, pending: PendingRequest) -> Decision | None:
         """What the scheduler decides; None without a scheduler, or if the call does not say what it asks for."""
         scheduler = self._scheduler
         if scheduler is None:
@@ -296,21 +300,6 @@ class PredictedCostRouter(RequestRouter):
         if not scheduler.is_priced(request):
             await asyncio.to_thread(scheduler.preview, request, None, time.monotonic())
         return scheduler.decide(request, None, time.monotonic())
-
-    def _turn_away(self, call: _Call, reason: str) -> None:
-        """Raise at the caller, which waits for the call's future; Ray stops routing what is done."""
-        from hybridsd_sim.serving.ray_serve import TurnedAwayError as Raised  # Ray has this very class by value
-
-        call.pending.future.set_exception(Raised(reason))
-        self._remove_pending_request_from_indices(call.pending)
-        call.admit(time.monotonic())
-
-    def _tell(self, call: _Call) -> None:
-        """Pass the decision on to the replica, if it is to be told."""
-        metadata = call.pending.metadata
-        has_keywords = not (metadata.is_http_request or metadata.is_grpc_request)
-        if call.decision is not None and self._decision_argument is not None and has_keywords:
-            call.pending.kwargs[self._decision_argument] = call.decision.to_dict()
 
     def _watch(self, call: _Call) -> None:
         """Notice if the caller cancels; every attempt has a future of its own."""
@@ -351,6 +340,8 @@ class PredictedCostRouter(RequestRouter):
         now = time.monotonic()
         up = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}
         known = {state.name for state in self._scheduler.workers(now)}
+        pools = list(self._scheduler.scenario.pools)
+        only_pool = pools[0] if len(pools) == 1 else "not given"
         for name in known - up.keys():
             self._scheduler.observe(WorkerDown(name, now))
         for name in self._replica_queues.keys() - up.keys():
@@ -358,24 +349,14 @@ class PredictedCostRouter(RequestRouter):
                 call.admit(now)  # it finds its replica gone, and is decided anew
         for name, replica in up.items():
             if name not in known:
-                self._join(self._scheduler, replica, now)
+                pool = replica.replica_metadata.get("pool") or self._pool or only_pool
+                try:
+                    self._scheduler.observe(WorkerUp(name, pool, now))
+                except InputError:
+                    logger.exception("A replica takes no part in the plan: say which pool it belongs to.")
             queue = self._replica_queues.setdefault(name, _ReplicaQueue(replica))
             queue.replica = replica
             queue.admit(now)
-
-    def _join(self, scheduler: Scheduler, replica: RunningReplica, now: float) -> None:
-        pools = list(scheduler.scenario.pools)
-        pool = replica.replica_metadata.get("pool") or self._pool or (pools[0] if len(pools) == 1 else "not given")
-        try:
-            scheduler.observe(WorkerUp(replica.replica_id.unique_id, pool, now))
-        except InputError:
-            logger.exception("A replica takes no part in the plan: say which pool it belongs to.")
-
-    def _look_at_plan(self) -> None:
-        now = time.monotonic()
-        if self._plan is not None and now >= self._look_s and (self._look is None or self._look.done()):
-            self._look_s = now + LOOK_S
-            self._look = asyncio.create_task(self._follow(self._plan))
 
     async def _follow(self, plan: Path) -> None:
         """Load the plan's file if it has changed; decisions go on meanwhile, and after a bad plan by the old one."""

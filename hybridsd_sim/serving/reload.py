@@ -72,24 +72,19 @@ async def follow(file: PlanFile, replace: Callable[[Path], Awaitable[int]], ever
     A file that will not do is tried again at every look, as what it needs may come after it; what is wrong with it is
     logged when it is another thing than at the look before.
     """
-    said: list[str] = []
+    logged: list[str] = []
     while True:
         await asyncio.sleep(every_s)
-        wrong = await _look(file, replace)
-        if wrong != said:
+        wrong: list[str] = []
+        try:
+            if seen := await asyncio.to_thread(file.changed):
+                LOG.info("plan %d is in use: %s has changed", await replace(file.path), file.path)
+                file.taken(seen)
+        except InputError as error:
+            wrong = [str(problem) for problem in error.problems]
+        except Exception as error:  # noqa: BLE001 -- whatever one version of the file does, the next is looked at
+            wrong = [type(error).__name__]
+        if wrong != logged:
             for problem in wrong:
                 LOG.error("the plan in use stays: %s", problem)
-        said = wrong
-
-
-async def _look(file: PlanFile, replace: Callable[[Path], Awaitable[int]]) -> list[str]:
-    """Replace the plan if its file has changed; what is wrong with the file."""
-    try:
-        if seen := await asyncio.to_thread(file.changed):
-            LOG.info("plan %d is in use: %s has changed", await replace(file.path), file.path)
-            file.taken(seen)
-    except InputError as error:
-        return [str(problem) for problem in error.problems]
-    except Exception as error:  # noqa: BLE001 -- whatever one version of the file does, the next is looked at
-        return [type(error).__name__]
-    return []
+        logged = wrong

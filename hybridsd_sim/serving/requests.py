@@ -12,7 +12,7 @@ class has it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from math import isfinite
@@ -206,7 +206,18 @@ def read(what: TypeAdapter[ReadT], body: bytes) -> ReadT:
     try:
         return what.validate_json(body)
     except ValidationError as error:
-        raise InputError(_problems(error)) from None
+        problems = []
+        for item in error.errors(include_url=False, include_context=False)[:MOST_PROBLEMS]:
+            found = validation_problem(item, tags=EVENT_NAMES)
+            place = _cut(f"body{found.place}" if found.place[:1] in {"", "["} else found.place)
+            if item["type"] == "extra_forbidden":
+                close = get_close_matches(str(item["loc"][-1]), KEYS, n=1)
+                remedy = f"Did you mean {close[0]}?" if close else "Leave it out."
+                problems.append(Problem(place, "unknown key", found.rule, remedy))
+            else:
+                value = VALUES.get(item["type"], found.value)
+                problems.append(replace(found, place=place, value=value, remedy="See /openapi.json."))
+        raise InputError(problems) from None
 
 
 def asks_for_plan(query: bytes) -> bool:
@@ -223,19 +234,6 @@ def read_events(body: bytes) -> list[EventSent]:
     return [read(EVENT, body)]
 
 
-def _problems(error: ValidationError) -> Iterator[Problem]:
-    for item in error.errors(include_url=False, include_context=False)[:MOST_PROBLEMS]:
-        found = validation_problem(item, tags=EVENT_NAMES)
-        place = _cut(f"body{found.place}" if found.place[:1] in {"", "["} else found.place)
-        if item["type"] == "extra_forbidden":
-            close = get_close_matches(str(item["loc"][-1]), KEYS, n=1)
-            remedy = f"Did you mean {close[0]}?" if close else "Leave it out."
-            yield Problem(place, "unknown key", found.rule, remedy)
-        else:
-            value = VALUES.get(item["type"], found.value)
-            yield replace(found, place=place, value=value, remedy="See /openapi.json.")
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
@@ -243,24 +241,22 @@ def _cut(text: str) -> str:
 def read_plain(body: bytes, place: str) -> Any:
     """JSON as plain data: no key twice, nothing that is no finite number. Raises `InputError`."""
     try:
-        return json.loads(body, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_once)
+        return json.loads(body, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        said = "nested too deeply" if isinstance(error, RecursionError) else _cut(str(error))
+        why = "nested too deeply" if isinstance(error, RecursionError) else _cut(str(error))
         remedy = "Send what GET /v1/plan answers under `deployment`."
-        raise InputError(Problem(place, "not JSON", f"must be JSON: {said}", remedy)) from None
-
-
-def _no_number(name: str) -> float:
-    msg = f"{name} is no number"
-    raise ValueError(msg)
+        raise InputError(Problem(place, "not JSON", f"must be JSON: {why}", remedy)) from None
 
 
 def _finite(text: str) -> float:
     value = float(text)
-    return value if isfinite(value) else _no_number(_cut(text))
+    if not isfinite(value):
+        msg = f"{_cut(text)} is no number"
+        raise ValueError(msg)
+    return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         msg = "a key stands twice in one object"
@@ -295,10 +291,11 @@ def completed(asked: Asked, own: Mapping[str, Request]) -> Request:
 
 
 def _fields_of(source: Any) -> dict[str, Any]:
-    found = {field: _first(source, names) for field, names in SPELLINGS.items()}
-    return {field: value for field, value in found.items() if value is not None}
-
-
-def _first(source: Any, names: Sequence[str]) -> Any:
-    values = (source.get(name) if isinstance(source, Mapping) else getattr(source, name, None) for name in names)
-    return next((value for value in values if value is not None), None)
+    """The fields of a request that a mapping or an object has, under the first of their names that is not None."""
+    found = {}
+    for field, names in SPELLINGS.items():
+        values = (source.get(name) if isinstance(source, Mapping) else getattr(source, name, None) for name in names)
+        value = next((value for value in values if value is not None), None)
+        if value is not None:
+            found[field] = value
+    return found

@@ -6,7 +6,6 @@ Asks the scheduler without entering anything in its ledger, so that a look chang
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from hashlib import sha256
@@ -26,7 +25,6 @@ from hybridsd_sim.scheduling import (
     TURNED_AWAY,
     UNKNOWN_CLASS,
     AnyPool,
-    Decision,
     FleetView,
     Scheduler,
 )
@@ -63,26 +61,22 @@ def what_if(scheduler: Scheduler, question: QuestionSent, now: float) -> dict[st
     if strange := [name for name in question.busy_s if name not in pools]:
         raise InputError(unknown_name("busy_s", name, pools) for name in strange)
     request = question.request.of(scheduler.requests)
-    weighed = scheduler.preview(request, _view(scheduler, question.busy_s, now), now)
+    view: FleetView | None = None  # the scheduler's own, but for pools that are said to be busy
+    if busy_s := question.busy_s:
+        named = zip(pools, scheduler.view(now).pools, strict=True)
+        view = FleetView([_Busy(busy_s[name]) if name in busy_s else pool for name, pool in named])
+    weighed = scheduler.preview(request, view, now)
     decision = weighed.decision
     left_s = decision.deadline_s - now
     options = [
         _option(option, wait_s, left_s) | {"taken": option is decision.candidate}
         for option, wait_s in zip(weighed.options, weighed.waits_s, strict=True)
     ]
-    return {
-        "decision": decision.to_dict(with_plan=False),
-        "why": _why(decision, scheduler.policy_name),
-        "options": options,
-    }
-
-
-def _view(scheduler: Scheduler, busy_s: Mapping[str, float], now: float) -> FleetView | None:
-    """The pools as they are, but for those that are said to be busy; None if all are as they are."""
-    if not busy_s:
-        return None
-    names, pools = scheduler.scenario.pools, scheduler.view(now).pools
-    return FleetView([_Busy(busy_s[name]) if name in busy_s else pool for name, pool in zip(names, pools, strict=True)])
+    why, policy = WHY.get(decision.reason), scheduler.policy_name
+    if why is None:
+        known = POLICIES.get(policy)
+        why = f"The policy {policy} takes it: {known.summary}." if known else f"The policy {policy} takes it."
+    return {"decision": decision.to_dict(with_plan=False), "why": why, "options": options}
 
 
 def _option(option: Candidate, wait_s: float, left_s: float) -> dict[str, Any]:
@@ -105,13 +99,6 @@ def _option(option: Candidate, wait_s: float, left_s: float) -> dict[str, Any]:
     }
 
 
-def _why(decision: Decision, policy: str) -> str:
-    if decision.reason in WHY:
-        return WHY[decision.reason]
-    known = POLICIES.get(policy)
-    return f"The policy {policy} takes it: {known.summary}." if known else f"The policy {policy} takes it."
-
-
 def choices(scheduler: Scheduler) -> dict[str, Any]:
     """What one can ask about."""
     classes = {name: asdict(request) for name, request in scheduler.requests.items()}
@@ -132,7 +119,11 @@ def page() -> tuple[str, dict[str, str]]:
     style = (files("hybridsd_sim.reporting") / "page.css").read_text(encoding="utf-8")
     text = (files(__package__) / "whatif.html").read_text(encoding="utf-8")
     html = text.replace("/* page.css */", style)
-    allowed = {f"{tag}-src": f"'sha256-{_digest(html, tag)}'" for tag in ("style", "script")}
+    allowed = {}
+    for tag in ("style", "script"):  # the digests that a browser compares elements written into the page with
+        found = search(f"<{tag}>(.*?)</{tag}>", html, DOTALL)
+        digest = b64encode(sha256((found.group(1) if found else "").encode()).digest()).decode()
+        allowed[f"{tag}-src"] = f"'sha256-{digest}'"
     policy = "; ".join(f"{key} {value}" for key, value in {"default-src": "'none'", "connect-src": "'self'"}.items())
     policy += "".join(f"; {key} {value}" for key, value in allowed.items())
     policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -142,9 +133,3 @@ def page() -> tuple[str, dict[str, str]]:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-
-
-def _digest(html: str, tag: str) -> str:
-    """What a browser compares an element written into the page with."""
-    found = search(f"<{tag}>(.*?)</{tag}>", html, DOTALL)
-    return b64encode(sha256((found.group(1) if found else "").encode()).digest()).decode()
