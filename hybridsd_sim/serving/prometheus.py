@@ -108,6 +108,11 @@ class SchedulerMetrics:
         )
         self._workers = Gauge("hybridsd_workers", "Workers that are up.", ("pool",), registry=self.registry)
 
+    @property
+    def open_predictions(self) -> int:
+        """Decisions remembered until their `RequestDone`: at most `MAX_OPEN`, the oldest are forgotten."""
+        return len(self._open)
+
     def decided(self, decision: Decision, seconds: float, request_class: str = "") -> None:
         """Count a decision that took so many seconds.
 

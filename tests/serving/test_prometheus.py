@@ -166,7 +166,7 @@ def test_memory_and_labels_are_bounded(metrics, scheduler, monkeypatch):
     monkeypatch.setattr(prometheus, "MAX_OPEN", 10)
     monkeypatch.setattr(prometheus, "MOST_LABELS", 3)
     numbers = [told(metrics, scheduler, 0.0).number for _ in range(25)]
-    assert len(metrics._told) == 10
+    assert metrics.open_predictions == 10
     metrics.observed(RequestDone(numbers[0], 1.0))
     assert figures(metrics)["hybridsd_prediction_error_ratio_bucket", ("le", "+Inf")] == 0
     for n in range(50):
@@ -210,4 +210,4 @@ def test_threads_lose_no_count(scheduler):
     found = figures(metrics)
     assert found["hybridsd_decision_duration_seconds_count",] == 800
     assert found["hybridsd_prediction_error_ratio_bucket", ("le", "+Inf")] == 800
-    assert not metrics._told
+    assert not metrics.open_predictions
