@@ -150,7 +150,7 @@ def distance(planner: Planner, one: EvaluatedPlan, other: EvaluatedPlan) -> floa
 def margins(planner: Planner, chosen: EvaluatedPlan) -> tuple[Margin, ...]:
     """What one more dollar, one more second, and a little more or less quality and traffic buy or cost.
 
-    Where `chosen` holds on a cheaper fleet than the formula believes, the formula is asked for as much less traffic as
+    Where `chosen` holds on a cheaper fleet than by formula, the formula is asked for as much less traffic as
     makes it agree. Costs None mean that no plan holds there. A step that the scenario has no use for (a second of SLO
     where nobody is promised one) is left out; where as few as possible are to be turned away, there are none.
     """

@@ -398,25 +398,21 @@ def planning_rates(scenario: Scenario) -> dict[str, tuple[float, float]]:
     """
     parametric = {"poisson": 1.0, "constant": 0.0, "daily": 1.0}
     rates = {}
-    for name, spec in scenario.requests.items():
+    for class_index, (name, spec) in enumerate(scenario.requests.items()):
         arrivals = spec.arrivals
-        if arrivals.process in ("trace", "gentd26") or arrivals.rate_per_s is None:
-            rates[name] = _observed_rate(scenario, name)
-        else:
+        if arrivals.process not in ("trace", "gentd26") and arrivals.rate_per_s is not None:
             peak = arrivals.peak_to_mean if arrivals.process == "daily" else 1.0
             rates[name] = (arrivals.rate_per_s * peak, parametric.get(arrivals.process, arrivals.cv))
+            continue
+        drawn = [chunk.arrival_s[chunk.class_index == class_index] for chunk in arrival_chunks(scenario, 0)]
+        times = np.concatenate(drawn) if drawn else np.empty(0)
+        if len(times) < 2 * REQUESTS_A_WINDOW:
+            rates[name] = len(times) / scenario.horizon_s, 1.0
+            continue
+        windows = len(times) // REQUESTS_A_WINDOW
+        counts, edges = np.histogram(times, bins=windows, range=(0.0, scenario.horizon_s))
+        seen_by_requests = np.repeat(counts, counts)  # a busy window is met by many requests
+        rate = float(np.quantile(seen_by_requests, 0.95)) * windows / scenario.horizon_s
+        gaps = [np.diff(part) for part in np.split(times, np.searchsorted(times, edges[1:-1])) if len(part) > 10]
+        rates[name] = rate, float(np.median([gap.std() / gap.mean() for gap in gaps])) if gaps else 1.0
     return rates
-
-
-def _observed_rate(scenario: Scenario, name: str) -> tuple[float, float]:
-    index = list(scenario.requests).index(name)
-    drawn = [chunk.arrival_s[chunk.class_index == index] for chunk in arrival_chunks(scenario, 0)]
-    times = np.concatenate(drawn) if drawn else np.empty(0)
-    if len(times) < 2 * REQUESTS_A_WINDOW:
-        return len(times) / scenario.horizon_s, 1.0
-    windows = len(times) // REQUESTS_A_WINDOW
-    counts, edges = np.histogram(times, bins=windows, range=(0.0, scenario.horizon_s))
-    seen_by_requests = np.repeat(counts, counts)  # a busy window is met by many requests
-    rate = float(np.quantile(seen_by_requests, 0.95)) * windows / scenario.horizon_s
-    gaps = [np.diff(part) for part in np.split(times, np.searchsorted(times, edges[1:-1])) if len(part) > 10]
-    return rate, float(np.median([gap.std() / gap.mean() for gap in gaps])) if gaps else 1.0

@@ -53,7 +53,7 @@ class Confidence:
     """How sure the plan is, given the intervals of the modelled step costs.
 
     `probability` is the share of `draws` of the costs in which every promise holds; `asked` is `budget.confidence`;
-    `by_class` the same for each request class by itself. `level` says which rung of the ladder tested the draws.
+    `by_class` the same for each request class by itself. `level` says by what the draws were tested.
     """
 
     probability: float

@@ -5,8 +5,8 @@ can be met (Chinneck, Feasibility and Infeasibility in Optimization, 2008). One 
 2004), which asks whether a plan exists some k log(n / k) times for k of n constraints; two orders of the constraints
 may find two sets, of which the smaller is returned. A constraint is dropped by lifting it in the scenario (no SLO, no
 floor, a hundred thousand nodes), and the formulation says whether a plan exists. It speaks with what simulations taught
-the formula, so that it also explains a scenario of which it once believed that it could be met; where it still believes
-so there is none.
+the formula, so that it also explains a scenario for which it had a plan at first; while it still has one there is no
+set.
 
 The relaxation of a constraint is the least change of it alone, with all others as they are, that makes a plan possible.
 Floors, energies and prices move from one plan's figure to the next, nodes and devices are counted; seconds and dollars

@@ -4,7 +4,7 @@ A proposal is evaluated by the compiled recursion where it applies and by simula
 first: the calmest of the cheapest plans by formula is evaluated; if it is late, the formula is corrected (`strain`: the
 traffic on a pool under which the formula would have been late too) and solved again, until a plan holds (the
 *incumbent*). Then it goes down: corrections that were learnt from one plan are no proof against another, so the formula
-is taken without them and believed only where it says no at `TRUST` of the traffic. Of the plans that it leaves and that
+is taken without them and trusted only where it says no at `TRUST` of the traffic. Of the plans that it leaves and that
 are better than the incumbent, the most robust is evaluated, the one that is in time at the highest traffic; while much
 may be saved, the most robust of those that would save half of it. A fleet on which its most robust plan is late, and
 where trials are cheap another choice of plans too, gets a no-good cut that takes smaller fleets along; plans far less
@@ -41,7 +41,7 @@ CLIMB = 8
 """Of these, at most, before one holds; the most robust plan of all is tried next."""
 
 TRUST = 0.72
-"""Share of the traffic at which the formula is believed when it says no."""
+"""Share of the traffic at which the formula is trusted when it says no."""
 
 HEADROOMS = tuple(np.geomspace(TRUST, 2.0, 31).tolist())
 """Traffic at which plans are asked to be in time, to find the most robust."""

@@ -36,7 +36,7 @@ WORTH_CORRECTING = 0.02
 median of steps that scatter by 3% differs by so much once in a thousand steps."""
 
 MAX_KINDS = 4096
-"""Kinds of steps remembered; of more, those that were told of least recently are forgotten."""
+"""Kinds of steps remembered; of more, those observed least recently are forgotten."""
 
 Outcome = Literal["served", "failed", "cancelled"]
 """How a request ended."""

@@ -305,7 +305,7 @@ class Ledger:
         return tuple(queue.worker for pool in self._by_index for queue in pool.queues)
 
     def view(self, now: float) -> FleetView:
-        """What a policy is shown; it holds until something is told or placed."""
+        """What a policy is shown; it holds until the next event or placement."""
         for pool in self._by_index:
             pool.look(now)
         return self._view
@@ -337,7 +337,7 @@ class Ledger:
             pool.settle()
 
     def join(self, worker: Worker, now: float) -> None:
-        """Add an idle worker. One that is there as it is said to be keeps what it was given."""
+        """Add an idle worker. One that is there already, with as many GPUs, keeps what it was given."""
         self.exchange([], [worker], now)
 
     def leave(self, name: str, now: float = NEVER) -> None:

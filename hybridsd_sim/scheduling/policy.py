@@ -104,7 +104,7 @@ class Decision(NamedTuple):
         """
         start, finish = self.predicted_start_s, self.predicted_finish_s
         quality = None if self.candidate is None else self.candidate.cost.quality
-        said = {
+        fields: dict[str, Any] = {
             "action": self.action,
             "reason": self.reason,
             "number": self.number,
@@ -125,8 +125,8 @@ class Decision(NamedTuple):
             "quality_interval": None if quality is None else quality.clip.interval_or_none,
         }
         if with_plan:
-            said["plan"] = None if self.plan is None else self.plan.to_dict()
-        return said
+            fields["plan"] = None if self.plan is None else self.plan.to_dict()
+        return fields
 
 
 REJECT = Decision("reject", None, 0.0, NO_CANDIDATE)

@@ -62,8 +62,8 @@ INFINITY = float("inf")
 class _OpenRequest:
     """A decision whose request has not ended: its candidate as the profiles have it, and where it runs.
 
-    `steps_ahead` has, for each stage of which a step was told, the kind of its steps and the seconds predicted for
-    those not told of yet.
+    `steps_ahead` has, for each stage of which a step was observed, the kind of its steps and the seconds predicted
+    for those not observed yet.
     """
 
     candidate: Candidate
@@ -216,8 +216,8 @@ class Scheduler:
             chosen = active.renew_policy().decide(options, deadline_s, fleet, now)
             waits_s = tuple(_wait_s(option, fleet, now, deadline_s) for option in options)
             wait_s = 0.0 if chosen.candidate is None else _wait_s(chosen.candidate, fleet, now, deadline_s)
-        action, told = _action(chosen, wait_s), (0, None, now, deadline_s, active.version)
-        return Preview(Decision(action, chosen.candidate, wait_s, chosen.reason, *told), options, waits_s)
+        action, context = _action(chosen, wait_s), (0, None, now, deadline_s, active.version)
+        return Preview(Decision(action, chosen.candidate, wait_s, chosen.reason, *context), options, waits_s)
 
     def _decide(self, request: Request, view: FleetView | None, now: float) -> Decision:
         active = self._active

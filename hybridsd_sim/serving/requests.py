@@ -1,7 +1,7 @@
 """Reads what serving systems ask for: bodies of HTTP requests, and the arguments of a call to a served model.
 
 Bodies are requests, events, questions of the what-if page and plans. They are read strictly: numbers are finite and
-bounded as in a scenario, unknown keys are refused, and all problems are told. Times are seconds on the server's clock,
+bounded as in a scenario, unknown keys are refused, and all problems reported. Times are seconds on the server's clock,
 which every decision tells as `now_s`; an event without a time happens when it comes.
 
 The arguments of a call belong to the served model and are read leniently: a `Request`, a mapping, an object with
@@ -95,11 +95,11 @@ class RequestSent(RequestBody):
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
 
     def of(self, classes: Mapping[str, Request]) -> Request:
-        """The request, completed from its class; of an unknown class, only what was said."""
+        """The request, completed from its class; of an unknown class, only what was given."""
         own = classes.get(self.request_class) or Request(model="", request_class=self.request_class)
-        given = self.__dict__
-        said = {key: given[key] for key in self.model_fields_set if given[key] is not None}
-        return replace(own, **said) if len(said) > 1 else own
+        values = self.__dict__
+        given = {key: values[key] for key in self.model_fields_set if values[key] is not None}
+        return replace(own, **given) if len(given) > 1 else own
 
 
 class StepDoneSent(RequestBody):
@@ -162,7 +162,7 @@ class WorkerDownSent(RequestBody):
 
 
 def _moment(at_s: float | None, now: float) -> float:
-    """When it happened: nothing happens later than it is told."""
+    """When it happened: nothing happens later than its event comes."""
     return now if at_s is None else min(at_s, now)
 
 
@@ -240,8 +240,16 @@ def _cut(text: str) -> str:
 
 def read_plain(body: bytes, place: str) -> Any:
     """JSON as plain data: no key twice, nothing that is no finite number. Raises `InputError`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            msg = "a key stands twice in one object"
+            raise ValueError(msg)
+        return found
+
     try:
-        return json.loads(body, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique_keys)
+        return json.loads(body, parse_constant=_finite, parse_float=_finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else _cut(str(error))
         remedy = "Send what GET /v1/plan answers under `deployment`."
@@ -254,14 +262,6 @@ def _finite(text: str) -> float:
         msg = f"{_cut(text)} is no number"
         raise ValueError(msg)
     return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        msg = "a key stands twice in one object"
-        raise ValueError(msg)
-    return found
 
 
 def asked_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked:

@@ -61,7 +61,7 @@ def what_if(scheduler: Scheduler, question: QuestionSent, now: float) -> dict[st
     if strange := [name for name in question.busy_s if name not in pools]:
         raise InputError(unknown_name("busy_s", name, pools) for name in strange)
     request = question.request.of(scheduler.requests)
-    view: FleetView | None = None  # the scheduler's own, but for pools that are said to be busy
+    view: FleetView | None = None  # the scheduler's own, but for pools that the question makes busy
     if busy_s := question.busy_s:
         named = zip(pools, scheduler.view(now).pools, strict=True)
         view = FleetView([_Busy(busy_s[name]) if name in busy_s else pool for name, pool in named])
