@@ -40,14 +40,14 @@ DOMAIN_FACTOR = 2.0
 """A round of FLOPs lies inside what was timed up to this factor beyond the smallest and the largest timed one."""
 
 ROW_SPREAD: Mapping[Kind, float] = {"measured": 0.02, "quoted": 0.02, "modelled": 0.05}
-"""Standard deviation of a row's logarithm among those of its source, by kind, before the rows have their say:
+"""Standard deviation of a row's logarithm among those of its source, by kind, before the residuals narrow or widen it:
 repetition, and what a row derived by a rule has left out."""
 
 SOURCE_SPREAD = 0.07
 """The same between sources that timed one device under one runtime: versions, hosts, cooling. At least this: with each
 source of the quoted rows left out in turn, 85 to 90% of it lies inside the intervals."""
 
-ROWS_OF_DOUBT = 4.0
+PRIOR_ROWS = 4.0
 """How many rows `ROW_SPREAD` weighs against the residuals of the device's own."""
 
 START_SPREAD: Mapping[str, float] = {
@@ -56,7 +56,7 @@ START_SPREAD: Mapping[str, float] = {
 }  # fmt: skip
 
 START_MEAN: Mapping[str, float] = {"conv_share": 0.85, "attention_share": 0.75, "memory_efficiency": 0.8}
-"""What is believed of a runtime before any row; the other means are the catalogue's (`runtimes`)."""
+"""Prior means for a runtime without rows; the other means are the catalogue's (`runtimes`)."""
 
 OTHER_PRECISION_SPREAD = 0.4
 """Added spread of the rate where a runtime was only timed in another precision. Modelled."""
@@ -77,12 +77,12 @@ LEAST_S = 1e-9
 UNKNOWN_PEAK_SPREAD = 1.0
 
 COMPONENT_SPREAD = 0.5
-"""Standard deviation of a component's logarithm around the law of UNet steps before any component row is seen."""
+"""Standard deviation of a component's logarithm around the fit of UNet steps before any component row is seen."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prior:
-    """Means and standard deviations of the logarithms of a law's parameters; no rate goes beyond `highest_rate`."""
+    """Means and standard deviations of the logarithms of a device's parameters; no rate goes beyond `highest_rate`."""
 
     mean: Floats
     spread: Floats
@@ -121,7 +121,7 @@ class Fit:
 
     @property
     def note(self) -> str:
-        """One sentence on what the law rests on."""
+        """One sentence on what the fit rests on."""
         where = f"{self.device} under {self.runtime} in {self.precision}"
         if not self.rows:
             return f"{where} was never timed: {self.origin}"
@@ -151,20 +151,25 @@ def calls(profiles: Profiles, runtime: str, latents: float) -> int:
     return -(-int(latents) // limit) if limit else 1
 
 
+def latents_per_call(profiles: Profiles, row: CostRow) -> float:
+    """Latents that each UNet call of a step row holds; `calls` of them make the row's evaluation."""
+    return row.latents / calls(profiles, row.runtime, row.latents)
+
+
+@derived(
+    key=lambda profiles, row: (
+        *(row.model, row.height_px, row.width_px, row.precision),
+        latents_per_call(profiles, row),
+    ),
+    most=512,
+)
 def call_kernels(profiles: Profiles, row: CostRow) -> Kernels:
     """What one UNet call of a step row executes."""
-    latents = row.latents / calls(profiles, row.runtime, row.latents)
-    key = (row.model, row.height_px, row.width_px, latents, row.precision)
-    return _kernels(profiles, *key)
-
-
-@derived(most=512)
-def _kernels(profiles: Profiles, name: str, height_px: int, width_px: int, latents: float, precision: str) -> Kernels:
-    model = profiles.model(name)
-    return layer_table(model.config, height_px, width_px, model.ops).kernels(
-        latents,
-        weight_bytes=ELEMENT_BYTES.get(precision, 2.0),
-        element_bytes=4.0 if precision == "fp32" else 2.0,
+    model = profiles.model(row.model)
+    return layer_table(model.config, row.height_px, row.width_px, model.ops).kernels(
+        latents_per_call(profiles, row),
+        weight_bytes=ELEMENT_BYTES.get(row.precision, 2.0),
+        element_bytes=4.0 if row.precision == "fp32" else 2.0,
     )
 
 
@@ -207,19 +212,20 @@ def fitted_component_time(
     conv, linear = component.flop_conv_512 * area, component.flop_linear_512 * area
     kernels = plain_kernels(conv, linear, component.flop_attention_512 * area**2, component.ops)
     ratio = profiles.constants.get(f"{component.component}_ratio")
-    value, doubt = (ratio.value, ratio.spread) if ratio else (1.0, COMPONENT_SPREAD)
-    factor = exp(Z90 * sqrt(fit.log_spread(kernels) ** 2 + doubt**2))
+    value, spread = (ratio.value, ratio.spread) if ratio else (1.0, COMPONENT_SPREAD)
+    factor = exp(Z90 * sqrt(fit.log_spread(kernels) ** 2 + spread**2))
     note = f"{name} from the law of UNet steps: {fit.note}"
     return Estimate.by_factor(fit.seconds(kernels) * value, factor, "modelled", fit.sources, note)
 
 
 @lru_cache(maxsize=512)
 def fit_of(profiles: Profiles, device: str, runtime: str, precision: str) -> Fit:
-    """The law of a device under a runtime in a precision.
+    """The fit of a device under a runtime in a precision.
 
     Raises `MissingDataError` when neither rows of the device nor a datasheet peak exist.
     """
-    return _own_fit(profiles, device, runtime, alike(precision)) or _unseen(profiles, device, runtime, alike(precision))
+    where = (profiles, device, runtime, alike(precision))
+    return _own_fit(*where) or _fit_without_rows(*where)
 
 
 @lru_cache(maxsize=512)
@@ -234,16 +240,17 @@ def _own_fit(profiles: Profiles, device: str, runtime: str, precision: str) -> F
     kernels = [call_kernels(profiles, row) for row in rows]
     seconds = [row.seconds_median / calls(profiles, runtime, row.latents) for row in rows]
     shares = population(profiles, runtime, precision)
-    prior = _absolute(profiles, device, precision, shares, _implied_rate(kernels, seconds))
+    rates = [item.flops / time for item, time in zip(kernels, seconds, strict=True)]
+    prior = _absolute(profiles, device, precision, shares, float(np.median(rates)))
     sources = tuple(dict.fromkeys(row.source for row in rows))
     groups = np.array([sources.index(row.source) for row in rows])
-    doubts = [ROW_SPREAD[row.kind] for row in rows]
-    law, covariance, residuals, sigma = maximum_a_posteriori(kernels, seconds, doubts, groups, prior)
+    spreads = [ROW_SPREAD[row.kind] for row in rows]
+    log_parameters, covariance, residuals, sigma = maximum_a_posteriori(kernels, seconds, spreads, groups, prior)
     return Fit(
         device=device,
         runtime=runtime,
         precision=precision,
-        log_parameters=law,
+        log_parameters=log_parameters,
         covariance=covariance,
         sigma=sigma,
         rows=rows,
@@ -256,46 +263,51 @@ def _own_fit(profiles: Profiles, device: str, runtime: str, precision: str) -> F
 def maximum_a_posteriori(
     kernels: Sequence[Kernels],
     seconds: Sequence[float],
-    doubts: Sequence[float],
+    spreads: Sequence[float],
     groups: NDArray[np.int_],
     prior: Prior,
 ) -> tuple[Floats, Floats, Floats, float]:
-    """The law nearest to both rows and prior: its logarithms, their covariance, residuals log(law / row), and sigma.
+    """The fit nearest to both rows and prior: its logarithms, their covariance, residuals log(fit / row), and sigma.
 
     Rows of one of the `groups` (0, 1, ...) share an offset, which is what sources disagree by; sources that disagree by
-    more than `SOURCE_SPREAD` widen it. `doubts` are the rows' standard deviations; by how much the residuals say that
+    more than `SOURCE_SPREAD` widen it. `spreads` are the rows' standard deviations; by how much the residuals say that
     these are too small or too large widens or narrows the covariance. Sigma is the standard deviation of a timed step's
-    logarithm around the law.
+    logarithm around the fit.
     """
     between = SOURCE_SPREAD
-    found = _solve(kernels, seconds, doubts, groups, prior, between)
+    found = _solve(kernels, seconds, spreads, groups, prior, between)
     offsets = between * found.x[len(prior.mean) :]
-    doubt = ROWS_OF_DOUBT * SOURCE_SPREAD**2 + float(offsets @ offsets)
-    wider = sqrt(doubt / (ROWS_OF_DOUBT + len(offsets)))
-    if wider > between:  # sources that contradict each other say less
+    variance = PRIOR_ROWS * SOURCE_SPREAD**2 + float(offsets @ offsets)
+    wider = sqrt(variance / (PRIOR_ROWS + len(offsets)))
+    if wider > between:  # sources that contradict each other are worth less
         between = wider
-        found = _solve(kernels, seconds, doubts, groups, prior, between)
+        found = _solve(kernels, seconds, spreads, groups, prior, between)
     size, count = len(prior.mean), len(seconds)
-    scale = sqrt((ROWS_OF_DOUBT + float(np.sum(found.fun[:count] ** 2))) / (ROWS_OF_DOUBT + count))
+    scale = sqrt((PRIOR_ROWS + float(np.sum(found.fun[:count] ** 2))) / (PRIOR_ROWS + count))
     rows = np.asarray(found.jac)[:count] / scale
     inverse = np.linalg.inv(rows.T @ rows + np.eye(len(found.x)))[:size, :size]
-    law = prior.mean + prior.spread * found.x[:size]
-    residuals: Floats = np.log(Batch(kernels).seconds(law)) - np.log(seconds)
-    return law, inverse * np.outer(prior.spread, prior.spread), residuals, hypot(between, ROW_SPREAD["quoted"] * scale)
+    log_parameters = prior.mean + prior.spread * found.x[:size]
+    residuals: Floats = np.log(Batch(kernels).seconds(log_parameters)) - np.log(seconds)
+    return (
+        log_parameters,
+        inverse * np.outer(prior.spread, prior.spread),
+        residuals,
+        hypot(between, ROW_SPREAD["quoted"] * scale),
+    )
 
 
 def _solve(
     kernels: Sequence[Kernels],
     seconds: Sequence[float],
-    doubts: Sequence[float],
+    spreads: Sequence[float],
     groups: NDArray[np.int_],
     prior: Prior,
     between: float,
 ) -> OptimizeResult:
-    """Least squares over the law and the offsets of the sources, both in standard deviations of their belief."""
+    """Least squares over the parameters and the offsets of the sources, both in standard deviations of their prior."""
     from scipy.optimize import least_squares
 
-    batch, observed, widths, size = Batch(kernels), np.log(seconds), np.asarray(doubts), len(prior.mean)
+    batch, observed, widths, size = Batch(kernels), np.log(seconds), np.asarray(spreads), len(prior.mean)
 
     def misfits(z: Floats) -> Floats:
         errors: Floats = np.log(batch.seconds(prior.mean + prior.spread * z[:size])) - observed
@@ -307,15 +319,15 @@ def _solve(
     return least_squares(misfits, start, bounds=(-inf, highest))
 
 
-def starting_belief(profiles: Profiles, runtime: str, precision: str) -> Prior:
-    """What is believed of devices under a runtime before any row, in the terms of `EFFICIENCIES`."""
-    law = profiles.runtime(runtime)
+def starting_prior(profiles: Profiles, runtime: str, precision: str) -> Prior:
+    """The prior for devices under a runtime that no row timed, in the terms of `EFFICIENCIES`."""
+    known = profiles.runtime(runtime)
     slower = 2.0 / max(2.0, ELEMENT_BYTES.get(precision, 2.0))
     means = {
         **START_MEAN,
-        "linear_efficiency": max(law.efficiency, 0.01) * slower,
-        "seconds_per_op": max(law.seconds_per_op, LEAST_S),
-        "launch_s_per_op": max(law.launch_s_per_op, LEAST_S),
+        "linear_efficiency": max(known.efficiency, 0.01) * slower,
+        "seconds_per_op": max(known.seconds_per_op, LEAST_S),
+        "launch_s_per_op": max(known.launch_s_per_op, LEAST_S),
     }
     return _prior(means, START_SPREAD)
 
@@ -333,19 +345,17 @@ def population(profiles: Profiles, runtime: str, precision: str) -> Prior:
         rows = [row for row in profiles.populations if (row.runtime, row.precision) == (runtime, timed)]
         if rows:
             prior = _prior({row.parameter: row.mean for row in rows}, {row.parameter: row.spread for row in rows})
-            return prior if timed == precision else _in_other_precision(prior, precision)
-    return starting_belief(profiles, runtime, precision)
-
-
-def _in_other_precision(prior: Prior, precision: str) -> Prior:
-    mean, spread = prior.mean.copy(), prior.spread.copy()
-    mean[0] -= log(max(2.0, ELEMENT_BYTES.get(precision, 2.0)) / 2.0)
-    spread[0] = sqrt(spread[0] ** 2 + OTHER_PRECISION_SPREAD**2)
-    return Prior(mean, spread)
+            if timed == precision:
+                return prior
+            mean, spread = prior.mean.copy(), prior.spread.copy()
+            mean[0] -= log(max(2.0, ELEMENT_BYTES.get(precision, 2.0)) / 2.0)
+            spread[0] = sqrt(spread[0] ** 2 + OTHER_PRECISION_SPREAD**2)
+            return Prior(mean, spread)
+    return starting_prior(profiles, runtime, precision)
 
 
 def _absolute(profiles: Profiles, device: str, precision: str, shares: Prior, rate: float | None) -> Prior:
-    """The prior of a device's law: the population's shares of its datasheet, or of the `rate` its rows imply."""
+    """The prior of a device's fit: the population's shares of its datasheet, or of the `rate` its rows imply."""
     mean, spread = shares.mean.copy(), shares.spread.copy()
     ceiling, peak = inf, peak_flop_per_s(profiles, device)
     if peak is not None:
@@ -354,7 +364,9 @@ def _absolute(profiles: Profiles, device: str, precision: str, shares: Prior, ra
     elif rate is not None:
         mean[0], spread[0] = log(rate), UNKNOWN_PEAK_SPREAD
     else:
-        raise _unknown_speed(profiles, device)
+        known = sorted({row.device for row in profiles.cost_rows(component="step")})
+        rule = "no timed step and no datasheet peak, so its speed is unknown"
+        raise MissingDataError(Problem("device", device, rule, f"Timed devices: {', '.join(known)}."))
     bandwidth = memory_bytes_per_s(profiles, device)
     mean[3] = mean[3] + log(bandwidth) if bandwidth else log(NO_LIMIT)
     return Prior(mean, spread, ceiling)
@@ -375,19 +387,13 @@ def memory_bytes_per_s(profiles: Profiles, device: str) -> float | None:
     return max((copy for copy in copies if copy), default=None)
 
 
-def _implied_rate(kernels: Sequence[Kernels], seconds: Sequence[float]) -> float:
-    return float(np.median([item.flops / time for item, time in zip(kernels, seconds, strict=True)]))
-
-
-def _unknown_speed(profiles: Profiles, device: str) -> MissingDataError:
-    known = sorted({row.device for row in profiles.cost_rows(component="step")})
-    rule = "no timed step and no datasheet peak, so its speed is unknown"
-    return MissingDataError(Problem("device", device, rule, f"Timed devices: {', '.join(known)}."))
-
-
-def _unseen(profiles: Profiles, device: str, runtime: str, precision: str) -> Fit:
-    """The law under a runtime in which the device was never timed, from the population and its other runtimes."""
-    others = _other_fits(profiles, device, runtime, precision)
+def _fit_without_rows(profiles: Profiles, device: str, runtime: str, precision: str) -> Fit:
+    """The fit under a runtime in which the device was never timed, from the population and its other runtimes."""
+    pairs = {(row.runtime, alike(row.precision)) for row in profiles.cost_rows(device=device, degree=1)}
+    own_fits = [_own_fit(profiles, device, *pair) for pair in sorted(pairs - {(runtime, precision)})]
+    found = [fit for fit in own_fits if fit is not None]
+    # in other precisions of this runtime where there are any, else under other runtimes
+    others = [fit for fit in found if fit.runtime == runtime] or found
     shares = population(profiles, runtime, precision)
     rates = [
         fit.log_parameters[0] - population(profiles, fit.runtime, fit.precision).mean[0] + shares.mean[0]
@@ -396,11 +402,16 @@ def _unseen(profiles: Profiles, device: str, runtime: str, precision: str) -> Fi
     prior = _absolute(profiles, device, precision, shares, exp(float(np.median(rates))) if rates else None)
     mean, spread = prior.mean.copy(), prior.spread.copy()
     if others and peak_flop_per_s(profiles, device) is not None:
-        shift, doubt = _shift(profiles, device, others)
-        mean[0] += SHIFT * shift
-        spread[0] = sqrt(spread[0] ** 2 * (1.0 - SHIFT**2) + doubt)
-    said = [f"{len(fit.rows)} of its rows under {fit.runtime} in {fit.precision}" for fit in others]
-    origin = f"its datasheet and other devices under {runtime}" + (f", with {'; '.join(said)}" if said else "")
+        gaps = []  # of the device's rate from that of each population, in logarithms
+        for fit in others:
+            expected = _absolute(
+                profiles, device, fit.precision, population(profiles, fit.runtime, fit.precision), None
+            )
+            gaps.append(float(fit.log_parameters[0] - expected.mean[0]))
+        mean[0] += SHIFT * float(np.mean(gaps))
+        spread[0] = sqrt(spread[0] ** 2 * (1.0 - SHIFT**2) + float(np.var(gaps)) / len(gaps))
+    seen = [f"{len(fit.rows)} of its rows under {fit.runtime} in {fit.precision}" for fit in others]
+    origin = f"its datasheet and other devices under {runtime}" + (f", with {'; '.join(seen)}" if seen else "")
     own = tuple(dict.fromkeys(source for fit in others for source in fit.sources))
     return Fit(
         device=device,
@@ -412,21 +423,3 @@ def _unseen(profiles: Profiles, device: str, runtime: str, precision: str) -> Fi
         origin=origin,
         sources=own or (profiles.device(device).source,),
     )
-
-
-def _other_fits(profiles: Profiles, device: str, runtime: str, precision: str) -> list[Fit]:
-    """The device's own fits under other runtimes and precisions; only those of this runtime where there are any."""
-    pairs = {(row.runtime, alike(row.precision)) for row in profiles.cost_rows(device=device, degree=1)}
-    fits = [_own_fit(profiles, device, *pair) for pair in sorted(pairs - {(runtime, precision)})]
-    found = [fit for fit in fits if fit is not None]
-    return [fit for fit in found if fit.runtime == runtime] or found
-
-
-def _shift(profiles: Profiles, device: str, fits: Sequence[Fit]) -> tuple[float, float]:
-    """By how much the device's rate differs from its populations', in logarithms, and the variance of that mean."""
-    gaps = []
-    for fit in fits:
-        shares = population(profiles, fit.runtime, fit.precision)
-        expected = _absolute(profiles, device, fit.precision, shares, None)
-        gaps.append(float(fit.log_parameters[0] - expected.mean[0]))
-    return float(np.mean(gaps)), float(np.var(gaps)) / len(gaps)

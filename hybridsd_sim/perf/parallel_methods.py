@@ -2,8 +2,8 @@
 
 A method says how the UNet evaluations of a stage are spread over `degree` GPUs: how many rounds there are, what the
 busiest rank computes in one round, what it receives, and behind how much of its own compute the exchange may hide. How
-long that takes on a given GPU and interconnect is the business of `steps`. Executors ask here what is
-legal, so a rule is stated once.
+long that takes on a given GPU and interconnect is the business of `stage_time`. Executors ask here what is legal, so
+a rule is stated once. To add a method, write a subclass of `Method` and decorate it with `@register`.
 
 Sources: DistriFusion (arXiv 2402.19481, code mit-han-lab/distrifuser), PCPP (arXiv 2412.02962, code xiuyuz/pcpp),
 AsyncDiff (arXiv 2406.06911, code czg1225/AsyncDiff).
@@ -57,7 +57,10 @@ _TYPES = {bool: "must be true or false", int: "must be a whole number", float: "
 
 
 class Method(ABC):
-    """A way to spread a stage over GPUs. Subclasses are registered under `name`."""
+    """A way to spread a stage over GPUs; `register` offers a subclass under its `name`.
+
+    Degree 1 of any method is `single`. `defaults` are the options that it has, each with the value it takes if unsaid.
+    """
 
     name: ClassVar[str]
     defaults: ClassVar[Mapping[str, Option]] = {}
@@ -79,12 +82,16 @@ class Method(ABC):
         for key, value in options.items():
             if key not in self.defaults:
                 yield replace(unknown_name(place, key, list(self.defaults)), rule=f"{self.name} has no such option")
-            elif not _of_type(value, wanted := type(self.defaults[key])):
+                continue
+            wanted = type(self.defaults[key])
+            # a whole number may stand for a float, and nothing may stand for another type: true is no 1 here
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number if wanted is float else type(value) is wanted):
                 remedy = f"The default is {_written(self.defaults[key])}."
                 yield Problem(f"{place} {key}", _written(value), _TYPES[wanted], remedy)
 
     def phases(self, job: Denoising, degree: int, options: Mapping[str, Option]) -> tuple[Phase, ...]:
-        """The stage as phases of equal rounds; the steps sum to `job.num_steps`. Degree 1 of any method is `single`."""
+        """The stage as phases of equal rounds; the steps sum to `job.num_steps`."""
         settings = self.settings(job, options)
         return tuple(
             Phase(name=name, steps=steps, rounds=rounds, ranks=self.ranks(job, degree, settings, name))
@@ -101,6 +108,7 @@ class Method(ABC):
         return (whole(job),) if degree == 1 else self._ranks(job, degree, settings, phase)
 
     def settings(self, job: Denoising, options: Mapping[str, Option]) -> dict[str, Option]:
+        """Every option with the value that it takes for this job: as given, else the default."""
         return {**self.defaults, **options}
 
     @abstractmethod
@@ -115,6 +123,24 @@ class Method(ABC):
     ) -> tuple[RankWork, ...]: ...
 
 
+METHODS: dict[str, Method] = {}
+"""Every registered method by its name; commands list them in this order."""
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Enter a method under its name; a class decorator."""
+    METHODS[method.name] = method()
+    return method
+
+
+def find_method(name: str) -> Method:
+    """The registered method of that name. Raises `IllegalPlanError` with the closest names for any other."""
+    if name not in METHODS:
+        raise IllegalPlanError(unknown_name("method", name, list(METHODS)))
+    return METHODS[name]
+
+
+@register
 class Single(Method):
     """One GPU does everything."""
 
@@ -128,6 +154,7 @@ class Single(Method):
         return (whole(job),)
 
 
+@register
 class CfgParallel(Method):
     """Guidance parallelism: one GPU evaluates the prompt, the other the empty prompt; the noises are exchanged."""
 
@@ -165,7 +192,9 @@ class PatchMethod(Method):
     }
 
     def _rule_problems(self, job: Denoising, degree: int, settings: Mapping[str, Option]) -> list[Problem]:
-        problems = [*_sync_mode_problems(settings), *_warmup_problems(settings)]
+        mode = settings["sync_mode"]
+        problems = [] if mode in SYNC_MODES else [unknown_name("sync_mode", str(mode), SYNC_MODES)]
+        problems += _warmup_problems(settings)
         if settings["guidance_split"]:
             problems += _guidance_problems(job, degree)
             if degree % 2:
@@ -205,6 +234,7 @@ class PatchMethod(Method):
     ) -> RankWork: ...
 
 
+@register
 class DistriFusion(PatchMethod):
     """Displaced patch parallelism: neighbours' activations of the previous step, gathered behind a whole step."""
 
@@ -220,6 +250,7 @@ class DistriFusion(PatchMethod):
         return replace(sync, window=1.0, messages=messages, blocking_messages=blocking)
 
 
+@register
 class Pcpp(PatchMethod):
     """Partially conditioned patch parallelism: attention sees a part of each neighbour's stripe only.
 
@@ -256,6 +287,7 @@ class Pcpp(PatchMethod):
         )
 
 
+@register
 class AsyncDiff(Method):
     """Asynchronous denoising: the UNet cut into N components that run side by side on one-step-old inputs.
 
@@ -302,12 +334,6 @@ def option_types(options: Options) -> tuple[type, ...]:
     return tuple(type(value) for _, value in options)
 
 
-def _of_type(value: object, wanted: type) -> bool:
-    if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is wanted
-
-
 def _written(value: object) -> str:
     """A value as a person types it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -331,11 +357,6 @@ def _steady_messages(job: Denoising, branch: int, settings: Mapping[str, Option]
     return exchanged.layers + norms + 1, blocking + 1
 
 
-def _sync_mode_problems(settings: Mapping[str, Option]) -> list[Problem]:
-    mode = settings["sync_mode"]
-    return [] if mode in SYNC_MODES else [unknown_name("sync_mode", str(mode), SYNC_MODES)]
-
-
 def _warmup_problems(settings: Mapping[str, Option]) -> list[Problem]:
     steps = settings["warmup_steps"]
     if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
@@ -354,15 +375,3 @@ def _stripe_problems(job: Denoising, branch: int) -> list[Problem]:
     rule = f"every activation's rows must divide by the stripes; {uneven[0]} rows do not divide by {branch}"
     remedy = f"Stripe counts that fit this size: {', '.join(map(str, fitting))}."
     return [Problem("degree", f"{branch} stripes", rule, remedy)]
-
-
-METHODS: Mapping[str, Method] = {
-    method.name: method for method in (Single(), CfgParallel(), DistriFusion(), Pcpp(), AsyncDiff())
-}
-
-
-def find_method(name: str) -> Method:
-    """The registered method of that name. Raises `IllegalPlanError` with the closest names for any other."""
-    if name not in METHODS:
-        raise IllegalPlanError(unknown_name("method", name, list(METHODS)))
-    return METHODS[name]

@@ -123,7 +123,20 @@ def component_works(job: Denoising, components: int, *, public_cut: bool) -> tup
     what it put out. Otherwise contiguous parts whose heaviest is lightest, and only the tensors that cross a cut.
     """
     if public_cut and components in job.public_cuts:
-        return _public_works(job, job.public_cuts[components])
+        cut = job.public_cuts[components]
+        modules = [module for component in cut for module in component]
+        sent = sum(_listed_elements(job, module) for module in modules) * job.latents * job.element_bytes
+        parts = [[unit for module in component for unit in _members(job, module)] for component in cut]
+        return tuple(
+            RankWork(
+                kernels=job.kernels(units=[TIME_EMBEDDING, *units]),
+                latents=job.latents,
+                exchange="broadcasts",
+                received_bytes=sent,
+                messages=len(modules),
+            )
+            for units in parts
+        )
     bounds = balanced_cut([unit.macs for unit in job.units], components)
     sent = boundary_elements(job.units, bounds[1:-1]) * job.latents * job.element_bytes
     names = [unit.name for unit in job.units]
@@ -136,21 +149,6 @@ def component_works(job: Denoising, components: int, *, public_cut: bool) -> tup
             messages=boundary_tensors(job.units, bounds[1:-1]) + 1,
         )
         for start, stop in pairwise(bounds)
-    )
-
-
-def _public_works(job: Denoising, cut: Cut) -> tuple[RankWork, ...]:
-    modules = [module for component in cut for module in component]
-    sent = sum(_listed_elements(job, module) for module in modules) * job.latents * job.element_bytes
-    return tuple(
-        RankWork(
-            kernels=job.kernels(units=[TIME_EMBEDDING, *(unit for module in part for unit in _members(job, module))]),
-            latents=job.latents,
-            exchange="broadcasts",
-            received_bytes=sent,
-            messages=len(modules),
-        )
-        for part in cut
     )
 
 
@@ -186,7 +184,10 @@ def halo_bytes(job: Denoising, latents: float) -> float:
 
 
 def balanced_cut(loads: Sequence[int], parts: int) -> list[int]:
-    """Bounds of the contiguous cut of `loads` into `parts` non-empty parts whose heaviest part is lightest."""
+    """Bounds of the contiguous cut of `loads` into `parts` non-empty parts whose heaviest part is lightest.
+
+    `parts` + 1 bounds, from 0 to the number of loads, found by dynamic programming over prefixes.
+    """
     prefix = [0]
     for load in loads:
         prefix.append(prefix[-1] + load)
@@ -198,11 +199,7 @@ def balanced_cut(loads: Sequence[int], parts: int) -> list[int]:
             value, cut = min(options, default=(float("inf"), 0))
             best[end].append(value)
             choice[end].append(cut)
-    return _walk_back(choice, len(loads), parts)
-
-
-def _walk_back(choice: list[list[int]], end: int, parts: int) -> list[int]:
-    bounds = [end]
+    bounds = [len(loads)]  # the best cuts, traced back from the end
     for part in range(parts - 1, 0, -1):
         bounds.append(choice[bounds[-1]][part])
     return [0, *reversed(bounds)]

@@ -1,9 +1,9 @@
-"""Fits what devices share: the populations of their laws, and the constants of the parallel methods.
+"""Fits what devices share: the populations of their fits, and the constants of the parallel methods.
 
-Populations are estimated by expectation and maximisation over all one-GPU step rows: every device's law is fitted
-against the population, and the population is then the mean and spread of those laws, their own uncertainty included.
-The method constants are fitted by least squares in logarithms to published multi-GPU times, on top of laws that only
-ever saw one GPU. `refit` does both again with rows left out, which is how held-out errors are found.
+Populations are estimated by expectation and maximisation over all one-GPU step rows: every device is fitted against
+the population, and the population is then the mean and spread of those fits, their own uncertainty included. The
+method constants are fitted by least squares in logarithms to published multi-GPU times, on top of device fits that
+only ever saw one GPU. `refit` does both again with rows left out, which is how held-out errors are found.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from hybridsd_sim.perf.device_fit import (
     fitted_component_time,
     memory_bytes_per_s,
     peak_flop_per_s,
-    starting_belief,
+    starting_prior,
 )
-from hybridsd_sim.perf.parallel_methods import METHODS, Option
+from hybridsd_sim.perf.parallel_methods import METHODS
 from hybridsd_sim.perf.roofline import NO_LIMIT, Floats
 from hybridsd_sim.perf.stage_time import CONSTANTS, CollectiveStep, constants_of, stage_collectives
 from hybridsd_sim.plan import Request, Site, Stage
 from hybridsd_sim.profiles import EFFICIENCIES, CostRow, MethodConstant, Population, Profiles, alike
 
 ITERATIONS = 6
-"""Rounds of expectation and maximisation; thirty move a law's seconds by about 1.5%."""
+"""Rounds of expectation and maximisation; thirty move a fit's seconds by about 1.5%."""
 
 START_DEVICES = 1.0
-"""How many devices the starting belief about a runtime weighs."""
+"""How many devices the starting prior of a runtime weighs."""
 
 MULTI_GPU_SPREAD = 0.03
-"""Standard deviation of a published multi-GPU time's logarithm, before the residuals have their say."""
+"""Standard deviation of a published multi-GPU time's logarithm, before the residuals narrow or widen it."""
 
-ROWS_OF_DOUBT = 4.0
+PRIOR_ROWS = 4.0
 
 LONG_RUN = 10_000
 """Steps of a run whose warm-up hardly shows in the mean."""
@@ -81,12 +81,12 @@ def fitted(profiles: Profiles) -> Profiles:
 
 
 def is_one_gpu_step(row: CostRow) -> bool:
-    """Whether a row tells about a device's law."""
+    """Whether a row enters a device's fit."""
     return row.component == "step" and row.method == "single" and row.degree == 1 and row.rank is None
 
 
 def own_fits(profiles: Profiles, only: Collection[tuple[str, str]] | None = None) -> list[Fit]:
-    """The laws of all (device, runtime, precision) that were timed, by name; `only` of these (runtime, precision)s."""
+    """The fits of all (device, runtime, precision) that were timed, by name; `only` of these (runtime, precision)s."""
     keys = {(row.device, row.runtime, alike(row.precision)) for row in profiles.costs if is_one_gpu_step(row)}
     return [fit_of(profiles, *key) for key in sorted(keys) if only is None or key[1:] in only]
 
@@ -96,25 +96,28 @@ def with_populations(
 ) -> Profiles:
     """The profiles with the populations estimated from their one-GPU rows.
 
-    A spread never grows beyond the starting belief: more disagreement than that is the sources', not the devices'.
+    A spread never grows beyond the starting prior's: more disagreement than that is the sources', not the devices'.
     """
     others = () if only is None else [row for row in profiles.populations if (row.runtime, row.precision) not in only]
     for _ in range(iterations):
-        profiles = replace(profiles, populations=(*others, *_populations(profiles, only)))
+        groups: dict[tuple[str, str], list[Fit]] = {}
+        for fit in own_fits(profiles, only):
+            groups.setdefault((fit.runtime, fit.precision), []).append(fit)
+        found = [row for key, fits in groups.items() for row in _population(profiles, *key, fits)]
+        profiles = replace(profiles, populations=(*others, *found))
     return profiles
 
 
-def _populations(profiles: Profiles, only: Collection[tuple[str, str]] | None) -> Iterator[Population]:
-    groups: dict[tuple[str, str], list[Fit]] = {}
-    for fit in own_fits(profiles, only):
-        groups.setdefault((fit.runtime, fit.precision), []).append(fit)
-    for (runtime, precision), fits in groups.items():
-        yield from _population(profiles, runtime, precision, fits)
-
-
 def _population(profiles: Profiles, runtime: str, precision: str, fits: Sequence[Fit]) -> Iterator[Population]:
-    start = starting_belief(profiles, runtime, precision)
-    shares = [_shares(profiles, fit) for fit in fits]
+    start = starting_prior(profiles, runtime, precision)
+    shares = []  # each fit's logarithms relative to its device's datasheet; infinite where that says nothing
+    for fit in fits:
+        peak, bandwidth = peak_flop_per_s(profiles, fit.device), memory_bytes_per_s(profiles, fit.device)
+        offsets = np.zeros(len(fit.log_parameters))
+        offsets[0] = log(peak) if peak else np.inf
+        offsets[3] = log(bandwidth) if bandwidth else np.inf
+        shares.append(fit.log_parameters - offsets)
+    newest = max(row.source_date for fit in fits for row in fit.rows)
     for index, name in enumerate(EFFICIENCIES):
         seen = [
             (share[index], fit.covariance[index, index])
@@ -128,18 +131,8 @@ def _population(profiles: Profiles, runtime: str, precision: str, fits: Sequence
         spread = min(sqrt((START_DEVICES * start_moment + moments) / weight), float(start.spread[index]))
         yield Population(
             runtime=runtime, precision=precision, parameter=name, mean=_rounded(exp(mean)), spread=_rounded(spread),
-            devices=len(seen), kind="modelled", source=SOURCE, source_date=_newest(fits),
+            devices=len(seen), kind="modelled", source=SOURCE, source_date=newest,
         )  # fmt: skip
-
-
-def _shares(profiles: Profiles, fit: Fit) -> Floats:
-    """Logarithms of a law relative to its device's datasheet; infinite where the datasheet says nothing."""
-    peak, bandwidth = peak_flop_per_s(profiles, fit.device), memory_bytes_per_s(profiles, fit.device)
-    offsets = np.zeros(len(fit.log_parameters))
-    offsets[0] = log(peak) if peak else np.inf
-    offsets[3] = log(bandwidth) if bandwidth else np.inf
-    difference: Floats = fit.log_parameters - offsets
-    return difference
 
 
 # ---- Method constants -----------------------------------------------------------------------------------------------
@@ -160,13 +153,17 @@ def is_shared_memory_time(row: CostRow) -> bool:
 
 def timed_stage(row: CostRow) -> tuple[Stage, Request]:
     """The stage and request whose average step a row timed."""
-    said = row.said
-    steps = int(said.pop("num_inference_steps", "50"))
+    texts = row.option_texts
+    steps = int(texts.pop("num_inference_steps", "50"))
     defaults = METHODS[row.method].defaults
-    options = tuple((name, _typed(value, defaults[name])) for name, value in sorted(said.items()) if name in defaults)
+    options = tuple(
+        (name, value == "true" if isinstance(defaults[name], bool) else type(defaults[name])(value))
+        for name, value in sorted(texts.items())
+        if name in defaults
+    )
     site = Site(
         name="cloud", tier="cloud", device=row.device, runtime=row.runtime, precision=row.precision,
-        gpus_per_node=row.degree, interconnect=LINKS.get(said.pop("ranks", "")),
+        gpus_per_node=row.degree, interconnect=LINKS.get(texts.pop("ranks", "")),
     )  # fmt: skip
     stage = Stage(
         start=0, stop=steps, model=row.model, site=site, method=row.method, degree=row.degree, options=options
@@ -178,11 +175,6 @@ def timed_stage(row: CostRow) -> tuple[Stage, Request]:
     return stage, request
 
 
-def _typed(text: str, default: Option) -> Option:
-    """An option of a row in the type of its method's default."""
-    return text == "true" if isinstance(default, bool) else type(default)(text)
-
-
 def with_constants(profiles: Profiles) -> Profiles:
     """The profiles with the method constants fitted to their published multi-GPU times."""
     rows = [row for row in profiles.costs if is_multi_gpu_time(row)]
@@ -190,10 +182,31 @@ def with_constants(profiles: Profiles) -> Profiles:
 
 
 def _with_shared(profiles: Profiles) -> Profiles:
-    """The profiles with their method constants, and the ratios that other rows tell."""
-    known = {**profiles.constants, **{row.name: row for row in _component_ratios(profiles)}}
-    profiles = replace(profiles, constants=known)
-    return replace(profiles, constants={**known, **{row.name: row for row in _contention(profiles)}})
+    """The profiles with their method constants, and the ratios that other rows tell.
+
+    Those are how much longer components take than the fit of UNet steps says, and ranks that share one machine's memory
+    than the model says with all the other constants.
+    """
+    known = dict(profiles.constants)
+    fitted_keys = {(fit.device, fit.runtime, fit.precision) for fit in own_fits(profiles)}
+    plain = replace(profiles, constants={})
+    for name in ("vae_decode", "text_encode"):
+        gaps, rows = [], []
+        for row in profiles.cost_rows(component=name, batch_size=1, degree=1):
+            if (row.device, row.runtime, alike(row.precision)) in fitted_keys:
+                where, size = (row.device, row.runtime, row.precision), (row.height_px, row.width_px)
+                gaps.append(log(row.seconds_median / fitted_component_time(plain, *where, row.model, size).value))
+                rows.append(row)
+        if rows:
+            meaning = f"seconds of a timed {name} over those of its FLOPs under the law of UNet steps"
+            known[f"{name}_ratio"] = _ratio_constant(f"{name}_ratio", gaps, rows, meaning)
+    alone = replace(profiles, constants={name: row for name, row in known.items() if name != "contention"})
+    rows = [row for row in profiles.costs if is_shared_memory_time(row)]
+    if rows:
+        gaps = [-_Timed(row, alone).error(constants_of(alone)[0]) for row in rows]
+        meaning = "seconds of ranks that share one machine's memory over those of the law"
+        known["contention"] = _ratio_constant("contention", gaps, rows, meaning)
+    return replace(profiles, constants=known)
 
 
 def _method_constants(profiles: Profiles, rows: Sequence[CostRow]) -> Iterator[MethodConstant]:
@@ -211,7 +224,7 @@ def _method_constants(profiles: Profiles, rows: Sequence[CostRow]) -> Iterator[M
 
     found = least_squares(misfits, np.zeros(len(mean)))
     errors = found.fun[: len(rows)] * MULTI_GPU_SPREAD
-    unexplained = sqrt((ROWS_OF_DOUBT * MULTI_GPU_SPREAD**2 + float(errors @ errors)) / (ROWS_OF_DOUBT + len(rows)))
+    unexplained = sqrt((PRIOR_ROWS * MULTI_GPU_SPREAD**2 + float(errors @ errors)) / (PRIOR_ROWS + len(rows)))
     jacobian = np.asarray(found.jac)[: len(rows)] * MULTI_GPU_SPREAD / unexplained
     covariance = np.linalg.inv(jacobian.T @ jacobian + np.eye(len(mean)))
     widths = spread * np.sqrt(np.diag(covariance))
@@ -221,18 +234,13 @@ def _method_constants(profiles: Profiles, rows: Sequence[CostRow]) -> Iterator[M
     yield _constant("unexplained_share", unexplained, 0.0, rows, meaning)
 
 
-def _steady_run(stage: Stage, request: Request) -> tuple[Stage, Request]:
-    """A run so long that its synchronous steps do not count."""
-    return replace(stage, stop=LONG_RUN), replace(request, num_inference_steps=LONG_RUN)
-
-
 class _Timed:
     """A published multi-GPU time beside the rounds that predict it."""
 
     def __init__(self, row: CostRow, profiles: Profiles) -> None:
         stage, request = timed_stage(row)
-        if row.kind == "measured":  # one steady step, and no run around it
-            stage, request = _steady_run(stage, request)
+        if row.kind == "measured":  # one steady step: of a run so long that its synchronous steps do not count
+            stage, request = replace(stage, stop=LONG_RUN), replace(request, num_inference_steps=LONG_RUN)
         self._rounds: list[tuple[int, CollectiveStep]] = stage_collectives(stage, request, profiles)
         self._observed = row.seconds_median * stage.num_steps
 
@@ -242,39 +250,13 @@ class _Timed:
         return log(total / self._observed)
 
 
-def _contention(profiles: Profiles) -> Iterator[MethodConstant]:
-    """How much longer ranks take that share one machine's memory than the law says, over the measured ones."""
-    plain = {name: row for name, row in profiles.constants.items() if name != "contention"}
-    alone = replace(profiles, constants=plain)
-    rows = [row for row in profiles.costs if is_shared_memory_time(row)]
-    gaps = [-_Timed(row, alone).error(constants_of(alone)[0]) for row in rows]
-    if gaps:
-        spread = sqrt((LEAST_RATIO_SPREAD**2 + float(np.var(gaps)) * len(gaps)) / (1 + len(gaps)))
-        meaning = "seconds of ranks that share one machine's memory over those of the law"
-        yield _constant("contention", exp(float(np.median(gaps))), spread, rows, meaning)
+def _ratio_constant(name: str, gaps: Sequence[float], rows: Sequence[CostRow], meaning: str) -> MethodConstant:
+    """The median ratio of timed to modelled seconds from its logarithms, and how far single rows lie from it.
 
-
-def _component_ratios(profiles: Profiles) -> Iterator[MethodConstant]:
-    """How much longer encoders and decoders take than the law of UNet steps says, over all devices timed in both."""
-    timed = {(fit.device, fit.runtime, fit.precision) for fit in own_fits(profiles)}
-    for name in ("vae_decode", "text_encode"):
-        rows = [
-            row
-            for row in profiles.cost_rows(component=name, batch_size=1, degree=1)
-            if (row.device, row.runtime, alike(row.precision)) in timed
-        ]
-        if not rows:
-            continue
-        gaps = [log(row.seconds_median / _component_s(row, profiles)) for row in rows]
-        spread = sqrt((LEAST_RATIO_SPREAD**2 + float(np.var(gaps)) * len(gaps)) / (1 + len(gaps)))
-        meaning = f"seconds of a timed {name} over those of its FLOPs under the law of UNet steps"
-        yield _constant(f"{name}_ratio", exp(float(np.median(gaps))), spread, rows, meaning)
-
-
-def _component_s(row: CostRow, profiles: Profiles) -> float:
-    where = (row.device, row.runtime, row.precision)
-    plain = replace(profiles, constants={})
-    return fitted_component_time(plain, *where, row.model, (row.height_px, row.width_px)).value
+    The spread begins at `LEAST_RATIO_SPREAD`, which weighs as much as one row.
+    """
+    spread = sqrt((LEAST_RATIO_SPREAD**2 + float(np.var(gaps)) * len(gaps)) / (1 + len(gaps)))
+    return _constant(name, exp(float(np.median(gaps))), spread, rows, meaning)
 
 
 def _constant(name: str, value: float, spread: float, rows: Sequence[CostRow], meaning: str) -> MethodConstant:
@@ -289,10 +271,6 @@ def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _newest(fits: Sequence[Fit]) -> str:
-    return max(row.source_date for fit in fits for row in fit.rows)
-
-
 LAW_COLUMNS = ("device", "runtime", "precision", "parameter", "value", "low", "high", "rows")
 
 RESIDUAL_COLUMNS = (
@@ -305,10 +283,10 @@ RESIDUAL_COLUMNS = (
 
 
 def write_fitted(profiles: Profiles, folder: Path) -> None:
-    """Write what was fitted to `folder`: populations and constants, which are read again, and laws and residuals.
+    """Write what was fitted to `folder`: populations and constants, which are read again, and fits and residuals.
 
     `laws.csv` has every (device, runtime, precision) with its parameters and their 90% intervals, `residuals.csv` every
-    row behind them with what its law says. Raises `InputError` where the folder cannot be written.
+    row behind them with what its fit says. Raises `InputError` where the folder cannot be written.
     """
     fits = own_fits(profiles)
     folder.mkdir(parents=True, exist_ok=True)
@@ -328,7 +306,7 @@ def _write(path: Path, columns: Sequence[str], lines: Sequence[Mapping[str, obje
 
 
 def law_lines(fit: Fit) -> Iterator[dict[str, object]]:
-    """A law's parameters, a line each."""
+    """A fit's parameters with their 90% intervals, a line each; a memory rate that nobody knows is left out."""
     for name, found in fit.parameters.items():
         if found.value < NO_LIMIT / 10:
             yield {
@@ -339,7 +317,7 @@ def law_lines(fit: Fit) -> Iterator[dict[str, object]]:
 
 
 def residual_lines(fit: Fit) -> Iterator[dict[str, object]]:
-    """The rows behind a law, a line each, with what the law says."""
+    """The rows behind a fit, a line each, with what the fit says and its error relative to the row."""
     for row, error in zip(fit.rows, fit.residuals, strict=True):
         yield {
             "device": fit.device, "runtime": fit.runtime, "precision": fit.precision, "model": row.model,

@@ -41,7 +41,7 @@ _KIND_OF = {
 PARAMETERS = (
     "linear_flop_per_s", "conv_share", "attention_share", "memory_bytes_per_s", "seconds_per_op", "launch_s_per_op",
 )  # fmt: skip
-"""A law's parameters: the rate of large linear layers, those of convolutions and attention as shares of it, the rate of
+"""A device's parameters: the rate of large linear layers, those of convolutions and attention as shares of it, that of
 the memory, and the seconds that an operation takes at least on the device and on the host."""
 
 NORM_PASSES = 2.5
@@ -63,7 +63,7 @@ NO_LIMIT = 1e30
 """Bytes a second where no datasheet tells the memory's rate: bytes then cost nothing."""
 
 _SHARPNESS = 8.0
-"""Exponent of the smooth maximum between device and host: near the bound both show, as overlap is never perfect."""
+"""Exponent p of the smooth maximum (device^p + host^p)^(1/p): near the bound both show, as overlap is never perfect."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,6 +172,12 @@ def layer_table(config: Mapping[str, Any], height_px: int, width_px: int, ops: f
 @lru_cache(maxsize=256)
 def _table(text: str, height_px: int, width_px: int, ops: float | None) -> LayerTable:
     layers = unet_layers(json.loads(text), height_px, width_px)
+    padding = []  # by how much wider a head is computed than it is; 1 without heads, and beyond every kernel's width
+    for head_width in (layer.head_width for layer in layers):
+        fitting = [width for width in HEAD_WIDTHS if width >= head_width]
+        padding.append(fitting[0] / head_width if head_width and fitting else 1.0)
+    haloed = [layer for layer in layers if layer.halo_elements]
+    attentions = [layer for layer in layers if layer.op == "self_attention"]
     kind = np.array([_KIND_OF[layer.op] for layer in layers], np.int8)
     moved = np.array([layer.in_elements + layer.out_elements for layer in layers], np.float64)
     return LayerTable(
@@ -179,33 +185,21 @@ def _table(text: str, height_px: int, width_px: int, ops: float | None) -> Layer
         ops=len(layers) * OPS_PER_LAYER if ops is None else ops,
         kind=kind,
         flop=np.array([2.0 * layer.macs for layer in layers]),
-        padding=np.array([_padding(layer.head_width) for layer in layers]),
+        padding=np.array(padding),
         weights=np.array([layer.params for layer in layers], np.float64),
         moved=np.where(kind == _POINTWISE, NORM_PASSES, 1.0) * moved,
         striped=np.array([layer.rows > 0 for layer in layers]),
         self_attention=np.array([layer.op == "self_attention" for layer in layers]),
         units=np.array([layer.unit for layer in layers]),
-        exchanged=_exchanged(layers),
+        exchanged=Exchanged(
+            kv_elements=sum(layer.kv_elements for layer in attentions),
+            halo_elements=sum(layer.halo_elements for layer in haloed if layer.unit != "conv_in"),
+            joined_elements=sum(layer.in_elements for layer in haloed),
+            layers=len(haloed) + len(attentions),
+            self_attentions=len(attentions),
+            group_norms=sum(layer.op == "group_norm" for layer in layers),
+        ),
     )
-
-
-def _exchanged(layers: Sequence[Layer]) -> Exchanged:
-    haloed = [layer for layer in layers if layer.halo_elements]
-    attentions = [layer for layer in layers if layer.op == "self_attention"]
-    return Exchanged(
-        kv_elements=sum(layer.kv_elements for layer in attentions),
-        halo_elements=sum(layer.halo_elements for layer in haloed if layer.unit != "conv_in"),
-        joined_elements=sum(layer.in_elements for layer in haloed),
-        layers=len(haloed) + len(attentions),
-        self_attentions=len(attentions),
-        group_norms=sum(layer.op == "group_norm" for layer in layers),
-    )
-
-
-def _padding(head_width: int) -> float:
-    """By how much wider a head is computed than it is; 1 for layers without heads and heads wider than any kernel's."""
-    fitting = [width for width in HEAD_WIDTHS if width >= head_width]
-    return fitting[0] / head_width if head_width and fitting else 1.0
 
 
 def plain_kernels(conv: float, linear: float, attention: float, ops: float) -> Kernels:
@@ -216,7 +210,7 @@ def plain_kernels(conv: float, linear: float, attention: float, ops: float) -> K
 
 
 class Batch:
-    """Several `Kernels` whose seconds are wanted together, and again for each change of the law."""
+    """Several `Kernels` whose seconds are wanted together, and again for each change of the parameters."""
 
     def __init__(self, items: Sequence[Kernels]) -> None:
         self._kind = np.concatenate([item.kind for item in items])
@@ -225,22 +219,20 @@ class Batch:
         self._starts = np.cumsum([0, *(len(item.kind) for item in items[:-1])])
         self._ops = np.array([item.ops for item in items])
 
-    def seconds(self, law: Floats) -> Floats:
-        """Seconds of each item under a law: the natural logarithms of `PARAMETERS`, in their order."""
-        linear, conv, attention, memory, per_op, launch = np.exp(law)
+    def seconds(self, log_parameters: Floats) -> Floats:
+        """Seconds of each item under `log_parameters`: the natural logarithms of `PARAMETERS`, in their order."""
+        linear, conv, attention, memory, per_op, launch = np.exp(log_parameters)
         rates = np.array([linear, linear * conv, linear * attention, np.inf])
         each = np.maximum(self._executed / rates[self._kind], self._bytes / memory)
-        device = np.add.reduceat(each, self._starts) + self._ops * per_op
-        return _smooth_maximum(device, self._ops * launch)
+        device, host = np.add.reduceat(each, self._starts) + self._ops * per_op, self._ops * launch
+        high, low = np.maximum(device, host), np.minimum(device, host)
+        smooth: Floats = high * (1.0 + (low / high) ** _SHARPNESS) ** (1.0 / _SHARPNESS)
+        return smooth
 
-    def gradient(self, law: Floats, step: float = 1e-4) -> Floats:
-        """Relative change of each item's seconds by each logarithm of the law (items x parameters)."""
-        nudges = np.eye(len(law)) * step
-        columns = [np.log(self.seconds(law + nudge) / self.seconds(law - nudge)) for nudge in nudges]
+    def gradient(self, log_parameters: Floats, step: float = 1e-4) -> Floats:
+        """Relative change of each item's seconds by each log parameter (items x parameters)."""
+        nudges = np.eye(len(log_parameters)) * step
+        columns = [
+            np.log(self.seconds(log_parameters + nudge) / self.seconds(log_parameters - nudge)) for nudge in nudges
+        ]
         return np.stack(columns, axis=1) / (2 * step)
-
-
-def _smooth_maximum(device: Floats, host: Floats) -> Floats:
-    high, low = np.maximum(device, host), np.minimum(device, host)
-    smooth: Floats = high * (1.0 + (low / high) ** _SHARPNESS) ** (1.0 / _SHARPNESS)
-    return smooth

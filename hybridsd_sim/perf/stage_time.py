@@ -20,7 +20,15 @@ import numpy as np
 
 from hybridsd_sim.errors import IllegalPlanError
 from hybridsd_sim.estimate import Z90, Estimate
-from hybridsd_sim.perf.device_fit import ROWS_OF_DOUBT, SOURCE_SPREAD, Fit, call_kernels, calls, fit_of
+from hybridsd_sim.perf.device_fit import (
+    PRIOR_ROWS,
+    SOURCE_SPREAD,
+    Fit,
+    call_kernels,
+    calls,
+    fit_of,
+    latents_per_call,
+)
 from hybridsd_sim.perf.parallel_methods import Count, Option, find_method, heaviest, option_types
 from hybridsd_sim.perf.partition import Denoising, RankWork, elements_of
 from hybridsd_sim.perf.roofline import ELEMENT_BYTES, Batch, Floats, layer_table
@@ -33,7 +41,7 @@ from hybridsd_sim.profiles import CostRow, Interconnect, Profiles, alike, derive
 class Constant:
     """What a parallel method costs beside compute and bytes, the same on every device: where the fit starts.
 
-    `value` and `spread` (standard deviation of the logarithm) are beliefs: orders of magnitude of NCCL calls, copies
+    `value` and `spread` (standard deviation of the logarithm) are the prior: orders of magnitude of NCCL calls, copies
     and hooks, chosen by people who had seen the published tables. Other centres, or spreads three times as wide, leave
     the held-out errors below 5%.
     """
@@ -48,7 +56,7 @@ CONSTANTS = (
     Constant("message_s", 3e-5, 1.0, "seconds a layer's exchange costs a rank beside the link: pack, post, wait"),
     Constant("hidden_share", 0.5, 0.5, "part of an asynchronous exchange that hides behind compute"),
     Constant("stripes_link_share", 0.6, 0.5, "part of the link's bandwidth that many small gathers reach"),
-    # The catalogue's bandwidths were measured with messages of this size, hence so little doubt.
+    # The catalogue's bandwidths were measured with messages of this size, hence so narrow a prior.
     Constant("broadcasts_link_share", 1.0, 0.08, "part of the link's bandwidth that whole activations reach"),
     Constant("walk_share", 0.1, 1.0, "part of a launch that a cached module costs the host"),
 )
@@ -59,7 +67,7 @@ _NAMES = tuple(constant.name for constant in CONSTANTS)
 
 @derived()
 def constants_of(profiles: Profiles) -> tuple[Floats, Floats]:
-    """Natural logarithms of the method constants as fitted and their covariance; where none was, as believed before."""
+    """Natural logarithms of the method constants as fitted and their covariance; where none was, their prior."""
     rows = [profiles.constants.get(constant.name) for constant in CONSTANTS]
     values = [row.value if row else start.value for row, start in zip(rows, CONSTANTS, strict=True)]
     spreads = [row.spread if row else start.spread for row, start in zip(rows, CONSTANTS, strict=True)]
@@ -117,7 +125,7 @@ def reused_modules_s(rank: RankWork, launch_s_per_op: float, constants: Floats) 
 
 
 def actual_link(profiles: Profiles, name: str, degree: int) -> Interconnect:
-    """The interconnect that carries a gang of `degree` GPUs: a bridge joins two cards, more meet on the bus below."""
+    """The interconnect of a worker group of `degree` GPUs: a bridge joins two cards, more meet on the bus below."""
     link = profiles.interconnect(name)
     return profiles.interconnect(link.beyond_pairs) if link.beyond_pairs and degree > 2 else link
 
@@ -129,7 +137,7 @@ _STEP = 1e-4
 class CollectiveStep:
     """One round of a phase as a function of everything it rests on, each as a logarithm.
 
-    The vector holds the device's law, then the method constants, then the link's bandwidth relative to its middle.
+    The vector holds the device's parameters, the method constants, and the link's bandwidth relative to its middle.
     """
 
     def __init__(
@@ -146,21 +154,25 @@ class CollectiveStep:
         whole = [call_kernels(profiles, row)] if row else []
         self._anchor_s = row.seconds_median / calls(profiles, row.runtime, row.latents) if row else None
         self._batch = Batch([*whole, *(rank.kernels for rank in ranks)])
-        self._law, self._middle_s = fit.log_parameters, self._computed_s(fit.log_parameters)
-        constants, doubts = constants_of(profiles)
+        self._log_parameters, self._middle_s = fit.log_parameters, self._computed_s(fit.log_parameters)
+        constants, constants_covariance = constants_of(profiles)
         self.middle: Floats = np.concatenate([fit.log_parameters, constants, [0.0]])
         link_spread = log(link.bandwidth_high / link.bandwidth_low) / (2 * Z90) if link else 0.0
-        self._covariance = _blocks(fit.covariance, doubts, np.array([[link_spread**2]]))
-        self._slower, doubt = contention(profiles, link, fit.device)
-        self._noise = sqrt(level_spread**2 + doubt**2 + (unexplained_share(profiles) ** 2 if link else 0.0))
+        count = len(fit.log_parameters)
+        self._covariance = np.zeros((len(self.middle), len(self.middle)))  # the three groups are independent
+        self._covariance[:count, :count] = fit.covariance
+        self._covariance[count:-1, count:-1] = constants_covariance
+        self._covariance[-1, -1] = link_spread**2
+        self._slower, slower_spread = contention(profiles, link, fit.device)
+        self._noise = sqrt(level_spread**2 + slower_spread**2 + (unexplained_share(profiles) ** 2 if link else 0.0))
 
     def seconds(self, vector: Floats) -> tuple[float, float]:
         """Seconds of the slowest rank, and those of its exchange that show."""
-        law, constants, width = self._split(vector)
-        times = self._middle_s if (law == self._law).all() else self._computed_s(law)
+        log_parameters, constants, width = self._split(vector)
+        times = self._middle_s if (log_parameters == self._log_parameters).all() else self._computed_s(log_parameters)
         slowest = (0.0, 0.0)
         for rank, compute in zip(self.ranks, (times * self._slower).tolist(), strict=True):
-            busy, shown = compute + reused_modules_s(rank, exp(law[-1]), constants), 0.0
+            busy, shown = compute + reused_modules_s(rank, exp(log_parameters[-1]), constants), 0.0
             if self.link:
                 rate = link_bytes_per_s(self.link, rank, self.degree, constants) * exp(width[0])
                 shown = exchange_s(rank, rate, self.link.latency_s, compute, constants)
@@ -168,18 +180,18 @@ class CollectiveStep:
         return slowest
 
     def _split(self, vector: Floats) -> tuple[Floats, Floats, Floats]:
-        """The device's law, the method constants, and the link's relative bandwidth."""
-        return vector[: len(self._law)], vector[len(self._law) : -1], vector[-1:]
+        """The device's parameters, the method constants, and the link's relative bandwidth."""
+        return vector[: len(self._log_parameters)], vector[len(self._log_parameters) : -1], vector[-1:]
 
-    def _computed_s(self, law: Floats) -> Floats:
-        """Seconds that each rank computes under a law."""
-        times = self._batch.seconds(law)
+    def _computed_s(self, log_parameters: Floats) -> Floats:
+        """Seconds that each rank computes under a device's `log_parameters`."""
+        times = self._batch.seconds(log_parameters)
         return times[1:] * (self._anchor_s / times[0]) if self._anchor_s else times
 
     def seconds_with(self, constants: Floats) -> float:
         """Seconds with other method constants (logarithms), all else in its middle."""
-        law, _, width = self._split(self.middle)
-        return self.seconds(np.concatenate([law, constants, width]))[0]
+        log_parameters, _, width = self._split(self.middle)
+        return self.seconds(np.concatenate([log_parameters, constants, width]))[0]
 
     def log_spread(self) -> float:
         """Standard deviation of the logarithm of the round's seconds."""
@@ -187,16 +199,6 @@ class CollectiveStep:
         nudges = np.eye(len(self.middle)) * _STEP
         gradient = np.array([log(self.seconds(self.middle + nudge)[0] / middle) for nudge in nudges]) / _STEP
         return sqrt(float(gradient @ self._covariance @ gradient) + self._noise**2)
-
-
-def _blocks(*parts: Floats) -> Floats:
-    """A covariance of independent groups."""
-    size = sum(len(part) for part in parts)
-    whole, at = np.zeros((size, size)), 0
-    for part in parts:
-        whole[at : at + len(part), at : at + len(part)] = part
-        at += len(part)
-    return whole
 
 
 SIMULTANEOUS = ("gloo", "nccl")
@@ -222,11 +224,6 @@ def denoising(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
     return replace(job_of(stage, request, profiles), num_steps=stage.num_steps)
 
 
-def job_of(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
-    """The same whatever the number of steps, of which it has one."""
-    return _job(_job_key(stage, request, profiles), profiles)
-
-
 JobKey = tuple[str, int, int, int, bool, str]
 """What a job depends on besides its steps: model, height and width in px, latents a call, guidance, precision."""
 
@@ -236,9 +233,10 @@ def _job_key(stage: Stage, request: Request, profiles: Profiles) -> JobKey:
     return stage.model, request.height_px, request.width_px, latents, request.guided, stage.site.precision
 
 
-@derived(most=1024)
-def _job(key: JobKey, profiles: Profiles) -> Denoising:
-    name, height_px, width_px, latents, guided, precision = key
+@derived(key=_job_key, most=1024)
+def job_of(stage: Stage, request: Request, profiles: Profiles) -> Denoising:
+    """The same as `denoising` whatever the number of steps, of which it has one."""
+    name, height_px, width_px, latents, guided, precision = _job_key(stage, request, profiles)
     model = profiles.model(name)
     return Denoising(
         table=layer_table(model.config, height_px, width_px, model.ops),
@@ -259,15 +257,13 @@ def stage_times(stage: Stage, request: Request, profiles: Profiles, prefer: tupl
     return timer_of(stage, request, profiles, prefer).times(stage.num_steps)
 
 
-def _timer_key(stage: Stage, request: Request, _: Profiles, prefer: tuple[str, ...] = ()) -> tuple[object, ...]:
-    """All that a timer depends on besides the profiles: no steps, and nothing of what its site is called and costs."""
-    site = stage.site
-    where = (site.device, site.runtime, site.precision, site.interconnect)
-    how = (stage.model, stage.method, stage.degree, stage.options, option_types(stage.options))
-    return *where, *how, request.height_px, request.width_px, request.unet_batch, request.guided, prefer
-
-
-@derived(key=_timer_key)
+@derived(
+    key=lambda stage, request, _, prefer=(): (
+        *(stage.site.device, stage.site.runtime, stage.site.precision, stage.site.interconnect),
+        *(stage.model, stage.method, stage.degree, stage.options, option_types(stage.options)),
+        *(request.height_px, request.width_px, request.unet_batch, request.guided, prefer),
+    )
+)
 def timer_of(stage: Stage, request: Request, profiles: Profiles, prefer: tuple[str, ...] = ()) -> StageTimer:
     """Times the stage and every other that differs from it in its steps, or in what its site is called and costs.
 
@@ -302,7 +298,13 @@ class StageTimer:
         self.row = profiles.step_row(
             *where, self.size, latents=request.unet_batch, precision=site.precision, prefer=prefer
         )
-        self.anchor = self.row or min(rows, key=self._distance, default=None)
+        wanted = self.size[0] * self.size[1] * self.latents / self.calls
+
+        def distance(row: CostRow) -> float:
+            """How far a row's call lies from the wanted one, in logarithms of image area times latents."""
+            return abs(log(row.height_px * row.width_px * latents_per_call(profiles, row) / wanted))
+
+        self.anchor = self.row or min(rows, key=distance, default=None)
         self.level_spread = self._level_spread(rows)
 
     def counts(self, num_steps: int) -> list[Count]:
@@ -311,19 +313,12 @@ class StageTimer:
 
     def times(self, num_steps: int) -> list[PhaseTime]:
         """How long the phases of so many steps take."""
-        return [self._time_of(name)(steps, rounds) for name, steps, rounds in self.counts(num_steps)]
-
-    def _time_of(self, phase: str) -> Callable[[int, int], PhaseTime]:
-        """Times a phase from its steps and rounds."""
-        if phase not in self._by_phase:
-            self._by_phase[phase] = self._time(phase)
-        return self._by_phase[phase]
-
-    def _distance(self, row: CostRow) -> float:
-        """How far a row's call lies from the wanted one, in logarithms of image area times latents."""
-        held = row.latents / calls(self.profiles, row.runtime, row.latents)
-        wanted = self.size[0] * self.size[1] * self.latents / self.calls
-        return abs(log(row.height_px * row.width_px * held / wanted))
+        found = []
+        for name, steps, rounds in self.counts(num_steps):
+            if name not in self._by_phase:
+                self._by_phase[name] = self._phase_timer(name)
+            found.append(self._by_phase[name](steps, rounds))
+        return found
 
     def _level_spread(self, rows: Sequence[CostRow]) -> float:
         """Standard deviation of the anchor's logarithm: its repetition and, unless measured, what sources differ by."""
@@ -333,97 +328,87 @@ class StageTimer:
         repetition = log(anchor.seconds.high / anchor.seconds.low) / (2 * Z90)
         if anchor.kind == "measured":
             return repetition
-        gaps = [log(row.seconds_median / anchor.seconds_median) for row in rows if self._timed_the_same(row, anchor)]
-        doubt = ROWS_OF_DOUBT * SOURCE_SPREAD**2 + sum(gap**2 for gap in gaps)
-        return hypot(repetition, sqrt(doubt / (ROWS_OF_DOUBT + len(gaps) - 1)))
+        call = (anchor.height_px, anchor.width_px, anchor.latents)
+        same = [row for row in rows if (row.height_px, row.width_px, row.latents) == call]
+        gaps = [log(row.seconds_median / anchor.seconds_median) for row in same]
+        variance = PRIOR_ROWS * SOURCE_SPREAD**2 + sum(gap**2 for gap in gaps)
+        return hypot(repetition, sqrt(variance / (PRIOR_ROWS + len(gaps) - 1)))
 
-    @staticmethod
-    def _timed_the_same(row: CostRow, anchor: CostRow) -> bool:
-        return (row.height_px, row.width_px, row.latents) == (anchor.height_px, anchor.width_px, anchor.latents)
-
-    def _time(self, phase: str) -> Callable[[int, int], PhaseTime]:
+    def _phase_timer(self, phase: str) -> Callable[[int, int], PhaseTime]:
+        """What times a phase from its steps and rounds: the row that timed it, else the model."""
         calls, row = self.calls, self.row
         if self.stage.degree == 1 and row is not None:
             each = row.seconds
             if row.kind != "measured":
                 each = Estimate.by_factor(each.value, exp(Z90 * self.level_spread), each.kind, each.sources)
             return lambda _, rounds: _timed(phase, row, each, rounds * calls)
-        if self.stage.degree > 1 and (gang := self._gang_row(phase)) is not None:
-            whole = replace(gang.seconds, note="measured as a whole, its exchange inside")
-            return lambda steps, _: _timed(phase, gang, whole, steps)
-        once, width = self._modelled(phase)
-        return lambda _, rounds: _repeated(once, width, rounds * calls)
+        if self.stage.degree > 1 and (group := self._group_row(phase)) is not None:
+            whole = replace(group.seconds, note="measured as a whole, its exchange inside")
+            return lambda steps, _: _timed(phase, group, whole, steps)
+        return self._model_timer(phase)
 
-    def _gang_row(self, phase: str) -> CostRow | None:
-        """The measured step of this very gang, if there is one, over the device's own interconnect."""
+    def _group_row(self, phase: str) -> CostRow | None:
+        """The measured step of this very worker group, if there is one, over the device's own interconnect.
+
+        It timed the stage's network, latents, precision and options, each rank on its own device.
+        """
         stage, component = self.stage, "step_warmup" if phase == "warmup" else "step"
         if stage.site.interconnect is not None:
             return None
+        network, precision = self.profiles.model(stage.model).network, alike(stage.site.precision)
+        settings, defaults = _texts(self.settings), _texts(find_method(stage.method).defaults)
         key = (stage.site.device, stage.site.runtime, component, stage.method, stage.degree, *self.size)
-        return next((row for row in _gangs(self.profiles).get(key, ()) if self._is_of(row)), None)
+        for row in _rows_of_groups(self.profiles).get(key, ()):
+            options = row.option_texts
+            at_once = row.rank is None and options.pop("ranks", "") in SIMULTANEOUS
+            same_network = self.profiles.model(row.model).network == network
+            same_call = same_network and row.latents == self.latents and alike(row.precision) == precision
+            if at_once and same_call and settings == _texts({**defaults, **options}):
+                return row
+        return None
 
-    def _is_of(self, row: CostRow) -> bool:
-        """Whether a row timed this stage's network, latents, precision and options, each rank on its own device."""
-        said = row.said
-        carried = row.rank is None and said.pop("ranks", "") in SIMULTANEOUS
-        mine, usual = (_texts(options) for options in (self.settings, find_method(row.method).defaults))
-        models = {self.profiles.model(name).network for name in (row.model, self.stage.model)}
-        same_precision = alike(row.precision) == alike(self.stage.site.precision)
-        same_work = len(models) == 1 and row.latents == self.latents and same_precision
-        return carried and same_work and mine == _texts({**usual, **said})
-
-    def _modelled(self, phase: str) -> tuple[PhaseTime, float]:
-        """One round of a phase, and by which factor its seconds may be off at 90%."""
-        fit, round_ = self._fit, self.round(phase)
+    def _model_timer(self, phase: str) -> Callable[[int, int], PhaseTime]:
+        """What times a phase from its rounds where nobody timed it."""
+        fit, round_, calls = self._fit, self.round(phase), self.calls
         seconds, exposed = round_.seconds(round_.middle)
         width, work = exp(Z90 * round_.log_spread()), heaviest(round_.ranks)
         within = self.row is not None or fit.holds(work.kernels.flops)
-        once = PhaseTime(
-            name=phase,
-            seconds=Estimate.by_factor(
-                seconds,
-                width,
-                sources=self._sources(fit, round_.link),
-                note=self._note(fit, work, within=within),
-                within=within,
-            ),
-            comm_bytes=work.received_bytes,
-            comm_exposed_s=exposed,
-        )
-        return once, width
+        note, own, anchor = fit.note, fit.sources, self.anchor
+        if anchor is not None:
+            note += (
+                f"; anchored on its step of {anchor.seconds_median:.4g} s at {anchor.height_px}x{anchor.width_px} px"
+            )
+            own = (anchor.source,)
+        elif not within and fit.flops:
+            call, least, most = (flop / 1e12 for flop in (work.kernels.flops, min(fit.flops), max(fit.flops)))
+            note += f"; a call of {call:.3g} TFLOPs, where {least:.3g} to {most:.3g} were timed"
+        sources = tuple(dict.fromkeys((*own, *([round_.link.source] if round_.link else []))))
+
+        def time_rounds(_: int, rounds: int) -> PhaseTime:
+            count = rounds * calls
+            return PhaseTime(
+                name=phase,
+                # from the factor, as the ends of many rounds were always rounded
+                seconds=Estimate.by_factor(seconds * count, width, sources=sources, note=note, within=within),
+                comm_bytes=work.received_bytes * count,
+                comm_exposed_s=exposed * count,
+            )
+
+        return time_rounds
 
     @property
     def _fit(self) -> Fit:
         site = self.stage.site
         return fit_of(self.profiles, site.device, site.runtime, site.precision)
 
-    def _note(self, fit: Fit, work: RankWork, *, within: bool) -> str:
-        if self.anchor is not None:
-            row = self.anchor
-            return (
-                f"{fit.note}; anchored on its step of {row.seconds_median:.4g} s at {row.height_px}x{row.width_px} px"
-            )
-        if within or not fit.flops:
-            return fit.note
-        call, least, most = (flop / 1e12 for flop in (work.kernels.flops, min(fit.flops), max(fit.flops)))
-        return f"{fit.note}; a call of {call:.3g} TFLOPs, where {least:.3g} to {most:.3g} were timed"
-
     def round(self, phase: str) -> CollectiveStep:
         """One round of a phase."""
         anchor = None if self.anchor is None else (self.anchor, self.level_spread)
-        ranks = _ranks(self, phase, self.profiles)
-        return CollectiveStep(ranks, self._fit, anchor, self._link(ranks), self.stage.degree, self.profiles)
-
-    def _link(self, ranks: Sequence[RankWork]) -> Interconnect | None:
-        if not heaviest(ranks).messages:
-            return None
-        site = self.stage.site
-        name = site.interconnect or self.profiles.default_interconnect(site.device)
-        return actual_link(self.profiles, name, self.stage.degree)
-
-    def _sources(self, fit: Fit, link: Interconnect | None) -> tuple[str, ...]:
-        own = (self.anchor.source,) if self.anchor else fit.sources
-        return tuple(dict.fromkeys((*own, *([link.source] if link else []))))
+        ranks, link, site = _ranks(self, phase, self.profiles), None, self.stage.site
+        if heaviest(ranks).messages:
+            name = site.interconnect or self.profiles.default_interconnect(site.device)
+            link = actual_link(self.profiles, name, self.stage.degree)
+        return CollectiveStep(ranks, self._fit, anchor, link, self.stage.degree, self.profiles)
 
 
 @derived(key=lambda timer, phase, _: (phase, *timer.ranks_key), most=256)
@@ -433,7 +418,7 @@ def _ranks(timer: StageTimer, phase: str, profiles: Profiles) -> tuple[RankWork,
 
 
 @derived()
-def _gangs(profiles: Profiles) -> dict[tuple[object, ...], list[CostRow]]:
+def _rows_of_groups(profiles: Profiles) -> dict[tuple[object, ...], list[CostRow]]:
     """The measured steps of several ranks as a whole, by what they timed."""
     found: dict[tuple[object, ...], list[CostRow]] = {}
     for row in profiles.costs:
@@ -451,15 +436,3 @@ def _texts(options: Mapping[str, Option]) -> dict[str, str]:
 def _timed(name: str, row: CostRow, each: Estimate, count: int) -> PhaseTime:
     """As many of a timed row as the phase has, of which one takes `each`."""
     return PhaseTime(name=name, seconds=count * each, comm_bytes=float(row.comm_bytes or 0) * count)
-
-
-def _repeated(once: PhaseTime, width: float, count: int) -> PhaseTime:
-    """As many of a modelled round as the phase has."""
-    each = once.seconds
-    return PhaseTime(
-        name=once.name,
-        # from the factor, as the ends of many rounds were always rounded
-        seconds=Estimate.by_factor(each.value * count, width, each.kind, each.sources, each.note, within=each.within),
-        comm_bytes=once.comm_bytes * count,
-        comm_exposed_s=once.comm_exposed_s * count,
-    )

@@ -15,7 +15,7 @@ Transformer2DModel), a sampler, `conv_out` (with the norm before it).
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -140,29 +140,31 @@ class Blueprint:
 def config_text(config: Mapping[str, Any]) -> str:
     """The fields that matter as one hashable value; JSON tells 1 from 1.0 and from true, where a tuple would not."""
     fields = {str(key): value for key, value in config.items() if key not in _WITHOUT_LAYERS}
-    said = {key: value for key, value in fields.items() if not _is_only(key, value)}
-    return json.dumps(said, sort_keys=True, default=repr)
-
-
-def _is_only(key: str, value: object) -> bool:
-    return key in _ONLY and type(value) is type(_ONLY[key]) and value == _ONLY[key]
+    for key, only in _ONLY.items():
+        if key in fields and type(fields[key]) is type(only) and fields[key] == only:
+            del fields[key]
+    return json.dumps(fields, sort_keys=True, default=repr)
 
 
 @lru_cache(maxsize=64)
 def blueprint(text: str) -> Blueprint:
     """The blueprint of a config written by `config_text`. Raises `InputError` with everything found wrong."""
-    config = _read(text)
+    config = _parse(text)
     _refuse(_length_problems(config))
     layers = _per_level(config.layers_per_block, config)
     down: _Rows = _per_level(config.transformer_layers_per_block, config)
     up = config.reverse_transformer_layers_per_block or down[::-1]
     up_layers = tuple(count + 1 for count in layers[::-1])
-    _refuse([*_depth_problems(config, layers, up_layers), *_other_problems(config)])
+    _refuse([*_depth_problems(config, layers, up_layers), *_width_problems(config)])
+    mid: tuple[int, ...] = ()
+    if config.mid_block_type is not None:
+        # diffusers builds UNetMidBlock2D with a single resnet and no attention here (SSD-1B, Vega)
+        mid = (_row(down[-1], 1)[0], 0) if config.mid_block_type == "UNetMidBlock2DCrossAttn" else (0,)
     plan = Blueprint(
         config=config,
         heads=_per_level(config.attention_head_dim, config),
         down_depths=_depths(down, config.down_block_types, layers),
-        mid_depths=_mid_depths(config, down[-1]),
+        mid_depths=mid,
         up_depths=_depths(up, config.up_block_types, up_layers),
     )
     return _pruned(plan)
@@ -179,13 +181,6 @@ def _depths(entries: _Rows, types: Iterable[str], layers: Iterable[int]) -> tupl
 
 def _row(entry: int | tuple[int, ...], count: int) -> tuple[int, ...]:
     return entry if isinstance(entry, tuple) else (entry,) * count
-
-
-def _mid_depths(config: UNetConfig, deepest: int | tuple[int, ...]) -> tuple[int, ...]:
-    if config.mid_block_type is None:
-        return ()
-    # diffusers builds UNetMidBlock2D with a single resnet and no attention here (SSD-1B, Vega)
-    return (_row(deepest, 1)[0], 0) if config.mid_block_type == "UNetMidBlock2DCrossAttn" else (0,)
 
 
 def _pruned(plan: Blueprint) -> Blueprint:
@@ -223,23 +218,25 @@ def _problem(name: str, value: object, rule: str, remedy: str = "") -> Problem:
     return Problem(f"config.{name}", json.dumps(value), rule, remedy)
 
 
-def _read(text: str) -> UNetConfig:
+def _parse(text: str) -> UNetConfig:
     try:
         return UNetConfig.model_validate_json(text)
     except ValidationError as error:
-        said = json.loads(text)
+        values = json.loads(text)
         # Reversed, so that the first complaint about a field is the one that stays.
         rules = {str(item["loc"][0]): validation_rule(item) for item in reversed(error.errors())}
-        raise InputError(_field_problem(name, said[name], rules[name]) for name in sorted(rules)) from None
-
-
-def _field_problem(name: str, value: object, rule: str) -> Problem:
-    if name in _ONLY:
-        return _problem(name, value, f"only {json.dumps(_ONLY[name])} is supported")
-    if name not in UNetConfig.model_fields:
-        close = get_close_matches(name, UNetConfig.model_fields, n=1)
-        return _problem(name, value, "no such field", f"Did you mean {close[0]}?" if close else "")
-    return _problem(name, value, UNetConfig.model_fields[name].description or rule)
+        problems = []
+        for name in sorted(rules):
+            rule, remedy = rules[name], ""
+            if name in _ONLY:
+                rule = f"only {json.dumps(_ONLY[name])} is supported"
+            elif name in UNetConfig.model_fields:
+                rule = UNetConfig.model_fields[name].description or rule
+            else:
+                close = get_close_matches(name, UNetConfig.model_fields, n=1)
+                rule, remedy = "no such field", f"Did you mean {close[0]}?" if close else ""
+            problems.append(_problem(name, values[name], rule, remedy))
+        raise InputError(problems) from None
 
 
 def _length_problems(config: UNetConfig) -> Iterator[Problem]:
@@ -266,7 +263,7 @@ def _depth_problems(config: UNetConfig, layers: tuple[int, ...], up_layers: tupl
         yield _problem("transformer_layers_per_block", down, rule)
 
 
-def _other_problems(config: UNetConfig) -> Iterator[Problem]:
+def _width_problems(config: UNetConfig) -> Iterator[Problem]:
     heads = _per_level(config.attention_head_dim, config)
     levels = zip(config.block_out_channels, heads, config.down_block_types, config.up_block_types[::-1], strict=True)
     for index, (width, count, *blocks) in enumerate(levels, 1):
@@ -444,62 +441,38 @@ def _norm(place: _Place, op: Literal["group_norm", "layer_norm"], channels: int)
     return Layer(place.path, place.unit, op, 2 * channels, 0, place.rows, place.tokens, elements, elements)
 
 
-def _products(place: _Place, width: int, *, keys: int, head_width: int, op: Op) -> Layer:
-    """Scores and weighted values of every image token over `keys` tokens; no parameters."""
-    queries, read = place.tokens * width, 2 * keys * width
-    return Layer(
+def _attention(
+    place: _Place, width: int, inner: int, *, head_width: int, text_width: int | None = None
+) -> Iterator[Layer]:
+    """Attention over the image itself, or over the text where `text_width` is given: projections around the products.
+
+    The products, scores and weighted values of every image token over all keys, have no parameters.
+    """
+    keys = TEXT_TOKENS if text_width else place.tokens
+    source_width, vectors = text_width or width, TEXT_TOKENS if text_width else 0
+    yield _linear(place.at("to_q"), width, inner, bias=False)
+    yield _linear(place.at("to_k"), source_width, inner, bias=False, vectors=vectors)
+    yield _linear(place.at("to_v"), source_width, inner, bias=False, vectors=vectors)
+    queries, read = place.tokens * inner, 2 * keys * inner
+    yield Layer(
         path=place.path,
         unit=place.unit,
-        op=op,
+        op="cross_attention" if text_width else "self_attention",
         params=0,
         macs=2 * queries * keys,
         rows=place.rows,
         tokens=place.tokens,
         in_elements=queries + read,
         out_elements=queries,
-        kv_elements=read if op == "self_attention" else 0,
+        kv_elements=0 if text_width else read,
         head_width=head_width,
     )
-
-
-def _resnet(place: _Place, channels: int, out_channels: int, *, inner: int, time_width: int) -> Iterator[Layer]:
-    yield _norm(place.at("norm1"), "group_norm", channels)
-    yield _conv(place.at("conv1"), channels, inner)
-    yield _linear(place.at("time_emb_proj"), time_width, inner, vectors=1)
-    yield _norm(place.at("norm2"), "group_norm", inner)
-    yield _conv(place.at("conv2"), inner, out_channels)
-    if channels != out_channels:
-        yield _conv(place.at("conv_shortcut"), channels, out_channels, kernel=1)
-
-
-def _attention(
-    place: _Place, width: int, inner: int, *, head_width: int, text_width: int | None = None
-) -> Iterator[Layer]:
-    """Attention over the image itself, or over the text where `text_width` is given."""
-    keys = TEXT_TOKENS if text_width else place.tokens
-    source_width, vectors = text_width or width, TEXT_TOKENS if text_width else 0
-    yield _linear(place.at("to_q"), width, inner, bias=False)
-    yield _linear(place.at("to_k"), source_width, inner, bias=False, vectors=vectors)
-    yield _linear(place.at("to_v"), source_width, inner, bias=False, vectors=vectors)
-    op: Op = "cross_attention" if text_width else "self_attention"
-    yield _products(place, inner, keys=keys, head_width=head_width, op=op)
     yield _linear(place.at("to_out.0"), inner, width)
 
 
-def _transformer_block(
-    place: _Place, width: int, *, self_width: int, head_width: int, text_width: int
-) -> Iterator[Layer]:
-    yield _norm(place.at("norm1"), "layer_norm", width)
-    yield from _attention(place.at("attn1"), width, self_width, head_width=head_width)
-    yield _norm(place.at("norm2"), "layer_norm", width)
-    yield from _attention(place.at("attn2"), width, width, head_width=head_width, text_width=text_width)
-    yield _norm(place.at("norm3"), "layer_norm", width)
-    yield _linear(place.at("ff.net.0.proj"), width, 8 * width)  # GEGLU: value and gate, each 4 x width
-    yield _linear(place.at("ff.net.2"), 4 * width, width)
-
-
 def _transformer(plan: Blueprint, place: _Place, level: int, depth: int) -> Iterator[Layer]:
-    width = plan.channels[level]
+    """An attention block: `depth` transformer blocks between two projections (diffusers' Transformer2DModel)."""
+    width, text_width = plan.channels[level], plan.config.cross_attention_dim
     head_width = width // plan.heads[level]
     self_width = plan.self_heads.get(place.unit, plan.heads[level]) * head_width
 
@@ -511,36 +484,39 @@ def _transformer(plan: Blueprint, place: _Place, level: int, depth: int) -> Iter
     yield projection("proj_in")
     for index in range(depth):
         block = place.at(f"transformer_blocks.{index}")
-        text_width = plan.config.cross_attention_dim
-        yield from _transformer_block(block, width, self_width=self_width, head_width=head_width, text_width=text_width)
+        yield _norm(block.at("norm1"), "layer_norm", width)
+        yield from _attention(block.at("attn1"), width, self_width, head_width=head_width)
+        yield _norm(block.at("norm2"), "layer_norm", width)
+        yield from _attention(block.at("attn2"), width, width, head_width=head_width, text_width=text_width)
+        yield _norm(block.at("norm3"), "layer_norm", width)
+        yield _linear(block.at("ff.net.0.proj"), width, 8 * width)  # GEGLU: value and gate, each 4 x width
+        yield _linear(block.at("ff.net.2"), 4 * width, width)
     yield projection("proj_out")
 
 
-# ---- Blocks: the walk through the network ---------------------------------------------------------------------------
+# ---- Blocks, in execution order -------------------------------------------------------------------------------------
 
 
-def _walk(plan: Blueprint, rows: int, width: int) -> Iterator[Layer]:
+def _network_layers(plan: Blueprint, rows: int, width: int) -> Iterator[Layer]:
     levels = range(len(plan.channels))
     grids = [(rows >> level, width >> level) for level in levels]
-    yield from _time_embedding(plan)
+    config, embedding = plan.config, _Place("time_embedding", "time_embedding")
+    if config.time_cond_proj_dim:
+        yield _linear(embedding.at("cond_proj"), config.time_cond_proj_dim, plan.channels[0], bias=False, vectors=1)
+    yield from _perceptron(embedding, plan.channels[0], plan.time_width)
+    if config.addition_embed_type and config.projection_class_embeddings_input_dim:
+        added = replace(embedding, path="add_embedding")
+        yield from _perceptron(added, config.projection_class_embeddings_input_dim, plan.time_width)
     yield _conv(_Place("conv_in", "conv_in", rows, width), plan.config.in_channels, plan.channels[0])
     for level in levels:
         yield from _down_block(plan, level, grids)
-    yield from _mid_block(plan, _Place("mid_block", "mid", *grids[-1]))
+    middle, deepest = _Place("mid_block", "mid", *grids[-1]), levels[-1]
+    for index, depth in enumerate(plan.mid_depths):
+        yield from _pair(plan, middle, index, deepest, channels=plan.channels[deepest], depth=depth)
     for level in reversed(levels):
         yield from _up_block(plan, level, grids)
     yield _norm(_Place("conv_norm_out", "conv_out", rows, width), "group_norm", plan.channels[0])
     yield _conv(_Place("conv_out", "conv_out", rows, width), plan.channels[0], plan.config.out_channels)
-
-
-def _time_embedding(plan: Blueprint) -> Iterator[Layer]:
-    config, place = plan.config, _Place("time_embedding", "time_embedding")
-    if config.time_cond_proj_dim:
-        yield _linear(place.at("cond_proj"), config.time_cond_proj_dim, plan.channels[0], bias=False, vectors=1)
-    yield from _perceptron(place, plan.channels[0], plan.time_width)
-    if config.addition_embed_type and config.projection_class_embeddings_input_dim:
-        added = replace(place, path="add_embedding")
-        yield from _perceptron(added, config.projection_class_embeddings_input_dim, plan.time_width)
 
 
 def _perceptron(place: _Place, width: int, out_width: int) -> Iterator[Layer]:
@@ -556,12 +532,6 @@ def _down_block(plan: Blueprint, level: int, grids: Sequence[tuple[int, int]]) -
     if level + 1 < len(grids):
         sampler = _Place(f"{block.path}.downsamplers.0.conv", f"{block.unit}.downsampler", *grids[level + 1])
         yield _conv(sampler, width, width, stride=2)
-
-
-def _mid_block(plan: Blueprint, block: _Place) -> Iterator[Layer]:
-    level = len(plan.channels) - 1
-    for index, depth in enumerate(plan.mid_depths):
-        yield from _pair(plan, block, index, level, channels=plan.channels[level], depth=depth)
 
 
 def _up_block(plan: Blueprint, level: int, grids: Sequence[tuple[int, int]]) -> Iterator[Layer]:
@@ -580,7 +550,13 @@ def _pair(plan: Blueprint, block: _Place, index: int, level: int, *, channels: i
     """A resnet and, where `depth` is not 0, the attention block after it."""
     resnet, out_channels = block.member("resnet", index), plan.channels[level]
     inner = plan.inner_channels.get(resnet.unit, out_channels)
-    yield from _resnet(resnet, channels, out_channels, inner=inner, time_width=plan.time_width)
+    yield _norm(resnet.at("norm1"), "group_norm", channels)
+    yield _conv(resnet.at("conv1"), channels, inner)
+    yield _linear(resnet.at("time_emb_proj"), plan.time_width, inner, vectors=1)
+    yield _norm(resnet.at("norm2"), "group_norm", inner)
+    yield _conv(resnet.at("conv2"), inner, out_channels)
+    if channels != out_channels:
+        yield _conv(resnet.at("conv_shortcut"), channels, out_channels, kernel=1)
     if depth:
         yield from _transformer(plan, block.member("attention", index), level, depth)
 
@@ -589,19 +565,16 @@ def _pair(plan: Blueprint, block: _Place, index: int, level: int, *, channels: i
 def _layers(text: str, height_px: int, width_px: int) -> tuple[Layer, ...]:
     plan = blueprint(text)
     factor = PIXELS_PER_LATENT << (len(plan.channels) - 1)
-    sizes = {"height_px": height_px, "width_px": width_px}
-    if problems := [problem for name, size in sizes.items() for problem in _size_problems(name, size, factor)]:
-        raise InputError(problems)
-    return tuple(_walk(plan, height_px // PIXELS_PER_LATENT, width_px // PIXELS_PER_LATENT))
-
-
-def _size_problems(name: str, size_px: object, factor: int) -> Iterator[Problem]:
-    whole = size_px if isinstance(size_px, int) and not isinstance(size_px, bool) else 0
-    if whole < factor or whole % factor:
-        rule = f"must be a multiple of {factor}: {PIXELS_PER_LATENT} pixels per latent element, halved between levels"
-        below = whole // factor * factor
-        nearest = [str(size) for size in (below, below + factor) if size > 0] or [str(factor)]
-        yield Problem(name, repr(size_px), rule, f"Nearest: {' and '.join(nearest)}.")
+    rule = f"must be a multiple of {factor}: {PIXELS_PER_LATENT} pixels per latent element, halved between levels"
+    problems, sizes = [], dict[str, object](height_px=height_px, width_px=width_px)
+    for name, size_px in sizes.items():
+        whole = size_px if isinstance(size_px, int) and not isinstance(size_px, bool) else 0
+        if whole < factor or whole % factor:
+            below = whole // factor * factor
+            nearest = [str(size) for size in (below, below + factor) if size > 0] or [str(factor)]
+            problems.append(Problem(name, repr(size_px), rule, f"Nearest: {' and '.join(nearest)}."))
+    _refuse(problems)
+    return tuple(_network_layers(plan, height_px // PIXELS_PER_LATENT, width_px // PIXELS_PER_LATENT))
 
 
 @lru_cache(maxsize=64, typed=True)
@@ -609,21 +582,18 @@ def _units(text: str, height_px: int, width_px: int) -> tuple[Unit, ...]:
     groups: dict[str, list[Layer]] = {}
     for layer in _layers(text, height_px, width_px):
         groups.setdefault(layer.unit, []).append(layer)
-    skips = _skips(groups)
+    # Over a skip connection the up path's resnets take the down path's outputs back, last first. A resnet followed by
+    # an attention block hands its output to that block alone.
+    takers = [name for name in groups if name.startswith("up") and ".resnet" in name]
+    givers = [
+        name
+        for name in groups
+        if name == "conv_in"
+        or (name.startswith("down") and (".resnet" not in name or name.replace("resnet", "attention") not in groups))
+    ]
+    skips = dict(zip(reversed(givers), takers, strict=True))
     sums = {name: total_work(layers) for name, layers in groups.items()}
     return tuple(
         Unit(name, sums[name].macs, sums[name].params, layers[-1].out_elements, skips.get(name))
         for name, layers in groups.items()
     )
-
-
-def _skips(names: Collection[str]) -> dict[str, str]:
-    """Who feeds whom over a skip connection: the up path's resnets take the down path's outputs back, last first."""
-    takers = [name for name in names if name.startswith("up") and ".resnet" in name]
-    givers = [
-        name
-        for name in names  # a resnet followed by an attention block hands its output to that block alone
-        if name == "conv_in"
-        or (name.startswith("down") and (".resnet" not in name or name.replace("resnet", "attention") not in names))
-    ]
-    return dict(zip(reversed(givers), takers, strict=True))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import isclose
 from typing import Any
@@ -53,7 +52,7 @@ class Candidate:
 
     @property
     def gpu_seconds(self) -> float:
-        """GPU-seconds of one request where the gang always has as many of them together as it may."""
+        """GPU-seconds of one request where the worker group always has as many of them together as it may."""
         alone, together = self.cost.gpu_seconds, self.batch_s[-1] * self.degree / len(self.batch_s)
         return alone if isclose(alone, together, rel_tol=1e-9) else together
 
@@ -95,7 +94,7 @@ class CandidateSet:
 def check_names(scenario: Scenario, profiles: Profiles) -> None:
     """Raise one `InputError` naming every device, GPU, model, network or method that the profiles do not hold."""
     problems: list[Problem] = []
-    for place, look_up, name in _named(scenario, profiles):
+    for place, look_up, name in _mentioned_names(scenario, profiles):
         try:
             look_up(name)
         except InputError as error:
@@ -104,7 +103,8 @@ def check_names(scenario: Scenario, profiles: Profiles) -> None:
         raise InputError(problems)
 
 
-def _named(scenario: Scenario, profiles: Profiles) -> Iterator[tuple[str, Any, str]]:
+def _mentioned_names(scenario: Scenario, profiles: Profiles) -> Iterator[tuple[str, Any, str]]:
+    """Every name of the catalogue in a scenario: its place, what looks it up, and the name."""
     for name, spec in scenario.requests.items():
         yield f"requests.{name}.model", profiles.model, spec.model
         for small in spec.small_models:
@@ -126,7 +126,10 @@ def find_candidates(scenario: Scenario, profiles: Profiles) -> CandidateSet:
     check_names(scenario, profiles)
     refusals: list[RefusedPlan] = []
     by_class: dict[str, tuple[Candidate, ...]] = {}
-    with _collection_paused():
+    # Candidates are kept, so that collecting garbage among them again and again meanwhile would be in vain.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
         for name, spec in scenario.requests.items():
             request = request_of(name, spec)
             found = []
@@ -138,19 +141,10 @@ def find_candidates(scenario: Scenario, profiles: Profiles) -> CandidateSet:
             by_class[name] = tuple(
                 sorted(found, key=lambda option: (option.usd_or_inf, option.latency_s, option.plan.label))
             )
-    return CandidateSet(by_class, tuple(refusals))
-
-
-@contextmanager
-def _collection_paused() -> Iterator[None]:
-    """No garbage collection meanwhile: candidates are kept, so that looking through them again and again is in vain."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
     finally:
-        if was_on:
+        if collecting:
             gc.enable()
+    return CandidateSet(by_class, tuple(refusals))
 
 
 def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, plan: Plan) -> Candidate:
@@ -282,10 +276,8 @@ class RentedCandidates:
         """A class's candidates for requests of another `shape`: (steps, images)."""
         key = (class_index, shape)
         if key not in self._variants:
-            self._variants[key] = self._priced(class_index, *shape)
+            (name, spec), (steps, images) = self._specs[class_index], shape
+            request = replace(request_of(name, spec), num_inference_steps=steps, num_images=images)
+            plans = (option.plan.rescaled(steps) for option in self.own[class_index])
+            self._variants[key] = tuple(self._pricing.priced(request, plan) for plan in plans)
         return self._variants[key]
-
-    def _priced(self, class_index: int, steps: int, images: int) -> tuple[Candidate, ...]:
-        name, spec = self._specs[class_index]
-        request = replace(request_of(name, spec), num_inference_steps=steps, num_images=images)
-        return tuple(self._pricing.priced(request, option.plan.rescaled(steps)) for option in self.own[class_index])

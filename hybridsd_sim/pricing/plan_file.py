@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name, validation_problem
-from hybridsd_sim.plan import Deployment, Plan, Request
+from hybridsd_sim.plan import Deployment, Plan
 from hybridsd_sim.pricing.search_space import plan_problems, request_of
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import RequestClass, Scenario, load_yaml
@@ -27,8 +27,12 @@ REMEDY, AGAIN = "Give the plan.yaml that `plan` wrote.", "Plan this scenario ane
 
 def load_deployment(path: str | Path) -> Deployment:
     """Read what `plan` wrote. Raises `InputError` for anything else: all problems at once, each with its place."""
-    place = str(path)
-    return read_deployment(load_yaml(_text(Path(path)), place), place)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or "unreadable"
+        raise InputError(Problem(str(path), found, "a plan must be a file that can be read", REMEDY)) from None
+    return read_deployment(load_yaml(text, str(path)), str(path))
 
 
 def read_deployment(data: Any, place: str) -> Deployment:
@@ -36,10 +40,17 @@ def read_deployment(data: Any, place: str) -> Deployment:
     try:
         found = TypeAdapter(Deployment).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise InputError(_explained(place, error)) from None
+        items = error.errors(include_url=False)
+        problems = [validation_problem(item, tags=("bool", "int", "float", "str")) for item in items]
+        raise InputError(
+            replace(problem, place=f"{place}: {problem.place}" if problem.place else place, remedy=REMEDY)
+            for problem in problems
+        ) from None
     except InputError as error:
         raise InputError(_at(f"{place}: ", problem) for problem in error.problems) from None
-    problems = [Problem(f"{place}: {key}", "unknown key", "stands in no plan", REMEDY) for key in _extra(data, found)]
+    # Keys that no plan has are those that do not come back.
+    extra = _missing(data, json.loads(json.dumps(found.to_dict())), "")
+    problems = [Problem(f"{place}: {key}", "unknown key", "stands in no plan", REMEDY) for key in extra]
     problems += [
         Problem(f"{place}: replicas.{pool}", str(nodes), "counts nodes, so it is at least 0", REMEDY)
         for pool, nodes in found.replicas.items()
@@ -72,29 +83,8 @@ def load_plan_scenario(file: Path) -> Scenario:
         raise InputError(Problem(str(beside), type(error).__name__, "must be what `plan` wrote", remedy)) from error
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        said = "not UTF-8 text"
-    except OSError as error:
-        said = error.strerror or "unreadable"
-    raise InputError(Problem(str(path), said, "a plan must be a file that can be read", REMEDY))
-
-
 def _at(place: str, problem: Problem) -> Problem:
     return replace(problem, place=f"{place}{problem.place}", remedy=problem.remedy or REMEDY)
-
-
-def _explained(place: str, error: ValidationError) -> Iterator[Problem]:
-    for item in error.errors(include_url=False):
-        found = validation_problem(item, tags=("bool", "int", "float", "str"))
-        yield replace(found, place=f"{place}: {found.place}" if found.place else place, remedy=REMEDY)
-
-
-def _extra(data: Any, found: Deployment) -> Iterator[str]:
-    """Keys of the file that no plan has: those that do not come back."""
-    return _missing(data, json.loads(json.dumps(found.to_dict())), "")
 
 
 def _missing(given: Any, known: Any, path: str) -> Iterator[str]:
@@ -123,19 +113,17 @@ def deployment_problems(
         if name in found.plans:
             for index, part in enumerate(found.plans[name]):
                 place = f"plan: plans.{name}[{index}].plan"
-                mine = list(_plan_misfits(place, part.plan, spec, scenario))
-                problems += mine or _illegal(place, part.plan, request_of(name, spec), profiles)
+                misfits = list(_plan_misfits(place, part.plan, spec, scenario))
+                if not misfits:
+                    try:
+                        illegal: Sequence[Problem] = plan_problems(part.plan, request_of(name, spec), profiles)
+                    except InputError as error:
+                        illegal = error.problems
+                    misfits = [_at(f"{place}: ", problem) for problem in illegal]
+                problems += misfits
         elif complete:
             problems.append(Problem("plan: plans", repr(name), "this request class has no plan", AGAIN))
     return problems
-
-
-def _illegal(place: str, plan: Plan, request: Request, profiles: Profiles) -> list[Problem]:
-    try:
-        problems: Sequence[Problem] = plan_problems(plan, request, profiles)
-    except InputError as error:
-        problems = error.problems
-    return [_at(f"{place}: ", problem) for problem in problems]
 
 
 def _plan_misfits(place: str, plan: Plan, spec: RequestClass, scenario: Scenario) -> Iterator[Problem]:

@@ -4,8 +4,9 @@ What `hybridsd-sim predict` asks. With `--measured-step-s` the user's own one-GP
 row that goes before all others, and everything else is predicted from it.
 
 A plan with several GPUs is also compared with the same on one. Exchange takes the longer the slower the interconnect,
-so that below some bandwidth a gang is slower than one of its GPUs (DistriFusion on PCIe may be). That bandwidth is
-found by bisection over `price`. What every message costs besides its bytes stays, so that a gang may also lose at any.
+so that below some bandwidth a worker group is slower than one of its GPUs (DistriFusion on PCIe may be). That bandwidth
+is found by bisection over `price`. What every message costs besides its bytes stays, so that a group may also lose at
+any.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ OWN_STEP = "--measured-step-s"
 MOST_GPUS, MOST_PX, MOST_STEPS, MOST_GUIDANCE, MOST_IMAGES = 64, 16384, 1000, 100, 64
 """The largest values that a scenario takes too."""
 
-RUNG = 1.01
+BANDWIDTH_STEP = 1.01
 """Bandwidths are tried this factor apart, so that the break-even one is known to 1%."""
 
 SLOWEST, FASTEST = 1e-3, 1e6
@@ -91,18 +92,15 @@ def predict_plan(query: PredictionQuery, profiles: Profiles) -> dict[str, Any]:
     bandwidth where that is None; all of them are None on one GPU. Raises `InputError` as `predict_cost` does.
     """
     known, cost = _resolve(query, profiles)
-    return to_json(cost) | _compared(compare_with_one_gpu(cost, known, prefer=(OWN_STEP,)))
-
-
-def _compared(found: BreakEven | None) -> dict[str, Any]:
-    """A bandwidth of nothing or of infinity is one that no interconnect has."""
+    found = compare_with_one_gpu(cost, known, prefer=(OWN_STEP,))
     keys = ("speedup", "speedup_interval", "break_even_bandwidth_bytes_per_s", "break_even_interval_bytes_per_s")
     if found is None:
-        return dict.fromkeys((*keys, "against_one_gpu"))
+        return to_json(cost) | dict.fromkeys((*keys, "against_one_gpu"))
+    # A bandwidth of nothing or of infinity is one that no interconnect has.
     bandwidths = (found.bandwidth_bytes_per_s, *found.bandwidth_interval)
     even, *interval = (value if 0 < value < math.inf else None for value in bandwidths)
     figures = (found.speedup, list(found.speedup_interval), even, interval)
-    return dict(zip(keys, figures, strict=True)) | {"against_one_gpu": found.sentence}
+    return to_json(cost) | dict(zip(keys, figures, strict=True)) | {"against_one_gpu": found.sentence}
 
 
 def predict_cost(query: PredictionQuery, profiles: Profiles) -> PlanCost:
@@ -113,7 +111,7 @@ def predict_cost(query: PredictionQuery, profiles: Profiles) -> PlanCost:
 def _resolve(query: PredictionQuery, profiles: Profiles) -> tuple[Profiles, PlanCost]:
     """The profiles with the user's own measurement, and the price by them."""
     profiles = _with_own_gpu(query, profiles)
-    _check(query, profiles)
+    _check_query(query, profiles)
     native = profiles.model(query.model).native_px
     request = Request(
         model=query.model,
@@ -124,11 +122,17 @@ def _resolve(query: PredictionQuery, profiles: Profiles) -> tuple[Profiles, Plan
         num_images=query.num_images,
     )
     if query.measured_step_s is not None:
-        profiles = profiles.with_costs((_own_row(query, request, query.measured_step_s),))
+        # One guided step of one image, whatever the request's own guidance and images.
+        own = CostRow(
+            device=query.gpu, runtime=query.runtime, precision="fp16", model=query.model, component="step",
+            height_px=request.height_px, width_px=request.width_px, batch_size=1, guidance=True, method="single",
+            degree=1, seconds_median=query.measured_step_s, kind="measured", source=OWN_STEP, source_date="now",
+        )  # fmt: skip
+        profiles = profiles.with_costs((own,))
     try:
         return profiles, _priced(plan_of(query, profiles), request, profiles)
     except InputError as error:
-        raise type(error)(_of_flag(problem, query) for problem in error.problems) from None
+        raise type(error)(_at_flag(problem, query) for problem in error.problems) from None
 
 
 def _with_own_gpu(query: PredictionQuery, profiles: Profiles) -> Profiles:
@@ -151,7 +155,7 @@ def _priced(plan: Plan, request: Request, profiles: Profiles) -> PlanCost:
     return price(plan, request, profiles, prefer=(OWN_STEP,))
 
 
-def _of_flag(problem: Problem, query: PredictionQuery) -> Problem:
+def _at_flag(problem: Problem, query: PredictionQuery) -> Problem:
     """The problem at the option of the command line that the rule's place stands for."""
     place = problem.place
     flags = {query.small_model: "--small-model", f"memory of {CLOUD}": "--gpu", f"memory of {EDGE}": "--edge-device"}
@@ -188,28 +192,7 @@ def plan_of(query: PredictionQuery, profiles: Profiles) -> Plan:
     return Plan(stages=tuple(stages), text_encode_site=last, vae_site=last, network=query.network)
 
 
-def _own_row(query: PredictionQuery, request: Request, seconds: float) -> CostRow:
-    """The user's measurement: one guided step of one image, whatever the request's own guidance and images."""
-    return CostRow(
-        device=query.gpu,
-        runtime=query.runtime,
-        precision="fp16",
-        model=query.model,
-        component="step",
-        height_px=request.height_px,
-        width_px=request.width_px,
-        batch_size=1,
-        guidance=True,
-        method="single",
-        degree=1,
-        seconds_median=seconds,
-        kind="measured",
-        source=OWN_STEP,
-        source_date="now",
-    )
-
-
-def _check(query: PredictionQuery, profiles: Profiles) -> None:
+def _check_query(query: PredictionQuery, profiles: Profiles) -> None:
     """Raise one `InputError` with every unknown name, every number out of range and every option that does not fit."""
     problems: list[Problem] = []
     looked_up = [
@@ -228,7 +211,11 @@ def _check(query: PredictionQuery, profiles: Profiles) -> None:
                 look_up(name)
             except InputError as error:
                 problems += [replace(problem, place=flag) for problem in error.problems]
-    problems += [*_number_problems(query), *_option_problems(query)]
+    problems += _number_problems(query)
+    if query.method in METHODS:
+        for problem in METHODS[query.method].option_problems(dict(query.options)):
+            key = problem.place.removeprefix(f"{query.method} option")
+            problems.append(replace(problem, place=f"--option{key}"))
     if problems:
         raise InputError(problems)
 
@@ -255,14 +242,6 @@ def _number_problems(query: PredictionQuery) -> Iterator[Problem]:
         yield Problem("--switch-step", str(switch), "needs a --small-model", "Name the model that goes on.")
 
 
-def _option_problems(query: PredictionQuery) -> Iterator[Problem]:
-    """Options that the method does not have, and values of another type than its default's."""
-    if query.method in METHODS:
-        for problem in METHODS[query.method].option_problems(dict(query.options)):
-            key = problem.place.removeprefix(f"{query.method} option")
-            yield replace(problem, place=f"--option{key}")
-
-
 def to_json(cost: PlanCost) -> dict[str, Any]:
     """The contract's figures; what nobody knows is None, with the reason by figure under `unknown`.
 
@@ -271,6 +250,13 @@ def to_json(cost: PlanCost) -> dict[str, Any]:
     lists the parts that lie outside what was timed; `parts` has every component with kind and sources.
     """
     rounds, clip, fid = sum(stage.num_steps for stage in cost.plan.stages), cost.quality.clip, cost.quality.fid
+    one_reason = not clip.known and clip.note == fid.note
+    reasons = {
+        "usd": [part.unknown for part in cost.parts if part.usd is None],
+        "edge_energy_j": [part.unknown for part in cost.parts if part.energy_j is None],
+        "quality": [] if clip.known else [clip.note],
+        "quality_fid": [] if fid.known or one_reason else [fid.note],
+    }
     return {
         "latency_s": cost.latency_s,
         "latency_interval_s": list(cost.latency_interval_s),
@@ -299,23 +285,10 @@ def to_json(cost: PlanCost) -> dict[str, Any]:
         "kind": cost.kind,
         "plan": cost.plan.label,
         "sources": list(dict.fromkeys((*cost.sources, *fid.sources))),
-        "unknown": _unknown(cost),
+        "unknown": {name: "; ".join(dict.fromkeys(why)) for name, why in reasons.items() if why},
         "outside": list(cost.outside),
         "parts": [_part(part) for part in cost.parts],
     }
-
-
-def _unknown(cost: PlanCost) -> dict[str, str]:
-    """Why figures are None, by figure; the FID's reason only where it is not that of the CLIP score."""
-    clip, fid = cost.quality.clip, cost.quality.fid
-    told = not clip.known and clip.note == fid.note
-    reasons = {
-        "usd": [part.unknown for part in cost.parts if part.usd is None],
-        "edge_energy_j": [part.unknown for part in cost.parts if part.energy_j is None],
-        "quality": [] if clip.known else [clip.note],
-        "quality_fid": [] if fid.known or told else [fid.note],
-    }
-    return {name: "; ".join(dict.fromkeys(why)) for name, why in reasons.items() if why}
 
 
 def _part(part: Part) -> dict[str, Any]:
@@ -342,17 +315,17 @@ def _part(part: Part) -> dict[str, Any]:
 
 
 def compare_with_one_gpu(cost: PlanCost, profiles: Profiles, *, prefer: Sequence[str] = ()) -> BreakEven | None:
-    """What the gang of a priced plan is worth; None for a plan of one GPU.
+    """What the worker group of a priced plan is worth; None for a plan of one GPU.
 
     `profiles` and `prefer` are those that the plan was priced with.
     """
-    gang = max(cost.plan.stages, key=lambda stage: stage.degree)
-    if gang.degree == 1:
+    group = max(cost.plan.stages, key=lambda stage: stage.degree)
+    if group.degree == 1:
         return None
     alone = tuple(replace(stage, method="single", degree=1, options=()) for stage in cost.plan.stages)
     one_s = price(replace(cost.plan, stages=alone), cost.request, profiles, prefer=prefer).denoise_s
-    name = gang.site.interconnect or profiles.default_interconnect(gang.site.device)
-    link = actual_link(profiles, name, gang.degree)
+    name = group.site.interconnect or profiles.default_interconnect(group.site.device)
+    link = actual_link(profiles, name, group.degree)
     bandwidths = _Bandwidths(cost, profiles, prefer, link)
     even = bandwidths.first_within(lambda tried: tried.denoise_s, one_s)
     interval = (
@@ -360,16 +333,7 @@ def compare_with_one_gpu(cost: PlanCost, profiles: Profiles, *, prefer: Sequence
         bandwidths.first_within(lambda tried: tried.interval_s[1], one_s),
     )
     low_s, high_s = cost.interval_s
-    return BreakEven(
-        speedup=one_s / cost.denoise_s,
-        speedup_interval=(one_s / high_s, one_s / low_s),
-        bandwidth_bytes_per_s=even,
-        bandwidth_interval=interval,
-        sentence=_sentence(gang, link, one_s / cost.denoise_s, even),
-    )
-
-
-def _sentence(gang: Stage, link: Interconnect, speedup: float, even: float) -> str:
+    speedup = one_s / cost.denoise_s
     how = "slower than one GPU" if speedup < 1 else f"{speedup:.3g} times as fast as one GPU"
     if even == 0:
         why = f"it would be the faster even at 1/{1 / SLOWEST:g} of the bandwidth"
@@ -377,16 +341,27 @@ def _sentence(gang: Stage, link: Interconnect, speedup: float, even: float) -> s
         why = "no bandwidth would make it the faster"
     else:
         why = f"it pays from {even / 1e9:.3g} GB/s up, and {link.name} has {link.bandwidth_bytes_per_s / 1e9:.3g}"
-    return f"On {link.name} {gang.method} x{gang.degree} is {how}; {why}."
+    return BreakEven(
+        speedup=speedup,
+        speedup_interval=(one_s / high_s, one_s / low_s),
+        bandwidth_bytes_per_s=even,
+        bandwidth_interval=interval,
+        sentence=f"On {link.name} {group.method} x{group.degree} is {how}; {why}.",
+    )
 
 
 class _Bandwidths:
     """An interconnect at other bandwidths, slowest first, alike in all else; one set of profiles holds them all."""
 
     def __init__(self, cost: PlanCost, profiles: Profiles, prefer: Sequence[str], link: Interconnect) -> None:
-        count = ceil(log(FASTEST / SLOWEST, RUNG)) + 1
         self._cost, self._prefer = cost, prefer
-        self._links = [_scaled(link, SLOWEST * RUNG**index) for index in range(count)]
+        self._links: list[Interconnect] = []
+        for index in range(ceil(log(FASTEST / SLOWEST, BANDWIDTH_STEP)) + 1):
+            share = SLOWEST * BANDWIDTH_STEP**index
+            keys = ("bandwidth_bytes_per_s", "bandwidth_low", "bandwidth_high")
+            rates = {key: getattr(link, key) * share for key in keys}
+            named = {"name": f"{link.name} x {share!r}", "beyond_pairs": None}
+            self._links.append(link.model_copy(update=named | rates))
         known = {**profiles.interconnects, **{link.name: link for link in self._links}}
         self._profiles = replace(profiles, interconnects=known)
         self._tried: dict[str, PlanCost] = {}
@@ -409,9 +384,3 @@ class _Bandwidths:
             plan = replace(self._cost.plan, stages=tuple(stages))
             self._tried[link.name] = price(plan, self._cost.request, self._profiles, prefer=self._prefer)
         return self._tried[link.name]
-
-
-def _scaled(link: Interconnect, share: float) -> Interconnect:
-    keys = ("bandwidth_bytes_per_s", "bandwidth_low", "bandwidth_high")
-    rates = {key: getattr(link, key) * share for key in keys}
-    return link.model_copy(update={"name": f"{link.name} x {share!r}", "beyond_pairs": None, **rates})

@@ -41,9 +41,9 @@ from hybridsd_sim.perf import (
     total_work,
     unet_layers,
 )
-from hybridsd_sim.plan import Plan, Promises, Request, Site, Stage
+from hybridsd_sim.plan import Plan, Promises, Request, Site
 from hybridsd_sim.pricing.quality import Quality, quality_of
-from hybridsd_sim.profiles import CostRow, Model, Profiles, Runtime, derived
+from hybridsd_sim.profiles import CostRow, Model, Profiles, derived
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +254,12 @@ def serialisation_time(
     all others. A row's `comm_bytes` are its payload. The seconds have the rows' kind inside the payloads that were
     timed and are modelled outside.
     """
-    rows = _best(profiles.cost_rows(component=f"handover_{end}"), device, prefer)
+    ranked: dict[tuple[bool, bool, int], list[CostRow]] = {}
+    for row in profiles.cost_rows(component=f"handover_{end}"):
+        if row.comm_bytes and row.device in (device, "*"):
+            preferred = any(name in row.source for name in prefer)
+            ranked.setdefault((not preferred, row.device == "*", KIND_ORDER[row.kind]), []).append(row)
+    rows = ranked[min(ranked)] if ranked else []
     if not rows:
         seconds = payload_bytes / SERIALISE_BYTES_PER_S
         return Estimate(seconds, 0.0, 10 * seconds, note=f"checksum and copy at {SERIALISE_BYTES_PER_S / 1e9:g} GB/s")
@@ -271,16 +276,6 @@ def serialisation_time(
         merged(row.source for row in rows),
         f"in proportion to its bytes, from {timed[0]:,} to {timed[-1]:,} bytes on {device}",
     )
-
-
-def _best(rows: Sequence[CostRow], device: str, prefer: Sequence[str]) -> list[CostRow]:
-    """The best known rows for a device that say how many bytes they handled."""
-    ranked: dict[tuple[bool, bool, int], list[CostRow]] = {}
-    for row in rows:
-        if row.comm_bytes and row.device in (device, "*"):
-            liked = any(name in row.source for name in prefer)
-            ranked.setdefault((not liked, row.device == "*", KIND_ORDER[row.kind]), []).append(row)
-    return ranked[min(ranked)] if ranked else []
 
 
 COMPONENTS = ("text_encode", "denoise", "denoise_warmup", "vae_decode")
@@ -326,7 +321,7 @@ def batch_seconds(plan: Plan, request: Request, profiles: Profiles, *, prefer: S
     """For how long a worker group is held by 1, 2, ... `plan.batch_cap` requests that it denoises together, in seconds.
 
     The denoising and the VAE of n requests take what those of one request for n times as many images take, from the
-    same rows and laws; every prompt is encoded and every latent serialised for itself. Where the rows of a larger batch
+    same rows and fits; every prompt is encoded and every latent serialised for itself. Where the rows of a larger batch
     say less than those of a smaller one, the smaller one's seconds count: more requests never take less time.
     """
     counts = range(1, plan.batch_cap + 1)
@@ -426,10 +421,25 @@ class _Pricer:
             if isinstance(item, Part):
                 parts.append(item)
             else:
-                parts += self._stage(plan.stages[item], self._timers[item])
+                stage = plan.stages[item]
+                devices = self._held(stage.site)
+                for phase in self._timers[item].times(stage.num_steps):
+                    name = "denoise_warmup" if phase.name == "warmup" else "denoise"
+                    bytes_, exposed_s = phase.comm_bytes, phase.comm_exposed_s
+                    parts.append(devices.part(name, phase.seconds, comm_bytes=bytes_, comm_exposed_s=exposed_s))
         for site, runtime in self._slow_edges:
-            if overhead := self._overhead(site, runtime, parts):
-                parts.append(overhead)
+            # What runs beside the cloud delays nobody, so that only critical parts make the device take longer.
+            mine = [part for part in parts if part.tier == "edge" and part.where == site.name and part.critical]
+            if timed := [part.seconds.value for part in mine if part.name in COMPONENTS]:
+                total, share = sum(timed), runtime.overhead_share
+                seconds = Estimate(
+                    total * share,
+                    total * runtime.overhead_low,
+                    total * runtime.overhead_high,
+                    sources=(runtime.overhead_source,),
+                    note=f"{share:.1%} of the components' sum; holds no reloading for lack of memory",
+                )
+                parts.append(self._held(site).part("device_overhead", seconds))
         return tuple(parts)
 
     def cloud_s(self, plan: Plan) -> float:
@@ -458,14 +468,22 @@ class _Pricer:
         here = encode
         for index, stage in enumerate(plan.stages):
             if stage.site.tier != here.tier:
-                yield from self._switch(index, here, stage, with_embedding=not own_copy)
+                model = self.profiles.model(stage.model)
+                name, payload = (
+                    "embedding_transfer",
+                    model.text_embedding_bytes_fp16 * (2 if self.request.guided else 1),
+                )
+                if index:
+                    bytes_ = latent_transfer_bytes(self.request, model, with_embedding=not own_copy)
+                    name, payload = "handover", bytes_
+                yield from self._send(name, here, stage.site, payload)
             self._timers[index] = timer_of(stage, self._shared(stage.site), self.profiles, self.prefer)
             yield index
             here = stage.site
         if vae.tier != here.tier:
             latent = latent_elements(self.request) * self.request.num_images * 2
             yield from self._send("latent_transfer", here, vae, latent)
-        yield self._vae_decode(vae)
+        yield self._component("vae_decode", vae, [plan.vae], self._shared(vae).num_images)
         if vae.tier == "cloud" and plan.network:
             yield self._transfer("image_transfer", "edge", image_bytes(self.request))
 
@@ -486,15 +504,6 @@ class _Pricer:
                 row = self.profiles.model_load(site.device, model)
                 yield self._held(site).part("model_load", row.seconds)
 
-    def _switch(self, index: int, sender: Site, stage: Stage, *, with_embedding: bool) -> Iterator[Part]:
-        model = self.profiles.model(stage.model)
-        if index == 0:
-            payload, name = model.text_embedding_bytes_fp16 * (2 if self.request.guided else 1), "embedding_transfer"
-        else:
-            payload = latent_transfer_bytes(self.request, model, with_embedding=with_embedding)
-            name = "handover"
-        yield from self._send(name, sender, stage.site, payload)
-
     def _send(self, name: str, sender: Site, receiver: Site, payload: int) -> Iterator[Part]:
         """Tensors on their way to the other side: serialised, sent, parsed."""
         yield self._serialisation(name, "serialise", sender, payload)
@@ -507,22 +516,6 @@ class _Pricer:
         seconds = serialisation_time(self.profiles, site.device, end, whole, prefer=self.prefer)
         return self._held(site).part(f"{name}_{end}", seconds)
 
-    def _overhead(self, site: Site, runtime: Runtime, parts: Sequence[Part]) -> Part | None:
-        """What an edge device takes beyond the sum of its components; what runs beside the cloud delays nobody."""
-        mine = [part for part in parts if part.tier == "edge" and part.where == site.name and part.critical]
-        timed = [part.seconds.value for part in mine if part.name in COMPONENTS]
-        if not timed:
-            return None
-        total, share = sum(timed), runtime.overhead_share
-        seconds = Estimate(
-            total * share,
-            total * runtime.overhead_low,
-            total * runtime.overhead_high,
-            sources=(runtime.overhead_source,),
-            note=f"{share:.1%} of the components' sum; holds no reloading for lack of memory",
-        )
-        return self._held(site).part("device_overhead", seconds)
-
     def _transfer(self, name: str, to_tier: str, payload: int) -> Part:
         if self.plan.network is None:
             return Part(name=name, where="no network", tier="network", seconds=Estimate.exact(0.0))
@@ -533,42 +526,29 @@ class _Pricer:
         prompts = (2 if self.request.guided else 1) * self._together(site)
         return self._component("text_encode", site, encoders, prompts)
 
-    def _vae_decode(self, site: Site) -> Part:
-        return self._component("vae_decode", site, [self.plan.vae], self._shared(site).num_images)
-
     def _component(self, name: str, site: Site, components: Sequence[str], repeats: int) -> Part:
         """Text encoders or a VAE: from their own rows where they fit, else scaled from the device's UNet speed."""
-        times = (repeats * self._component_time(component, site) for component in components)
-        return self._held(site).part(name, reduce(add, times))
-
-    def _component_time(self, component: str, site: Site) -> Estimate:
         where, size = (site.device, site.runtime, site.precision), (self.request.height_px, self.request.width_px)
-        return component_time(self.profiles, *where, component, size, self.prefer)
-
-    def _stage(self, stage: Stage, timer: StageTimer) -> Iterator[Part]:
-        devices = self._held(stage.site)
-        for phase in timer.times(stage.num_steps):
-            name = "denoise_warmup" if phase.name == "warmup" else "denoise"
-            yield devices.part(name, phase.seconds, comm_bytes=phase.comm_bytes, comm_exposed_s=phase.comm_exposed_s)
+        times = (component_time(self.profiles, *where, each, size, self.prefer) for each in components)
+        return self._held(site).part(name, reduce(add, (repeats * seconds for seconds in times)))
 
     def _held(self, site: Site) -> _Devices:
         """The device of the site, or the whole worker group, which is as large as its largest stage."""
-        if site.name not in self._devices:
-            self._devices[site.name] = self._edge_device(site) if site.tier == "edge" else self._group(site)
-        return self._devices[site.name]
-
-    def _edge_device(self, site: Site) -> _Devices:
-        power_w = site.power_w or self.profiles.edge_device(site.device).power_w
-        return _Devices(site, 1, 0.0, power_w, "" if power_w else f"no power figure for {site.device}")
-
-    def _group(self, site: Site) -> _Devices:
-        count = max((stage.degree for stage in self.plan.stages if stage.site.name == site.name), default=1)
-        rate = site.usd_per_device_hour
-        if rate is None:
-            row = self.profiles.gpu_price(site.device, site.purchase, site.provider)
-            rate = None if row is None else row.usd
-        why = f"no {site.purchase} price for {site.device}" if rate is None else ""
-        return _Devices(site, count, rate, 0.0, why)
+        if site.name in self._devices:
+            return self._devices[site.name]
+        if site.tier == "edge":
+            power_w = site.power_w or self.profiles.edge_device(site.device).power_w
+            devices = _Devices(site, 1, 0.0, power_w, "" if power_w else f"no power figure for {site.device}")
+        else:
+            count = max((stage.degree for stage in self.plan.stages if stage.site.name == site.name), default=1)
+            rate = site.usd_per_device_hour
+            if rate is None:
+                row = self.profiles.gpu_price(site.device, site.purchase, site.provider)
+                rate = None if row is None else row.usd
+            why = f"no {site.purchase} price for {site.device}" if rate is None else ""
+            devices = _Devices(site, count, rate, 0.0, why)
+        self._devices[site.name] = devices
+        return devices
 
 
 @derived()

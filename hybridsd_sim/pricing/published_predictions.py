@@ -20,7 +20,7 @@ from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.perf import denoising, find_method, fitted_component_time, fitted_step_time, timed_stage
 from hybridsd_sim.plan import Plan, Request, Site, Stage, Tier
 from hybridsd_sim.pricing.pricer import PlanCost, plan_flops, price
-from hybridsd_sim.profiles import CostRow, Profiles, PublishedRow, what_is_timed
+from hybridsd_sim.profiles import CostRow, Profiles, PublishedRow, timing_kind
 from hybridsd_sim.scenario import read_scalar
 
 ACTIVATION_BYTES = 2
@@ -43,14 +43,18 @@ def ratio(above: Estimate, below: Estimate) -> Estimate:
 
 
 def predict_cost_row(row: CostRow, profiles: Profiles) -> Estimate:
-    """Seconds of a timed row. Raises `InputError` where no law reaches: unknown devices, plans that are not legal."""
-    what = what_is_timed(row)
+    """Seconds of a timed row. Raises `InputError` where no fit reaches: unknown devices, plans that are not legal."""
+    what = timing_kind(row)
     if what == "one_gpu":
         return _fitted_time(row, profiles)
     if what == "multi_gpu":
         return _multi_gpu_step(row, _without_group_times(profiles))
-    if what == "exchange":
-        return _exchange_round(row, _without_group_times(profiles))
+    if what == "exchange":  # the seconds of one steady round that compute does not hide
+        known = _without_group_times(profiles)
+        stage, request = timed_stage(row.model_copy(update={"guidance": True}))
+        phases = find_method(row.method).phases(denoising(stage, request, known), row.degree, dict(stage.options))
+        rounds = sum(phase.rounds for phase in phases if phase.name == "steady")
+        return Estimate(_price_of(stage, request, known).comm_exposed_s / rounds)
     raise InputError(Problem("component", row.component, "is not a time that a law predicts"))
 
 
@@ -89,8 +93,13 @@ def _multi_gpu_step(row: CostRow, profiles: Profiles) -> Estimate:
     if "num_inference_steps" in read_options(row.options):
         cost = _price_of(*timed_stage(row), profiles)
         return _per_step(Estimate(cost.denoise_s, *cost.interval_s), cost.plan.num_inference_steps)
-    stage, request = _one_step_in_a_run(row)
-    cost = _price_of(stage, request, profiles)
+    # A run that has the row's step: one synchronous step, where the method has those, and steady ones.
+    stage, request = timed_stage(row)
+    options = dict(stage.options)
+    if "warmup_steps" in find_method(row.method).defaults:
+        options["warmup_steps"] = 1
+    stage = replace(stage, stop=STEPS_OF_A_RUN, options=tuple(sorted(options.items())))
+    cost = _price_of(stage, replace(request, num_inference_steps=STEPS_OF_A_RUN), profiles)
     name = "denoise_warmup" if row.component == "step_warmup" else "denoise"
     part = next((part for part in cost.parts if part.name == name), None)
     if part is None:
@@ -99,26 +108,8 @@ def _multi_gpu_step(row: CostRow, profiles: Profiles) -> Estimate:
     return _per_step(part.seconds, count)
 
 
-def _one_step_in_a_run(row: CostRow) -> tuple[Stage, Request]:
-    """A run that has the row's step: one synchronous step, where the method has those, and steady ones."""
-    stage, request = timed_stage(row)
-    options = dict(stage.options)
-    if "warmup_steps" in find_method(row.method).defaults:
-        options["warmup_steps"] = 1
-    stage = replace(stage, stop=STEPS_OF_A_RUN, options=tuple(sorted(options.items())))
-    return stage, replace(request, num_inference_steps=STEPS_OF_A_RUN)
-
-
 def _per_step(seconds: Estimate, steps: int) -> Estimate:
     return Estimate(seconds.value / steps, seconds.low / steps, seconds.high / steps)
-
-
-def _exchange_round(row: CostRow, profiles: Profiles) -> Estimate:
-    """Exposed seconds of one round of exchange."""
-    stage, request = timed_stage(row.model_copy(update={"guidance": True}))
-    phases = find_method(row.method).phases(denoising(stage, request, profiles), row.degree, dict(stage.options))
-    rounds = sum(phase.rounds for phase in phases if phase.name == "steady")
-    return Estimate(_price_of(stage, request, profiles).comm_exposed_s / rounds)
 
 
 def _price_of(stage: Stage, request: Request, profiles: Profiles) -> PlanCost:
@@ -129,7 +120,7 @@ def _price_of(stage: Stage, request: Request, profiles: Profiles) -> PlanCost:
 def read_options(text: str) -> dict[str, bool | float | str]:
     """The options of a row, `key=value` with `;` between, as typed values."""
     pairs = (pair.partition("=") for pair in text.split(";") if pair)
-    return {key: value if (value := read_scalar(said)) is not None else "" for key, _, said in pairs}
+    return {key: value if (value := read_scalar(part)) is not None else "" for key, _, part in pairs}
 
 
 # ---- Published figures that are no cost rows ------------------------------------------------------------------------
@@ -167,49 +158,29 @@ def _flops_without_attention_products(row: PublishedRow, profiles: Profiles) -> 
     return Estimate(plan_flops(_plan(row), _request(row, row.sides_px[0]), profiles)[1])
 
 
-def _decode_flops_without_attention_products(row: PublishedRow, profiles: Profiles) -> Estimate:
-    component, side = profiles.component(row.model), row.sides_px[0]
-    bare = component.model_copy(update={"flop_attention_512": 0.0})
-    return Estimate(bare.flop(side, side) * row.batch_size)
-
-
 def _group_price(
-    row: PublishedRow, degree: int, side_px: int, profiles: Profiles, method: str | None = None
+    row: PublishedRow, profiles: Profiles, *, degree: int | None = None, side_px: int | None = None, method: str = ""
 ) -> PlanCost:
-    return price(_plan(row, degree=degree, method=method), _request(row, side_px), profiles)
-
-
-def _traffic_elements_per_step(row: PublishedRow, profiles: Profiles, method: str | None = None) -> Estimate:
-    cost = _group_price(row, row.degrees[0], row.sides_px[0], profiles, method)
-    return Estimate(cost.comm_bytes / ACTIVATION_BYTES / row.num_inference_steps)
+    """The price of the row's plan on one worker group; of its first degree and size where none is given."""
+    plan = _plan(row, degree=degree or row.degrees[0], method=method or None)
+    return price(plan, _request(row, side_px or row.sides_px[0]), profiles)
 
 
 def _traffic_saved_against_distrifusion(row: PublishedRow, profiles: Profiles) -> Estimate:
     """Share of DistriFusion's traffic that a steady step saves."""
-    ours, theirs = (
-        _steady_bytes(_group_price(row, row.degrees[0], row.sides_px[0], profiles, method))
-        for method in (row.method, "distrifusion")
-    )
+    costs = (_group_price(row, profiles, method=method) for method in (row.method, "distrifusion"))
+    ours, theirs = (sum(p.comm_bytes for p in cost.denoise_parts if p.name == "denoise") for cost in costs)
     return Estimate(1 - ours / theirs)
-
-
-def _steady_bytes(cost: PlanCost) -> float:
-    return sum(part.comm_bytes for part in cost.denoise_parts if part.name == "denoise")
 
 
 def _speedups(row: PublishedRow, profiles: Profiles) -> list[Estimate]:
     """The speed-up over one device at every degree and size of the row."""
     found = []
     for degree, side in product(row.degrees, row.sides_px):
-        one, many = (_group_price(row, count, side, profiles) for count in (1, degree))
+        one, many = (_group_price(row, profiles, degree=count, side_px=side) for count in (1, degree))
         low, high = many.interval_s
         found.append(Estimate(one.denoise_s / many.denoise_s, one.denoise_s / high, one.denoise_s / low))
     return found
-
-
-def _comm_s(row: PublishedRow, profiles: Profiles) -> Estimate:
-    """Exposed seconds of exchange over the run."""
-    return Estimate(_group_price(row, row.degrees[0], row.sides_px[0], profiles).comm_exposed_s)
 
 
 def _latency_s(row: PublishedRow, profiles: Profiles) -> Estimate:
@@ -219,7 +190,7 @@ def _latency_s(row: PublishedRow, profiles: Profiles) -> Estimate:
 
 
 def _time_ratio(row: PublishedRow, profiles: Profiles, component: str) -> Estimate:
-    """The model at the first size over the small model at the last one, both by the device's law."""
+    """The model at the first size over the small model at the last one, both by the device's fit."""
     above = _one_gpu_row(row, row.model, component, row.sides_px[0])
     below = _one_gpu_row(row, row.small_model or row.model, component, row.sides_px[-1])
     return ratio(_fitted_time(above, profiles), _fitted_time(below, profiles))
@@ -236,8 +207,13 @@ def _one_gpu_row(row: PublishedRow, model: str, component: str, side_px: int) ->
 
 
 QUANTITIES: Mapping[str, Callable[[PublishedRow, Profiles], Estimate]] = {
-    "comm_s": _comm_s,
-    "decode_flops_without_attention_products": _decode_flops_without_attention_products,
+    "comm_s": lambda row, profiles: Estimate(_group_price(row, profiles).comm_exposed_s),
+    "decode_flops_without_attention_products": lambda row, profiles: Estimate(
+        profiles.component(row.model)
+        .model_copy(update={"flop_attention_512": 0.0})
+        .flop(row.sides_px[0], row.sides_px[0])
+        * row.batch_size
+    ),
     "decode_ratio": partial(_time_ratio, component="vae_decode"),
     "flops_without_attention_products": _flops_without_attention_products,
     "latency_s": _latency_s,
@@ -245,7 +221,9 @@ QUANTITIES: Mapping[str, Callable[[PublishedRow, Profiles], Estimate]] = {
     "speedup_least": lambda row, profiles: min(_speedups(row, profiles), key=attrgetter("value")),
     "speedup_most": lambda row, profiles: max(_speedups(row, profiles), key=attrgetter("value")),
     "step_ratio": partial(_time_ratio, component="step"),
-    "traffic_elements_per_step": _traffic_elements_per_step,
+    "traffic_elements_per_step": lambda row, profiles: Estimate(
+        _group_price(row, profiles).comm_bytes / ACTIVATION_BYTES / row.num_inference_steps
+    ),
     "traffic_saved_against_distrifusion": _traffic_saved_against_distrifusion,
 }
 """How each published quantity is predicted."""

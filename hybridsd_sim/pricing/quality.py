@@ -176,18 +176,16 @@ def _falling(printed: Points) -> list[tuple[float, float]]:
 def _best_table(profiles: Profiles, large: str, small: str, measure: Measure) -> tuple[Points, str]:
     """What the best table prints of a pair, and the table's name; nothing where no table has it."""
     names = dict.fromkeys(row.table for row in profiles.quality if (row.large_model, row.small_model) == (large, small))
-    printed = {name: _printed(profiles, name, large, small, measure) for name in names}
-    best = max(names, key=lambda name: (_decimals(profiles, name, large, measure), len(printed[name])), default="")
+    printed = {name: _printed_points(profiles, name, large, small, measure) for name in names}
+    decimals = dict.fromkeys(names, 0)
+    for row in profiles.quality:
+        if row.table in names and row.large_model == large and (score := score_of(row, measure)) is not None:
+            decimals[row.table] = max(decimals[row.table], len(f"{score:g}".partition(".")[2]))
+    best = max(names, key=lambda name: (decimals[name], len(printed[name])), default="")
     return printed.get(best, []), best
 
 
-def _decimals(profiles: Profiles, table: str, large: str, measure: Measure) -> int:
-    rows = (row for row in profiles.quality if row.table == table and row.large_model == large)
-    scores = (score_of(row, measure) for row in rows)
-    return max((len(f"{score:g}".partition(".")[2]) for score in scores if score is not None), default=0)
-
-
-def _printed(profiles: Profiles, table: str, large: str, small: str, measure: Measure) -> Points:
+def _printed_points(profiles: Profiles, table: str, large: str, small: str, measure: Measure) -> Points:
     own = kin = [row for row in profiles.quality if row.table == table]
     if not solo_scores(own, large, measure):
         kin = [row for row in profiles.quality if study(row.table) == study(table)]
@@ -231,12 +229,14 @@ def method_loss(stage: Stage, steps: int, profiles: Profiles, measure: Measure) 
     """What the stage's parallel method loses in a trajectory of `steps` steps; unknown, with a reason, without a study.
 
     It is its own model's published loss, or the largest of the models that were published. A stage that does only some
-    of the steps counts in full.
+    of the steps counts in full. Where every step computes what one GPU computes, nothing is lost.
     """
     warmup = stage.option("warmup_steps", _default_warmup(stage.method, stage.model, profiles))
     setting = _Setting(stage.degree, int(stage.option("stride", 1)), int(warmup), steps)
+    if stage.method in EXACT_METHODS or stage.degree == 1 or setting.warmup >= stage.num_steps:
+        return NO_LOSS
     stripes = stage.degree // 2 if stage.option("guidance_split", default=False) else stage.degree
-    if _is_exact(stage, setting, stripes):
+    if stage.method != "asyncdiff" and (stripes == 1 or stage.option("sync_mode", "") == "full_sync"):
         return NO_LOSS
     return _published_loss(stage, setting, stripes, profiles, measure)
 
@@ -245,9 +245,15 @@ def method_loss(stage: Stage, steps: int, profiles: Profiles, measure: Measure) 
     key=lambda stage, setting, *rest: (stage.model, stage.method, stage.degree, stage.options, setting.steps, rest[-1])
 )
 def _published_loss(stage: Stage, setting: _Setting, stripes: int, profiles: Profiles, measure: Measure) -> TableValue:
-    """What tables say of a stage that is not exact, however many of the steps it does."""
-    if reason := _unpublished(stage, stripes):
-        return TableValue.unknown(reason)
+    """What tables say of a stage that is not exact, however many of the steps it does.
+
+    `stripes` are those of one guidance branch.
+    """
+    sees_all = stripes == 2 and float(stage.option("partial", 0.0)) >= 1.0
+    if stage.method == "pcpp" and not sees_all:
+        return TableValue.unknown("pcpp: reviews call it worse than DistriFusion, but no score of it was published")
+    if (mode := stage.option("sync_mode", DEFAULT_SYNC_MODE)) not in PUBLISHED_SYNC_MODES:
+        return TableValue.unknown(f"{stage.method}: no score was published with sync_mode {mode}")
     method = "distrifusion" if stage.method == "pcpp" else stage.method
     if own := _of_model(setting, method, stage.model, profiles, measure):
         return _with_caveats(own, _caveats(stage))
@@ -266,32 +272,16 @@ def _default_warmup(method: str, model: str, profiles: Profiles) -> int:
     return int(find_method(method).defaults.get("warmup_steps", 0))
 
 
-def _is_exact(stage: Stage, setting: _Setting, stripes: int) -> bool:
-    """Whether every step computes what one GPU computes; `stripes` are those of one guidance branch."""
-    if stage.method in EXACT_METHODS or stage.degree == 1 or setting.warmup >= stage.num_steps:
-        return True
-    return stage.method != "asyncdiff" and (stripes == 1 or stage.option("sync_mode", "") == "full_sync")
-
-
-def _unpublished(stage: Stage, stripes: int) -> str:
-    """Why no table can say anything about a stage, if so."""
-    sees_all = stripes == 2 and float(stage.option("partial", 0.0)) >= 1.0
-    if stage.method == "pcpp" and not sees_all:
-        return "pcpp: reviews call it worse than DistriFusion, but no score of it was published"
-    mode = stage.option("sync_mode", DEFAULT_SYNC_MODE)
-    return "" if mode in PUBLISHED_SYNC_MODES else f"{stage.method}: no score was published with sync_mode {mode}"
-
-
 def _caveats(stage: Stage) -> list[str]:
     """How a stage differs from the published runs of its method, if it does."""
-    said = [PUBLISHED_SYNC_MODES[stage.option("sync_mode", DEFAULT_SYNC_MODE)]]
+    differences = [PUBLISHED_SYNC_MODES[stage.option("sync_mode", DEFAULT_SYNC_MODE)]]
     if stage.method == "pcpp":
-        said.append("pcpp that sees the whole image on two stripes counted as distrifusion")
+        differences.append("pcpp that sees the whole image on two stripes counted as distrifusion")
     if stage.option("guidance_split", default=False):
-        said.append("guidance split counted as no better than as many GPUs without it")
+        differences.append("guidance split counted as no better than as many GPUs without it")
     if not stage.option("public_cut", default=True):
-        said.append("published with another cut of the UNet")
-    return [text for text in said if text]
+        differences.append("published with another cut of the UNet")
+    return [text for text in differences if text]
 
 
 def _with_caveats(loss: TableValue, caveats: Sequence[str]) -> TableValue:
@@ -308,9 +298,14 @@ def _of_model(run: _Setting, method: str, model: str, profiles: Profiles, measur
     """The loss of a setting by one model's rows; None where they reach no number of GPUs as large at this stride."""
     points = _points(method, model, profiles, measure)
     same = [point for point in points if point.run.stride == run.stride]
-    anchor = _anchor(same, run)
+    anchor = _largest(same, run)
     if anchor is None:
         return None
+    # Of a number of GPUs the run nearest in steps counts; runs on more GPUs at that number of steps lose no less.
+    near = _nearest(same, run.steps).run.steps
+    bound = _largest([point for point in same if point.run.steps == near], run)
+    if bound and bound.loss < anchor.loss:
+        anchor = bound
     share, sweep = _share_left(run, [points, _points(method, model, profiles, "clip")])
     value = round(max(0.0, anchor.loss) * share, DECIMALS)
     for point in same:
@@ -331,11 +326,11 @@ def _points(method: str, model: str, profiles: Profiles, measure: Measure) -> tu
     Where another row of the same configuration prints it, such a row is left out.
     """
     own = [row for row in profiles.quality if (row.method, row.large_model) == (method, model)]
-    told = {_configuration(row) for row in own if row.warmup_steps is not None}
+    printed = {_configuration(row) for row in own if row.warmup_steps is not None}
     points = []
     for row in own:
         warmup, loss = row.warmup_steps, loss_of(row, profiles.quality, measure)
-        if loss is None or (warmup is None and _configuration(row) in told):
+        if loss is None or (warmup is None and _configuration(row) in printed):
             continue
         options = dict(item.split("=") for item in row.options.split(";") if "=" in item)
         synchronous = _default_warmup(row.method, model, profiles) if warmup is None else warmup
@@ -346,19 +341,6 @@ def _points(method: str, model: str, profiles: Profiles, measure: Measure) -> tu
 
 def _configuration(row: QualityRow) -> tuple[int, str, int]:
     return row.degree, row.options, row.num_inference_steps
-
-
-def _anchor(points: Sequence[_Point], run: _Setting) -> _Point | None:
-    """The published run that a run of as many GPUs is modelled from; None where none has as many.
-
-    Of a number of GPUs it is the one nearest in steps; runs on more GPUs at that nearest number of steps lose no less.
-    """
-    found = _largest(points, run)
-    if found is None:
-        return None
-    near = _nearest(points, run.steps).run.steps
-    bound = _largest([point for point in points if point.run.steps == near], run)
-    return bound if bound and bound.loss < found.loss else found
 
 
 def _largest(points: Sequence[_Point], run: _Setting) -> _Point | None:
@@ -382,7 +364,15 @@ def _share_left(run: _Setting, measures: Sequence[Sequence[_Point]]) -> tuple[fl
     They are the runs of the configuration that was published under most numbers of them; the first measure goes before
     the others where it has as many.
     """
-    sweep = max((_longest_sweep(points) for points in measures), key=len)
+    sweep: list[_Point] = []
+    for points in measures:
+        sweeps: dict[tuple[int, int, int], dict[int, _Point]] = {}  # by configuration, then by synchronous steps
+        for point in points:
+            key = (point.run.degree, point.run.stride, point.run.steps)
+            sweeps.setdefault(key, {}).setdefault(point.run.warmup, point)
+        longest = max(sweeps.values(), key=len, default={})
+        if len(longest) > len(sweep):
+            sweep = [longest[warmup] for warmup in sorted(longest)]
     steps, first = sweep[0].run.steps, sweep[0].loss
     shares = [(float(point.run.warmup), min(1.0, point.loss / first) if first > 0 else 1.0) for point in sweep]
     curve = [*never_rising(shares), (float(steps), 0.0)]
@@ -391,16 +381,6 @@ def _share_left(run: _Setting, measures: Sequence[Sequence[_Point]]) -> tuple[fl
         return 1.0, sweep
     left = interpolate(curve, position)
     return (0.0 if left is None else left), sweep
-
-
-def _longest_sweep(points: Sequence[_Point]) -> list[_Point]:
-    """Runs of one configuration by synchronous steps, each number once, in rising order."""
-    sweeps: dict[tuple[int, int, int], dict[int, _Point]] = {}
-    for point in points:
-        key = (point.run.degree, point.run.stride, point.run.steps)
-        sweeps.setdefault(key, {}).setdefault(point.run.warmup, point)
-    longest = max(sweeps.values(), key=len, default={})
-    return [longest[warmup] for warmup in sorted(longest)]
 
 
 FEWEST_STEPS = 20
@@ -463,7 +443,11 @@ def _quality_key(
     size: tuple[int, int] | None = None,
     sampler: str | None = None,
 ) -> tuple[object, ...]:
-    return *(_drawn_by(stage) for stage in plan.stages), plan.vae, wanted, guided, size, sampler
+    what: list[object] = []  # of each stage all that shapes the picture: not its pool
+    for stage in plan.stages:
+        how = (stage.method, stage.degree, stage.options) if stage.site.tier == "cloud" else ()
+        what.append((stage.model, stage.start, stage.stop, *how))
+    return *what, plan.vae, wanted, guided, size, sampler
 
 
 @derived(key=_quality_key)
@@ -498,12 +482,6 @@ def quality_of(
     )
 
 
-def _drawn_by(stage: Stage) -> tuple[object, ...]:
-    """What of a stage shapes the picture: not its pool."""
-    steps = (stage.model, stage.start, stage.stop)
-    return (*steps, stage.method, stage.degree, stage.options) if stage.site.tier == "cloud" else steps
-
-
 def _values(
     plan: Plan, profiles: Profiles, large: str, size: tuple[int, int] | None, measure: Measure
 ) -> Iterator[TableValue]:
@@ -523,7 +501,11 @@ def _values(
         yield TableValue(Estimate(0.0, note=note)) if steps >= FEWEST_STEPS else TableValue.unknown(note)
     if size not in (None, (native, native)):  # no study tells what another size costs
         yield TableValue(Estimate(0.0, note=f"{large}'s score was published at {native} px"))
-    yield _vae_loss(plan, measure)
+    if plan.vae != "autoencoder-kl" and measure == "lpips":
+        yield TableValue.unknown(f"{plan.vae}: its LPIPS was not published")
+    elif plan.vae != "autoencoder-kl":
+        note = f"{plan.vae}: its CLIP score was not published; its FID was no worse (15.79 against 16.19)"
+        yield TableValue(Estimate(0.0, sources=("Hybrid SD table H2",), note=note))
     for stage in plan.cloud_stages:
         yield method_loss(stage, steps, profiles, measure)
 
@@ -545,15 +527,6 @@ def _model_loss(plan: Plan, profiles: Profiles, large: str, measure: Measure) ->
     return switch_loss(profiles, large, models[1], boundary / plan.num_inference_steps, measure)
 
 
-def _vae_loss(plan: Plan, measure: Measure) -> TableValue:
-    if plan.vae == "autoencoder-kl":
-        return NO_LOSS
-    if measure == "lpips":
-        return TableValue.unknown(f"{plan.vae}: its LPIPS was not published")
-    note = f"{plan.vae}: its CLIP score was not published; its FID was no worse (15.79 against 16.19)"
-    return TableValue(Estimate(0.0, sources=("Hybrid SD table H2",), note=note))
-
-
 def _score(values: Sequence[TableValue], measure: Measure, sampler: str | None) -> Estimate:
     """The first value less the others, which it loses; one that is unknown makes the score so."""
     base, *losses = (value.estimate for value in values)
@@ -561,7 +534,11 @@ def _score(values: Sequence[TableValue], measure: Measure, sampler: str | None) 
     if missing := [figure.note for figure in (base, *losses) if not figure.known]:
         return Estimate.unknown("; ".join(dict.fromkeys(missing)), sources=sources)
     lost = sum(loss.value for loss in losses)
-    notes = [*(figure.note for figure in (base, *losses) if figure.note), *_other_samplers(values, sampler)]
+    notes = [figure.note for figure in (base, *losses) if figure.note]
+    tables = merged(*(value.tables for value in values))
+    published = (SAMPLERS.get(table) or SAMPLERS.get(study(table), ()) for table in tables)
+    if others := dict.fromkeys(names[-1] for names in published if names and sampler not in (None, *names)):
+        notes.append(f"published with {' and '.join(others)}, not {sampler}")
     several = sum(loss.value != 0.0 for loss in losses) > 1
     modelled = several or bool(notes) or any(figure.kind == "modelled" for figure in (base, *losses))
     score = Estimate(
@@ -571,11 +548,3 @@ def _score(values: Sequence[TableValue], measure: Measure, sampler: str | None) 
         note="; ".join(dict.fromkeys(notes)),
     )
     return with_interval(score, measure)
-
-
-def _other_samplers(values: Iterable[TableValue], sampler: str | None) -> list[str]:
-    """Which samplers were published, where the request's is another one."""
-    tables = merged(*(value.tables for value in values))
-    known = (SAMPLERS.get(table) or SAMPLERS.get(study(table), ()) for table in tables)
-    others = dict.fromkeys(names[-1] for names in known if names and sampler not in (None, *names))
-    return [f"published with {' and '.join(others)}, not {sampler}"] if others else []

@@ -2,18 +2,19 @@
 
 The space: cloud-only, edge-only and hybrid plans over pools, parallel methods, degrees, their options, switch steps,
 small models, VAEs and batch caps, as the scenario's `search` allows. The rules: node size, the method's own, a shared
-latent space, memory on every device. Each is stated once; what breaks it is told with place, value, rule and remedy.
+latent space, memory on every device. Each is stated once; a `Problem` is what breaks it, with its remedy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import product
+from math import inf
 from typing import Any
 
 from hybridsd_sim.errors import Problem
 from hybridsd_sim.perf import ELEMENT_BYTES, find_method, job_of, option_types, unet_layers
-from hybridsd_sim.plan import Options, Plan, Request, Site, Stage
+from hybridsd_sim.plan import Plan, Request, Site, Stage
 from hybridsd_sim.profiles import Profiles, derived
 from hybridsd_sim.scenario import EdgeFleet, Pool, RequestClass, Scenario
 
@@ -24,14 +25,6 @@ LIVE_ACTIVATIONS = 4
 """Activations of the widest layer alive at once in a UNet call. Modelled: input, output, skip, workspace."""
 
 
-def plan_problems(plan: Plan, request: Request, profiles: Profiles) -> list[Problem]:
-    """Every rule that a plan breaks: node size, method, shared latent space, memory on each device.
-
-    None of them depends on the switch steps.
-    """
-    return list(_problems(plan, request, profiles))
-
-
 def _problems_key(plan: Plan, request: Request, _: Profiles) -> tuple[object, ...]:
     options = tuple(option_types(stage.options) for stage in plan.stages)
     what = (request.height_px, request.width_px, request.num_images, request.guided)
@@ -39,31 +32,42 @@ def _problems_key(plan: Plan, request: Request, _: Profiles) -> tuple[object, ..
 
 
 @derived(key=_problems_key)
-def _problems(plan: Plan, request: Request, profiles: Profiles) -> list[Problem]:
+def plan_problems(plan: Plan, request: Request, profiles: Profiles) -> tuple[Problem, ...]:
+    """Every rule that a plan breaks: node size, method, shared latent space, memory on each device.
+
+    Memory is looked at where all other rules hold. None of them depends on the switch steps.
+    """
     problems: list[Problem] = []
     for stage in plan.stages:
-        problems += [*_node_problems(stage), *_method_problems(stage, request, profiles)]
+        if stage.degree > (most := stage.site.gpus_per_node):
+            rule = f"a gang stays inside one node; {stage.site.name} has {most} GPUs a node"
+            remedy = "Lower the degree or raise gpus_per_node."
+            problems.append(Problem("degree", str(stage.degree), rule, remedy))
+        problems += _method_problems(stage, request, profiles)
     problems += _latent_problems(plan, profiles)
-    return problems or _memory_problems(plan, request, profiles)
+    if problems:
+        return tuple(problems)
+    for site in plan.sites.values():
+        device = profiles.device(site.device) if site.tier == "cloud" else profiles.edge_device(site.device)
+        need_gib = needed_bytes(plan, site, request, profiles) / 2**30
+        usable_gib = inf if device.memory_gib is None else device.memory_gib * device.usable_memory_fraction
+        if need_gib > usable_gib:
+            rule = f"needs {need_gib:.1f} GiB there, of which {usable_gib:.1f} GiB are usable"
+            remedy = "Use a smaller model or device memory."
+            problems.append(Problem(f"memory of {site.name}", site.device, rule, remedy))
+    return tuple(problems)
 
 
-def _method_key(stage: Stage, request: Request, _: Profiles) -> tuple[object, ...]:
-    what = (request.height_px, request.width_px, request.unet_batch, request.guided, stage.site.runtime)
-    return stage.model, stage.method, stage.degree, stage.options, option_types(stage.options), *what
-
-
-@derived(key=_method_key)
+@derived(
+    key=lambda stage, request, _: (
+        *(stage.model, stage.method, stage.degree, stage.options, option_types(stage.options), stage.site.runtime),
+        *(request.height_px, request.width_px, request.unet_batch, request.guided),
+    )
+)
 def _method_problems(stage: Stage, request: Request, profiles: Profiles) -> list[Problem]:
     """The rules of the stage's method, which know no site."""
     method, job = find_method(stage.method), job_of(stage, request, profiles)
     return method.problems(job, stage.degree, dict(stage.options))
-
-
-def _node_problems(stage: Stage) -> list[Problem]:
-    if stage.degree <= stage.site.gpus_per_node:
-        return []
-    rule = f"a gang stays inside one node; {stage.site.name} has {stage.site.gpus_per_node} GPUs a node"
-    return [Problem("degree", str(stage.degree), rule, "Lower the degree or raise gpus_per_node.")]
 
 
 def _latent_problems(plan: Plan, profiles: Profiles) -> list[Problem]:
@@ -79,24 +83,6 @@ def _latent_problems(plan: Plan, profiles: Profiles) -> list[Problem]:
             if mine != theirs:
                 problems.append(Problem(stage.model, str(mine), f"{rule}; {first.name} has {theirs}"))
     return problems
-
-
-def _memory_problems(plan: Plan, request: Request, profiles: Profiles) -> list[Problem]:
-    problems = []
-    for site in plan.sites.values():
-        have = _usable_bytes(site, profiles)
-        need = needed_bytes(plan, site, request, profiles)
-        if have is not None and need > have:
-            rule = f"needs {need / 2**30:.1f} GiB there, of which {have / 2**30:.1f} GiB are usable"
-            problems.append(
-                Problem(f"memory of {site.name}", site.device, rule, "Use a smaller model or device memory.")
-            )
-    return problems
-
-
-def _usable_bytes(site: Site, profiles: Profiles) -> float | None:
-    device = profiles.device(site.device) if site.tier == "cloud" else profiles.edge_device(site.device)
-    return None if device.memory_gib is None else device.memory_gib * device.usable_memory_fraction * 2**30
 
 
 def needed_bytes(plan: Plan, site: Site, request: Request, profiles: Profiles) -> float:
@@ -115,16 +101,13 @@ def needed_bytes(plan: Plan, site: Site, request: Request, profiles: Profiles) -
         total += sum(profiles.component(name).params for name in encoders) * weight
     if plan.vae_site == site.name:
         total += profiles.component(plan.vae).params * 2.0
-    together = plan.batch_cap if site.tier == "cloud" else 1
-    return total + max((_activation_bytes(stage, request, profiles, together) for stage in stages), default=0.0)
-
-
-def _activation_bytes(stage: Stage, request: Request, profiles: Profiles, together: int) -> float:
-    most, all_gathered = _elements(profiles, stage.model, request.height_px, request.width_px)
-    latents = (request.unet_batch if stage.site.tier == "cloud" else request.num_images) * together
-    widest = most * latents * 2.0 * LIVE_ACTIVATIONS
-    gathered = all_gathered * latents * 2.0
-    return widest + (gathered if stage.method in {"distrifusion", "pcpp"} else 0.0)
+    latents = request.unet_batch * plan.batch_cap if site.tier == "cloud" else request.num_images
+    most_alive = 0.0
+    for stage in stages:
+        widest, keys_and_values = _elements(profiles, stage.model, request.height_px, request.width_px)
+        gathered = keys_and_values * latents * 2.0 if stage.method in {"distrifusion", "pcpp"} else 0.0
+        most_alive = max(most_alive, widest * latents * 2.0 * LIVE_ACTIVATIONS + gathered)
+    return total + most_alive
 
 
 @derived()
@@ -188,7 +171,11 @@ def enumerate_plans(scenario: Scenario, profiles: Profiles, class_name: str) -> 
     edge = fleet_site(spec.origin, fleet, profiles)
     encode_at = {True: edge.name, False: ""}[fleet.encodes_prompt]
     clouds = tuple(_cloud_stages(scenario, spec.model, steps))
-    switches = tuple(product(_switch_steps(scenario, steps), spec.small_models))
+    wanted: Iterable[int] = range(0, steps, DEFAULT_SWITCH_STRIDE)
+    if scenario.search.switch_steps is not None:
+        wanted = scenario.search.switch_steps
+    # Strictly inside the request: at the ends lie the edge-only and cloud-only plans.
+    switches = tuple(product(sorted({k for k in wanted if 0 < k < steps}), spec.small_models))
     caps = sorted(set(scenario.search.batch_caps))
     for vae in scenario.search.vaes:
         for model in dict.fromkeys((spec.model, *spec.small_models)):
@@ -199,30 +186,11 @@ def enumerate_plans(scenario: Scenario, profiles: Profiles, class_name: str) -> 
             shared: dict[str, Any] = {"vae": vae, "network": fleet.network, "batch_cap": cap}
             yield Plan(stages=(cloud,), text_encode_site=site, vae_site=site, **shared)
             yield Plan(stages=(cloud,), text_encode_site=site, vae_site=edge.name, extra_sites=(edge,), **shared)
+            how: dict[str, Any] = {"method": cloud.method, "degree": cloud.degree, "options": cloud.options}
             for k, small in switches:
-                second = Stage(start=k, stop=steps, model=small, site=edge)
-                stages = (_until(cloud, k), second)
+                large = Stage(start=0, stop=k, model=cloud.model, site=cloud.site, **how)
+                stages = (large, Stage(start=k, stop=steps, model=small, site=edge))
                 yield Plan(stages=stages, text_encode_site=encode_at or site, vae_site=edge.name, **shared)
-
-
-def _until(stage: Stage, stop: int) -> Stage:
-    return Stage(
-        start=0,
-        stop=stop,
-        model=stage.model,
-        site=stage.site,
-        method=stage.method,
-        degree=stage.degree,
-        options=stage.options,
-    )
-
-
-def _switch_steps(scenario: Scenario, steps: int) -> list[int]:
-    """Switch steps strictly inside the request: the ends are edge-only and cloud-only."""
-    wanted: Iterable[int] = range(0, steps, DEFAULT_SWITCH_STRIDE)
-    if scenario.search.switch_steps is not None:
-        wanted = scenario.search.switch_steps
-    return sorted({k for k in wanted if 0 < k < steps})
 
 
 def _cloud_stages(scenario: Scenario, model: str, steps: int) -> Iterator[Stage]:
@@ -232,12 +200,8 @@ def _cloud_stages(scenario: Scenario, model: str, steps: int) -> Iterator[Stage]
         for method, degree in product(scenario.search.methods, scenario.search.degrees):
             if method == "single" or degree == 1:
                 continue
-            for options in _option_grid(scenario, method):
+            # every combination of the option values that the search allows; the defaults alone without any
+            allowed = sorted(scenario.search.options.get(method, {}).items())
+            for values in product(*(each for _, each in allowed)):
+                options = tuple((key, value) for (key, _), value in zip(allowed, values, strict=True))
                 yield Stage(start=0, stop=steps, model=model, site=site, method=method, degree=degree, options=options)
-
-
-def _option_grid(scenario: Scenario, method: str) -> list[Options]:
-    """Every combination of the option values that the search allows for a method; its defaults alone without any."""
-    allowed = scenario.search.options.get(method, {})
-    keys = sorted(allowed)
-    return [tuple(zip(keys, values, strict=True)) for values in product(*(allowed[key] for key in keys))]

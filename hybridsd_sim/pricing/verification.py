@@ -2,7 +2,7 @@
 
 Every figure is predicted twice: with everything that is known, and with the figure's own group left out of all rows and
 fits (a resolution, a model or a device, as its table says). The second is the one to quote, but where figures shaped a
-constant of the catalogue: that stays (`kept_when_held_out` of a table counts them).
+constant of the catalogue: that stays (`shaping_figures` of a table counts them).
 
 A table is a line of `profiles/published/tables.csv`. The cost rows that it names in `profiles/quoted` and its rows in
 the other files of that folder are its cases: to add one, write the line and the rows; code is needed only for a
@@ -12,7 +12,7 @@ measurements, form a table for each source or measured device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations
@@ -33,7 +33,7 @@ from hybridsd_sim.profiles import (
     PublishedTable,
     alike,
     load_published,
-    what_is_timed,
+    timing_kind,
 )
 
 
@@ -67,7 +67,10 @@ class Case:
 
 
 def cases_of(profiles: Profiles, published: Published) -> dict[str, tuple[PublishedTable, list[Case]]]:
-    """Every table with its cases, registered ones first; tables without rows are left out."""
+    """Every table with its cases, registered ones first; tables without rows are left out.
+
+    Cost rows that no registered table takes form one for each measured device, or else for each source.
+    """
     found: dict[str, tuple[PublishedTable, list[Case]]] = {
         name: (table, []) for name, table in published.tables.items()
     }
@@ -75,34 +78,47 @@ def cases_of(profiles: Profiles, published: Published) -> dict[str, tuple[Publis
         table, cases = found[figure.table]
         cases.append(_figure_case(table, figure, profiles))
     for row in profiles.costs:
-        if what_is_timed(row) is not None:
-            table = next((table for table in published.tables.values() if table.holds(row)), None) or _own_table(row)
-            found.setdefault(table.name, (table, []))[1].append(_cost_case(table, row, profiles))
+        if timing_kind(row) is not None:
+            holder = next((table for table in published.tables.values() if table.holds(row)), None)
+            if holder is None:
+                several = (
+                    "" if row.degree == 1 else ", several processes" if row.kind == "measured" else ", several GPUs"
+                )
+                name = (f"measured {row.device}" if row.kind == "measured" else row.source) + several
+                own = {"name": name, "title": name, "group": "device_model"}
+                provenance = {"kind": row.kind, "source": row.source, "source_date": row.source_date}
+                holder = PublishedTable.model_validate(own | provenance)
+            found.setdefault(holder.name, (holder, []))[1].append(_cost_case(holder, row, profiles))
     return {name: pair for name, pair in found.items() if pair[1]}
 
 
-def _own_table(row: CostRow) -> PublishedTable:
-    """The table of a cost row that no registered table takes: of its measured device, or of its source."""
-    several = "" if row.degree == 1 else ", several processes" if row.kind == "measured" else ", several GPUs"
-    what = f"measured {row.device}" if row.kind == "measured" else row.source
-    said = {"kind": row.kind, "source": row.source, "source_date": row.source_date}
-    name = f"{what}{several}"
-    return PublishedTable.model_validate({"name": name, "title": name, "group": "device_model", **said})
-
-
 def _cost_case(table: PublishedTable, row: CostRow, profiles: Profiles) -> Case:
+    """A cost row as a case; its label says in a few words what it timed, and leaves usual settings out."""
+    words = [row.model, row.component.replace("_", " ")]
+    words += [f"{row.width_px}x{row.height_px} px"] if row.width_px else []
+    words += [f"batch {row.batch_size}"] if row.batch_size > 1 else []
+    words += [f"{row.method} x{row.degree}", row.options.replace(";", " ")] if row.degree > 1 else []
+    label = " ".join(filter(None, [*words, "on", row.device, row.runtime, row.precision]))
     low, high = row.seconds_p05 or row.seconds_median, row.seconds_p95 or row.seconds_median
     key = _key(table, _group(table.group, row.device, row.model, row.width_px, profiles))
     return Case(
-        table=table.name, label=_cost_label(row), source=row.source, published=row.seconds_median, low=low, high=high,
+        table=table.name, label=label, source=row.source, published=row.seconds_median, low=low, high=high,
         counts=table.counts, notes=row.notes if table.counts else table.notes, key=key, row=row,
     )  # fmt: skip
 
 
 def _figure_case(table: PublishedTable, row: PublishedRow, profiles: Profiles) -> Case:
+    """A published figure as a case; its label names the quantity and its plan, and leaves usual settings out."""
+    words = [row.quantity, row.model]
+    words += [f"and {row.small_model}"] if row.small_model else []
+    words += [f"switch step {row.switch_step}"] if row.switch_step is not None else []
+    words += [f"{'/'.join(map(str, row.sides_px))} px"]
+    words += [f"{row.num_inference_steps} steps"] if row.num_inference_steps > 1 else []
+    words += [f"{row.method} x{'/'.join(map(str, row.degrees))}"] if row.method != "single" else []
+    words += [f"on {row.device}"] if row.device else []
     key = _key(table, _group(table.group, row.device or "", row.model, row.sides_px[0], profiles))
     return Case(
-        table=table.name, label=_figure_label(row), source=row.source, published=row.value, low=row.value,
+        table=table.name, label=" ".join(words), source=row.source, published=row.value, low=row.value,
         high=row.value, counts=row.counts, notes=row.notes, key=key, row=row,
     )  # fmt: skip
 
@@ -135,25 +151,6 @@ def leaves_out(key: GroupKey, profiles: Profiles) -> Callable[[CostRow], bool]:
         row.source.startswith(key.source)
         and _group(key.kind, row.device, row.model, row.width_px, profiles) == key.name
     )
-
-
-def _cost_label(row: CostRow) -> str:
-    """What the row timed, in a few words; usual settings are left out."""
-    words = [row.model, row.component.replace("_", " ")]
-    words += [f"{row.width_px}x{row.height_px} px"] if row.width_px else []
-    words += [f"batch {row.batch_size}"] if row.batch_size > 1 else []
-    words += [f"{row.method} x{row.degree}", row.options.replace(";", " ")] if row.degree > 1 else []
-    return " ".join(filter(None, [*words, "on", row.device, row.runtime, row.precision]))
-
-
-def _figure_label(row: PublishedRow) -> str:
-    to = "/".join(f"{side}" for side in row.sides_px)
-    words = [row.quantity, row.model]
-    words += [f"and {row.small_model}"] if row.small_model else []
-    words += [f"switch step {row.switch_step}"] if row.switch_step is not None else []
-    words += [f"{to} px", *([f"{row.num_inference_steps} steps"] if row.num_inference_steps > 1 else [])]
-    words += [f"{row.method} x{'/'.join(map(str, row.degrees))}"] if row.method != "single" else []
-    return " ".join([*words, *([f"on {row.device}"] if row.device else [])])
 
 
 Refit = Callable[..., Profiles]
@@ -200,7 +197,7 @@ class CheckedTable:
         return sum(found.fitted for found in self.cases)
 
     @property
-    def kept_when_held_out(self) -> int:
+    def shaping_figures(self) -> int:
         """How many of the figures shaped a constant of the catalogue, which no leaving out takes back."""
         return sum(found.fitted and isinstance(found.case.row, PublishedRow) for found in self.cases)
 
@@ -293,17 +290,21 @@ def check_tables(
 ) -> list[CheckedTable]:
     """Every table checked. `refit(profiles, without=...)` gives the profiles without some cost rows, fitted again.
 
-    `progress` hears what comes next.
+    `progress` is called with a line on what comes next.
     """
     tables = cases_of(profiles, published)
     cases = [case for _, found in tables.values() for case in found]
-    tell = progress or (lambda _: None)
-    tell(f"predicting {len(cases)} figures")
+    report = progress or (lambda _: None)
+    report(f"predicting {len(cases)} figures")
     used = used_in_fits(profiles)
-    checked = {id(case): _check(case, profiles, used) for case in cases}
+    checked = {}
+    for case in cases:
+        prediction, why = _predicted(case, profiles)
+        fitted = case.row in used if isinstance(case.row, CostRow) else case.row.fitted
+        checked[id(case)] = Checked(case=case, predicted=prediction, held_out=None, fitted=fitted, why=why)
     keys = list(dict.fromkeys(case.key for case in cases))
     for number, key in enumerate(keys, 1):
-        tell(f"leaving out {number} of {len(keys)}: {key.name}")
+        report(f"leaving out {number} of {len(keys)}: {key.name}")
         without = leaves_out(key, profiles)
         held = refit(profiles, without=without) if any(map(without, profiles.costs)) else profiles
         for case in (case for case in cases if case.key == key):
@@ -313,26 +314,16 @@ def check_tables(
 
 
 def used_in_fits(profiles: Profiles) -> frozenset[CostRow]:
-    """The cost rows that shaped a device's law or one of the constants that devices share."""
+    """The cost rows that shaped a device's fit or one of the constants that devices share."""
     fits = own_fits(profiles)
-    laws = {(fit.device, fit.runtime, fit.precision) for fit in fits}
-    shared = (
-        row
-        for row in profiles.costs
-        if is_multi_gpu_time(row) or is_shared_memory_time(row) or _shapes_ratio(row, laws)
-    )
-    return frozenset(row for fit in fits for row in fit.rows).union(shared)
-
-
-def _shapes_ratio(row: CostRow, laws: Collection[tuple[str, str, str]]) -> bool:
-    timed = (row.device, row.runtime, alike(row.precision)) in laws
-    return timed and row.component in {"vae_decode", "text_encode"} and row.batch_size == row.degree == 1
-
-
-def _check(case: Case, profiles: Profiles, used: frozenset[CostRow]) -> Checked:
-    prediction, why = _predicted(case, profiles)
-    fitted = case.row in used if isinstance(case.row, CostRow) else case.row.fitted
-    return Checked(case=case, predicted=prediction, held_out=None, fitted=fitted, why=why)
+    used = {row for fit in fits for row in fit.rows}
+    timed = {(fit.device, fit.runtime, fit.precision) for fit in fits}
+    for row in profiles.costs:
+        alone = row.component in {"vae_decode", "text_encode"} and row.batch_size == row.degree == 1
+        shapes_ratio = alone and (row.device, row.runtime, alike(row.precision)) in timed
+        if shapes_ratio or is_multi_gpu_time(row) or is_shared_memory_time(row):
+            used.add(row)
+    return frozenset(used)
 
 
 def _predicted(case: Case, profiles: Profiles) -> tuple[Estimate | None, str]:
@@ -356,6 +347,28 @@ def to_json(tables: Sequence[CheckedTable]) -> dict[str, Any]:
 
 
 def _table_data(table: CheckedTable) -> dict[str, Any]:
+    cases = []
+    for found in table.cases:
+        case, predicted = found.case, found.predicted
+        low, high = (predicted and predicted.interval_or_none) or (None, None)
+        cases.append(
+            {
+                "label": case.label,
+                "published": case.published,
+                "predicted": None if predicted is None else predicted.value,
+                "low": low,
+                "high": high,
+                "error": found.error,
+                "held_out": None if found.held_out is None else found.held_out.value,
+                "held_out_error": found.held_out_error,
+                "fitted": found.fitted,
+                "counts": case.counts,
+                "why": found.why,
+                "why_held_out": found.why_held_out,
+                "notes": case.notes,
+                "source": case.source,
+            }
+        )
     worst = table.worst
     return {
         "name": table.table.name,
@@ -365,7 +378,7 @@ def _table_data(table: CheckedTable) -> dict[str, Any]:
         "notes": table.table.notes,
         "rows": len(table.counted),
         "calibration_rows": table.calibration_rows,
-        "kept_when_held_out": table.kept_when_held_out,
+        "kept_when_held_out": table.shaping_figures,
         "mare": table.mare,
         "worst": None if worst is None or worst.error is None else abs(worst.error),
         "worst_row": None if worst is None else worst.case.label,
@@ -376,26 +389,5 @@ def _table_data(table: CheckedTable) -> dict[str, Any]:
         "coverage90_held_out": table.coverage90_held_out,
         "ranking_right": table.ranking_right,
         "wrong_order": [[a.case.label, b.case.label] for a, b in table.wrong_order],
-        "cases": [_case_data(found) for found in table.cases],
-    }
-
-
-def _case_data(found: Checked) -> dict[str, Any]:
-    case, predicted = found.case, found.predicted
-    low, high = (predicted and predicted.interval_or_none) or (None, None)
-    return {
-        "label": case.label,
-        "published": case.published,
-        "predicted": None if predicted is None else predicted.value,
-        "low": low,
-        "high": high,
-        "error": found.error,
-        "held_out": None if found.held_out is None else found.held_out.value,
-        "held_out_error": found.held_out_error,
-        "fitted": found.fitted,
-        "counts": case.counts,
-        "why": found.why,
-        "why_held_out": found.why_held_out,
-        "notes": case.notes,
-        "source": case.source,
+        "cases": cases,
     }

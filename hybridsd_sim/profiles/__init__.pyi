@@ -6,7 +6,7 @@ from .reader import PublishedRow as PublishedRow
 from .reader import PublishedTable as PublishedTable
 from .reader import load_profiles as load_profiles
 from .reader import load_published as load_published
-from .reader import what_is_timed as what_is_timed
+from .reader import timing_kind as timing_kind
 from .schema import EFFICIENCIES as EFFICIENCIES
 from .schema import Component as Component
 from .schema import CostRow as CostRow

@@ -300,8 +300,8 @@ class Profiles:
     def with_costs(self, rows: Sequence[CostRow]) -> Profiles:
         """The same with these cost rows in front, such as a user's own measurement."""
         costs = (*rows, *self.costs)
-        said = "".join(row.model_dump_json() for row in rows)
-        digest = hashlib.sha256(f"{self.digest}{said}".encode()).hexdigest()
+        added = "".join(row.model_dump_json() for row in rows)
+        digest = hashlib.sha256(f"{self.digest}{added}".encode()).hexdigest()
         return replace(self, costs=costs, digest=digest)
 
     def nearest(self, device: str, model: str, *, component: str = "step") -> str:
@@ -311,10 +311,12 @@ class Profiles:
             key=lambda row: (row.device != device, row.model != model, _rank(row, ())),
         )
         close = (row for row in rows if device == row.device or model == row.model)
-        said = dict.fromkeys(
+        names = dict.fromkeys(
             f"{row.model} {row.height_px}x{row.width_px} on {row.device} ({row.runtime})" for row in close
         )
-        return f"Nearest rows: {', '.join(list(said)[:3])}." if said else f"No {component} row has {device} or {model}."
+        if not names:
+            return f"No {component} row has {device} or {model}."
+        return f"Nearest rows: {', '.join(list(names)[:3])}."
 
 
 def _named(what: str, name: str, known: Mapping[str, NamedT]) -> NamedT:

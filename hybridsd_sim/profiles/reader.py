@@ -124,14 +124,15 @@ class _Reader:
         found: list[tuple[str, Any]] = []
         try:
             header = next(lines, [])
-            if header and self._header_is_right(f"{path}:1", header, shape):
+            if header and self._check_header(f"{path}:1", header, shape):
                 for cells in lines:
-                    found += self._row(f"{path}:{lines.line_num}", header, cells, shape)
+                    found += _row(f"{path}:{lines.line_num}", header, cells, shape, self.problems)
         except csv.Error as error:
             self._refuse(f"{path}:{lines.line_num}", str(error), "must be CSV")
         return found
 
-    def _header_is_right(self, place: str, header: list[str], shape: type[Row]) -> bool:
+    def _check_header(self, place: str, header: list[str], shape: type[Row]) -> bool:
+        """Whether a table's columns are those of its rows; what is wrong with them joins the problems."""
         needed = columns_of(shape)
         before = len(self.problems)
         for column, times in Counter(header).items():
@@ -146,17 +147,6 @@ class _Reader:
                 self._refuse(place, f"column {column!r}", "is missing")
         return len(self.problems) == before
 
-    def _row(self, place: str, header: list[str], cells: list[str], shape: type[Row]) -> list[tuple[str, Any]]:
-        if len(cells) != len(header):
-            self._refuse(place, f"{len(cells)} cells", f"the header has {len(header)}; cells with commas need quotes")
-            return []
-        said = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
-        try:
-            return [(place, shape.model_validate(said, strict=False))]
-        except ValidationError as error:
-            self.problems += row_problems(error, place, said)
-            return []
-
     def _costs(self, folder: Path, file: Path, kinds: tuple[Kind, ...]) -> list[tuple[str, Any]]:
         rows = self._table(folder, file, CostRow)
         self.tables["costs"] += rows
@@ -167,17 +157,17 @@ class _Reader:
 
     def _meta(self, folder: Path, file: Path, rows: list[tuple[str, Any]]) -> None:
         device, path = file.parent.name, file.with_suffix(".meta.yaml")
-        text, said = self._text(folder, path), None
+        text, values = self._text(folder, path), None
         if not text.strip():
             return
         try:
             # BaseLoader leaves every scalar a text, which the shape then reads as it reads CSV cells.
-            said = yaml.load(text, yaml.BaseLoader)  # noqa: S506
-            meta = Meta.model_validate(said, strict=False)
+            values = yaml.load(text, yaml.BaseLoader)  # noqa: S506
+            meta = Meta.model_validate(values, strict=False)
         except yaml.YAMLError as error:
             self._refuse(str(path), " ".join(str(error).split()), "must be YAML")
         except ValidationError as error:
-            self.problems += row_problems(error, str(path), said if isinstance(said, dict) else {})
+            self.problems += row_problems(error, str(path), values if isinstance(values, dict) else {})
         else:
             self.metas[f"{device}/{file.stem}"] = meta
             for place, name in ((str(path), meta.device), *((place, row.device) for place, row in rows)):
@@ -270,7 +260,7 @@ class PublishedTable(Row):
         """Whether this cost row belongs to the table."""
         place = row.source.removeprefix(self.source)
         named = row.source.startswith(self.source) and (not self.parts or place.strip() in self.parts)
-        return named and self.takes == what_is_timed(row)
+        return named and self.takes == timing_kind(row)
 
 
 class PublishedRow(Row):
@@ -321,8 +311,8 @@ class Published:
     rows: tuple[PublishedRow, ...]
 
 
-def what_is_timed(row: CostRow) -> Takes | None:
-    """What kind of table a cost row fits; None for those that no law predicts, such as a rank's own clock."""
+def timing_kind(row: CostRow) -> Takes | None:
+    """What kind of table a cost row fits; None for those that no fit predicts, such as a rank's own clock."""
     if row.rank is not None:
         return None
     if row.component == "exchange" and row.degree > 1:
@@ -342,22 +332,16 @@ def load_published(path: str | Path | None = None) -> Published:
     tables = list(_rows(folder / REGISTRY, PublishedTable, problems))
     files = sorted(file for file in folder.glob("*.csv") if file.name != REGISTRY)
     rows = [found for file in files for found in _rows(file, PublishedRow, problems)]
-    problems += _name_problems(tables, rows)
-    if problems:
-        raise InputError(problems)
-    return Published({table.name: table for _, table in tables}, tuple(row for _, row in rows))
-
-
-def _name_problems(
-    tables: Sequence[tuple[str, PublishedTable]], rows: Sequence[tuple[str, PublishedRow]]
-) -> Iterator[Problem]:
     names = Counter(table.name for _, table in tables)
     for place, table in tables:
         if names[table.name] > 1:
-            yield Problem(f"{place}: name", repr(table.name), "stands in the file more than once")
-    for place, row in rows:
-        if row.table not in names:
-            yield unknown_name(f"{place}: table", row.table, list(names))
+            problems.append(Problem(f"{place}: name", repr(table.name), "stands in the file more than once"))
+    problems += [
+        unknown_name(f"{place}: table", row.table, list(names)) for place, row in rows if row.table not in names
+    ]
+    if problems:
+        raise InputError(problems)
+    return Published({table.name: table for _, table in tables}, tuple(row for _, row in rows))
 
 
 def _rows(file: Path, shape: type[RowT], problems: list[Problem]) -> Iterator[tuple[str, RowT]]:
@@ -365,22 +349,19 @@ def _rows(file: Path, shape: type[RowT], problems: list[Problem]) -> Iterator[tu
     try:
         lines = csv.reader(file.read_text("utf-8-sig").splitlines(), strict=True)
         header = next(lines, [])
-        if wrong := list(_header_problems(f"{file}:1", header, columns_of(shape))):
-            problems += wrong
+        place, needed, before = f"{file}:1", columns_of(shape), len(problems)
+        for column, times in Counter(header).items():
+            if column not in needed or times > 1:
+                rule = "no such column" if times == 1 else "stands there twice"
+                problems.append(Problem(place, f"column {column!r}", rule))
+        missing = [column for column, required in needed.items() if required and column not in header]
+        problems += [Problem(place, f"column {column!r}", "is missing") for column in missing]
+        if len(problems) > before:
             return
         for cells in lines:
             yield from _row(f"{file}:{lines.line_num}", header, cells, shape, problems)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         problems.append(Problem(str(file), str(error), "must be a CSV file in UTF-8"))
-
-
-def _header_problems(place: str, header: Sequence[str], needed: Mapping[str, bool]) -> Iterator[Problem]:
-    for column, times in Counter(header).items():
-        if column not in needed or times > 1:
-            yield Problem(place, f"column {column!r}", "no such column" if times == 1 else "stands there twice")
-    for column, required in needed.items():
-        if required and column not in header:
-            yield Problem(place, f"column {column!r}", "is missing")
 
 
 def _row(
@@ -390,11 +371,11 @@ def _row(
         rule = f"the header has {len(header)}; cells with commas need quotes"
         problems.append(Problem(place, f"{len(cells)} cells", rule))
         return
-    said = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
+    values = {column: cell for column, cell in zip(header, cells, strict=True) if cell}
     try:
-        yield place, shape.model_validate(said, strict=False)
+        yield place, shape.model_validate(values, strict=False)
     except ValidationError as error:
-        problems += row_problems(error, place, said)
+        problems += row_problems(error, place, values)
 
 
 _PARTS = ("catalog", "quoted", "measured")
@@ -407,18 +388,13 @@ def load_profiles(path: str | Path | Sequence[str | Path] | None = None) -> Prof
     same; so are several folders, each over those before. Raises `InputError` with everything wrong in every file, each
     with file and line.
     """
-    given = [path] if isinstance(path, str | Path) else path or []
-    folders = _folders([Path(folder) for folder in given])
-    tables, metas, digest = read_folders(folders)
-    return Profiles(**tables, metas=metas, digest=digest)
-
-
-def _folders(given: Sequence[Path]) -> list[Path]:
-    """The folders to read: a catalogue first, the shipped one where none is given."""
+    given = [Path(folder) for folder in ([path] if isinstance(path, str | Path) else path or [])]
     rule = "needs catalog/, quoted/ or measured/ inside"
-    if strange := [path for path in given if not any((path / part).is_dir() for part in _PARTS)]:
-        raise InputError(Problem(str(path), "not a profiles folder", rule) for path in strange)
-    complete = [path for path in given if (path / "catalog").is_dir()]
+    if strange := [folder for folder in given if not any((folder / part).is_dir() for part in _PARTS)]:
+        raise InputError(Problem(str(folder), "not a profiles folder", rule) for folder in strange)
+    complete = [folder for folder in given if (folder / "catalog").is_dir()]
     if len(complete) > 1:
         raise InputError(Problem(str(complete[1]), "a second catalog/", "only one of the folders may hold one"))
-    return [*(complete or [data_folder("profiles")]), *(path for path in given if path not in complete)]
+    others = [folder for folder in given if folder not in complete]
+    tables, metas, digest = read_folders([*(complete or [data_folder("profiles")]), *others])
+    return Profiles(**tables, metas=metas, digest=digest)

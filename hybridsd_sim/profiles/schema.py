@@ -34,7 +34,7 @@ _KNOTS = (0.05, 0.25, 0.5, 0.75, 0.95)
 _QUANTILE = re.compile(r"(?P<what>[a-z]+)_(?P<point>p\d+)_(?P<unit>\w+)")
 
 
-def _no_blank_ends(text: str) -> str:
+def _refuse_blank_ends(text: str) -> str:
     if text != text.strip():
         raise ValueError("must not begin or end with a blank")
     return text
@@ -48,7 +48,7 @@ Count = Annotated[int, Field(gt=0)]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
-Name = Annotated[str, Field(min_length=1), AfterValidator(_no_blank_ends)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_refuse_blank_ends)]
 
 
 class Record(BaseModel):
@@ -317,15 +317,16 @@ def columns_of(shape: type[Row]) -> dict[str, bool]:
     return columns
 
 
-def row_problems(error: ValidationError, place: str, said: Mapping[str, Any]) -> Iterator[Problem]:
-    """What is wrong with a row at `place` whose cells are `said`, a problem for each column."""
+def row_problems(error: ValidationError, place: str, cells: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with a row at `place` with these `cells`, a problem for each column."""
     for found in error.errors():
         loc = [str(part) for part in found["loc"]]
         column = ".".join(loc)
         if len(loc) == 2 and loc[1] in Quantiles.model_fields:
             what, unit = loc[0].split("_", 1)
             column = f"{what}_{loc[1]}_{unit}"
-        value = "empty" if found["type"] == "missing" else repr(said.get(column, found["input"] if loc else "this row"))
+        given = cells.get(column, found["input"] if loc else "this row")
+        value = "empty" if found["type"] == "missing" else repr(given)
         yield Problem(f"{place}: {column}" if column else place, value, validation_rule(found))
 
 
@@ -391,8 +392,8 @@ class CostRow(Row):
     energy_j: NotNegative | None = None
 
     @property
-    def said(self) -> dict[str, str]:
-        """The options, by name."""
+    def option_texts(self) -> dict[str, str]:
+        """The options by name, as texts."""
         return dict(part.split("=", 1) for part in self.options.split(";") if "=" in part)
 
     @property

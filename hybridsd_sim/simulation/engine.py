@@ -1,7 +1,7 @@
 """The simulation: carries requests through the stages of their plans on SimPy's event loop.
 
 Pure: no files, no globals, no clock but the simulated one. There is an event where something can be decided or a device
-is freed, and nowhere else: the arrival (the policy decides), the prompt's arrival at the pool (queueing), the gang's
+is freed, and nowhere else: the arrival (the policy decides), the prompt's arrival at the pool (queueing), its GPUs'
 release, and the latent's arrival at the edge. Random inputs of a request (its device, its link rates, its model) are
 drawn with the arrival from named streams, so that every policy meets exactly the same requests on the same links.
 Seconds and bytes are those of the candidate that the policy chose.
@@ -36,14 +36,14 @@ from hybridsd_sim.simulation.records import (
     IN_FLIGHT,
     SERVED,
     UNSERVED,
-    GangHistory,
+    GroupHistory,
     Records,
     RunRecorder,
     Sink,
     check_laws,
 )
 from hybridsd_sim.simulation.result import SimResult, plan_facts
-from hybridsd_sim.workload import Draw, Draws, stream
+from hybridsd_sim.workload import Draws, stream
 
 NAN = math.nan
 
@@ -81,7 +81,11 @@ def simulate(
         scenario = scenario.with_overrides({"seed": seed})
     if plan is not None and (problems := deployment_problems(plan, scenario, profiles, complete=False)):
         raise InputError(problems)
-    replicas = _replicas(scenario, plan)
+    replicas = {
+        name: pool.replicas_max if pool.replicas is None else pool.replicas for name, pool in scenario.pools.items()
+    }
+    if plan is not None:
+        replicas = {name: plan.replicas.get(name, 0) for name in scenario.pools}
     name = policy if isinstance(policy, str) else policy.name
     pricing = Pricing(scenario, profiles, slowdowns or {})
     found = price_deployment(pricing, plan) if name == "planned" else resolve_candidates(pricing, options)
@@ -112,14 +116,6 @@ def preemption_of(scenario: Scenario, pool: str, replication: int) -> Preemption
         return float(lives[node].exponential(1.0 / spec.preemptions_per_s))
 
     return Preemption(up_s, spec.replacement_s)
-
-
-def _replicas(scenario: Scenario, plan: Deployment | None) -> dict[str, int]:
-    if plan is not None:
-        return {name: plan.replicas.get(name, 0) for name in scenario.pools}
-    return {
-        name: pool.replicas_max if pool.replicas is None else pool.replicas for name, pool in scenario.pools.items()
-    }
 
 
 class _CompiledRoute(Route):
@@ -154,14 +150,14 @@ class _RequestJob(PoolJob):
 
     def __init__(self, number: int, class_index: int, arrival_s: float, deadline_s: float, device_draw: float) -> None:
         # PoolJob.__init__ spelt out: this runs once a request, and a call more is a twentieth of its time. What a pool
-        # asks of a job besides (work, priority, model, route) is written when the request is sent there.
+        # reads of a job besides (work, priority, model, route) is written when the request is sent there.
         self.number, self.deadline_s = number, deadline_s
         self.node = self.plan_index = -1
         self.degree = self.restarts = 0
         self.hold_s = self.load_s = self.lost_gpu_s = self.down_s = self.transfer_s = 0.0
         self.cloud_ready_s = self.cloud_start_s = self.cloud_stop_s = self.edge_ready_s = NAN
         self.class_index, self.arrival_s, self.device_draw = class_index, arrival_s, device_draw
-        self.gang = None
+        self.batch = None
 
 
 class _Replication:
@@ -178,10 +174,23 @@ class _Replication:
     ) -> None:
         self.timeouts = 0
         scenario, profiles = pricing.scenario, pricing.profiles
-        self._scenario, self._profiles, self._policy, self._replication = scenario, profiles, policy, replication
+        self._scenario, self._profiles, self._policy = scenario, profiles, policy
         self._env = simpy.Environment()
         self._specs = list(scenario.requests.values())
-        self._pools = [self._make_pool(name, nodes) for name, nodes in replicas.items()]
+        self._pools: list[GpuPool[_RequestJob]] = [
+            GpuPool(
+                self._env,
+                nodes=nodes,
+                gpus_per_node=scenario.pools[name].gpus_per_node,
+                discipline=policy.discipline or scenario.pools[name].discipline,
+                done=self._leave_cloud,
+                resident_models=scenario.pools[name].resident_models,
+                cold_start_s=scenario.pools[name].cold_start_s,
+                preemption=preemption_of(scenario, name, replication),
+                after_s=lambda job: job.down_s + job.route.edge_s,
+            )
+            for name, nodes in replicas.items()
+        ]
         self._fleets = [
             EdgeDevices(spec.replicas, shared=spec.ownership == "shared") for spec in scenario.edge.values()
         ]
@@ -196,23 +205,12 @@ class _Replication:
         self._open: dict[int, _RequestJob] = {}
         names = (tuple(scenario.requests), tuple(scenario.pools), tuple(scenario.edge))
         records = Records(*names, (), REASONS, replication)
-        self._recorder = RunRecorder(records, scenario.horizon_s, sink, expected=_expected_requests(scenario))
+        # Memory for the mean of the written rates and five standard deviations more; a trace has no written rate.
+        mean = sum(spec.arrivals.rate_per_s or 0.0 for spec in self._specs) * scenario.horizon_s
+        expected = math.ceil(mean + 5.0 * math.sqrt(mean))
+        self._recorder = RunRecorder(records, scenario.horizon_s, sink, expected=expected)
         self._record = self._recorder.write
         self._draws.on_chunk = self._recorder.flush_if_full
-
-    def _make_pool(self, name: str, nodes: int) -> GpuPool[_RequestJob]:
-        spec = self._scenario.pools[name]
-        return GpuPool(
-            self._env,
-            nodes=nodes,
-            gpus_per_node=spec.gpus_per_node,
-            discipline=self._policy.discipline or spec.discipline,
-            done=self._leave_cloud,
-            resident_models=spec.resident_models,
-            cold_start_s=spec.cold_start_s,
-            preemption=preemption_of(self._scenario, name, self._replication),
-            after_s=lambda job: job.down_s + job.route.edge_s,
-        )
 
     def run(self) -> Records:
         """Run to the horizon, record what is still in flight, check the laws, and return the records."""
@@ -239,6 +237,7 @@ class _Replication:
             Timeout(self._env, max(0.0, delay)).callbacks.append(self._arrive)
 
     def _arrive(self, event: simpy.Event) -> None:
+        """Let the policy decide about the request that arrives now, and send it on its way."""
         draw = self._draw
         now, class_index = draw[0], draw[1]
         self._number += 1
@@ -247,37 +246,30 @@ class _Replication:
         options = (
             self._candidates.own[class_index] if draw[8] is None else self._candidates.resized(class_index, draw[8])
         )
-        view = self._view if self._telemetry_s == 0.0 else self._fresh_view(now)
-        decision = self._policy.decide(options, job.deadline_s, view, now)
+        if self._telemetry_s and (tick := now - now % self._telemetry_s) > self._view.as_of_s:
+            # the policy sees the pools as they are when the first request after a telemetry tick arrives
+            self._view = FleetView([pool.view.copy() for pool in self._pools], tick)
+        decision = self._policy.decide(options, job.deadline_s, self._view, now)
         candidate = decision.candidate
         if candidate is None:
             self._write(job, UNSERVED, NAN, NAN, NAN, -1, REASONS.index(decision.reason))
         else:
-            self._send(job, self._routes.get(candidate) or self._compile(candidate), draw)
+            job.route = route = self._routes.get(candidate) or self._compile(candidate)
+            job.plan_index = route.index
+            self._open[job.number] = job
+            if route.pool is None:
+                self._serve_at_edge(job)
+            else:
+                _, _, _, half_rtt_s, up_bytes_per_s, down_bytes_per_s, load_s, base_model, _ = draw
+                up_s = half_rtt_s + route.up_bytes / up_bytes_per_s
+                job.down_s = down_s = half_rtt_s + route.down_bytes / down_bytes_per_s
+                job.transfer_s = up_s + down_s
+                job.degree, job.hold_s, job.work, job.priority = route.degree, route.cloud_s, route.work, route.priority
+                job.load_s = load_s if route.load_s is None else route.load_s
+                job.model_key = route.model_key + base_model
+                self.timeouts += 2
+                Timeout(self._env, up_s, job).callbacks.append(self._reach_pool)
         self._schedule_arrival()
-
-    def _fresh_view(self, now: float) -> FleetView:
-        """A snapshot of the pools taken at the last telemetry tick."""
-        tick = now - now % self._telemetry_s
-        if tick > self._view.as_of_s:
-            self._view = FleetView([pool.view.copy() for pool in self._pools], tick)
-        return self._view
-
-    def _send(self, job: _RequestJob, route: _CompiledRoute, draw: Draw) -> None:
-        job.route, job.plan_index = route, route.index
-        self._open[job.number] = job
-        if route.pool is None:
-            self._serve_at_edge(job)
-            return
-        _, _, _, half_rtt_s, up_bytes_per_s, down_bytes_per_s, load_s, base_model, _ = draw
-        up_s = half_rtt_s + route.up_bytes / up_bytes_per_s
-        job.down_s = down_s = half_rtt_s + route.down_bytes / down_bytes_per_s
-        job.transfer_s = up_s + down_s
-        job.degree, job.hold_s, job.work, job.priority = route.degree, route.cloud_s, route.work, route.priority
-        job.load_s = load_s if route.load_s is None else route.load_s
-        job.model_key = route.model_key + base_model
-        self.timeouts += 2
-        Timeout(self._env, up_s, job).callbacks.append(self._reach_pool)
 
     def _reach_pool(self, event: simpy.Event) -> None:
         job: _RequestJob = event.value  # type: ignore[assignment]
@@ -322,11 +314,11 @@ class _Replication:
             job.cloud_ready_s, job.cloud_start_s, job.cloud_stop_s, job.edge_ready_s, edge_start, edge_stop, finish,
             job.deadline_s, job.load_s, job.transfer_s, job.node, device,
         )  # fmt: skip
-        if job.gang is None and not job.restarts:
+        if job.batch is None and not job.restarts:
             self._record(row)
         else:
-            batch_size = 1 if job.gang is None else len(job.gang)
-            self._recorder.write_with_history(row, GangHistory(batch_size, job.restarts, job.lost_gpu_s))
+            batch_size = 1 if job.batch is None else len(job.batch)
+            self._recorder.write_with_history(row, GroupHistory(batch_size, job.restarts, job.lost_gpu_s))
 
     def _compile(self, candidate: Candidate) -> _CompiledRoute:
         """The route of a candidate that is taken for the first time; its plan is entered in the records."""
@@ -338,10 +330,3 @@ class _Replication:
         if pool is not None:
             route.load_s = list(self._scenario.pools.values())[candidate.pool_index].model_load_s
         return route
-
-
-def _expected_requests(scenario: Scenario) -> int:
-    """Requests to reserve memory for: the mean of the written rates and five standard deviations; 0 for a trace."""
-    rates = [spec.arrivals.rate_per_s or 0.0 for spec in scenario.requests.values()]
-    mean = sum(rates) * scenario.horizon_s
-    return math.ceil(mean + 5.0 * math.sqrt(mean))

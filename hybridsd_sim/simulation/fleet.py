@@ -1,4 +1,4 @@
-"""The fleet of a simulation: pools of GPUs with gangs, queues and resident models, and edge devices.
+"""The fleet of a simulation: pools of GPUs with worker groups, queues and resident models, and edge devices.
 
 A pool is a number of nodes with some GPUs each. A job takes all its GPUs on one node at once or waits; it holds them
 until its work is done. SimPy timeouts with callbacks carry the time; there is one event a job, because nothing can be
@@ -7,13 +7,13 @@ and stop follow from a free-at time and need no event at all.
 
 Queue disciplines of a pool (all in order of arrival unless said otherwise):
 
-- `fifo`: the head waits for its gang and everybody behind it waits too.
+- `fifo`: the head waits for its GPUs and everybody behind it waits too.
 - `gang_fifo`: a head that does not fit reserves the node that will be free soonest; those behind use the other nodes.
 - `backfill`: the same, and a later job may use the reserved node if it is done before the head could start.
 - `edf`: the highest priority, and among equals the earliest deadline, is the head.
 
 Batches are greedy: a job of a route with a batch cap takes along waiting jobs of the same route and base model, in the
-order of the queue and wherever they stand in it, and never waits for more. The gang serves them all at once.
+order of the queue and wherever they stand in it, and never waits for more. The worker group serves them all at once.
 
 Preemption takes a node away with everything that runs there. The jobs return to the head of the queue (under `edf` to
 their place in it) with all their work to do again; another node serves in the place of the lost one a while later, with
@@ -58,18 +58,18 @@ class PoolJob:
 
     `hold_s` is the work itself, done alone. `load_s` is what loading the model adds: what was drawn for it
     (`drawn_load_s`) until it starts, 0 on a node that holds the model. `work` is what was declared of it (steps x
-    pixels x images). `gang` are the jobs of its batch, None alone. `restarts` counts the nodes lost under it, and
+    pixels x images). `batch` are the jobs of its batch, None alone. `restarts` counts the nodes lost under it, and
     `lost_gpu_s` its part of the GPU-seconds that went with them. Seconds are on the simulated clock.
     """
 
     __slots__ = (
+        "batch",
         "cloud_ready_s",
         "cloud_start_s",
         "cloud_stop_s",
         "deadline_s",
         "degree",
         "drawn_load_s",
-        "gang",
         "hold_s",
         "load_s",
         "lost_gpu_s",
@@ -90,7 +90,7 @@ class PoolJob:
         self.load_s = self.drawn_load_s = self.lost_gpu_s = self.work = 0.0
         self.model_key = self.priority = self.restarts = 0
         self.route: Route = ALONE
-        self.gang: Sequence[Self] | None = None
+        self.batch: Sequence[Self] | None = None
         self.cloud_ready_s = self.cloud_start_s = self.cloud_stop_s = NAN
         self.node = -1
 
@@ -151,7 +151,9 @@ class GpuPool(Generic[JobT]):
         self._queue: deque[JobT] = deque()
         self._heap: list[tuple[Rank, JobT]] = []
         self._order = count(1)
-        self._dispatch = {"fifo": self._dispatch_fifo, "edf": self._dispatch_edf}.get(discipline, self._dispatch_gangs)
+        self._dispatch = {"fifo": self._dispatch_fifo, "edf": self._dispatch_edf}.get(
+            discipline, self._dispatch_reserving
+        )
         self._backfill = discipline == "backfill"
         if cold_start_s > 0.0:
             Timeout(env, cold_start_s).callbacks.append(lambda _: self._open())
@@ -204,11 +206,21 @@ class GpuPool(Generic[JobT]):
                 fallback = node if fallback < 0 else fallback
         return fallback
 
-    def _start(self, job: JobT, node: int, gang: Sequence[JobT] | None = None) -> None:
+    def _start(self, job: JobT, node: int, batch: Sequence[JobT] | None = None) -> None:
         """Start a job on a node, with its batch if it has one."""
         now = self.env.now
-        job.load_s = self._load_model(job, node)
-        hold = (job.hold_s if gang is None else job.route.batch_s[len(gang) - 1]) + job.load_s
+        if self._resident_models is None:
+            job.load_s = 0.0
+        else:
+            job.drawn_load_s = job.load_s
+            resident = self._resident[node]
+            if job.model_key in resident:
+                del resident[job.model_key]
+                job.load_s = 0.0
+            elif len(resident) >= self._resident_models:
+                del resident[next(iter(resident))]  # the least recently used one makes room
+            resident[job.model_key] = None
+        hold = (job.hold_s if batch is None else job.route.batch_s[len(batch) - 1]) + job.load_s
         job.node, job.cloud_start_s, job.cloud_stop_s = node, now, now + hold
         view = self.view
         view.busy_gpus += job.degree
@@ -216,25 +228,11 @@ class GpuPool(Generic[JobT]):
         self._move(node, -job.degree)
         self._running[node][job.number] = stop = Timeout(self.env, hold, job)
         stop.callbacks.append(self._stop)
-        if gang is not None:
-            job.gang = gang
-            for mate in gang[1:]:
-                mate.gang, mate.node, mate.drawn_load_s, mate.load_s = gang, node, mate.load_s, job.load_s
-                mate.cloud_start_s, mate.cloud_stop_s = now, job.cloud_stop_s
-
-    def _load_model(self, job: JobT, node: int) -> float:
-        """Seconds to load the job's model on the node: none if it is there; the least recently used one makes room."""
-        if self._resident_models is None:
-            return 0.0
-        job.drawn_load_s = job.load_s
-        resident = self._resident[node]
-        known = job.model_key in resident
-        if known:
-            del resident[job.model_key]
-        elif len(resident) >= self._resident_models:
-            del resident[next(iter(resident))]
-        resident[job.model_key] = None
-        return 0.0 if known else job.load_s
+        if batch is not None:
+            job.batch = batch
+            for other in batch[1:]:
+                other.batch, other.node, other.drawn_load_s, other.load_s = batch, node, other.load_s, job.load_s
+                other.cloud_start_s, other.cloud_stop_s = now, job.cloud_stop_s
 
     def _move(self, node: int, change: int) -> None:
         """Change a node's free GPUs and keep the buckets and the view's largest gap right."""
@@ -259,8 +257,8 @@ class GpuPool(Generic[JobT]):
         if view.queued:
             self._dispatch()
         self._done(job)
-        if job.gang is not None:
-            for member in job.gang[1:]:
+        if job.batch is not None:
+            for member in job.batch[1:]:
                 view.declared_work -= member.work
                 self._done(member)
 
@@ -269,63 +267,49 @@ class GpuPool(Generic[JobT]):
         view = self.view
         view.queued -= 1
         view.backlog_gpu_s -= job.degree * job.hold_s
-        if view.queued and len(job.route.batch_s) > 1 and (mates := self._take_mates(job, until_s)):
-            view.queued -= len(mates)
-            view.backlog_gpu_s -= job.degree * job.hold_s * len(mates)
-            self._start(job, node, (job, *mates))
+        if view.queued and len(job.route.batch_s) > 1 and (others := self._take_batch(job, until_s)):
+            view.queued -= len(others)
+            view.backlog_gpu_s -= job.degree * job.hold_s * len(others)
+            self._start(job, node, (job, *others))
         else:
             self._start(job, node)
 
-    def _take_mates(self, head: JobT, until_s: float) -> list[JobT]:
-        """Take the jobs that join the head out of the queue, the first of its route and base model."""
+    def _take_batch(self, head: JobT, until_s: float) -> list[JobT]:
+        """Take the jobs that join the head's batch out of the queue, the first of its route and base model."""
         room_s = until_s - self.env.now - head.load_s
         most = sum(hold_s <= room_s for hold_s in head.route.batch_s[1:])
-        mates: list[JobT] = []
         if self._by_deadline:
+            taken: list[JobT] = []
             heap, passed = self._heap, []
-            while heap and len(mates) < most:
+            while heap and len(taken) < most:
                 entry = rank, job = heappop(heap)
                 if job.route is head.route and job.model_key == head.model_key:
-                    mates.append(job)
+                    taken.append(job)
                     self._due.leave(rank)
                 else:
                     passed.append(entry)
             for entry in passed:
                 heappush(heap, entry)
-            return mates
+            return taken
         found: list[int] = []
         for index, job in enumerate(self._queue):
             if len(found) >= most:
                 break
             if job.route is head.route and job.model_key == head.model_key:
                 found.append(index)
-        mates += [self._queue[index] for index in found]
+        taken = [self._queue[index] for index in found]
         for index in reversed(found):
             del self._queue[index]
-        return mates
+        return taken
 
     def _begin_life(self, node: int, preemption: Preemption) -> None:
-        """Let a node serve until it is preempted."""
+        """Let a node serve until it is taken away; another one then comes in its place."""
 
         def preempt(_: simpy.Event) -> None:
-            self._preempt(node, preemption)
-
-        Timeout(self.env, preemption.up_s(node)).callbacks.append(preempt)
-
-    def _preempt(self, node: int, preemption: Preemption) -> None:
-        """Take a node away: its jobs go back into the queue, and another node comes in its place."""
-        self._away[node] = self.env.now + preemption.replacement_s
-        self._move(node, -self._free[node])
-        self._resident[node].clear()
-        lost = [job for stop in self._running[node].values() for job in self._lose(stop)]
-        self._running[node].clear()
-        for job in sorted(lost, key=lambda job: (job.cloud_ready_s, job.number), reverse=True):
-            self.view.queued += 1
-            self.view.backlog_gpu_s += job.degree * job.hold_s
-            if self._by_deadline:
-                self._push(job, -next(self._order))  # before those of its own priority and deadline
-            else:
-                self._queue.appendleft(job)
+            self._away[node] = self.env.now + preemption.replacement_s
+            self._requeue(node)
+            Timeout(self.env, preemption.replacement_s).callbacks.append(replace)
+            self._dispatch()
 
         def replace(_: simpy.Event) -> None:
             del self._away[node]
@@ -333,25 +317,36 @@ class GpuPool(Generic[JobT]):
             self._begin_life(node, preemption)
             self._dispatch()
 
-        Timeout(self.env, preemption.replacement_s).callbacks.append(replace)
-        self._dispatch()
+        Timeout(self.env, preemption.up_s(node)).callbacks.append(preempt)
 
-    def _lose(self, stop: Timeout) -> Sequence[JobT]:
-        """Break off a gang whose node is gone and call off its stop; the jobs that it ran."""
-        stop.callbacks.clear()
-        head: JobT = stop.value  # type: ignore[assignment]
+    def _requeue(self, node: int) -> None:
+        """Take a node's GPUs and models away, break off what runs there, and put its jobs back into the queue."""
+        self._move(node, -self._free[node])
+        self._resident[node].clear()
+        lost: list[JobT] = []
         view = self.view
-        view.busy_gpus -= head.degree
-        view.busy_until_gpu_s -= head.degree * head.cloud_stop_s
-        gang = head.gang or (head,)
-        gpu_s = (self.env.now - head.cloud_start_s) * head.degree / len(gang)
-        for job in gang:
-            job.restarts += 1
-            job.lost_gpu_s += gpu_s
-            job.gang, job.node, job.cloud_start_s, job.cloud_stop_s = None, -1, NAN, NAN
-            if self._resident_models is not None:
-                job.load_s = job.drawn_load_s
-        return gang
+        for stop in self._running[node].values():
+            stop.callbacks.clear()
+            head: JobT = stop.value  # type: ignore[assignment]
+            view.busy_gpus -= head.degree
+            view.busy_until_gpu_s -= head.degree * head.cloud_stop_s
+            batch = head.batch or (head,)
+            gpu_s = (self.env.now - head.cloud_start_s) * head.degree / len(batch)
+            for job in batch:
+                job.restarts += 1
+                job.lost_gpu_s += gpu_s
+                job.batch, job.node, job.cloud_start_s, job.cloud_stop_s = None, -1, NAN, NAN
+                if self._resident_models is not None:
+                    job.load_s = job.drawn_load_s
+            lost += batch
+        self._running[node].clear()
+        for job in sorted(lost, key=lambda job: (job.cloud_ready_s, job.number), reverse=True):
+            view.queued += 1
+            view.backlog_gpu_s += job.degree * job.hold_s
+            if self._by_deadline:
+                self._push(job, -next(self._order))  # before those of its own priority and deadline
+            else:
+                self._queue.appendleft(job)
 
     def _dispatch_fifo(self) -> None:
         queue = self._queue
@@ -365,32 +360,29 @@ class GpuPool(Generic[JobT]):
             self._due.leave(rank)
             self._leave_queue(job, node)
 
-    def _dispatch_gangs(self) -> None:
-        """Start what fits, in order; each head that does not fit reserves the node it can have soonest."""
+    def _dispatch_reserving(self) -> None:
+        """Start what fits, in order; each head that does not fit reserves the node it can have soonest.
+
+        Of nodes that are free equally soon it is the first.
+        """
         reserved: dict[int, float] = {}
         waiting: list[JobT] = []
         while self._queue and len(reserved) < self._nodes:
             job = self._queue.popleft()
             node = self._fit(job, reserved)
             if node < 0 and self._backfill:
-                node = self._fit_before(job, reserved)
+                # a reserved node that the job would have left before the reservation begins
+                stop = self.env.now + job.hold_s + job.load_s
+                fitting = (n for n, when in reserved.items() if self._free[n] >= job.degree and stop <= when)
+                node = next(fitting, -1)
             if node >= 0:
                 self._leave_queue(job, node, reserved.get(node, INFINITY))
             else:
                 waiting.append(job)
-                self._reserve(job, reserved)
+                unreserved = (node for node in range(self._nodes) if node not in reserved)
+                soonest_s, node = min((self._free_at(node, job.degree), node) for node in unreserved)
+                reserved[node] = soonest_s
         self._queue.extendleft(reversed(waiting))
-
-    def _fit_before(self, job: JobT, reserved: dict[int, float]) -> int:
-        """A reserved node that the job would have left before the reservation begins; -1 if there is none."""
-        stop = self.env.now + job.hold_s + job.load_s
-        return next((n for n, when in reserved.items() if self._free[n] >= job.degree and stop <= when), -1)
-
-    def _reserve(self, job: JobT, reserved: dict[int, float]) -> None:
-        """Reserve the node on which the job could start soonest, the first of equals."""
-        open_nodes = [node for node in range(self._nodes) if node not in reserved]
-        when, node = min((self._free_at(node, job.degree), node) for node in open_nodes)
-        reserved[node] = when
 
     def _free_at(self, node: int, degree: int) -> float:
         """When the node will have `degree` GPUs free if nothing else starts there."""

@@ -11,7 +11,7 @@ where cells are unequal, as on a day with peaks, it stays right. What cannot be 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -238,7 +238,13 @@ def summarise(
     tally = _Tally.of(scenario, replications, cells)
     names = [*scenario.requests, ALL]
     rows = [tally.figures(index, cells) for index in range(len(names))]
-    rows[-1] |= _rent(usd_per_hour, tally.sums["images"].sum(axis=0), cells)
+    if usd_per_hour is not None:  # the rent itself is known; what an image bears of it varies with the images
+        images = rate(tally.sums["images"].sum(axis=0), cells.seconds)
+        value, low, high = (
+            usd_per_hour / 3600 / per_s if per_s > 0 else NAN for per_s in (images.value, images.high, images.low)
+        )
+        rows[-1]["rent_usd_per_hour"] = Estimate.exact(usd_per_hour)
+        rows[-1]["rent_usd_per_image"] = Estimate(value, low, high)
     index = pd.MultiIndex.from_product([[policy], names], names=["policy", "request_class"])
     frame = _frame(rows, UNITS, index)
     for name in COUNTS:
@@ -273,7 +279,11 @@ class _Tally:
         sums = {name: np.zeros(shape) for name in _SUMS}
         parts = [(np.empty(0), np.empty(0, np.int32), np.empty(0, np.int32))]
         for number, records in enumerate(replications):
-            for rows in _blocks(records, cells):
+            table = records.rows()
+            for first in range(0, len(table), BLOCK_ROWS):
+                rows = table[first : first + BLOCK_ROWS]
+                measured = cells.measured(column(rows, "arrival_s"))
+                rows = rows if measured.all() else rows[measured]
                 weights = _weights(rows, cells.end_s)
                 cell, kind = cells.cell(column(rows, "arrival_s")), column(rows, "class_index").astype(np.int64)
                 for name, weight in weights.items():
@@ -301,15 +311,6 @@ class _Tally:
         return found
 
 
-def _blocks(records: Records, cells: _Cells) -> Iterator[np.ndarray]:
-    """The measured rows of a replication, a block at a time."""
-    table = records.rows()
-    for first in range(0, len(table), BLOCK_ROWS):
-        rows = table[first : first + BLOCK_ROWS]
-        measured = cells.measured(column(rows, "arrival_s"))
-        yield rows if measured.all() else rows[measured]
-
-
 def _weights(rows: np.ndarray, horizon_s: float) -> dict[str, np.ndarray]:
     """What each row adds to each sum."""
     status, finish, deadline = column(rows, "status"), column(rows, "finish_s"), column(rows, "deadline_s")
@@ -334,18 +335,6 @@ def _wait(rows: np.ndarray, side: str) -> np.ndarray:
     return wait_s
 
 
-def _rent(usd_per_hour: float | None, images: np.ndarray, cells: _Cells) -> dict[str, Estimate]:
-    """Rent of the nodes, and what an image bears of it; the rent itself is known, the images vary."""
-    if usd_per_hour is None:
-        return {}
-    served = rate(images, cells.seconds)
-    value, low, high = (
-        usd_per_hour / 3600 / images_per_s if images_per_s > 0 else NAN
-        for images_per_s in (served.value, served.high, served.low)
-    )
-    return {"rent_usd_per_hour": Estimate.exact(usd_per_hour), "rent_usd_per_image": Estimate(value, low, high)}
-
-
 def pool_table(
     scenario: Scenario, policy: str, replications: Sequence[Records], replicas: Mapping[str, int]
 ) -> pd.DataFrame:
@@ -366,7 +355,12 @@ def pool_table(
             mine = (column(table, "pool_index") == index) & cells.measured(arrival_s) & ~np.isnan(start_s)
             waited_s = start_s[mine] - column(table, "cloud_ready_s")[mine]
             waits.append((waited_s, cells.cell(arrival_s[mine]) + number * cells.each))
-            busy.append(_busy_gpu_s(table, index, cells.edges_s) + _lost_gpu_s(table, index, cells.edges_s))
+            # What was lost with a node counts where its request was started again, or at the end.
+            lost = table[(column(table, "pool_index") == index) & (column(table, "restarts") > 0)]
+            again_s = column(lost, "cloud_start_s")
+            again_s = np.where(np.isnan(again_s), cells.end_s, again_s)
+            lost_gpu_s = np.histogram(again_s, cells.edges_s, weights=column(lost, "lost_gpu_s"))[0]
+            busy.append(_busy_gpu_s(table, index, cells.edges_s) + lost_gpu_s)
         wait_s, cell = (np.concatenate(each) for each in zip(*waits, strict=True))
         order = np.argsort(wait_s)
         found = {"utilisation": ratio(np.concatenate(busy), count * cells.seconds, 1.0)}
@@ -387,15 +381,6 @@ def _busy_gpu_s(rows: np.ndarray, index: int, edges_s: np.ndarray) -> np.ndarray
     mine = column(rows, "pool_index") == index
     start_s, stop_s = column(rows, "cloud_start_s")[mine], column(rows, "cloud_stop_s")[mine]
     return area(start_s, stop_s, (column(rows, "degree") / column(rows, "batch_size"))[mine], edges_s)
-
-
-def _lost_gpu_s(rows: np.ndarray, index: int, edges_s: np.ndarray) -> np.ndarray:
-    """GPU-seconds lost with preempted nodes. Each counts where its request was started again, or at the end."""
-    lost = rows[(column(rows, "pool_index") == index) & (column(rows, "restarts") > 0)]
-    start_s = column(lost, "cloud_start_s")
-    again_s = np.where(np.isnan(start_s), edges_s[-1], start_s)
-    counted: np.ndarray = np.histogram(again_s, edges_s, weights=column(lost, "lost_gpu_s"))[0]
-    return counted
 
 
 def utilisation_series(

@@ -84,7 +84,7 @@ TOLERANCE_S = 1e-6
 """Rounding that sums of seconds may show."""
 
 TOLERANCE_DEVICES = 1e-6
-"""Rounding that sums of parts of a gang may show."""
+"""Rounding that sums of parts of a worker group may show."""
 
 
 class Sink(Protocol):
@@ -135,20 +135,15 @@ def to_frame(records: Records, policy: str) -> pd.DataFrame:
     for name, _ in COLUMNS:
         values = column(rows, name)
         if name in names:
+            # One name may have several codes: a plan priced for several request sizes becomes one category.
             new, known = names[name]
-            data[new] = _labelled(values, known)
+            unique = list(dict.fromkeys(known))
+            place = np.array([*(unique.index(label) for label in known), -1], dtype=np.int32)  # code -1 stays -1
+            categories = pd.Index(unique, dtype="object")
+            data[new] = pd.Categorical.from_codes(place[values.astype(np.int64)], categories=categories)
         else:
             data[name] = values.astype(np.int64) if name in INTEGER_COLUMNS else values
     return pd.DataFrame(data)
-
-
-def _labelled(codes: np.ndarray, names: Sequence[str]) -> pd.Categorical:
-    """Codes as their names; codes of one name (a plan priced for several request sizes) become one category."""
-    import pandas as pd
-
-    unique = list(dict.fromkeys(names))
-    place = np.array([*(unique.index(name) for name in names), -1], dtype=np.int32)  # code -1 stays -1
-    return pd.Categorical.from_codes(place[codes.astype(np.int64)], categories=pd.Index(unique, dtype="object"))
 
 
 class PlanFacts(NamedTuple):
@@ -167,8 +162,8 @@ class PlanFacts(NamedTuple):
     """GPU-seconds that each of 1, 2, ... requests denoised together bears."""
 
 
-class GangHistory(NamedTuple):
-    """What happened to a request's gang out of the ordinary: the columns of these names."""
+class GroupHistory(NamedTuple):
+    """What happened to a request's worker group out of the ordinary: the columns of these names."""
 
     batch_size: int = 1
     restarts: int = 0
@@ -187,7 +182,7 @@ class RunRecorder:
         self._raw: list[float] = []
         self.write: Callable[[tuple[float, ...]], None] = self._raw.extend
         """Record one request: its `RAW_COLUMNS`."""
-        self._histories: list[tuple[int, GangHistory]] = []
+        self._histories: list[tuple[int, GroupHistory]] = []
         self._plans: list[PlanFacts] = []
         self._count = self._used = 0
 
@@ -196,8 +191,8 @@ class RunRecorder:
         self._plans.append(facts)
         return len(self._plans) - 1
 
-    def write_with_history(self, row: tuple[float, ...], history: GangHistory) -> None:
-        """Record a request that shared its gang or lost it. Few do, so that `write` asks for no such columns."""
+    def write_with_history(self, row: tuple[float, ...], history: GroupHistory) -> None:
+        """Record a request that shared its worker group or lost it. Few do, so that `write` takes no such columns."""
         self._histories.append((len(self._raw) // len(RAW_COLUMNS), history))
         self.write(row)
 
@@ -253,11 +248,11 @@ class RunRecorder:
             times = column(rows, name)
             times[late & (times > self._horizon_s)] = np.nan
         column(rows, "model_load_s")[np.isnan(column(rows, "cloud_start_s"))] = 0.0  # drawn, but nothing was loaded yet
-        for name, alone in GangHistory()._asdict().items():
+        for name, alone in GroupHistory()._asdict().items():
             column(rows, name)[:] = alone
         if self._histories:
             positions, histories = zip(*self._histories, strict=True)
-            rows[np.ix_(positions, [INDEX[name] for name in GangHistory._fields])] = histories
+            rows[np.ix_(positions, [INDEX[name] for name in GroupHistory._fields])] = histories
             self._histories.clear()
         self._add_plan_columns(rows)
         return rows
@@ -275,7 +270,7 @@ class RunRecorder:
         rows[:, INDEX["usd"]] = np.array([plan.usd for plan in facts])[which] + load * rate
         shared = column(rows, "batch_size") > 1
         if shared.any():
-            # The plan's dollars are of a request alone; in a batch it bears its part of what the gang held.
+            # The plan's dollars are of a request alone; in a batch it bears its part of what the worker group held.
             widest = max(len(plan.batch_gpu_s) for plan in facts)
             each = np.array([[*plan.batch_gpu_s, *[0.0] * (widest - len(plan.batch_gpu_s))] for plan in facts])
             saved_gpu_s = each[which, 0] - each[which, column(rows, "batch_size").astype(np.int64) - 1]
@@ -290,13 +285,13 @@ def check_laws(records: Records, pool_gpus: Mapping[str, int], shared_replicas: 
     rows = records.rows()
     # Sums block by block: a copy of all served rows would double the memory of a run.
     blocks = (rows[first : first + FLUSH_ROWS] for first in range(0, len(rows), FLUSH_ROWS))
-    sums = dict.fromkeys(found for block in blocks for found in _wrong_sums(block))
+    sums = dict.fromkeys(found for block in blocks for found in _sums(block))
     broken = [*_conservation(rows), *_causality(rows), *sums, *_batches(rows)]
     for index, name in enumerate(records.pools):
         broken += _capacity(rows, "pool_index", index, "cloud", pool_gpus[name], f"pool {name}")
     for index, name in enumerate(records.fleets):
         broken += _capacity(rows, "fleet_index", index, "edge", shared_replicas[name], f"edge fleet {name}")
-        broken += _devices_do_one_thing(rows, index, name)
+        broken += _exclusive_devices(rows, index, name)
     if broken:
         raise RunError("the run broke its own laws: " + "; ".join(broken))
 
@@ -326,8 +321,8 @@ def _causality(rows: np.ndarray) -> list[str]:
     return []
 
 
-def _wrong_sums(rows: np.ndarray) -> Iterator[str]:
-    """Seconds that do not sum to the latency, GPU-seconds charged that were not held."""
+def _sums(rows: np.ndarray) -> Iterator[str]:
+    """Seconds sum to the latency, and GPU-seconds are charged as they were held."""
     served = rows[column(rows, "status") == SERVED]
     cloud = np.nan_to_num(column(served, "cloud_stop_s") - column(served, "cloud_ready_s"))
     edge = np.nan_to_num(column(served, "edge_stop_s") - column(served, "edge_ready_s"))
@@ -343,13 +338,13 @@ def _wrong_sums(rows: np.ndarray) -> Iterator[str]:
 
 
 def _batches(rows: np.ndarray) -> list[str]:
-    """Every gang that is shared is shared by as many as it says, of one plan, on one node, at one time."""
+    """Every worker group that is shared is shared by as many as it says, of one plan, on one node, at one time."""
     shared = rows[column(rows, "batch_size") != 1]
     if not len(shared):
         return []
     names = ("batch_size", "plan_index", "pool_index", "node", "cloud_start_s", "cloud_stop_s")
-    gangs, members = np.unique(np.nan_to_num(shared[:, [INDEX[name] for name in names]]), axis=0, return_counts=True)
-    torn = (gangs[:, 0] < 1) | (members % np.maximum(gangs[:, 0], 1.0) != 0)
+    groups, members = np.unique(np.nan_to_num(shared[:, [INDEX[name] for name in names]]), axis=0, return_counts=True)
+    torn = (groups[:, 0] < 1) | (members % np.maximum(groups[:, 0], 1.0) != 0)
     return [f"{int(torn.sum())} batches have other members than they say"] if torn.any() else []
 
 
@@ -358,7 +353,7 @@ def _capacity(rows: np.ndarray, key: str, index: int, side: str, capacity: int, 
     mine = (column(rows, key) == index) & ~np.isnan(column(rows, f"{side}_start_s"))
     if not mine.any():
         return []
-    # Each request of a batch holds its part of the gang, so that the batch holds the gang once.
+    # Each request of a batch holds its part of the group, so that the batch holds the group once.
     weight = column(rows, "degree")[mine] / column(rows, "batch_size")[mine] if side == "cloud" else np.ones(mine.sum())
     stopped_s, given_back = _cumulated(column(rows, f"{side}_stop_s")[mine], weight)
     started_s, taken = _cumulated(column(rows, f"{side}_start_s")[mine], weight)
@@ -375,7 +370,8 @@ def _cumulated(times_s: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.
     return times_s[order], np.cumsum(weight[order])
 
 
-def _devices_do_one_thing(rows: np.ndarray, index: int, name: str) -> list[str]:
+def _exclusive_devices(rows: np.ndarray, index: int, name: str) -> list[str]:
+    """No edge device runs two requests at a time."""
     mine = (column(rows, "fleet_index") == index) & ~np.isnan(column(rows, "edge_start_s"))
     device, start = column(rows, "device")[mine], column(rows, "edge_start_s")[mine]
     stop = column(rows, "edge_stop_s")[mine]

@@ -65,12 +65,12 @@ class JobArrays(NamedTuple):
 
 
 class Owners(NamedTuple):
-    """Who asks for what: the requests of owner `o` are `asks[first[o]:first[o + 1]]`, in order of arrival.
+    """Whose request is which: those of owner `o` are `indices[first[o]:first[o + 1]]`, in order of arrival.
 
     `owner` is each request's own, `before` the request that the same user made before; -1 for none.
     """
 
-    asks: Ints
+    indices: Ints
     first: Ints
     owner: Ints
     before: Ints
@@ -83,7 +83,13 @@ def pool_queue(jobs: JobArrays, *, nodes: int, gpus_per_node: int, discipline: s
     if gpus_per_node == 1:  # whoever waits needs the same: nobody can pass anybody
         one_gpu_queue(jobs, _idle(nodes, cold_start_s), 0)
         return
-    state, running = _all_free(nodes, gpus_per_node), _idle(nodes * gpus_per_node)
+    # Buckets of nodes that are all free.
+    after, before = np.arange(1, nodes + 1), np.arange(-1, nodes - 1)
+    after[-1] = -1
+    first, last = np.full(gpus_per_node + 1, -1), np.full(gpus_per_node + 1, -1)
+    first[gpus_per_node], last[gpus_per_node] = 0, nodes - 1
+    state: Nodes = (np.full(nodes, gpus_per_node), after, before, first, last)
+    running = _idle(nodes * gpus_per_node)
     if discipline == "fifo" or len(np.unique(jobs.degree[jobs.part[jobs.turn]])) == 1:
         node_queue(jobs, state, running, cold_start_s)
     else:
@@ -99,15 +105,6 @@ def shared_devices(requests: JobArrays, replicas: int) -> None:
 def _idle(servers: int, open_s: float = 0.0) -> Heap:
     """A heap with room for as many as `servers`, or of servers that nobody has used and that are free from `open_s`."""
     return np.full(servers, open_s), np.arange(servers) - servers, np.arange(servers)
-
-
-def _all_free(nodes: int, gpus: int) -> Nodes:
-    """Buckets of nodes that are all free."""
-    after, before = np.arange(1, nodes + 1), np.arange(-1, nodes - 1)
-    after[-1] = -1
-    first, last = np.full(gpus + 1, -1), np.full(gpus + 1, -1)
-    first[gpus], last[gpus] = 0, nodes - 1
-    return np.full(nodes, gpus), after, before, first, last
 
 
 @compiled
@@ -201,7 +198,7 @@ def _move(state: Nodes, node: int, change: int) -> None:
 
 @compiled
 def _fit(state: Nodes, degree: int) -> int:
-    """The fullest node with room for a gang, the one that has been so the longest; -1 if there is none."""
+    """The fullest node with room for so many GPUs, the one that has been so the longest; -1 if there is none."""
     first = state[3]
     for bucket in range(degree, len(first)):
         if first[bucket] >= 0:
@@ -210,11 +207,11 @@ def _fit(state: Nodes, degree: int) -> int:
 
 
 @compiled
-def _begin(state: Nodes, heap: Heap, size: int, number: int, node: int, gang: int, stop: float) -> int:
+def _begin(state: Nodes, heap: Heap, size: int, number: int, node: int, gpus: int, stop: float) -> int:
     """Give the job that starts as the `number`-th its GPUs until `stop`; how many jobs run now."""
     stop_s, key, where = heap
-    _move(state, node, -gang)
-    stop_s[size], key[size], where[size] = stop, number, node * len(state[3]) + gang
+    _move(state, node, -gpus)
+    stop_s[size], key[size], where[size] = stop, number, node * len(state[3]) + gpus
     _rise(stop_s, key, where, size)
     return size + 1
 
@@ -223,8 +220,8 @@ def _begin(state: Nodes, heap: Heap, size: int, number: int, node: int, gang: in
 def _release(state: Nodes, heap: Heap, size: int) -> int:
     """Free the GPUs of the job that ends first; how many jobs run now."""
     stop_s, key, where = heap
-    node, gang = divmod(where[0], len(state[3]))
-    _move(state, node, gang)
+    node, gpus = divmod(where[0], len(state[3]))
+    _move(state, node, gpus)
     size -= 1
     stop_s[0], key[0], where[0] = stop_s[size], key[size], where[size]
     _sink(stop_s, key, where, size)
@@ -233,7 +230,7 @@ def _release(state: Nodes, heap: Heap, size: int) -> int:
 
 @compiled
 def node_queue(jobs: JobArrays, state: Nodes, heap: Heap, open_s: float) -> None:
-    """Gangs in strict order: the head waits for its GPUs and everybody behind it waits too."""
+    """Worker groups in strict order: the head waits for its GPUs and everybody behind it waits too."""
     size, now = NOTHING * len(jobs.turn), open_s
     for place in range(len(jobs.turn)):
         job = jobs.turn[place]
@@ -241,21 +238,21 @@ def node_queue(jobs: JobArrays, state: Nodes, heap: Heap, open_s: float) -> None
             now = jobs.ready_s[job]
             while size > 0 and heap[0][0] <= now:
                 size = _release(state, heap, size)
-        gang = jobs.degree[jobs.part[job]]
-        node = _fit(state, gang)
+        gpus = jobs.degree[jobs.part[job]]
+        node = _fit(state, gpus)
         while node < 0 and size > 0:
             now = heap[0][0]
             size = _release(state, heap, size)
-            node = _fit(state, gang)
+            node = _fit(state, gpus)
         if node < 0:  # larger than a node: it never starts, and nobody behind it does
             break
         jobs.start_s[job], jobs.server[job] = now, node
-        size = _begin(state, heap, size, place, node, gang, now + jobs.hold_s[jobs.part[job]])
+        size = _begin(state, heap, size, place, node, gpus, now + jobs.hold_s[jobs.part[job]])
 
 
 @compiled
 def reserving_queue(jobs: JobArrays, state: Nodes, heap: Heap, free_s: Floats, open_s: float, backfill: int) -> None:
-    """Gangs where a head that does not fit reserves the node it can have soonest.
+    """Worker groups where a head that does not fit reserves the node it can have soonest.
 
     Those behind it use the other nodes, and with `backfill` also a reserved one that they leave in time. `free_s` is
     when each GPU of a node is free, the first first.
@@ -278,19 +275,17 @@ def reserving_queue(jobs: JobArrays, state: Nodes, heap: Heap, free_s: Floats, o
         number, place, kept = none, head, head
         while place < tail and number < nodes:
             job = jobs.turn[queue[place]]
-            gang, stop_s = jobs.degree[jobs.part[job]], now + jobs.hold_s[jobs.part[job]]
-            node = _fit_beside(state, gang, reserved_s)
-            if node < 0 and backfill:
-                node = _fit_before(state[0], gang, stop_s, reserved_s, held, number)
+            gpus, stop_s = jobs.degree[jobs.part[job]], now + jobs.hold_s[jobs.part[job]]
+            node = _fit_around(state, gpus, stop_s, reserved_s, held, number * backfill)
             if node >= 0:
                 jobs.start_s[job], jobs.server[job] = now, node
-                size = _begin(state, heap, size, started, node, gang, stop_s)
+                size = _begin(state, heap, size, started, node, gpus, stop_s)
                 started += 1
-                _occupy(free_s, node, gang, stop_s)
+                _occupy(free_s, node, gpus, stop_s)
             else:
                 queue[kept] = queue[place]
                 kept += 1
-                held[number] = _reserve(free_s, gang, now, reserved_s)
+                held[number] = _reserve(free_s, gpus, now, reserved_s)
                 number += 1
             place += 1
         for _ in range(kept - head):  # those who still wait stand where the search broke off
@@ -300,22 +295,19 @@ def reserving_queue(jobs: JobArrays, state: Nodes, heap: Heap, free_s: Floats, o
 
 
 @compiled
-def _fit_beside(state: Nodes, degree: int, reserved_s: Floats) -> int:
-    """The fullest node with room that nobody has reserved; -1 if there is none."""
-    after, first = state[1], state[3]
+def _fit_around(state: Nodes, degree: int, stop_s: float, reserved_s: Floats, held: Ints, count: int) -> int:
+    """The fullest node with room that nobody has reserved; -1 if there is none.
+
+    Without one, the first of `count` reserved nodes (`held`) that the job would have left before its reservation.
+    """
+    free, after, first = state[0], state[1], state[3]
     for bucket in range(degree, len(first)):
         node = first[bucket]
         while node >= 0:
             if reserved_s[node] < 0.0:
                 return int(node)
             node = after[node]
-    return -1
-
-
-@compiled
-def _fit_before(free: Ints, degree: int, stop_s: float, reserved_s: Floats, held: Ints, number: int) -> int:
-    """A reserved node that a job would have left before the reservation begins; -1 if there is none."""
-    for place in range(number):
+    for place in range(count):
         node = held[place]
         if free[node] >= degree and stop_s <= reserved_s[node]:
             return int(node)
@@ -324,7 +316,7 @@ def _fit_before(free: Ints, degree: int, stop_s: float, reserved_s: Floats, held
 
 @compiled
 def _reserve(free_s: Floats, degree: int, now: float, reserved_s: Floats) -> int:
-    """Reserve the node that will have room for a gang soonest, the first of equals."""
+    """Reserve the node that will have room for so many GPUs soonest, the first of equals."""
     chosen, soonest = -1, np.inf
     for node in range(len(free_s)):
         when = max(now, free_s[node, degree - 1])
@@ -364,7 +356,7 @@ def owned_devices(ready_s: Floats, part: Ints, edge_s: Floats, owners: Owners) -
         begin, free_s = owners.first[owner], 0.0
         count = owners.first[owner + 1] - begin
         for size in range(count):
-            queue[size] = owners.asks[begin + size]
+            queue[size] = owners.indices[begin + size]
             queue_s[size] = ready_s[queue[size]]
             _rise(queue_s, queue, queue, size)
         for size in range(count - 1, -1, -1):

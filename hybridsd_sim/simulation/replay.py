@@ -126,29 +126,28 @@ def replay(scenario: Scenario, requests: Requests, parts: MixParts, replicas: Ma
     links = Links(requests.asked_s, requests.half_rtt_s, requests.up_bytes_per_s, requests.down_bytes_per_s)
     part = take_turns(requests.class_index, parts.first, parts.share)
     ready_s = to_pools(part, links, table)
-    start_s, node = _through_pools(scenario, table, replicas, part, ready_s)
-    home_s, edge_ready_s = to_users(part, links, table, start_s)
-    edge_start_s, device = _over_devices(scenario, table, requests, part, edge_ready_s)
-    finish_s, status = finished(part, table, home_s, edge_start_s, scenario.horizon_s)
-    return Replayed(requests, part, ready_s, start_s, node, home_s, edge_start_s, device, finish_s, status)
-
-
-def _through_pools(
-    scenario: Scenario, table: MixTable, replicas: Mapping[str, int], part: Ints, ready_s: Floats
-) -> tuple[Floats, Ints]:
-    """When every request starts in its pool, and on which node."""
     start_s, node = np.full(len(part), np.inf), np.full(len(part), -1)
     for index, (name, pool) in enumerate(scenario.pools.items()):
         turn = _in_order(table.pool == index, part, ready_s)
-        jobs = JobArrays(turn, ready_s, part, table.cloud_s, table.degree, start_s, node)
         pool_queue(
-            jobs,
+            JobArrays(turn, ready_s, part, table.cloud_s, table.degree, start_s, node),
             nodes=replicas[name],
             gpus_per_node=pool.gpus_per_node,
             discipline=pool.discipline,
             cold_start_s=pool.cold_start_s,
         )
-    return start_s, node
+    home_s, edge_ready_s = to_users(part, links, table, start_s)
+    edge_start_s, device = edge_ready_s, requests.device
+    if (table.fleet >= 0).any():
+        owners = Owners(requests.asks, requests.first, requests.owner, requests.before)
+        edge_start_s = owned_devices(edge_ready_s, part, table.edge_s, owners)
+        for index, fleet in enumerate(scenario.edge.values()):
+            if fleet.ownership == "shared" and (turn := _in_order(table.fleet == index, part, edge_ready_s)).size:
+                device = device.copy()
+                jobs = JobArrays(turn, edge_ready_s, part, table.edge_s, table.degree, edge_start_s, device)
+                shared_devices(jobs, fleet.replicas)
+    finish_s, status = finished(part, table, home_s, edge_start_s, scenario.horizon_s)
+    return Replayed(requests, part, ready_s, start_s, node, home_s, edge_start_s, device, finish_s, status)
 
 
 def _in_order(served: npt.NDArray[np.bool_], part: Ints, ready_s: Floats) -> Ints:
@@ -157,21 +156,6 @@ def _in_order(served: npt.NDArray[np.bool_], part: Ints, ready_s: Floats) -> Int
         return np.argsort(ready_s, kind="stable")
     mine = np.flatnonzero(served[part]) if served.any() else np.empty(0, np.int64)
     return mine[np.argsort(ready_s[mine], kind="stable")]
-
-
-def _over_devices(
-    scenario: Scenario, table: MixTable, requests: Requests, part: Ints, ready_s: Floats
-) -> tuple[Floats, Ints]:
-    """When every request starts on its edge device, and on which; those without an edge stage never do."""
-    if (table.fleet < 0).all():
-        return ready_s, requests.device
-    owners = Owners(requests.asks, requests.first, requests.owner, requests.before)
-    start_s, device = owned_devices(ready_s, part, table.edge_s, owners), requests.device
-    for index, fleet in enumerate(scenario.edge.values()):
-        if fleet.ownership == "shared" and (turn := _in_order(table.fleet == index, part, ready_s)).size:
-            device = device.copy()
-            shared_devices(JobArrays(turn, ready_s, part, table.edge_s, table.degree, start_s, device), fleet.replicas)
-    return start_s, device
 
 
 @compiled

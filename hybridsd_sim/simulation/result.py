@@ -203,11 +203,15 @@ class Promise(NamedTuple):
 def promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> list[Promise]:
     """What every class and the budget ask, with what they got: figures as `figures_of` gives them.
 
-    Where as few as possible are to be turned away (`search.minimise`), an SLO is a promise to those who are let in.
+    Where as few as possible are to be turned away (`search.minimise`), an SLO is a promise to those who are admitted.
     """
     found = []
     for name, promised in scenario.promises.items():
-        got = _of_those_let_in(figures[name]) if scenario.search.minimise == "turned_away_per_s" else figures[name]
+        got = figures[name]
+        if scenario.search.minimise == "turned_away_per_s" and (admitted := 1.0 - got["unserved_share"].value) > 0.0:
+            attained = got["slo_attainment"]
+            value, low, high = (min(1.0, end / admitted) for end in (attained.value, attained.low, attained.high))
+            got = {**got, "slo_attainment": Estimate(value, low, high)}
         what = "served" if promised.slo_s is None else f"served within {promised.slo_s:g} s"
         asked: list[tuple[str, str, float | None, bool, str]] = [
             (what, "slo_attainment", promised.slo_share, True, "{:.2%}"),
@@ -228,16 +232,6 @@ def promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) 
         if bound is not None:
             found.append(Promise("rent", figures[ALL][figure], bound, at_least=False, form=form))
     return found
-
-
-def _of_those_let_in(got: Mapping[str, Estimate]) -> Mapping[str, Estimate]:
-    """The figures of a class with its attainment among the requests that were not turned away."""
-    served = 1.0 - got["unserved_share"].value
-    if not served > 0.0:
-        return got
-    attained = got["slo_attainment"]
-    value, low, high = (min(1.0, end / served) for end in (attained.value, attained.low, attained.high))
-    return {**got, "slo_attainment": Estimate(value, low, high)}
 
 
 def feasibility(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> Finding:
@@ -262,11 +256,23 @@ def stability(scenario: Scenario, replications: Sequence[Records]) -> Finding:
     out the very requests that wait longest. A peak that is over by the horizon leaves less unfinished and is no growth.
     """
     edges_s = np.linspace(scenario.warmup_s, scenario.horizon_s, 3 * CELLS_PER_THIRD + 1)
-    waiting = np.array([_waiting(records.rows(), edges_s) for records in replications])
+    begin_s, end_s = edges_s[2 * CELLS_PER_THIRD], edges_s[-1]  # of the last third
+    counts, arrived, left = [], [], []
+    for rows in (records.rows() for records in replications):
+        arrival_s = column(rows, "arrival_s")
+        done_s = np.where(column(rows, "status") == UNSERVED, arrival_s, column(rows, "finish_s"))
+        arrived.append([np.count_nonzero(arrival_s <= t) for t in (begin_s, end_s)])
+        left.append([np.count_nonzero(done_s <= t) for t in (begin_s, end_s)])
+        # Who waits for a GPU or an edge device, on average between each two edges.
+        ends_s = [(column(rows, f"{side}_ready_s"), column(rows, f"{side}_start_s")) for side in ("cloud", "edge")]
+        request_s = [area(ready_s, start_s, np.ones(len(rows)), edges_s) for ready_s, start_s in ends_s]
+        counts.append(sum(request_s, np.zeros(len(edges_s) - 1)) / np.diff(edges_s))
+    waiting = np.array(counts)
     middle, last = waiting[:, CELLS_PER_THIRD : 2 * CELLS_PER_THIRD], waiting[:, 2 * CELLS_PER_THIRD :]
     error = math.sqrt((middle.var(ddof=1) + last.var(ddof=1)) / last.size)
     noise = student(2 * last.size - 2) * error
-    arrivals, before, after = np.mean([_unfinished(r.rows(), edges_s) for r in replications], axis=0).tolist()
+    before, after = np.mean(np.subtract(arrived, left), axis=0).tolist()
+    arrivals = float(np.mean(np.diff(arrived)))
     growth = float(last.mean() - middle.mean())
     grows = growth > max(noise, GROWTH_SHARE * arrivals) and after > before
     reason = (
@@ -274,23 +280,6 @@ def stability(scenario: Scenario, replications: Sequence[Records]) -> Finding:
         f"{middle.mean():.1f} in the middle third; {after:.1f} unfinished at the end, {before:.1f} a third earlier"
     )
     return Finding("stable", ok=not grows, reason=reason)
-
-
-def _waiting(rows: np.ndarray, edges_s: np.ndarray) -> np.ndarray:
-    """Requests that wait for a GPU or an edge device, on average between each two edges."""
-    ones = np.ones(len(rows))
-    sides = [area(column(rows, f"{s}_ready_s"), column(rows, f"{s}_start_s"), ones, edges_s) for s in ("cloud", "edge")]
-    return sum(sides, np.zeros(len(edges_s) - 1)) / np.diff(edges_s)
-
-
-def _unfinished(rows: np.ndarray, edges_s: np.ndarray) -> tuple[int, int, int]:
-    """Arrivals in the last third; requests neither finished nor refused at its beginning, and at its end."""
-    arrival_s = column(rows, "arrival_s")
-    done_s = np.where(column(rows, "status") == UNSERVED, arrival_s, column(rows, "finish_s"))
-    begin_s, end_s = edges_s[2 * CELLS_PER_THIRD], edges_s[-1]
-    arrived = [int(np.count_nonzero(arrival_s <= t)) for t in (begin_s, end_s)]
-    done = [int(np.count_nonzero(done_s <= t)) for t in (begin_s, end_s)]
-    return arrived[1] - arrived[0], arrived[0] - done[0], arrived[1] - done[1]
 
 
 def convergence(p95_s: Estimate) -> Finding:

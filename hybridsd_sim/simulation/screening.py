@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,16 +81,12 @@ def why_not(scenario: Scenario, deployment: Deployment, inputs: Inputs | None = 
             return f"nodes of pool {name} may be taken away (preemptions_per_node_hour)"
     if any(plan.batch_cap > 1 and plan.cloud_stages[0].site.name in used for plan in plans):
         return "a plan denoises several requests together (batch_cap)"
-    if any(requests.varied for requests in inputs.replications) if inputs else _varied(scenario):
-        return "requests of a trace differ from their class in steps or images"
-    return ""
-
-
-def _varied(scenario: Scenario) -> bool:
-    """Whether some requests ask for other steps or images than their class; only those of a trace can."""
-    if not any(spec.arrivals.process in {"trace", "gentd26"} for spec in scenario.requests.values()):
-        return False
-    return not all(own_size(scenario, chunk).all() for chunk in arrival_chunks(scenario, 0))
+    if inputs:
+        varied = any(requests.varied for requests in inputs.replications)
+    else:  # only the requests of a trace can differ from their class
+        traced = any(spec.arrivals.process in {"trace", "gentd26"} for spec in scenario.requests.values())
+        varied = traced and not all(own_size(scenario, chunk).all() for chunk in arrival_chunks(scenario, 0))
+    return "requests of a trace differ from their class in steps or images" if varied else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +160,18 @@ class Screened:
     @cached_property
     def records(self) -> tuple[Records, ...]:
         """The records of every replication, as `simulate` makes them."""
-        return tuple(_records(self, played) for played in self.played)
+        scenario, parts, found = self.scenario, self.parts, []
+        names = (tuple(scenario.requests), tuple(scenario.pools), tuple(scenario.edge))
+        for played in self.played:
+            records = Records(*names, (), REASONS, played.requests.replication)
+            recorder = RunRecorder(records, scenario.horizon_s)
+            numbers = []
+            for option in parts.options:
+                facts = None if option is None else plan_facts(scenario, self.inputs.profiles, option)
+                numbers.append(-1 if facts is None else recorder.add_plan(facts))
+            recorder.write_all(len(played.part), _columns(scenario, parts, played, np.array(numbers)))
+            found.append(recorder.close())
+        return tuple(found)
 
     @cached_property
     def used(self) -> dict[tuple[str, str], Candidate]:
@@ -211,17 +218,6 @@ def screen(
     return Screened(inputs, replicas, parts, played)
 
 
-def _records(screened: Screened, played: Replayed) -> Records:
-    """The rows that `simulate` would have recorded."""
-    scenario, parts = screened.scenario, screened.parts
-    names = (tuple(scenario.requests), tuple(scenario.pools), tuple(scenario.edge))
-    recorder = RunRecorder(Records(*names, (), REASONS, played.requests.replication), scenario.horizon_s)
-    facts = partial(plan_facts, scenario, screened.inputs.profiles)
-    numbers = [-1 if option is None else recorder.add_plan(facts(option)) for option in parts.options]
-    recorder.write_all(len(played.part), _columns(scenario, parts, played, np.array(numbers)))
-    return recorder.close()
-
-
 def _columns(scenario: Scenario, parts: MixParts, played: Replayed, plan_index: Ints) -> dict[str, Any]:
     """The columns of the rows; what lies beyond the horizon did not happen."""
     requests, part, table, horizon_s = played.requests, played.part, parts.table, scenario.horizon_s
@@ -231,7 +227,7 @@ def _columns(scenario: Scenario, parts: MixParts, played: Replayed, plan_index: 
     down_s = requests.half_rtt_s + table.down_bytes[part] / requests.down_bytes_per_s
     stop_s = played.cloud_start_s + table.cloud_s[part]
     started = played.cloud_start_s < horizon_s
-    # The device hears of a request when the event loop still runs; what it then says of the future is kept.
+    # A request that reaches its device before the horizon is recorded with its whole edge stage, beyond it too.
     reached = at_edge & (played.home_s < horizon_s)
     at_end = reached | (in_cloud & ~at_edge & (stop_s < horizon_s))
     return {

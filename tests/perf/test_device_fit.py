@@ -25,7 +25,7 @@ from hybridsd_sim.perf.device_fit import (
     call_kernels,
     calls,
     population,
-    starting_belief,
+    starting_prior,
 )
 from hybridsd_sim.perf.roofline import PARAMETERS, Batch, Kernels
 from hybridsd_sim.profiles import CostRow, Gpu
@@ -77,8 +77,8 @@ def kernels_of(call: Call) -> Kernels:
 
 def true_law(deviation: Floats) -> Floats:
     """A device that lies this many standard deviations from what is believed of devices."""
-    belief = starting_belief(bare(), RUNTIME, "fp16")
-    return belief.mean + belief.spread * deviation + np.array([log(PEAK), 0, 0, log(BANDWIDTH), 0, 0])
+    prior = starting_prior(bare(), RUNTIME, "fp16")
+    return prior.mean + prior.spread * deviation + np.array([log(PEAK), 0, 0, log(BANDWIDTH), 0, 0])
 
 
 def true_s(call: Call, law: Floats) -> float:
@@ -119,7 +119,7 @@ def test_a_device_is_found_again_from_its_rows(deviation: Floats) -> None:
 @settings(max_examples=25)
 @given(deviations)
 def test_what_the_rows_say_counts_more_than_what_was_believed(deviation: Floats) -> None:
-    """The fitted law predicts its own rows at least as well as the belief that it started from, and within 6%."""
+    """The fitted law predicts its own rows at least as well as the prior that it started from, and within 6%."""
     law = true_law(deviation)
     fit, unseen = fitted_to(rows_of(law)), fit_of(bare(), "own", RUNTIME, "fp16")
     errors, before = (
@@ -135,13 +135,13 @@ def test_what_no_row_tells_stays_with_the_population() -> None:
     """Large batches never wait for the host, so that the launch stays as believed, as unsurely; the rate does not."""
     law = true_law(np.array([1.0, 0, 0, 0, 0, 1.0]))
     fit = fitted_to(rows_of(law, [("sdxl", 1024, 16), ("sdxl", 1024, 32), ("sd15", 512, 64)]))
-    belief = starting_belief(bare(), RUNTIME, "fp16")
+    prior = starting_prior(bare(), RUNTIME, "fp16")
     rate, launch = PARAMETERS.index("linear_flop_per_s"), PARAMETERS.index("launch_s_per_op")
 
-    assert fit.log_parameters[launch] == pytest.approx(belief.mean[launch], abs=1e-3)
-    assert np.sqrt(fit.covariance[launch, launch]) == pytest.approx(belief.spread[launch], rel=1e-3)
-    assert fit.log_parameters[rate] > belief.mean[rate] + log(PEAK) + 0.5 * belief.spread[rate]
-    assert np.sqrt(fit.covariance[rate, rate]) < 0.7 * belief.spread[rate]
+    assert fit.log_parameters[launch] == pytest.approx(prior.mean[launch], abs=1e-3)
+    assert np.sqrt(fit.covariance[launch, launch]) == pytest.approx(prior.spread[launch], rel=1e-3)
+    assert fit.log_parameters[rate] > prior.mean[rate] + log(PEAK) + 0.5 * prior.spread[rate]
+    assert np.sqrt(fit.covariance[rate, rate]) < 0.7 * prior.spread[rate]
 
 
 def test_the_population_counts_less_the_more_rows_there_are() -> None:
@@ -253,14 +253,14 @@ def test_residuals_are_the_laws_error_in_its_rows() -> None:
 
 
 def test_parameters_have_their_interval_and_unit() -> None:
-    """Each parameter stands between its ends, and a law of the belief has the datasheet's share."""
+    """Each parameter stands between its ends, and a law of the prior has the datasheet's share."""
     fit = fit_of(bare(), "own", RUNTIME, "fp16")
-    belief = starting_belief(bare(), RUNTIME, "fp16")
+    prior = starting_prior(bare(), RUNTIME, "fp16")
 
     assert tuple(fit.parameters) == PARAMETERS
     assert all(0 < found.low < found.value < found.high for found in fit.parameters.values())
-    assert fit.parameters["linear_flop_per_s"].value == pytest.approx(PEAK * exp(belief.mean[0]))
-    assert fit.parameters["memory_bytes_per_s"].value == pytest.approx(BANDWIDTH * exp(belief.mean[3]))
+    assert fit.parameters["linear_flop_per_s"].value == pytest.approx(PEAK * exp(prior.mean[0]))
+    assert fit.parameters["memory_bytes_per_s"].value == pytest.approx(BANDWIDTH * exp(prior.mean[3]))
 
 
 # ---- Intervals ------------------------------------------------------------------------------------------------------

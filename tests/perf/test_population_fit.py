@@ -265,7 +265,7 @@ def test_the_ratio_of_a_component_forgets_rows_that_are_left_out(profiles: Profi
 
 
 def test_a_constant_without_rows_is_forgotten(profiles: Profiles) -> None:
-    """Where no decoder was ever timed there is no ratio, and the belief holds."""
+    """Where no decoder was ever timed there is no ratio, and the prior holds."""
     held = refit(profiles, without=lambda row: row.component == "vae_decode")
 
     assert "vae_decode_ratio" not in held.constants
@@ -323,7 +323,7 @@ def test_a_group_is_predicted_without_its_single_gpu_too(
 
 
 def test_a_population_lies_among_its_devices(few: Profiles) -> None:
-    """The middle of each parameter is between the belief and the devices' own, which lie around it as it says."""
+    """The middle of each parameter is between the prior and the devices' own, which lie around it as it says."""
     means = {row.parameter: row for row in few.populations}
     rates = [log(exp(fit.log_parameters[0]) / (few.peak_flop_per_s(fit.device) or 1)) for fit in own_fits(few)]
     believed = log(few.runtime("eager").efficiency)

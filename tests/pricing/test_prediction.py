@@ -12,7 +12,7 @@ from hybridsd_sim import Profiles
 from hybridsd_sim.errors import IllegalPlanError
 from hybridsd_sim.estimate import interval, number
 from hybridsd_sim.pricing import PredictionQuery, predict_plan
-from hybridsd_sim.pricing.prediction import RUNG, predict_cost
+from hybridsd_sim.pricing.prediction import BANDWIDTH_STEP, predict_cost
 from hybridsd_sim.reporting import prediction_text
 
 ONE = PredictionQuery(model="sdxl", gpu="a100-sxm-80gb", runtime="cudagraph")
@@ -66,7 +66,7 @@ def test_at_the_break_even_bandwidth_a_gang_is_as_fast_as_one_gpu(profiles: Prof
     even = predict_plan(ask, profiles)["break_even_bandwidth_bytes_per_s"]
     half, same, twice = (predict_plan(ask, at_bandwidth(profiles, even * f))["speedup"] for f in (0.5, 1.0, 2.0))
 
-    assert 1.0 <= same <= RUNG
+    assert 1.0 <= same <= BANDWIDTH_STEP
     assert half < 1 < twice
 
 
@@ -79,7 +79,7 @@ def test_a_gang_wins_above_its_break_even_bandwidth_and_loses_below(profiles: Pr
     has = profiles.interconnect(link).bandwidth_bytes_per_s
     wins = figures["speedup"] >= 1
 
-    assert wins == (has >= even / RUNG)
+    assert wins == (has >= even / BANDWIDTH_STEP)
     assert interval[0] <= even <= interval[1]
     assert figures["speedup_interval"][0] <= figures["speedup"] <= figures["speedup_interval"][1]
     assert (

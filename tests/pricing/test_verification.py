@@ -28,7 +28,7 @@ from hybridsd_sim.pricing.verification import (
     to_json,
     used_in_fits,
 )
-from hybridsd_sim.profiles import Published, PublishedRow, PublishedTable, load_published, what_is_timed
+from hybridsd_sim.profiles import Published, PublishedRow, PublishedTable, load_published, timing_kind
 from hybridsd_sim.reporting import verification_text
 
 CONTRACT = {"name", "source", "rows", "calibration_rows", "mare", "worst", "mare_held_out", "coverage90"}
@@ -74,7 +74,7 @@ def keep(profiles, *, without):
 
 def several_gpus(profiles):
     """The times of several GPUs."""
-    return [row for row in profiles.costs if what_is_timed(row) == "multi_gpu"]
+    return [row for row in profiles.costs if timing_kind(row) == "multi_gpu"]
 
 
 def figure(**columns):
@@ -323,7 +323,7 @@ def test_a_device_is_left_out_whoever_timed_it(profiles, published):
 def test_every_time_that_a_law_predicts_stands_in_one_table(profiles, published):
     """Steps, encoders, decoders and exchanges, quoted and measured: each row once; a rank's own clock nowhere."""
     cases = [case for _, found in cases_of(profiles, published).values() for case in found]
-    timed = Counter(id(row) for row in profiles.costs if what_is_timed(row) is not None)
+    timed = Counter(id(row) for row in profiles.costs if timing_kind(row) is not None)
 
     assert Counter(id(case.row) for case in cases if not isinstance(case.row, PublishedRow)) == timed
     assert {row.kind for row in profiles.costs if id(row) in timed} == {"measured", "quoted", "modelled"}

@@ -221,7 +221,7 @@ def routed_jobs(drawn: list[tuple[int, int, int, int]]) -> list[tuple[float, Poo
 
 def gangs_of(done: Iterable[PoolJob]) -> list[tuple[PoolJob, ...]]:
     """The jobs of each gang, alone or together."""
-    found = {job.number if job.gang is None else job.gang[0].number: job.gang or (job,) for job in done}
+    found = {job.number if job.batch is None else job.batch[0].number: job.batch or (job,) for job in done}
     return [tuple(gang) for gang in found.values()]
 
 
@@ -274,9 +274,9 @@ def test_a_batch_takes_its_mates_from_anywhere_in_the_queue() -> None:
         job.route = route
     run_pool([(0.0, head), (0.5, first), (0.6, other), (0.7, second), (0.8, third)], nodes=1)
 
-    assert head.gang is None
+    assert head.batch is None
     assert head.cloud_stop_s == 2.0
-    assert first.gang == second.gang == third.gang == (first, second, third)
+    assert first.batch == second.batch == third.batch == (first, second, third)
     assert [first.cloud_stop_s, third.cloud_stop_s, other.cloud_start_s] == [6.0, 6.0, 6.0]
 
 
@@ -337,7 +337,7 @@ def test_a_lost_batch_is_lost_in_equal_parts() -> None:
 
     assert [job.lost_gpu_s for job in (first, *pair)] == [0.0, 1.0, 1.0]
     assert [job.cloud_start_s for job in pair] == [5.0, 5.0]
-    assert pair[0].gang == pair
+    assert pair[0].batch == pair
 
 
 def test_a_new_node_holds_no_model() -> None:
@@ -364,7 +364,7 @@ def test_a_request_that_led_no_batch_keeps_its_own_load() -> None:
     run_pool(jobs, nodes=1, discipline="edf", resident_models=1, preemption=preemption, until=50.0)
 
     assert (first.restarts, last.restarts) == (1, 1)
-    assert urgent.gang == first.gang == (urgent, first)
+    assert urgent.batch == first.batch == (urgent, first)
     assert [job.load_s for job in (urgent, first, other, last)] == [0.5] * 4
 
 

@@ -24,7 +24,7 @@ from hybridsd_sim.simulation import (
     column,
 )
 from hybridsd_sim.simulation import records as records_module
-from hybridsd_sim.simulation.records import INDEX, RAW_COLUMNS, WIDTH, GangHistory, to_frame
+from hybridsd_sim.simulation.records import INDEX, RAW_COLUMNS, WIDTH, GroupHistory, to_frame
 
 HORIZON_S = 100.0
 GPUS, PHONES = 4, 2
@@ -69,7 +69,7 @@ def recorded(rows, sink=None, horizon_s=HORIZON_S):
     for facts in PLANS:
         recorder.add_plan(facts)
     for row in rows:
-        if isinstance(row[-1], GangHistory):
+        if isinstance(row[-1], GroupHistory):
             recorder.write_with_history(*row)
         else:
             recorder.write(row)
@@ -106,7 +106,7 @@ def tampered(row, /, **values):
 
 def batch(size, *, first=0, arrival_s=10.0, lost_gpu_s=0.0):
     """Hybrid requests that share one gang, each on a phone of its own, with their marks."""
-    marks = GangHistory(size, int(lost_gpu_s > 0), lost_gpu_s)
+    marks = GroupHistory(size, int(lost_gpu_s > 0), lost_gpu_s)
     return [(hybrid(first + place, arrival_s, device=place), marks) for place in range(size)]
 
 
@@ -294,7 +294,7 @@ def test_a_batch_holds_its_gang_once(size, gangs):
 def test_a_batch_that_misses_a_member_breaks_the_law():
     """Three requests cannot be a batch of two, nor two one of three."""
     first, second, third = batch(3)
-    pair = [(row, GangHistory(2)) for row, _ in (first, second, third)]
+    pair = [(row, GroupHistory(2)) for row, _ in (first, second, third)]
 
     assert "other members" in broken_laws(recorded(pair), phones=9)
     assert "other members" in broken_laws(recorded([first, second]), phones=9)
@@ -310,8 +310,8 @@ def test_a_request_in_a_batch_is_charged_its_part_of_the_gang(size):
 
 
 def test_a_batch_of_one_is_charged_to_the_bit_as_before():
-    """GangHistory that say nothing change nothing."""
-    marked, plain = recorded([(hybrid(0, 10.0), GangHistory())]), recorded([hybrid(0, 10.0)])
+    """GroupHistory that say nothing change nothing."""
+    marked, plain = recorded([(hybrid(0, 10.0), GroupHistory())]), recorded([hybrid(0, 10.0)])
 
     assert marked.rows().tobytes() == plain.rows().tobytes()
 
@@ -321,7 +321,7 @@ def test_marks_stay_with_their_request_across_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records_module, "FLUSH_ROWS", 2)
         rows = [
-            (hybrid(n, 10.0 * n), GangHistory(1, n, 2.5 * n)) if n % 3 == 0 else hybrid(n, 10.0 * n) for n in range(8)
+            (hybrid(n, 10.0 * n), GroupHistory(1, n, 2.5 * n)) if n % 3 == 0 else hybrid(n, 10.0 * n) for n in range(8)
         ]
         records = recorded(rows)
 
