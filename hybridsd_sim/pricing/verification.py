@@ -81,10 +81,10 @@ def cases_of(profiles: Profiles, published: Published) -> dict[str, tuple[Publis
         if timing_kind(row) is not None:
             holder = next((table for table in published.tables.values() if table.holds(row)), None)
             if holder is None:
-                several = (
-                    "" if row.degree == 1 else ", several processes" if row.kind == "measured" else ", several GPUs"
-                )
-                name = (f"measured {row.device}" if row.kind == "measured" else row.source) + several
+                measured = row.kind == "measured"
+                name = f"measured {row.device}" if measured else row.source
+                if row.degree > 1:
+                    name += ", several processes" if measured else ", several GPUs"
                 own = {"name": name, "title": name, "group": "device_model"}
                 provenance = {"kind": row.kind, "source": row.source, "source_date": row.source_date}
                 holder = PublishedTable.model_validate(own | provenance)
