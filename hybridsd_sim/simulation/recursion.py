@@ -65,12 +65,12 @@ class JobArrays(NamedTuple):
 
 
 class Owners(NamedTuple):
-    """Whose request is which: those of owner `o` are `indices[first[o]:first[o + 1]]`, in order of arrival.
+    """Whose request is which: those of owner `o` are `asks[first[o]:first[o + 1]]`, in order of arrival.
 
     `owner` is each request's own, `before` the request that the same user made before; -1 for none.
     """
 
-    indices: Ints
+    asks: Ints
     first: Ints
     owner: Ints
     before: Ints
@@ -356,7 +356,7 @@ def owned_devices(ready_s: Floats, part: Ints, edge_s: Floats, owners: Owners) -
         begin, free_s = owners.first[owner], 0.0
         count = owners.first[owner + 1] - begin
         for size in range(count):
-            queue[size] = owners.indices[begin + size]
+            queue[size] = owners.asks[begin + size]
             queue_s[size] = ready_s[queue[size]]
             _rise(queue_s, queue, queue, size)
         for size in range(count - 1, -1, -1):
