@@ -155,17 +155,22 @@ def test_a_written_trace_reads_back_the_same(tmp_path, rows, dated):
     assert second.summary() == first.summary()
 
 
-def break_off(trace, file):
-    """Half a trace, and then the disk is full."""
-    file.write("half")
-    raise OSError(28, "No space left on device")
+class FullDisk:
+    """A CSV writer that gets as far as the header; then the disk is full."""
+
+    def __init__(self, file, **_):
+        self.writerow = lambda _: file.write("half")
+
+    def writerows(self, rows):
+        """Break off."""
+        raise OSError(28, "No space left on device")
 
 
 def test_a_trace_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """When writing breaks off, the old file stands untouched and nothing else is left behind."""
     out = written(tmp_path, "precious", "out.csv")
     trace = import_trace(written(tmp_path, LAYOUTS["plain"]))
-    monkeypatch.setattr(type(trace), "_write", break_off)
+    monkeypatch.setattr(csv, "writer", FullDisk)
     problems_of(lambda: trace.write_csv(out))
     assert out.read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "trace.csv"]
