@@ -321,16 +321,13 @@ def _print(format_: Format, data: Mapping[str, Any], text: Any) -> None:
         typer.echo(json.dumps(data, indent=2, allow_nan=False))
         return
     header, rows = text()
-    cells = [header, *([_figure(cell) for cell in row] for row in rows)]
+    cells = [header]
+    for row in rows:
+        figures = [f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row]
+        cells.append(["-" if cell is None else str(cell) for cell in figures])
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     for row in cells:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _figure(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _outcome_table(summary: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[object]]]:

@@ -6,7 +6,7 @@ With an address it is half of a hybrid run: the cloud's side, which hands over t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class RunOptions:
 
 def make_image(wanted: RunOptions, out: Path | None, edge: Address | None) -> dict[str, Any]:
     """Make the image, write it, and say what it took. Raises `InputError` for what cannot be run here."""
-    check_words(wanted)
+    check_options(wanted)
     if out is None or out.suffix.lower() != ".png":
         raise InputError(Problem("--out", "nothing" if out is None else str(out), "the image is a .png file"))
     if not out.absolute().parent.is_dir():
@@ -86,7 +86,7 @@ def make_image(wanted: RunOptions, out: Path | None, edge: Address | None) -> di
 
 def be_edge(wanted: RunOptions, address: Address, say: Callable[[str], None]) -> None:
     """Serve the last steps of other processes' runs until interrupted; `say` is told where."""
-    check_words(wanted)
+    check_options(wanted)
     profiles = load_profiles(wanted.profiles)
     row, model = profiles.model(wanted.model), _model(wanted, wanted.model, wanted.weights, profiles)
     with open_listener(address) as listener:
@@ -98,31 +98,29 @@ def be_edge(wanted: RunOptions, address: Address, say: Callable[[str], None]) ->
         )
 
 
-def check_words(wanted: RunOptions) -> None:
-    """Raises `InputError` with every word and number that means nothing, and sets the threads that were asked for."""
+def check_options(wanted: RunOptions) -> None:
+    """Set the threads that were asked for. Raises `InputError` with every option that means nothing here."""
     known = (("--precision", wanted.precision, tuple(PRECISIONS)), ("--payload", wanted.payload, tuple(PAYLOADS)))
     problems = [unknown_name(place, name, names) for place, name, names in known if name not in names]
     if wanted.device not in {"cpu", "cuda"}:
         problems.append(unknown_name("--device", wanted.device, ("cpu", "cuda")))
     elif wanted.device == "cuda" and not torch.cuda.is_available():
         problems.append(Problem("--device", "cuda", "no CUDA device is here", "Use --device cpu."))
-    problems += _number_problems(wanted)
+    problems += [
+        Problem(place, str(size_px), "an image has at least one row and column", "Leave it out for native.")
+        for place, size_px in (("--height-px", wanted.height_px), ("--width-px", wanted.width_px))
+        if size_px is not None and size_px < 1
+    ]
+    if not math.isfinite(wanted.guidance_scale):
+        rule, remedy = "must be a finite number", "Above 1 guides; 1 does not."
+        problems.append(Problem("--guidance-scale", str(wanted.guidance_scale), rule, remedy))
+    if not 0 < wanted.timeout_s <= MAX_TIMEOUT_S:
+        rule = f"must be above 0 and at most {MAX_TIMEOUT_S:g} seconds, a day"
+        problems.append(Problem("--timeout-s", str(wanted.timeout_s), rule, f"The default is {TIMEOUT_S:g}."))
     if problems:
         raise InputError(problems)
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
-
-
-def _number_problems(wanted: RunOptions) -> Iterator[Problem]:
-    for place, size_px in (("--height-px", wanted.height_px), ("--width-px", wanted.width_px)):
-        if size_px is not None and size_px < 1:
-            yield Problem(place, str(size_px), "an image has at least one row and column", "Leave it out for native.")
-    if not math.isfinite(wanted.guidance_scale):
-        rule = "must be a finite number"
-        yield Problem("--guidance-scale", str(wanted.guidance_scale), rule, "Above 1 guides; 1 does not.")
-    if not 0 < wanted.timeout_s <= MAX_TIMEOUT_S:
-        rule = f"must be above 0 and at most {MAX_TIMEOUT_S:g} seconds, a day"
-        yield Problem("--timeout-s", str(wanted.timeout_s), rule, f"The default is {TIMEOUT_S:g}.")
 
 
 def _image_run(wanted: RunOptions, profiles: Profiles, edge: Address | None) -> ImageRun:

@@ -154,6 +154,7 @@ def finish_at_edge(
 
 
 def _result(kind: bytes, payload: bytes, sent: LatentTransfer, peer: str) -> Tensor:
+    """The latents of an edge's last frame."""
     if kind == _ERROR:
         raise RunError(f"{peer} refused: {payload.decode(errors='replace')}")
     if kind != _RESULT:
@@ -205,39 +206,30 @@ def serve_edge(
             continue
         with connection:
             line = _Connection(connection, f"the sender at {address[0]}:{address[1]}", timeout_s, max_bytes)
-            _serve(line, make_denoiser, expected, device)
+            try:
+                line.send(_RESULT, _finish_transfer(line, make_denoiser, expected, device))
+            except HybridSDError as error:
+                log.warning("%s was not served: %s", line.peer, error)
+                _refuse(line, str(error))
+            except Exception as error:
+                log.exception("%s was not served", line.peer)
+                _refuse(line, f"the run failed there: {type(error).__name__}: {error}")
 
 
-def _serve(
-    line: _Connection,
-    make_denoiser: Callable[[LatentTransfer], Denoiser],
-    expected: ExpectedTransfer,
-    device: torch.device | str,
-) -> None:
-    try:
-        line.send(_RESULT, _finish(line, make_denoiser, expected, device))
-    except HybridSDError as error:
-        log.warning("%s was not served: %s", line.peer, error)
-        _refuse(line, str(error))
-    except Exception as error:
-        log.exception("%s was not served", line.peer)
-        _refuse(line, f"the run failed there: {type(error).__name__}: {error}")
-
-
-def _finish(
+def _finish_transfer(
     line: _Connection,
     make_denoiser: Callable[[LatentTransfer], Denoiser],
     expected: ExpectedTransfer,
     device: torch.device | str,
 ) -> bytes:
+    """The final latents of the run that the sender hands over, as bytes of a transfer without state."""
     kind, payload = line.receive()
     if kind != _HANDOVER:
         raise RunError(f"{line.peer} sent a frame of kind {kind!r}, not a hand-over")
     transfer = parse(payload, expected)
-    denoiser = make_denoiser(transfer)
     latents = finish_run(
         transfer,
-        denoiser,
+        make_denoiser(transfer),
         device=device,
         on_step=lambda step, _: line.send(_PROGRESS, step.to_bytes(4, "big")),
     )
@@ -328,7 +320,7 @@ def edge_process(
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:  # the process keeps it; callers wait in its queue
         process = multiprocessing.get_context("spawn").Process(
-            target=_edge_life, args=(listener, build, threads, settings), daemon=True
+            target=_run_edge, args=(listener, build, threads, settings), daemon=True
         )
         process.start()
         address = listener.getsockname()
@@ -339,7 +331,7 @@ def edge_process(
         process.join()
 
 
-def _edge_life(
+def _run_edge(
     listener: socket.socket, build: Callable[[], UNet2DConditionModel], threads: int | None, settings: dict[str, Any]
 ) -> None:
     if threads:

@@ -91,8 +91,11 @@ def generate_image(run: ImageRun) -> GeneratedImage:
     """Carry out a run. Raises `IllegalPlanError` for one that breaks a rule and `RunError` where a part of it fails."""
     check_switch(run)
     clock = _Clock(run.model.device)
-    with clock.time("load"):
-        _load(run)
+    with clock.time("load"):  # every part that this process runs, so that no component's time holds it
+        for name in ("text_encoders", "tokenizers", "vae", *(("unet",) if run.carrier == "loopback" else ())):
+            getattr(run.model, name)  # built when it is first asked for
+        if run.small:
+            _ = run.small.unet
     with clock.time("text_encode"):
         conditioning = run.model.encode(
             [run.prompt], height_px=run.height_px, width_px=run.width_px, guidance_scale=run.guidance_scale
@@ -110,22 +113,13 @@ def generate_image(run: ImageRun) -> GeneratedImage:
     )
     clock.seconds["denoise"] = max(rank.seconds for rank in ranks)
     clock.bytes["received_by_busiest_rank"] = max(rank.received_bytes for rank in ranks)
-    latents = _finish(run, ranks[0].transfer, clock)
+    latents = _denoise_rest(run, ranks[0].transfer, clock)
     with clock.time("vae_decode"):
         images = decode(run.model.vae, latents.to(run.model.device))
     pixels = (images[0].float().cpu() / 2 + 0.5).clamp(0, 1)
     if not torch.isfinite(pixels).all():
         raise RunError("the image holds NaN or infinite values; run it with fp32")
     return GeneratedImage(pixels, clock.seconds, clock.bytes)
-
-
-def _load(run: ImageRun) -> None:
-    """Build every part that this process runs, so that no component's time holds it."""
-    own = ("unet",) if run.carrier == "loopback" else ()
-    for name in ("text_encoders", "tokenizers", "vae", *own):
-        getattr(run.model, name)  # built when it is first asked for
-    if run.small:
-        _ = run.small.unet
 
 
 def check_switch(run: ImageRun) -> None:
@@ -177,7 +171,7 @@ def to_cpu(transfer: LatentTransfer) -> LatentTransfer:
     )
 
 
-def _finish(run: ImageRun, transfer: LatentTransfer | None, clock: _Clock) -> Tensor:
+def _denoise_rest(run: ImageRun, transfer: LatentTransfer | None, clock: _Clock) -> Tensor:
     """The final latents: those of the first stage, or of the second one, here or at the edge."""
     if transfer is None:
         raise RunError("rank 0 brought nothing back")

@@ -177,7 +177,25 @@ def parse(data: bytes, expected: ExpectedTransfer) -> LatentTransfer:
     `expected` describes; it names everything that does not agree.
     """
     tensors, metadata = _unpack(data)
-    transfer = _read(tensors, metadata)
+    # In memory of their own: a view into the bytes is aligned otherwise, which can change sums.
+    own = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    try:
+        step = int(metadata["step"])
+        history = tuple(own[name] for name in sorted(own) if name.startswith("history."))
+        transfer = LatentTransfer(
+            latents=own["latents"],
+            step=step,
+            num_inference_steps=int(metadata["num_inference_steps"]),
+            sampler=metadata["sampler"],
+            prediction=metadata["prediction"],
+            latent_space=metadata["latent_space"],
+            guidance_scale=float(metadata["guidance_scale"]),
+            state=SamplerState(history=history, order=int(metadata["order"]), step=step),
+            embeds=own.get("embeds"),
+            added={name.removeprefix("added."): own[name] for name in own if name.startswith("added.")},
+        )
+    except (KeyError, ValueError) as error:
+        raise _damaged(f"no valid entry {error}", "must have every entry of its format") from error
     own_problems = [*_not_finite(tensors), *_inconsistent(transfer, tensors, metadata)]
     if problems := own_problems or list(_unexpected(transfer, expected)):
         raise InputError(problems)
@@ -209,28 +227,6 @@ def _damaged(value: str, rule: str) -> InputError:
     )
 
 
-def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LatentTransfer:
-    """Tensors are copied to memory of their own: a view into the bytes is aligned otherwise, which can change sums."""
-    own = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
-    history = tuple(own[name] for name in sorted(own) if name.startswith("history."))
-    try:
-        step = int(metadata["step"])
-        return LatentTransfer(
-            latents=own["latents"],
-            step=step,
-            num_inference_steps=int(metadata["num_inference_steps"]),
-            sampler=metadata["sampler"],
-            prediction=metadata["prediction"],
-            latent_space=metadata["latent_space"],
-            guidance_scale=float(metadata["guidance_scale"]),
-            state=SamplerState(history=history, order=int(metadata["order"]), step=step),
-            embeds=own.get("embeds"),
-            added={name.removeprefix("added."): own[name] for name in own if name.startswith("added.")},
-        )
-    except (KeyError, ValueError) as error:
-        raise _damaged(f"no valid entry {error}", "must have every entry of its format") from error
-
-
 def _inconsistent(
     transfer: LatentTransfer, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Iterator[Problem]:
@@ -253,6 +249,7 @@ def _inconsistent(
 
 
 def _unexpected(transfer: LatentTransfer, expected: ExpectedTransfer) -> Iterator[Problem]:
+    """What the receiver cannot go on with."""
     remedy = "Both sides must run the same job with models of one latent space."
     pairs = [(name, getattr(transfer, name), getattr(expected, name)) for name in _AGREED]
     shape = tuple(transfer.latents.shape)
@@ -260,21 +257,18 @@ def _unexpected(transfer: LatentTransfer, expected: ExpectedTransfer) -> Iterato
     for name, given, wanted in pairs:
         if wanted not in (None, given):
             yield Problem(f"{_PLACE} {name}", str(given), f"this side runs {wanted}", remedy)
-    if expected.embeds_width is not None:
-        yield from _unfit_conditioning(transfer, expected)
-
-
-def _unfit_conditioning(transfer: LatentTransfer, expected: ExpectedTransfer) -> Iterator[Problem]:
-    given = transfer.conditioning
-    if given is None:
+    if expected.embeds_width is None:
+        return
+    conditioning = transfer.conditioning
+    if conditioning is None:
         remedy = "Send them along."
         yield Problem(f"{_PLACE} embeds", "none", "this side has no text encoder, so it needs the embeddings", remedy)
         return
-    wanted = (given.branches * len(transfer.latents), expected.embeds_width)
-    if (shape := given.embeds.shape)[::2] != wanted:
-        rule = f"must be {wanted[0]} (branches x images) times tokens times a width of {wanted[1]}"
-        yield Problem(f"{_PLACE} embeds", _shape_text(shape), rule, "Both models must share a text encoder.")
+    rows, width, embeds = conditioning.branches * len(transfer.latents), expected.embeds_width, conditioning.embeds
+    if embeds.shape[::2] != (rows, width):
+        rule = f"must be {rows} (branches x images) times tokens times a width of {width}"
+        yield Problem(f"{_PLACE} embeds", _shape_text(embeds.shape), rule, "Both models must share a text encoder.")
     for name in expected.added:
-        if name not in given.added or len(given.added[name]) != wanted[0]:
-            rule = f"this side's model needs added condition {name}, {wanted[0]} rows of it"
-            yield Problem(f"{_PLACE} added", ", ".join(given.added) or "none", rule)
+        if name not in conditioning.added or len(conditioning.added[name]) != rows:
+            rule = f"this side's model needs added condition {name}, {rows} rows of it"
+            yield Problem(f"{_PLACE} added", ", ".join(conditioning.added) or "none", rule)

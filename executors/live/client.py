@@ -29,7 +29,6 @@ from .messages import (
     DamagedResponseError,
     EdgeReport,
     EdgeStage,
-    ErrorResponse,
     ImageRequest,
     ImageResponse,
     Reason,
@@ -172,10 +171,10 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         if self._notices:
-            _, unsaid = await asyncio.wait(self._notices, timeout=_NOTICE_S)
-            for saying in unsaid:
-                saying.cancel()
-            await asyncio.gather(*unsaid, return_exceptions=True)
+            _, unsent = await asyncio.wait(self._notices, timeout=_NOTICE_S)
+            for notice in unsent:
+                notice.cancel()
+            await asyncio.gather(*unsent, return_exceptions=True)
         await self._http.aclose()
 
     async def ask(self, request: ClientRequest) -> RequestOutcome:
@@ -186,7 +185,7 @@ class Client:
         progress = _RequestProgress(request, self._wait_s)
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._through(progress)
+                await self._fetch_image(progress)
         except UnservedError as ending:
             progress.fail(ending.reason, ending.words)
         except TimeoutError:
@@ -197,8 +196,8 @@ class Client:
             raise
         return progress.outcome
 
-    async def _through(self, progress: _RequestProgress) -> None:
-        answer, payload = await self._answer(progress)
+    async def _fetch_image(self, progress: _RequestProgress) -> None:
+        answer, payload = await self._fetch_response(progress)
         if answer.status == "unserved":
             raise UnservedError(answer.reason, "" if answer.error is None else answer.error.value)
         if answer.status == "served":
@@ -206,7 +205,7 @@ class Client:
             return
         done_path = f"/v1/images/{progress.request.id}/done"
         try:
-            done = await self._at_edge(progress, answer.edge, payload)
+            done = await self._finish_at_edge(progress, answer.edge, payload)
         except UnservedError:
             self._notify("POST", done_path, EdgeReport(outcome="failed").model_dump_json())
             raise
@@ -214,7 +213,7 @@ class Client:
 
     # ---- The cloud --------------------------------------------------------------------------------------------------
 
-    async def _answer(self, progress: _RequestProgress) -> tuple[ImageResponse, bytes]:
+    async def _fetch_response(self, progress: _RequestProgress) -> tuple[ImageResponse, bytes]:
         """The response that says how the cloud's part ended, asked for until it is there and whole."""
         retries = stamina.retry_context(
             on=(httpx.HTTPError, DamagedResponseError), attempts=self._retries + 1, timeout=None, **_PAUSES
@@ -223,42 +222,37 @@ class Client:
             async for attempt in retries:
                 with attempt:
                     progress.note(retries=attempt.num - 1)
-                    return await self._heard_out(progress)
+                    return await self._poll(progress)
         except httpx.HTTPError as error:
             raise UnservedError(Reason.UNREACHABLE) from error
         except DamagedResponseError as error:
             raise UnservedError(Reason.DAMAGED) from error
         raise AssertionError("an attempt returns or raises")
 
-    async def _heard_out(self, progress: _RequestProgress) -> tuple[ImageResponse, bytes]:
+    async def _poll(self, progress: _RequestProgress) -> tuple[ImageResponse, bytes]:
         """Ask as long as the service says that the request is under way, or that it is to be sent again later."""
         while True:
-            said, payload = await self._exchange(progress)
-            if isinstance(said, ImageResponse):
-                if said.status != "open":
-                    return said, payload
-            elif said.retry_after_s is None:
-                raise UnservedError(Reason.REFUSED, f"{said.error.place}: {said.error.rule}")
+            message, sent_s = progress.message()
+            # A connection of its own: what a damaged length leaves on it must not be read as the next response.
+            own = {"connection": "close"}
+            async with self._http.stream("POST", "/v1/images", content=message, headers=own) as response:
+                received_s = time.monotonic()
+                body = await response.aread()
+            answer, payload = decode_response(body, response.headers.get(DIGEST))
+            if isinstance(answer, ImageResponse):
+                if answer.has_payload and not payload:
+                    raise DamagedResponseError("the answer came without its payload")
+                progress.update(answer, payload, sent_s, received_s)
+                if answer.status != "open":
+                    return answer, payload
+            elif answer.retry_after_s is None:
+                raise UnservedError(Reason.REFUSED, f"{answer.error.place}: {answer.error.rule}")
             else:
-                await asyncio.sleep(said.retry_after_s)
-
-    async def _exchange(self, progress: _RequestProgress) -> tuple[ImageResponse | ErrorResponse, bytes]:
-        message, sent_s = progress.message()
-        # A connection of its own: what a damaged length leaves on it must not be read as the next response.
-        own = {"connection": "close"}
-        async with self._http.stream("POST", "/v1/images", content=message, headers=own) as response:
-            heard_s = time.monotonic()
-            body = await response.aread()
-        said, payload = decode_response(body, response.headers.get(DIGEST))
-        if isinstance(said, ImageResponse):
-            if said.has_payload and not payload:
-                raise DamagedResponseError("the answer came without its payload")
-            progress.hear(said, payload, sent_s, heard_s)
-        return said, payload
+                await asyncio.sleep(answer.retry_after_s)
 
     # ---- The edge ---------------------------------------------------------------------------------------------------
 
-    async def _at_edge(self, progress: _RequestProgress, edge: EdgeStage | None, begun: bytes) -> TaskResult:
+    async def _finish_at_edge(self, progress: _RequestProgress, edge: EdgeStage | None, begun: bytes) -> TaskResult:
         """Do what is left on a device, begun again from its last checkpoint if it dies."""
         progress.note(edge_ready_s=time.monotonic())
         if self._pool is None or edge is None:
@@ -276,8 +270,9 @@ class Client:
         )  # fmt: skip
         for life in range(self._retries + 1):
             device = await self._free_device(pool)
+            self._busy[device] += 1
             try:
-                done = await self._on(pool, device, replace(task, key=f"{progress.request.id}/edge{life}"))
+                done = await pool.run(device, replace(task, key=f"{progress.request.id}/edge{life}"))
             except WorkerLost as lost:
                 progress.note(restarts=progress.outcome.restarts + 1)
                 task = replace(task, begun=lost.checkpoint or task.begun)
@@ -286,6 +281,8 @@ class Client:
             else:
                 progress.finish(done, self._devices.index(device))
                 return done
+            finally:
+                self._busy[device] -= 1
         raise UnservedError(Reason.EDGE_LOST)
 
     async def _free_device(self, pool: ProcessPool) -> str:
@@ -295,29 +292,25 @@ class Client:
         self._devices += [name for name in up if name not in self._devices]
         return min(up, key=lambda name: self._busy[name])
 
-    async def _on(self, pool: ProcessPool, device: str, task: Task) -> TaskResult:
-        self._busy[device] += 1
-        try:
-            return await pool.run(device, task)
-        finally:
-            self._busy[device] -= 1
-
     # ---- Notices ----------------------------------------------------------------------------------------------------
 
     def _notify(self, method: str, path: str, body: str | None = None) -> None:
-        """Tell the service something that nobody waits for."""
-        notice = asyncio.create_task(self._send(method, path, body))
+        """Send the service something that nobody waits for.
+
+        Three times at most, until it has arrived: the service forgets the request by itself in time.
+        """
+
+        async def send() -> None:
+            with suppress(httpx.HTTPError):
+                async for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=3, timeout=None, **_PAUSES):
+                    with attempt:
+                        response = await self._http.request(method, path, content=body)
+                        if response.is_server_error:
+                            response.raise_for_status()
+
+        notice = asyncio.create_task(send())
         self._notices.add(notice)
         notice.add_done_callback(self._notices.discard)
-
-    async def _send(self, method: str, path: str, body: str | None) -> None:
-        """Say it until it is heard, three times at most: the service forgets the request by itself in time."""
-        with suppress(httpx.HTTPError):
-            async for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=3, timeout=None, **_PAUSES):
-                with attempt:
-                    response = await self._http.request(method, path, content=body)
-                    if response.is_server_error:
-                        response.raise_for_status()
 
 
 class _RequestProgress:
@@ -350,7 +343,7 @@ class _RequestProgress:
     def fail(self, reason: str, words: str = "") -> None:
         self.note(status="unserved", reason=reason, words=words)
 
-    def hear(self, answer: ImageResponse, payload: bytes, sent_s: float, heard_s: float) -> None:
+    def update(self, answer: ImageResponse, payload: bytes, sent_s: float, received_s: float) -> None:
         """Take in what the cloud says it has done, on this machine's clock."""
         first_sent_s = sent_s if math.isnan(self.outcome.sent_s) else self.outcome.sent_s
         self.note(
@@ -361,7 +354,7 @@ class _RequestProgress:
             bytes_down=len(payload),
         )
         if (held := answer.cloud) is not None:
-            shift_s = clock_shift_s(answer, sent_s, heard_s)
+            shift_s = clock_shift_s(answer, sent_s, received_s)
             self.note(
                 worker=held.worker or None,
                 cloud_ready_s=held.ready_s + shift_s,
@@ -383,12 +376,12 @@ class _RequestProgress:
         )
 
 
-def clock_shift_s(answer: ImageResponse, sent_s: float, heard_s: float) -> float:
+def clock_shift_s(answer: ImageResponse, sent_s: float, received_s: float) -> float:
     """What to add to the service's times: nothing if its clock is ours, else what puts the exchange in the middle.
 
-    On one machine a request is received after it was sent, and answered before that is heard. On a clock that differs
-    they are moved to where both ways took equally long.
+    On one machine a request is received after it was sent, and answered before the client has the answer. Times of a
+    clock that differs are moved to where both ways took equally long.
     """
-    if sent_s <= answer.received_s and answer.answered_s <= heard_s:
+    if sent_s <= answer.received_s and answer.answered_s <= received_s:
         return 0.0
-    return (sent_s - answer.received_s + heard_s - answer.answered_s) / 2
+    return (sent_s - answer.received_s + received_s - answer.answered_s) / 2

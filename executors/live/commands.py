@@ -63,32 +63,28 @@ def serve(options: ServeOptions, say: Say) -> None:
 async def _serve(
     options: ServeOptions, scheduler: Scheduler, specs: Sequence[WorkerSpec], listener: socket.socket, say: Say
 ) -> None:
-    life = asyncio.create_task(_until_stopped(options, scheduler, specs, listener, say))
-    loop = asyncio.get_running_loop()
+    async def serve_until_cancelled() -> None:
+        for spec in specs:
+            say(f"loading {spec.name}: {', '.join(spec.models)}, {spec.method} x{spec.degree}, {spec.threads} threads")
+        async with ProcessPool(specs) as pool:
+            app = build_service(
+                scheduler,
+                pool,
+                specs=specs,
+                token=options.token or None,
+                hosts=names_of(options.host),
+                settings=options.settings,
+            )
+            async with run_service(app, listener) as running:
+                host, port = listener.getsockname()[:2]
+                say(f"serving {scheduler.scenario.name} on http://{host}:{port} with {len(pool.up())} workers")
+                await asyncio.shield(running)
+
+    service = asyncio.create_task(serve_until_cancelled())
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, life.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, service.cancel)
     with suppress(asyncio.CancelledError):
-        await life
-
-
-async def _until_stopped(
-    options: ServeOptions, scheduler: Scheduler, specs: Sequence[WorkerSpec], listener: socket.socket, say: Say
-) -> None:
-    for spec in specs:
-        say(f"loading {spec.name}: {', '.join(spec.models)}, {spec.method} x{spec.degree}, {spec.threads} threads")
-    async with ProcessPool(specs) as pool:
-        app = build_service(
-            scheduler,
-            pool,
-            specs=specs,
-            token=options.token or None,
-            hosts=names_of(options.host),
-            settings=options.settings,
-        )
-        async with run_service(app, listener) as running:
-            host, port = listener.getsockname()[:2]
-            say(f"serving {scheduler.scenario.name} on http://{host}:{port} with {len(pool.up())} workers")
-            await asyncio.shield(running)
+        await service
 
 
 # ---- One image ------------------------------------------------------------------------------------------------------
@@ -130,26 +126,8 @@ def fetch(options: FetchOptions) -> dict[str, Any]:
         options.out.write_bytes(outcome.image)
     except OSError as error:
         raise RunError(f"{options.out} cannot be written: {error.strerror}") from error
-    return _told(outcome, options.out)
-
-
-async def _fetch(options: FetchOptions, request: ClientRequest) -> RequestOutcome:
-    """The device's process is started when the latent transfer says which model and decoder it takes."""
-    async with AsyncExitStack() as stack:
-
-        async def device(edge: EdgeStage) -> ProcessPool:
-            return await stack.enter_async_context(
-                ProcessPool([device_worker([edge.model], edge.vae, options.process)])
-            )
-
-        client = await stack.enter_async_context(Client(options.url, device, token=options.token))
-        return await client.ask(request)
-
-
-def _told(outcome: RequestOutcome, out: Path) -> dict[str, Any]:
-    """The outcome for people and programs: no times of day, and nothing that is not a number."""
-    return {
-        "image": str(out),
+    return {  # no times of day, and nothing that is not a number
+        "image": str(options.out),
         "request_class": outcome.request_class,
         "plan": outcome.plan_label,
         "worker": outcome.worker,
@@ -164,3 +142,16 @@ def _told(outcome: RequestOutcome, out: Path) -> dict[str, Any]:
         "restarts": outcome.restarts,
         "retries": outcome.retries,
     }
+
+
+async def _fetch(options: FetchOptions, request: ClientRequest) -> RequestOutcome:
+    """The device's process is started when the latent transfer says which model and decoder it takes."""
+    async with AsyncExitStack() as stack:
+
+        async def device(edge: EdgeStage) -> ProcessPool:
+            return await stack.enter_async_context(
+                ProcessPool([device_worker([edge.model], edge.vae, options.process)])
+            )
+
+        client = await stack.enter_async_context(Client(options.url, device, token=options.token))
+        return await client.ask(request)

@@ -87,10 +87,18 @@ def place_on_gpus(specs: Sequence[WorkerSpec], num_gpus: int) -> tuple[WorkerSpe
 
 
 def _pool_workers(pool: str, nodes: int, plans: list[Plan], settings: ProcessSettings) -> Iterator[WorkerSpec]:
+    """A pool's workers: all of one method, degree, options and decoder, with the models of all plans."""
     mine = [plan for plan in plans for stage in plan.cloud_stages if stage.site.name == pool]
     if not mine:
         return
-    stage, vae = _single_kind(pool, mine), mine[0].vae
+    kinds = {
+        (stage.method, stage.degree, stage.options, plan.vae): stage for plan in mine for stage in plan.cloud_stages
+    }
+    if len(kinds) > 1:
+        found = ", ".join(f"{method} x{degree} with {vae}" for method, degree, _, vae in kinds)
+        rule = "a pool's workers are all of one method, degree and decoder"
+        raise InputError(Problem(f"plan: pool {pool}", found, rule, "Limit search.methods, degrees, options and vaes."))
+    stage, vae = next(iter(kinds.values())), mine[0].vae
     models = tuple(dict.fromkeys(plan.cloud_stages[0].model for plan in mine))
     for index in range(nodes * (stage.site.gpus_per_node // stage.degree)):
         yield WorkerSpec(
@@ -98,18 +106,6 @@ def _pool_workers(pool: str, nodes: int, plans: list[Plan], settings: ProcessSet
             options=dict(stage.options), vae=vae, threads=settings.threads, device=settings.device,
             precision=settings.precision, weights=settings.weights, profiles=settings.profiles,
         )  # fmt: skip
-
-
-def _single_kind(pool: str, plans: list[Plan]) -> Stage:
-    """A stage that stands for all of a pool, in method, degree, options and decoder."""
-    kinds = {
-        (stage.method, stage.degree, stage.options, plan.vae): stage for plan in plans for stage in plan.cloud_stages
-    }
-    if len(kinds) > 1:
-        said = ", ".join(f"{method} x{degree} with {vae}" for method, degree, _, vae in kinds)
-        rule = "a pool's workers are all of one method, degree and decoder"
-        raise InputError(Problem(f"plan: pool {pool}", said, rule, "Limit search.methods, degrees, options and vaes."))
-    return next(iter(kinds.values()))
 
 
 def edge_worker(plans: Sequence[Plan], settings: ProcessSettings) -> WorkerSpec | None:
@@ -138,7 +134,7 @@ class Dispatcher:
         self.pool = pool
         self._specs = {spec.name: spec for spec in specs}
         known = scheduler.workers(time.monotonic())
-        self._told = {worker.name for worker in known}
+        self._known_up = {worker.name for worker in known}
         self._places = {worker.name: (worker.pool, worker.gpus) for worker in known}
         self._places |= {spec.name: (spec.pool, spec.degree) for spec in specs}
 
@@ -149,23 +145,23 @@ class Dispatcher:
 
     def decide(self, request: Request, now: float) -> Decision:
         """The scheduler's decision, on the workers that are up now."""
-        self._tell(now)
+        self._update_scheduler(now)
         return self.scheduler.decide(request, None, now)
 
     def preview(self, request: Request, now: float) -> Decision:
         """What `decide` would answer; changes nothing in the ledger."""
-        self._tell(now)
+        self._update_scheduler(now)
         return self.scheduler.preview(request, None, now).decision
 
-    def _tell(self, now: float) -> None:
+    def _update_scheduler(self, now: float) -> None:
         up = set(self.pool.up())
-        for name in self._told - up:
+        for name in self._known_up - up:
             self.scheduler.observe(WorkerDown(name, now))
-        for name in up - self._told:
+        for name in up - self._known_up:
             pool, gpus = self._places.get(name, ("", 0))
             if pool in self.scheduler.scenario.pools:
                 self.scheduler.observe(WorkerUp(name, pool, now, gpus))
-        self._told = up
+        self._known_up = up
 
     def worker_for(self, stage: Stage, wanted: str | None) -> str | None:
         """The worker that the scheduler wanted, else another one that is up and can do the stage; None if none is.

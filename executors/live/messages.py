@@ -142,7 +142,7 @@ class ErrorResponse(Message):
     retry_after_s: float | None = None
 
 
-_SAID: TypeAdapter[ImageResponse | ErrorResponse] = TypeAdapter(ImageResponse | ErrorResponse)
+_RESPONSE: TypeAdapter[ImageResponse | ErrorResponse] = TypeAdapter(ImageResponse | ErrorResponse)
 
 
 class DamagedResponseError(RunError):
@@ -176,7 +176,7 @@ def decode_response(body: bytes, digest: str | None) -> tuple[ImageResponse | Er
         )
     head, _, payload = body.partition(b"\n")
     try:
-        return _SAID.validate_json(head), payload
+        return _RESPONSE.validate_json(head), payload
     except ValidationError as error:
         raise DamagedResponseError(
             f"the answer is none of this service: {error.error_count()} fields do not fit"

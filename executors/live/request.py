@@ -434,20 +434,17 @@ class OpenRequests:
             raise BusyError("as many requests as the service takes are under way", RETRY_AFTER_S)
         if known is not None:
             self._forget(known)
-        request = self._request(message)
+        spec = self._dispatcher.scheduler.scenario.requests.get(message.request_class)
+        if spec is None:  # the scheduler refuses a class that it does not know
+            request = Request(model="", request_class=message.request_class)
+        else:
+            request = request_of(message.request_class, spec)
+            request = request if message.slo_s is None else replace(request, slo_s=message.slo_s)
         settings, counters = self._settings, self._counters
         open_request = OpenRequest(message, request, self._dispatcher, settings, counters)
         self._by_id[message.id] = open_request
         open_request.task.add_done_callback(partial(self._keep, open_request))
         return open_request
-
-    def _request(self, message: ImageRequest) -> Request:
-        """What the message's class asks for; the scheduler refuses a class that it does not know."""
-        spec = self._dispatcher.scheduler.scenario.requests.get(message.request_class)
-        if spec is None:
-            return Request(model="", request_class=message.request_class)
-        request = request_of(message.request_class, spec)
-        return request if message.slo_s is None else replace(request, slo_s=message.slo_s)
 
     def _keep(self, open_request: OpenRequest, task: asyncio.Task[None]) -> None:
         self._kept[open_request] = None

@@ -84,9 +84,18 @@ def build_service(
     app = FastAPI(title="hybridsd_sim live", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(_health(pool))
     app.include_router(_images(open_requests, counters, chosen))
-    app.add_exception_handler(RefusedError, _refused)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(Guard, token=token, hosts=hosts, answer=_turned_away)
+    app.add_middleware(Guard, token=token, hosts=hosts, answer=_refuse)
+
+    @app.exception_handler(RefusedError)
+    async def refuse(_: Request, error: RefusedError) -> Response:
+        return _refuse(error)
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(request: Request, error: HTTPException) -> Response:
+        """A path or a method that there is not, in the shape of all errors."""
+        problem = Problem("request", request.method, error.detail)
+        return _refuse(RefusedError(error.status_code, problem, error.headers))
+
     return app
 
 
@@ -134,7 +143,7 @@ def _images(open_requests: OpenRequests, counters: RequestMetrics, settings: Ser
     async def state(name: str) -> Response:
         """How far an image is."""
         answer = _known(open_requests, name).answer(time.monotonic())
-        return _said(_CODES.get(answer.status, 200), answer)
+        return _respond_json(_CODES.get(answer.status, 200), answer)
 
     @router.delete("/v1/images/{name}", status_code=204)
     async def cancel(name: str) -> None:
@@ -170,7 +179,7 @@ def respond(open_request: OpenRequest, message: ImageRequest, received_s: float,
         return _refusal(503, problem, retry_after_s=RETRY_AFTER_S)
     if answer.status == "unserved" or not payload:
         code = _CODES.get(answer.status) or ending_of(answer.reason).code
-        return _said(code, answer)
+        return _respond_json(code, answer)
     head = encode_head(answer)
     headers = {DIGEST: content_digest(head, payload), "content-length": str(len(head) + len(payload))}
     counters.sent_bytes.inc(len(payload))
@@ -209,34 +218,20 @@ async def _read(request: Request, shape: type[MessageT], most: int) -> MessageT:
         raise RefusedError(422, Problem(place, value, validation_rule(first), "See /openapi.json.")) from None
 
 
-def _said(code: int, message: Message, headers: dict[str, str] | None = None) -> Response:
+def _respond_json(code: int, message: Message, headers: dict[str, str] | None = None) -> Response:
     body = encode_head(message)
     return Response(body, code, {**(headers or {}), DIGEST: content_digest(body)}, "application/json")
 
 
 def _refusal(code: int, problem: Problem, *, retry_after_s: float | None = None) -> Response:
     headers = {} if retry_after_s is None else {"retry-after": str(max(1, round(retry_after_s)))}
-    return _said(code, ErrorResponse(error=ErrorDetail.of(problem), retry_after_s=retry_after_s), headers)
+    return _respond_json(code, ErrorResponse(error=ErrorDetail.of(problem), retry_after_s=retry_after_s), headers)
 
 
-def _turned_away(refused: RefusedError) -> Response:
+def _refuse(refused: RefusedError) -> Response:
     response = _refusal(refused.code, refused.problem)
     response.headers.update(refused.headers)
     return response
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    if not isinstance(error, RefusedError):
-        raise error
-    return _turned_away(error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """A path or a method that there is not, in the shape of all errors."""
-    if not isinstance(error, HTTPException):
-        raise error
-    problem = Problem("request", request.method, error.detail)
-    return _turned_away(RefusedError(error.status_code, problem, error.headers))
 
 
 # ---- On a port ------------------------------------------------------------------------------------------------------

@@ -122,16 +122,16 @@ def _follow(spec: WorkerSpec, rank: int, port: int, leader: Connection) -> None:
     except Exception:
         leader.poll(_GRACE_S)  # what ails all ranks is rank 0's to tell
         raise
+
+    def await_leader(*_: object) -> None:
+        if leader.recv_bytes() == _STOP:
+            raise _TaskStopped
+
     while True:
         task, begun = pickle.loads(leader.recv_bytes())  # noqa: S301 -- from rank 0
         do_steps = runner.steps(task, begun, runner.sampler(task))
         with suppress(_TaskStopped):
-            do_steps(lambda *_: _await_verdict(leader))
-
-
-def _await_verdict(leader: Connection) -> None:
-    if leader.recv_bytes() == _STOP:
-        raise _TaskStopped
+            do_steps(await_leader)
 
 
 def _group(spec: WorkerSpec, rank: int, port: int) -> Group:
@@ -197,7 +197,7 @@ class GroupLeader:
         while True:
             ticket, task = self.queue.next()
             try:
-                self.channel.send(MessageKind.done, ticket, self._do(ticket, task))
+                self.channel.send(MessageKind.done, ticket, self._run_task(ticket, task))
             except _TaskStopped:
                 self.channel.send(MessageKind.cancelled, ticket)
             except Exception as error:  # noqa: BLE001 -- raised again by the pool
@@ -207,12 +207,18 @@ class GroupLeader:
                 if self._in_steps and self.followers:
                     return
 
-    def _do(self, ticket: int, task: Task) -> TaskResult:
+    def _run_task(self, ticket: int, task: Task) -> TaskResult:
         watch = _TaskTimer(self.runner.group.device, start_s=time.monotonic())
         self._in_steps = False
         self.runner.check(task)
         sampler = self.runner.sampler(task)
-        begun = self._from_noise(task, sampler, watch) if task.begun is None else self._handed_over(task, watch)
+        if task.begun is not None:
+            begun = self._parse_begun(task, task.begun, watch)
+        else:
+            noise, space = self.runner.noise(task) * sampler.init_noise_sigma, self.runner.latent_space(task)
+            with watch.time("text_encode_s"):
+                conditioning = self.runner.encode(task)
+            begun = to_cpu(capture_transfer(sampler, noise, 0, latent_space=space, conditioning=conditioning))
         if self.queue.is_cancelled(ticket):
             raise _TaskStopped
         latents = self._steps(ticket, task, begun, sampler, watch)
@@ -225,16 +231,10 @@ class GroupLeader:
             image = encode_png(pixels)
         return watch.done(image, is_image=True)
 
-    def _from_noise(self, task: Task, sampler: Any, watch: _TaskTimer) -> LatentTransfer:
-        latents = self.runner.noise(task) * sampler.init_noise_sigma
-        with watch.time("text_encode_s"):
-            conditioning = self.runner.encode(task)
-        space = self.runner.latent_space(task)
-        return to_cpu(capture_transfer(sampler, latents, 0, latent_space=space, conditioning=conditioning))
-
-    def _handed_over(self, task: Task, watch: _TaskTimer) -> LatentTransfer:
+    def _parse_begun(self, task: Task, payload: bytes, watch: _TaskTimer) -> LatentTransfer:
+        """The state that a task goes on from. Raises `InputError` for one of another image."""
         with watch.time("parse_s"):
-            begun = parse(task.begun or b"", self.runner.expected(task))
+            begun = parse(payload, self.runner.expected(task))
         if begun.guidance_scale != task.guidance_scale:
             rule = f"this side runs {task.guidance_scale}"
             raise InputError(Problem("hand-over guidance_scale", str(begun.guidance_scale), rule))
@@ -249,23 +249,24 @@ class GroupLeader:
                 state = self._write_state(task, begun, sampler, latents, step + 1, watch)
                 self.channel.send(MessageKind.checkpoint, ticket, (step + 1, state))
             cancelled = self.queue.is_cancelled(ticket)
-            self._tell(_STOP if cancelled else _CONTINUE)  # for all ranks, so that none waits for another that stopped
+            # to all ranks, so that none waits for another that stopped
+            self._broadcast(_STOP if cancelled else _CONTINUE)
             if cancelled:
                 raise _TaskStopped
             watch.begin_step()
 
         self._in_steps = True
         if self.followers:
-            self._tell(pickle.dumps((replace(task, begun=None), begun)))
+            self._broadcast(pickle.dumps((replace(task, begun=None), begun)))
         do_steps = self.runner.steps(task, begun, sampler)
         watch.begin_step()
         latents = do_steps(on_step)
         self._in_steps = False
         return latents
 
-    def _tell(self, said: bytes) -> None:
+    def _broadcast(self, message: bytes) -> None:
         for follower in self.followers:
-            follower.send_bytes(said)
+            follower.send_bytes(message)
 
     def _write_state(
         self, task: Task, begun: LatentTransfer, sampler: Any, latents: Tensor, step: int, watch: _TaskTimer
@@ -384,7 +385,8 @@ class ModelRunner:
     def steps(self, task: Task, begun: LatentTransfer, sampler: Any) -> Callable[[OnStep], Tensor]:
         """What does the task's steps from where `begun` stands, with all ranks of the worker; returns the latents."""
         resume(sampler, begun.state, begun.step)
-        denoiser, latents = self._denoiser(task, begun), begun.latents.to(self.group.device)
+        latents = begun.latents.to(self.group.device)
+        denoiser = self._denoiser(task, begun)
         return lambda on_step: denoise(denoiser, sampler, latents, start=begun.step, stop=task.stop, on_step=on_step)
 
     def picture(self, task: Task, latents: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 from hybridsd_sim.errors import HybridSDError, InputError, Problem, RunError, unknown_name
 
-from ..parallel import RankFailure, describe_exit, open_rendezvous
+from ..parallel import describe_exit, open_rendezvous
 from .tasks import MessageKind, Task, TaskCancelled, TaskResult, WorkerLost, WorkerSpec, encode_message, read_message
 from .worker import run_rank
 
@@ -122,7 +122,7 @@ class _OpenTask:
     checkpoint: bytes | None = None
     step: int = 0
 
-    def hear(self, kind: MessageKind, value: Any) -> None:
+    def receive(self, kind: MessageKind, value: Any) -> None:
         """Take in what the worker says of the task."""
         if self.outcome.done():  # whoever waited for it has left
             return
@@ -135,22 +135,16 @@ class _OpenTask:
                 self.outcome.set_result(value)
             case MessageKind.cancelled:
                 self.outcome.set_exception(TaskCancelled(f"task {self.task.key} was cancelled"))
-            case MessageKind.failed:
-                self.outcome.set_exception(_refusal(value, self.task))
+            case MessageKind.failed:  # in the worker's own words
+                error = value.error(f"task {self.task.key} failed")
+                if not isinstance(error, RunError):  # wrong input is the cause of the error
+                    cause, error = error, RunError(str(error))
+                    error.__cause__ = cause
+                self.outcome.set_exception(error)
 
     def lose(self, reason: str) -> None:
         if not self.outcome.done():
             self.outcome.set_exception(WorkerLost(reason, checkpoint=self.checkpoint, step=self.step))
-
-
-def _refusal(failure: RankFailure, task: Task) -> RunError:
-    """The worker's own words; wrong input is the cause of the error."""
-    error = failure.error(f"task {task.key} failed")
-    if isinstance(error, RunError):
-        return error
-    refusal = RunError(str(error))
-    refusal.__cause__ = error
-    return refusal
 
 
 class _PoolWorker:
@@ -262,7 +256,7 @@ class _PoolWorker:
                     if not self._first_up.done():
                         self._first_up.set_result(None)
                 elif ticket in self._tasks:
-                    self._tasks[ticket].hear(kind, value)
+                    self._tasks[ticket].receive(kind, value)
                 elif kind is MessageKind.failed and ticket == 0:
                     refusal = value.error(f"worker {self.spec.name} cannot start")
         await processes.one_ends()
@@ -335,7 +329,8 @@ class WorkerProcesses:
     async def end(self) -> str:
         """Kill the ranks that live and wait until all have ended; what the first one died of, in words."""
         self._kill()
-        await asyncio.to_thread(self._join)
+        for process in self._ranks:
+            await asyncio.to_thread(process.join)
         codes = {rank: self._ranks[rank].exitcode or 0 for rank in self._ended or range(len(self._ranks))}
         rank, code = min(
             codes.items(), key=lambda item: item[1]
@@ -355,7 +350,3 @@ class WorkerProcesses:
         for process in self._ranks:
             asyncio.get_running_loop().remove_reader(process.sentinel)
             process.kill()
-
-    def _join(self) -> None:
-        for process in self._ranks:
-            process.join()

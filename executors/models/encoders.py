@@ -190,20 +190,13 @@ def encode(
     readers: Sequence[CLIPTokenizer | None] = tokenizers or [None] * len(encoders)
     embeds, pooled = embed(encoders, [token_ids(prompts, reader) for reader in readers])
     if guidance_scale > 1.0:
-        empty, empty_pooled = _empty(encoders, readers, embeds, pooled)
-        embeds = torch.cat([empty, embeds])
-        pooled = torch.cat([empty_pooled, pooled]) if pooled is not None and empty_pooled is not None else None
+        if pooled is not None:
+            embeds, pooled = (torch.cat([torch.zeros_like(tensor), tensor]) for tensor in (embeds, pooled))
+        else:
+            empty, _ = embed(encoders, [token_ids([""], reader) for reader in readers])
+            embeds = torch.cat([empty.expand_as(embeds), embeds])
     added = {} if pooled is None else {"text_embeds": pooled, "time_ids": time_ids(pooled, height_px, width_px)}
     return Conditioning(embeds=embeds, guidance_scale=guidance_scale, added=added)
-
-
-def _empty(
-    encoders: Sequence[TextEncoder], readers: Sequence[CLIPTokenizer | None], embeds: Tensor, pooled: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    if pooled is not None:
-        return torch.zeros_like(embeds), torch.zeros_like(pooled)
-    empty, _ = embed(encoders, [token_ids([""], reader) for reader in readers])
-    return empty.expand_as(embeds), None
 
 
 def time_ids(pooled: Tensor, height_px: int, width_px: int, count: int = 6) -> Tensor:

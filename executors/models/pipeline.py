@@ -142,9 +142,16 @@ def load_pipeline(
             "vae_name": row.vae,
         }
     if weights is not None:
-        folder_config = read_config(weights / "unet")
-        _refuse_other_network(parts["name"], parts["config"], folder_config, weights / "unet")
-        parts["config"] = plain_config(folder_config)
+        # Weights under another model's name would put that name on their times and images.
+        config = plain_config(read_config(weights / "unet"))
+        smallest_px = PIXELS_PER_LATENT << (len(config.get("block_out_channels", "1234")) + 2)
+        if unet_layers(config, smallest_px, smallest_px) != unet_layers(parts["config"], smallest_px, smallest_px):
+            own = f"the UNet in this folder has {unet_params(config):,} parameters"
+            remedy = "Name its config.json as the model, or another folder."
+            raise InputError(
+                Problem(PLACE, str(weights / "unet"), f"{own} in other layers than {parts['name']}", remedy)
+            )
+        parts["config"] = config
         sampler = weights / "scheduler" / "scheduler_config.json"
         if sampler.is_file() and (said := read_json(sampler).get("prediction_type")):
             parts["prediction"] = {"v_prediction": "v"}.get(said, said)
@@ -166,15 +173,6 @@ def _from_path(name: str) -> dict[str, Any]:
         "encoder_names": ENCODERS_OF_WIDTH.get(config.get("cross_attention_dim", 1280), ()),
         "vae_name": "autoencoder-kl",
     }
-
-
-def _refuse_other_network(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:
-    """Weights under another model's name would put that name on their times and images."""
-    fields = plain_config(found)
-    size = PIXELS_PER_LATENT << (len(fields.get("block_out_channels", "1234")) + 2)
-    if unet_layers(fields, size, size) != unet_layers(wanted, size, size):
-        rule = f"the UNet in this folder has {unet_params(fields):,} parameters in other layers than {name}"
-        raise InputError(Problem(PLACE, str(folder), rule, "Name its config.json as the model, or another folder."))
 
 
 # ---- Inputs ---------------------------------------------------------------------------------------------------------

@@ -65,7 +65,13 @@ def build_sampler(
     Initial noise N(0, 1) must be multiplied by its `init_noise_sigma`. `prediction` is `epsilon` or `v`. Raises
     `InputError` for another name, prediction or a number of steps outside 1 to `MAX_STEPS`.
     """
-    if problems := _problems(name, num_inference_steps, prediction):
+    problems = [] if name in SAMPLERS else [unknown_name("sampler", name, SAMPLERS)]
+    if prediction not in PREDICTIONS:
+        problems.append(Problem("prediction", repr(prediction), f"a UNet predicts {' or '.join(PREDICTIONS)}"))
+    if not 1 <= num_inference_steps <= MAX_STEPS:
+        rule = f"the schedule has 1000 training steps, so a run has 1 to {MAX_STEPS}"
+        problems.append(Problem("num_inference_steps", str(num_inference_steps), rule))
+    if problems:
         raise InputError(problems)
     kind, options = _SAMPLERS[name]
     sampler = kind(**NOISE_SCHEDULE, **options, prediction_type=PREDICTIONS[prediction])
@@ -73,16 +79,6 @@ def build_sampler(
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         sampler.set_timesteps(num_inference_steps, device=device)
     return sampler
-
-
-def _problems(name: str, num_inference_steps: int, prediction: str) -> list[Problem]:
-    problems = [] if name in SAMPLERS else [unknown_name("sampler", name, SAMPLERS)]
-    if prediction not in PREDICTIONS:
-        problems.append(Problem("prediction", repr(prediction), f"a UNet predicts {' or '.join(PREDICTIONS)}"))
-    if not 1 <= num_inference_steps <= MAX_STEPS:
-        rule = f"the schedule has 1000 training steps, so a run has 1 to {MAX_STEPS}"
-        problems.append(Problem("num_inference_steps", str(num_inference_steps), rule))
-    return problems
 
 
 def sampler_name(sampler: Any) -> str:
@@ -127,7 +123,17 @@ def resume(sampler: Any, state: SamplerState, step: int) -> None:
     Raises `InputError` if the state belongs to another step or holds a history that this sampler cannot use.
     """
     name = sampler_name(sampler)
-    if problems := _state_problems(name, state, step):
+    problems = []
+    size = history_size(name, step)
+    if state.step not in (None, step):
+        problems.append(Problem("sampler state", f"of step {state.step}", f"the run goes on at step {step}"))
+    if len(state.history) != size:
+        rule, remedy = f"{name} carries {size} past model outputs into step {step}", "Take it where the run stopped."
+        problems.append(Problem("sampler history", f"{len(state.history)} tensors", rule, remedy))
+    order = min(step, _solver_order(name)) if size else 0
+    if state.order != order:
+        problems.append(Problem("sampler order", str(state.order), f"{name} has order counter {order} at step {step}"))
+    if problems:
         raise InputError(problems)
     if hasattr(sampler, "set_begin_index"):
         sampler.set_begin_index(step)
@@ -135,18 +141,3 @@ def resume(sampler: Any, state: SamplerState, step: int) -> None:
         outputs = [tensor.to(sampler.timesteps.device) for tensor in state.history]
         sampler.model_outputs = [None] * (sampler.config.solver_order - len(outputs)) + outputs
         sampler.lower_order_nums = state.order
-
-
-def _state_problems(name: str, state: SamplerState, step: int) -> list[Problem]:
-    problems = []
-    if state.step not in (None, step):
-        problems.append(Problem("sampler state", f"of step {state.step}", f"the run goes on at step {step}"))
-    if len(state.history) != (size := history_size(name, step)):
-        rule = f"{name} carries {size} past model outputs into step {step}"
-        problems.append(
-            Problem("sampler history", f"{len(state.history)} tensors", rule, "Take it where the run stopped.")
-        )
-    order = min(step, _solver_order(name)) if size else 0
-    if state.order != order:
-        problems.append(Problem("sampler order", str(state.order), f"{name} has order counter {order} at step {step}"))
-    return problems

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers.models import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 from torch import nn
 
@@ -100,17 +99,13 @@ def _prune(
     if self_attention_heads is not None:
         transformers = [part for block in blocks for part in getattr(block, "attentions", ()) if part is not None]
         for transformer, heads in zip(transformers, self_attention_heads, strict=True):
-            for block in transformer.transformer_blocks:
-                _keep_heads(block.attn1, heads)
-
-
-def _keep_heads(attention: Attention, heads: int) -> None:
-    """Leave this many heads of the same width."""
-    outer, inner = attention.query_dim, heads * (attention.inner_dim // attention.heads)
-    attention.to_q, attention.to_k, attention.to_v = (nn.Linear(outer, inner, bias=False) for _ in range(3))
-    attention.to_out[0] = nn.Linear(inner, outer)
-    attention.heads = attention.sliceable_head_dim = heads
-    attention.inner_dim = attention.inner_kv_dim = inner
+            for attention in (block.attn1 for block in transformer.transformer_blocks):
+                # heads keep their width
+                outer, inner = attention.query_dim, heads * (attention.inner_dim // attention.heads)
+                attention.to_q, attention.to_k, attention.to_v = (nn.Linear(outer, inner, bias=False) for _ in range(3))
+                attention.to_out[0] = nn.Linear(inner, outer)
+                attention.heads = attention.sliceable_head_dim = heads
+                attention.inner_dim = attention.inner_kv_dim = inner
 
 
 def replica(module: ModuleT) -> ModuleT:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from hybridsd_sim.errors import InputError, Problem, RunError
 
@@ -40,30 +40,20 @@ def fill(module: ModuleT, *, seed: int, device: torch.device | str, dtype: torch
         return module
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():
-        _draw(name, parameter, generator)
+        in_place = parameter.dtype == torch.float32
+        numbers = parameter if in_place else torch.empty(parameter.shape, device=parameter.device)
+        numbers.uniform_(-1.0, 1.0, generator=generator)  # on a CPU normal ones take eight times as long
+        if parameter.dim() > 1:
+            numbers.mul_(math.sqrt(3.0 / parameter[0].numel()))
+        else:
+            numbers.mul_(0.1).add_(1.0 if name.endswith("weight") else 0.0)
+        if not in_place:
+            parameter.copy_(numbers)
     for name, buffer in module.named_buffers():
-        buffer.copy_(_constant(name, buffer))
+        if not name.endswith("position_ids"):  # the only one whose content, forgotten on the meta device, is known
+            raise RunError(f"the buffer {name} has no known content, so seeded weights cannot be made; load real ones")
+        buffer.copy_(torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer))
     return module
-
-
-def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """Give a parameter its numbers. Uniform ones: on a CPU normal ones take eight times as long and change nothing."""
-    in_place = parameter.dtype == torch.float32
-    numbers = parameter if in_place else torch.empty(parameter.shape, device=parameter.device)
-    numbers.uniform_(-1.0, 1.0, generator=generator)
-    if parameter.dim() > 1:
-        numbers.mul_(math.sqrt(3.0 / parameter[0].numel()))
-    else:
-        numbers.mul_(0.1).add_(1.0 if name.endswith("weight") else 0.0)
-    if not in_place:
-        parameter.copy_(numbers)
-
-
-def _constant(name: str, buffer: Tensor) -> Tensor:
-    """What a buffer held before the meta device forgot it."""
-    if not name.endswith("position_ids"):
-        raise RunError(f"the buffer {name} has no known content, so seeded weights cannot be made; load real ones")
-    return torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -144,20 +144,16 @@ def check_bounds(bounds: Sequence[int], units: Sequence[Unit], components: int) 
 
 def incoming_units(units: Sequence[Unit], bounds: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """For each component the units of earlier ones whose outputs it reads, as input or over a skip connection."""
-    readers = _readers(units)
+    # The output of a unit goes to the next one and to the resnet at the end of its skip connection.
+    position = {unit.name: index for index, unit in enumerate(units)}
+    readers = [
+        [] if unit.name == TIME_EMBEDDING else [index + 1, *([position[unit.skip_to]] if unit.skip_to else [])]
+        for index, unit in enumerate(units)
+    ]
     return tuple(
         tuple(unit for unit in range(start) if any(start <= reader < stop for reader in readers[unit]))
         for start, stop in pairwise(bounds)
     )
-
-
-def _readers(units: Sequence[Unit]) -> list[list[int]]:
-    """For each unit the units that take its output: the next one and the resnet at the end of its skip connection."""
-    position = {unit.name: index for index, unit in enumerate(units)}
-    return [
-        [] if unit.name == TIME_EMBEDDING else [index + 1, *([position[unit.skip_to]] if unit.skip_to else [])]
-        for index, unit in enumerate(units)
-    ]
 
 
 def incoming_elements(units: Sequence[Unit], bounds: Sequence[int]) -> tuple[int, ...]:
@@ -307,7 +303,12 @@ class AsyncDiffDenoiser(Denoiser):
         self.boundaries = Boundaries(group, units, bounds)
         self.outputs = UnitOutputs(self.boundaries.units)
         self.timesteps, self.steps_done = torch.empty(0), 0
-        self._hook_units([unit.name for unit in units])
+        for index, unit in enumerate(units):
+            if unit.name != TIME_EMBEDDING:
+                *inner, last = unit_modules(unet, unit.name)
+                for module in inner:
+                    _register(module, InnerHook(index, self.outputs))
+                _register(last, UnitHook(index, self.outputs))
 
     def begin(self, timesteps: Tensor) -> None:
         self.boundaries.receive(self.outputs.held)  # what an abandoned run left under way
@@ -323,20 +324,13 @@ class AsyncDiffDenoiser(Denoiser):
             noise = self._evaluate(latents, timestep, self.every_unit)
         else:
             if place == 0:
-                self._round_noise = self._round(latents, step)
-            noise = self._share(self._round_noise, source=self.group.size - 1 - place)
+                self._round_noise = self._compute_round(latents, step)
+            # the own noise stays as it is for the round's other step
+            source, noise = self.group.size - 1 - place, self._round_noise
+            noise = self.group.broadcast(noise if self.group.rank == source else noise.new_empty(noise.shape), source)
         return apply_guidance(noise, self.conditioning.guidance_scale, latents.dtype)
 
-    def _hook_units(self, names: Sequence[str]) -> None:
-        for index, name in enumerate(names):
-            if name == TIME_EMBEDDING:
-                continue
-            *inner, last = unit_modules(self.unet, name)
-            for module in inner:
-                _register(module, InnerHook(index, self.outputs))
-            _register(last, UnitHook(index, self.outputs))
-
-    def _round(self, latents: Tensor, step: int) -> Tensor:
+    def _compute_round(self, latents: Tensor, step: int) -> Tensor:
         """Compute the own component on what the last round made; the noise where that is the last component.
 
         The extra rank works for `step`, the others for the last step of the round. A round that the run's end cuts
@@ -356,11 +350,6 @@ class AsyncDiffDenoiser(Denoiser):
         """The noise of every branch in the UNet's precision, of which only these units are computed."""
         self.outputs.computing = units
         return predict_noise(self.unet, latents, timestep, self.conditioning)
-
-    def _share(self, noise: Tensor, source: int) -> Tensor:
-        """The noise of rank `source`, on every rank; the own one stays as it is for the round's other step."""
-        own = noise if self.group.rank == source else torch.empty(noise.shape, dtype=noise.dtype, device=noise.device)
-        return self.group.broadcast(own, source)
 
 
 def _register(module: nn.Module, hook: ModelHook) -> None:

@@ -87,7 +87,10 @@ class StaleExchange:
         everyone = [*self.stale(name)]
         everyone[self.group.rank] = fresh
         if not self.frozen:
-            self._post(name, fresh)
+            bucket = self._packing.setdefault(fresh.dtype, TensorBucket())
+            bucket.add(name, fresh)
+            if len(bucket.shapes) == TENSORS_PER_MESSAGE:
+                self._send(self._packing.pop(fresh.dtype))
         return everyone
 
     def gather(self, name: str, fresh: Tensor) -> list[Tensor]:
@@ -106,12 +109,6 @@ class StaleExchange:
         for bucket in self._packing.values():
             self._send(bucket)
         self._packing.clear()
-
-    def _post(self, name: str, tensor: Tensor) -> None:
-        bucket = self._packing.setdefault(tensor.dtype, TensorBucket())
-        bucket.add(name, tensor)
-        if len(bucket.shapes) == TENSORS_PER_MESSAGE:
-            self._send(self._packing.pop(tensor.dtype))
 
     def _send(self, bucket: TensorBucket) -> None:
         bucket.pending = self.group.start_all_gather(bucket.packed())
@@ -190,7 +187,7 @@ class Normalisation(ModelHook):
         groups = stripe.unflatten(1, (module.num_groups, -1)).float()
         variance, mean = torch.var_mean(groups, dim=tuple(range(2, groups.dim())), correction=0)
         own = torch.stack([mean, variance + mean.square()])
-        mean, square = self._whole_image(own)
+        mean, square = self._image_moments(own)
         wide = square - mean.square()
         # a corrected stale variance may turn out negative; the stripe's own then stands in
         variance = torch.where(wide < 0, variance, wide)
@@ -199,7 +196,7 @@ class Normalisation(ModelHook):
             variance = variance * (elements / (elements - 1))
         return _normalise(module, stripe, mean, variance)
 
-    def _whole_image(self, own: Tensor) -> Tensor:
+    def _image_moments(self, own: Tensor) -> Tensor:
         """The moments of the whole image as this mode knows them."""
         if self.exchange.synchronous or self.mode in {"full_sync", "sync_gn"}:
             return _mean(self.exchange.gather(self.name, own))
@@ -304,26 +301,24 @@ class StripeDenoiser(Denoiser):
         self.exchange.forget()
 
     def noise(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
-        self.begin_step(synchronous=self._is_synchronous())
+        always = self.settings["sync_mode"] == "full_sync"
+        self.begin_step(synchronous=always or self.steps_done < self.settings["warmup_steps"])
         stripe = predict_noise(self.unet, latents, timestep, self.conditioning)
         self.end_step()
         self.steps_done += 1
-        return apply_guidance(self._whole(self.group.all_gather(stripe)), self.guidance_scale, latents.dtype)
+        stripes = self.group.all_gather(stripe)
+        if self.split:
+            halves = (torch.cat([stripes[rank] for rank in half], dim=2) for half in _halves(len(stripes)))
+            whole = torch.cat([*halves])
+        else:
+            whole = torch.cat(stripes, dim=2)
+        return apply_guidance(whole, self.guidance_scale, latents.dtype)
 
     def begin_step(self, *, synchronous: bool) -> None:
         self.exchange.synchronous = synchronous
 
     def end_step(self) -> None:
         self.exchange.flush()
-
-    def _is_synchronous(self) -> bool:
-        return bool(self.settings["sync_mode"] == "full_sync" or self.steps_done < self.settings["warmup_steps"])
-
-    def _whole(self, stripes: Sequence[Tensor]) -> Tensor:
-        """The noise of the whole image for every branch, from every rank's stripe."""
-        if not self.split:
-            return torch.cat([*stripes], dim=2)
-        return torch.cat([torch.cat([stripes[rank] for rank in half], dim=2) for half in _halves(len(stripes))])
 
 
 def _halves(size: int) -> tuple[range, range]:

@@ -10,7 +10,7 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
-from hybridsd_sim.perf import PIXELS_PER_LATENT, Denoising
+from hybridsd_sim.perf import PIXELS_PER_LATENT
 
 from ..models import Conditioning, Pipeline, replica
 from .asyncdiff import AsyncDiffDenoiser, cut_by_macs, cut_by_time
@@ -41,11 +41,13 @@ def build_denoiser(
         return CfgParallelDenoiser(unet, conditioning, group)
     if method == "asyncdiff":
         components = group.size - int(settings["stride"]) + 1
-        bounds = (
-            cut_by_time(unet, conditioning, group, latents, components)
-            if timed_cut
-            else cut_by_macs(_job(unet, conditioning, latents).units, components)
-        )
+        if timed_cut:
+            bounds = cut_by_time(unet, conditioning, group, latents, components)
+        else:
+            images, _, rows, columns = latents.shape
+            height_px, width_px = rows * PIXELS_PER_LATENT, columns * PIXELS_PER_LATENT
+            job = denoising_of(unet, conditioning, images=images, height_px=height_px, width_px=width_px, steps=1)
+            bounds = cut_by_macs(job.units, components)
         return AsyncDiffDenoiser(unet, conditioning, group, settings=settings, bounds=bounds)
     kind = {"distrifusion": DistriFusionDenoiser, "pcpp": PcppDenoiser}[method]
     return kind(unet, conditioning, group, settings=settings)
@@ -56,9 +58,3 @@ def rank_unet(model: Pipeline, group: Group) -> UNet2DConditionModel:
     here = model if torch.device(model.device) == group.device else replace(model, device=group.device)
     unet: UNet2DConditionModel = replica(here.unet)
     return unet
-
-
-def _job(unet: UNet2DConditionModel, conditioning: Conditioning, latents: Tensor) -> Denoising:
-    images, _, rows, columns = latents.shape
-    height_px, width_px = rows * PIXELS_PER_LATENT, columns * PIXELS_PER_LATENT
-    return denoising_of(unet, conditioning, images=images, height_px=height_px, width_px=width_px, steps=1)

@@ -57,8 +57,13 @@ def run_ranks(
     Raises `InputError` where the devices are not there, and whatever `HybridSDError` a rank raises; `RunError` where a
     rank fails in another way, dies or is lost, with the rank's own traceback as its cause.
     """
-    if problem := _missing_devices(kind, size, device):
-        raise InputError(problem)
+    if size < 1:
+        raise InputError(Problem("degree", str(size), "counts ranks, so it is at least 1"))
+    there, wanted = torch.cuda.device_count(), size if kind == "nccl" else int(device.startswith("cuda"))
+    if wanted > there:
+        rule = f"{wanted} needed for {size} {kind} ranks"
+        remedy = "Use loopback ranks, which share one GPU and run in turn." if there else "Run on a machine with GPUs."
+        raise InputError(Problem("devices", f"{there} GPUs", rule, remedy))
     if size == 1 and kind == "loopback":
         return [work(Alone(device), *args)]
     if kind == "loopback":
@@ -67,17 +72,6 @@ def run_ranks(
         return _join_torchrun(work, size, kind, args, threads, timeout_s)
     threads = threads or max(1, torch.get_num_threads() // size)
     return _run_processes(work, size, kind, args, threads, timeout_s)
-
-
-def _missing_devices(kind: Carrier, size: int, device: str) -> Problem | None:
-    if size < 1:
-        return Problem("degree", str(size), "counts ranks, so it is at least 1")
-    there = torch.cuda.device_count()
-    wanted = size if kind == "nccl" else int(device.startswith("cuda"))
-    if wanted <= there:
-        return None
-    remedy = "Use loopback ranks, which share one GPU and run in turn." if there else "Run on a machine with GPUs."
-    return Problem("devices", f"{there} GPUs", f"{wanted} needed for {size} {kind} ranks", remedy)
 
 
 def _device_of(rank: int, kind: Carrier) -> torch.device:
@@ -115,7 +109,9 @@ def _run_processes(
     with tempfile.TemporaryDirectory(prefix="hybridsd-ranks-") as name:
         folder = Path(name)
         job = (work, size, kind, args, threads, timeout_s, store.port, folder)
-        processes = multiprocessing.start_processes(_live, job, nprocs=size, join=False, start_method="spawn").processes
+        processes = multiprocessing.start_processes(
+            _run_rank, job, nprocs=size, join=False, start_method="spawn"
+        ).processes
         try:
             codes = _exit_codes(processes)
         finally:
@@ -123,7 +119,7 @@ def _run_processes(
                 process.kill()
                 process.join()
         if any(code != 0 for code in codes):
-            raise _what_went_wrong(codes, folder)
+            raise _first_failure(codes, folder)
         return [torch.load(_result(folder, rank), weights_only=False) for rank in range(size)]
 
 
@@ -139,17 +135,18 @@ def _exit_codes(processes: Sequence[BaseProcess]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def _what_went_wrong(codes: Sequence[int | None], folder: Path) -> HybridSDError:
+def _first_failure(codes: Sequence[int | None], folder: Path) -> HybridSDError:
     """The error of the rank that failed or died, rather than of those that lost it while they waited."""
     size = len(codes)
-    told = {rank: _read_failure(folder, rank) for rank in range(size) if _failure(folder, rank).exists()}
-    for rank, failure in told.items():
+    files = {rank: file for rank in range(size) if (file := _failure(folder, rank)).exists()}
+    failures: dict[int, RankFailure] = {rank: torch.load(file, weights_only=False) for rank, file in files.items()}
+    for rank, failure in failures.items():
         if not failure.lost_another:
             return failure.error(f"rank {rank} of {size} failed")
     for rank, code in enumerate(codes):
-        if code and rank not in told:
+        if code and rank not in failures:
             return RunError(f"rank {rank} of {size} died: {describe_exit(code)}")
-    rank, failure = next(iter(told.items()))
+    rank, failure = next(iter(failures.items()))
     return failure.error(f"rank {rank} of {size} lost another rank")
 
 
@@ -197,7 +194,8 @@ class RankFailure:
             text=": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]),
             traceback=traceback.format_exc(),
             own=own,
-            lost_another=_lost_another(error),
+            # errors of gloo have no type, but name its sources
+            lost_another=isinstance(error, dist.DistError | ConnectionError) or "/gloo/" in str(error),
         )
 
     def error(self, what: str) -> HybridSDError:
@@ -207,24 +205,14 @@ class RankFailure:
         return error
 
 
-def _lost_another(error: Exception) -> bool:
-    """Whether a rank failed because another was gone or silent. Errors of gloo have no type, but name its sources."""
-    return isinstance(error, dist.DistError | ConnectionError) or "/gloo/" in str(error)
-
-
 def _failure(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.failed"
-
-
-def _read_failure(folder: Path, rank: int) -> RankFailure:
-    failure: RankFailure = torch.load(_failure(folder, rank), weights_only=False)
-    return failure
 
 
 # ---- A rank ---------------------------------------------------------------------------------------------------------
 
 
-def _live(
+def _run_rank(
     rank: int,
     work: Callable[..., T],
     size: int,

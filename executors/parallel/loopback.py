@@ -87,11 +87,9 @@ class _World:
                 raise RunError(f"rank {rank} waits for {keys[0]}, which nobody will send; the ranks disagree")
             self.leave(rank)
             self.enter(rank)
-        return [self._taken(key) for key in keys]
-
-    def _taken(self, key: _Key) -> Tensor:
-        self.readers_left[key] -= 1
-        return self.table[key] if self.readers_left[key] else self.table.pop(key)
+        for key in keys:
+            self.readers_left[key] -= 1
+        return [self.table[key] if self.readers_left[key] else self.table.pop(key) for key in keys]
 
 
 class Loopback(Group):

@@ -104,7 +104,11 @@ class KeysOfNeighbours(ModelHook):
             stripes = self.everyone.group.all_gather(output)
             self.ends.keep(self.name, {rank: self._end(stripes[rank], rank, sent) for rank in self.ends.neighbours})
             return torch.cat(stripes, dim=1)
-        seen = self._seen(output, used_tokens(output.shape[1], self.denoiser.partial))
+        used = used_tokens(output.shape[1], self.denoiser.partial)
+        near = {rank: self._end(end, rank, used) for rank, end in self.ends.stale(self.name).items()}
+        before = [near[self.ends.above]] if self.ends.above in near else []
+        after = [near[self.ends.below]] if self.ends.below in near else []
+        seen = torch.cat([*before, output, *after], dim=1)
         if not self.everyone.frozen:
             self.ends.post(self.name, output[:, :sent], output[:, output.shape[1] - sent :])
         return seen
@@ -112,12 +116,6 @@ class KeysOfNeighbours(ModelHook):
     def _end(self, stripe: Tensor, rank: int, tokens: int) -> Tensor:
         """The end of a neighbour's stripe that is near to this rank."""
         return stripe[:, stripe.shape[1] - tokens :] if rank == self.ends.above else stripe[:, :tokens]
-
-    def _seen(self, own: Tensor, used: int) -> Tensor:
-        near = {rank: self._end(end, rank, used) for rank, end in self.ends.stale(self.name).items()}
-        before = [near[self.ends.above]] if self.ends.above in near else []
-        after = [near[self.ends.below]] if self.ends.below in near else []
-        return torch.cat([*before, own, *after], dim=1)
 
 
 class PcppDenoiser(StripeDenoiser):

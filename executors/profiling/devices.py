@@ -62,7 +62,7 @@ def find_device(profiles: Profiles, name: str | None = None, threads: int | None
     if name is not None and name not in known:
         raise InputError(unknown_name("--device", name, tuple(known)))
     if name is None:
-        name = _unnamed(profiles, threads)
+        name = _detect_device(profiles, threads)
     device = known[name]
     if isinstance(device, EdgeDevice) and device.device_class != "gpu":
         _refuse_other_processor(device, threads)
@@ -106,7 +106,7 @@ def _cpu_words(label: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z0-9-]+", text)) - _SILENT_CPU_WORDS
 
 
-def _unnamed(profiles: Profiles, threads: int) -> str:
+def _detect_device(profiles: Profiles, threads: int) -> str:
     """The name of the device that is here: a GPU before the CPU."""
     if not torch.cuda.is_available():
         name = f"cpu-{threads}core"
@@ -181,7 +181,11 @@ class DeviceMeter(Meter):
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            self._resettable = _reset_high_water_mark()
+            self._resettable = False
+            with suppress(OSError, ValueError):
+                _CLEAR_REFS.write_text("5", encoding="ascii")  # lowers the mark to what the process holds now
+                # some kernels accept the write and do nothing
+                self._resettable = _status_bytes("VmHWM") <= 1.1 * _status_bytes("VmRSS")
 
     def peak_memory_bytes(self) -> int | None:
         if self._device.type == "cuda":
@@ -194,15 +198,6 @@ class DeviceMeter(Meter):
             return None
         long_enough = synchronised_clock(self._device) - self._time_mark_s >= MIN_METERED_S
         return now_j - self._energy_mark_j if long_enough else None
-
-
-def _reset_high_water_mark() -> bool:
-    """Lower the process's memory mark to what it holds now; false where that is not possible."""
-    try:
-        _CLEAR_REFS.write_text("5", encoding="ascii")
-        return _status_bytes("VmHWM") <= 1.1 * _status_bytes("VmRSS")  # some kernels accept the write and do nothing
-    except (OSError, ValueError):
-        return False
 
 
 def _status_bytes(field: str) -> int:

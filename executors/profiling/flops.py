@@ -260,8 +260,20 @@ def count_model(
     name, config = _named(model, profiles)
     unet_layers(config, height_px, width_px)  # refuses sizes with the nearest that fit
     unet = build_unet(config, device=META)
+    conditioning = seeded_conditioning(unet, guidance_scale=1.0)
+    shape = (1, config["in_channels"], height_px // PIXELS_PER_LATENT, width_px // PIXELS_PER_LATENT)
+    guidance_width = unet.config["time_cond_proj_dim"]
+    guidance = torch.zeros((1, guidance_width), device=META) if guidance_width else None
     with _watched(unet) as seen:
-        calls = count_calls(_unet_call(unet, height_px, width_px))
+        calls = count_calls(
+            lambda: unet(
+                torch.zeros(shape, device=META),
+                torch.zeros(1, device=META),
+                conditioning.embeds,
+                timestep_cond=guidance,
+                added_cond_kwargs=dict(conditioning.added) or None,
+            )
+        )
     return Count(
         model=name,
         height_px=height_px,
@@ -281,25 +293,6 @@ def _named(model: str | Mapping[str, Any], profiles: Profiles | None) -> tuple[s
         found = load_pipeline(model, profiles=profiles)
         return found.name, dict(found.config)
     return "config", plain_config(model)
-
-
-def _unet_call(unet: UNet2DConditionModel, height_px: int, width_px: int) -> Callable[[], object]:
-    conditioning = seeded_conditioning(unet, guidance_scale=1.0)
-    config = unet.config
-    shape = (1, config["in_channels"], height_px // PIXELS_PER_LATENT, width_px // PIXELS_PER_LATENT)
-    guidance_width = config["time_cond_proj_dim"]
-    guidance = torch.zeros((1, guidance_width), device=META) if guidance_width else None
-
-    def call() -> object:
-        return unet(
-            torch.zeros(shape, device=META),
-            torch.zeros(1, device=META),
-            conditioning.embeds,
-            timestep_cond=guidance,
-            added_cond_kwargs=dict(conditioning.added) or None,
-        )
-
-    return call
 
 
 def count_component(name: str, height_px: int = 512, width_px: int = 512) -> ComponentCount:
@@ -400,7 +393,14 @@ def pcpp_bytes_rows(
     chosen = [_sides(size) for size in sizes]
     rows: list[dict[str, Any]] = []
     for (name, config), (height_px, width_px) in product([_named(model, profiles) for model in models], chosen):
-        job = _guided_image(config, height_px, width_px)
+        job = Denoising(  # fifty guided steps of one image, as the planner sees them
+            table=layer_table(config, height_px, width_px),
+            units=unet_units(config, height_px, width_px),
+            num_steps=50,
+            latents=GUIDED_LATENTS,
+            guided=True,
+            latent_elements=config.get("in_channels", 4) * height_px * width_px // PIXELS_PER_LATENT**2,
+        )
         for degree in degrees:
             before = _steady_bytes("pcpp", job, degree, {"partial": partial, "whole_stripes": True})
             after = _steady_bytes("pcpp", job, degree, {"partial": partial})
@@ -425,19 +425,6 @@ def _steady_bytes(method: str, job: Denoising, degree: int, options: Mapping[str
     if problems := rules.problems(job, degree, options):
         raise IllegalPlanError(problems)
     return rules.phases(job, degree, options)[-1].work.received_bytes
-
-
-def _guided_image(config: Mapping[str, Any], height_px: int, width_px: int) -> Denoising:
-    """Fifty guided steps of one image, as the planner sees them."""
-    elements = int(config.get("in_channels", 4)) * (height_px // PIXELS_PER_LATENT) * (width_px // PIXELS_PER_LATENT)
-    return Denoising(
-        table=layer_table(config, height_px, width_px),
-        units=unet_units(config, height_px, width_px),
-        num_steps=50,
-        latents=GUIDED_LATENTS,
-        guided=True,
-        latent_elements=elements,
-    )
 
 
 def _sides(size: Size) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import torch
 from diffusers.models import UNet2DConditionModel
 
 from hybridsd_sim.errors import InputError, Problem, unknown_name
-from hybridsd_sim.perf import METHODS, Denoising, Method, find_method
+from hybridsd_sim.perf import METHODS, Denoising, find_method
 from hybridsd_sim.profiles import Model, Profiles
 
 from ..models import Conditioning, build_unet
@@ -101,10 +101,10 @@ class ProfileTarget:
 
     def options(self, ranks: str) -> str:
         """The row's options. The number of synchronous steps is left out: their cost does not depend on it."""
-        said = {key: value for key, value in self.settings.items() if key != "warmup_steps"}
+        told = {key: value for key, value in self.settings.items() if key != "warmup_steps"}
         if self.degree > 1:
-            said["ranks"] = ranks
-        return ";".join(f"{key}={option_text(value)}" for key, value in sorted(said.items()))
+            told["ranks"] = ranks
+        return ";".join(f"{key}={option_text(value)}" for key, value in sorted(told.items()))
 
 
 def option_text(value: Option) -> str:
@@ -119,7 +119,7 @@ def find_targets(sweep: Sweep, profiles: Profiles) -> tuple[list[ProfileTarget],
     legal nowhere in the grid.
     """
     check_runs(sweep.warmup_runs, sweep.runs)
-    if problems := [*_unknown(sweep, profiles), *_option_problems(sweep)]:
+    if problems := list(_sweep_problems(sweep, profiles)):
         raise InputError(problems)
     targets: dict[str, ProfileTarget] = {}
     refused: list[Problem] = []
@@ -127,7 +127,7 @@ def find_targets(sweep: Sweep, profiles: Profiles) -> tuple[list[ProfileTarget],
         model = profiles.model(name)
         steps: list[ProfileTarget] = []
         for method in sweep.methods if set(STEP_COMPONENTS) & {*sweep.components} else ():
-            legal, problems = _of_method(sweep, model, method)
+            legal, problems = _method_targets(sweep, model, method)
             if not legal:
                 raise InputError(problems)
             steps += legal
@@ -137,7 +137,7 @@ def find_targets(sweep: Sweep, profiles: Profiles) -> tuple[list[ProfileTarget],
     return list(targets.values()), refused
 
 
-def _unknown(sweep: Sweep, profiles: Profiles) -> Iterator[Problem]:
+def _sweep_problems(sweep: Sweep, profiles: Profiles) -> Iterator[Problem]:
     known = (
         ("--models", sweep.models, tuple(profiles.models)),
         ("--methods", sweep.methods, tuple(METHODS)),
@@ -149,9 +149,6 @@ def _unknown(sweep: Sweep, profiles: Profiles) -> Iterator[Problem]:
         yield from (unknown_name(place, name, there) for name in names if name not in there)
     for place, numbers in (("--degrees", sweep.degrees), ("--batch-sizes", sweep.batch_sizes)):
         yield from (Problem(place, str(number), "must be at least 1") for number in numbers if number < 1)
-
-
-def _option_problems(sweep: Sweep) -> Iterator[Problem]:
     own = sorted({key for name in sweep.methods if name in METHODS for key in METHODS[name].defaults})
     for key, value in sweep.options.items():
         if key == "warmup_steps":
@@ -168,7 +165,7 @@ def _option_problems(sweep: Sweep) -> Iterator[Problem]:
 # ---- Denoising steps ------------------------------------------------------------------------------------------------
 
 
-def _of_method(sweep: Sweep, model: Model, method: str) -> tuple[list[ProfileTarget], list[Problem]]:
+def _method_targets(sweep: Sweep, model: Model, method: str) -> tuple[list[ProfileTarget], list[Problem]]:
     """The targets of one method. Degree 1 of any method is `single`, so parallel methods begin at 2."""
     degrees = [degree for degree in sweep.degrees if (degree == 1) == (method == "single")]
     if not degrees:
@@ -193,12 +190,19 @@ def _step_target(
     guided: bool,  # noqa: FBT001 a place in the grid
     degree: int,
 ) -> ProfileTarget:
+    """The steps of one method at one place of the grid, with the FLOPs of the busiest rank. `InputError` if illegal."""
     job = denoising_at(model, size, batch_size, guided=guided, precision=sweep.precision)
     rules = find_method(method)
     asked = {key: value for key, value in sweep.options.items() if key in rules.defaults}
     options = with_fixed_options(rules, asked)
     problems = [*fixed_option_problems(asked), *rules.problems(job, degree, options)]
-    flop = {} if problems else _step_flop(rules, job, degree, options)
+    flop: dict[str, float] = {}
+    if not problems:
+        rounds = {phase.name: 2.0 * phase.work.macs for phase in rules.phases(job, degree, options)}
+        steps_a_round = int(rules.settings(job, options).get("stride", 1))
+        flop["step"] = rounds.get("steady", rounds.get("warmup", 0.0)) / steps_a_round
+        if "warmup" in rounds:
+            flop["step_warmup"] = rounds["warmup"]
     components = tuple(name for name in STEP_COMPONENTS if name in flop and name in sweep.components)
     if not components and not problems:
         problems = [Problem("--components", ", ".join(sweep.components), f"{method} has no such steps")]
@@ -210,14 +214,6 @@ def _step_target(
         batch_size=batch_size, guidance=guided, method=method, degree=degree,
         settings=rules.settings(job, options), flop={name: flop[name] for name in components},
     )  # fmt: skip
-
-
-def _step_flop(rules: Method, job: Denoising, degree: int, options: Mapping[str, Option]) -> dict[str, float]:
-    """FLOPs of the busiest rank in a steady step and, where the method has such, in a synchronous one."""
-    rounds = {phase.name: 2.0 * phase.work.macs for phase in rules.phases(job, degree, options)}
-    synchronous = {"step_warmup": rounds["warmup"]} if "warmup" in rounds else {}
-    steady = rounds.get("steady", rounds.get("warmup", 0.0)) / int(rules.settings(job, options).get("stride", 1))
-    return {"step": steady, **synchronous}
 
 
 def denoising_at(model: Model, size: tuple[int, int], batch_size: int, *, guided: bool, precision: str) -> Denoising:

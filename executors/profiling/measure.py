@@ -36,7 +36,6 @@ from ..models import (
 )
 from ..parallel import (
     AsyncDiffDenoiser,
-    Denoiser,
     Distributed,
     Group,
     build_denoiser,
@@ -111,12 +110,10 @@ def time_steps(
     sampler = build_sampler("ddim", spans[-1].stop + spans[-1].steps_a_lap, device=group.device)
     recorder = Recorder(group, spans, replays=protocol.runtime == "compiled" and group.device.type == "cuda")
     denoise(denoiser, sampler, latents * sampler.init_noise_sigma, on_step=recorder)
-    return {component: replace(measured, note=_note(denoiser)) for component, measured in recorder.measured.items()}
-
-
-def _note(denoiser: Denoiser) -> str:
-    """What a row cannot be made again without: where measured times cut the UNet."""
-    return f"cut at units {', '.join(map(str, denoiser.bounds))}" if isinstance(denoiser, AsyncDiffDenoiser) else ""
+    note = ""
+    if isinstance(denoiser, AsyncDiffDenoiser):  # without its cut by measured times a row cannot be made again
+        note = f"cut at units {', '.join(map(str, denoiser.bounds))}"
+    return {component: replace(measured, note=note) for component, measured in recorder.measured.items()}
 
 
 def _spans(target: ProfileTarget, protocol: RunProtocol) -> tuple[list[Span], dict[str, Any]]:
@@ -167,15 +164,12 @@ class Recorder:
             if done == span.stop:
                 self.measured[span.component] = self._result(span)
             if done == span.start:
-                self._begin()
+                meter = self._watch.meter if self._replays else self._meter()
+                self._watch, self._received = Stopwatch(self._group.clock, meter), self._group.traffic.received_bytes
+                self._watch.start()
 
     def _meter(self) -> Meter:
         return DeviceMeter(self._group.device, peak_from_now=self._replays) if self._own else Meter()
-
-    def _begin(self) -> None:
-        meter = self._watch.meter if self._replays else self._meter()
-        self._watch, self._received = Stopwatch(self._group.clock, meter), self._group.traffic.received_bytes
-        self._watch.start()
 
     def _result(self, span: Span) -> Measured:
         timing, per_step = self._watch.timing(), 1.0 / span.steps_a_lap
@@ -245,13 +239,12 @@ def _model_load(model: Pipeline, _: ProfileTarget) -> _Part:
             folder = model.weights / "unet"
         else:
             replace(model).unet.save_pretrained(folder)  # a copy that nobody keeps
-        yield lambda: _read(load_unet(folder, device=model.device, dtype=model.dtype)), None
 
+        def load() -> None:
+            for parameter in load_unet(folder, device=model.device, dtype=model.dtype).parameters():
+                parameter.clone()  # read once: on a CPU, loading only maps the file into memory
 
-def _read(unet: UNet2DConditionModel) -> None:
-    """Read every weight once: on a CPU, loading only maps the file into memory."""
-    for parameter in unet.parameters():
-        parameter.clone()
+        yield load, None
 
 
 @contextmanager
@@ -277,13 +270,13 @@ def _exchange(model: Pipeline, target: ProfileTarget) -> _Part:
         receiver.start()
         with socket.create_connection(listener.getsockname()) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            yield partial(_round, connection, payload), len(payload)
+
+            def exchange() -> None:
+                connection.sendall(payload)
+                connection.recv(1)
+
+            yield exchange, len(payload)
         receiver.join()
-
-
-def _round(connection: socket.socket, payload: bytes) -> None:
-    connection.sendall(payload)
-    connection.recv(1)
 
 
 def _receive(listener: socket.socket, size: int) -> None:

@@ -64,8 +64,8 @@ class MeasuredFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # the meta file first: rows without it would be refused
         # YAML, a line for each field, whose values are written as JSON, which YAML reads as it is
-        said = self.meta.model_dump(exclude_defaults=True).items()
-        lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in said]
+        fields = self.meta.model_dump(exclude_defaults=True).items()
+        lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in fields]
         _replace(self._meta_path, "".join(lines))
         _replace(self.path, _csv_text(self.rows.values()))
 
@@ -78,7 +78,11 @@ class MeasuredFile:
         except OSError as error:
             rule = f"cannot be written ({error.strerror or error})"
             return [Problem("--out", str(self.path.parent), rule, "Name a folder that can be.")]
-        there, now = (_circumstances(of) if of else {} for of in (self.meta, meta))
+        # what all rows of a file must share, by name
+        there, now = (
+            {"processor": of.processor, "driver": of.driver, **of.libraries, **of.protocol.model_dump()} if of else {}
+            for of in (self.meta, meta)
+        )
         return [
             Problem(
                 f"{self._meta_path}: {name}",
@@ -93,12 +97,6 @@ class MeasuredFile:
     @property
     def _meta_path(self) -> Path:
         return self.path.with_suffix(".meta.yaml")
-
-
-def _circumstances(meta: Meta) -> dict[str, object]:
-    """What all rows of a file must share, by name."""
-    machine = {"processor": meta.processor, "driver": meta.driver}
-    return {**machine, **meta.libraries, **meta.protocol.model_dump()}
 
 
 def merged_meta(old: Meta, new: Meta) -> Meta:
@@ -139,17 +137,16 @@ def _not_ours(path: Path, what: str, error: Exception) -> InputError:
 
 
 def _csv_text(rows: Iterable[CostRow]) -> str:
+    """The rows in order of what they measured, column by column: numbers by size, nothing before them, words after."""
+
+    def order(row: CostRow) -> Key:
+        return tuple((key, 0) if isinstance(key, str) else ("", -1 if key is None else key) for key in key_of(row))
+
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([_cell(getattr(row, name)) for name in COLUMNS] for row in sorted(rows, key=_order))
+    writer.writerows([_cell(getattr(row, name)) for name in COLUMNS] for row in sorted(rows, key=order))
     return text.getvalue()
-
-
-def _order(row: CostRow) -> Key:
-    return tuple(
-        ("", -1 if value is None else value) if not isinstance(value, str) else (value, 0) for value in key_of(row)
-    )
 
 
 def _cell(value: object) -> str:

@@ -67,15 +67,12 @@ class Bench:
 
     def check(self, targets: Sequence[ProfileTarget]) -> None:
         """Raises `InputError` where this machine, the weights or the protocol cannot give these targets their rows."""
-        if problems := list(self._problems({target.degree for target in targets})):
-            raise InputError(problems)
-        for name in dict.fromkeys(target.model for target in targets):
-            self._load(name)  # reads no more than the folder's config
-
-    def _problems(self, degrees: set[int]) -> Iterator[Problem]:
+        problems = []
+        degrees = {target.degree for target in targets}
         if (size := torchrun_size()) and degrees != {size}:
             rule = f"torchrun started {size} processes, and each of them is a rank"
-            yield Problem("--degrees", ", ".join(map(str, sorted(degrees))), rule, f"Use --degrees {size}.")
+            asked = ", ".join(map(str, sorted(degrees)))
+            problems.append(Problem("--degrees", asked, rule, f"Use --degrees {size}."))
         most = max(degrees, default=1)
         at_once = 1
         if self.carrier(most) != "loopback":  # torchrun may have started other ranks on other hosts
@@ -84,11 +81,16 @@ class Bench:
             what = "GPUs" if self.here.device == "cuda" else f"times {self.here.threads} usable CPU cores"
             rule = f"{self._devices()} {what} are here, and rows are written for devices that ran"
             remedy = "Use --ranks loopback for each rank's compute alone, or fewer ranks or threads."
-            yield Problem("--degrees", str(most), rule, remedy)
+            problems.append(Problem("--degrees", str(most), rule, remedy))
         few = self.sweep.warmup_runs < MIN_GRAPH_WARMUP_RUNS
         if few and self.sweep.runtime == "compiled" and self.here.device == "cuda":
             rule = f"a compiled step is a replayed CUDA graph only after {MIN_GRAPH_WARMUP_RUNS} runs"
-            yield Problem("--warmup-runs", str(self.sweep.warmup_runs), rule, f"Use {MIN_GRAPH_WARMUP_RUNS} or more.")
+            remedy = f"Use {MIN_GRAPH_WARMUP_RUNS} or more."
+            problems.append(Problem("--warmup-runs", str(self.sweep.warmup_runs), rule, remedy))
+        if problems:
+            raise InputError(problems)
+        for name in dict.fromkeys(target.model for target in targets):
+            self._load(name)  # reads no more than the folder's config
 
     def _devices(self) -> int:
         """Ranks that can run at the same time here."""
@@ -192,7 +194,11 @@ class Bench:
 
     def measure(self, target: ProfileTarget) -> list[CostRow]:
         """Measure a target and write its rows."""
-        by_component = self._steps(target) if target.components[0] in STEP_COMPONENTS else self._part(target)
+        component = target.components[0]
+        if component in STEP_COMPONENTS:
+            by_component = self._time_steps(target)
+        else:
+            by_component = {component: {None: time_part(self._loaded(target), target, self._protocol, self.here)}}
         rows = [
             self._row(target, component, rank, measured)
             for component, ranks in by_component.items()
@@ -201,7 +207,7 @@ class Bench:
         self.table(target).put(rows, self._meta())
         return rows
 
-    def _steps(self, target: ProfileTarget) -> dict[str, dict[int | None, Measured]]:
+    def _time_steps(self, target: ProfileTarget) -> dict[str, dict[int | None, Measured]]:
         carrier = self.carrier(target.degree)
         model = self._loaded(target)
         ranks = run_ranks(
@@ -220,10 +226,6 @@ class Bench:
             rows[None] = each[0] if target.degree == 1 else slowest(each)
             found[component] = {rank: rows[rank] for rank in self._ranks(target)}
         return found
-
-    def _part(self, target: ProfileTarget) -> dict[str, dict[int | None, Measured]]:
-        model = self._loaded(target)
-        return {target.components[0]: {None: time_part(model, target, self._protocol, self.here)}}
 
     @property
     def _protocol(self) -> RunProtocol:
@@ -310,7 +312,11 @@ def profile(
     A target that would go beyond the time budget, judged by those before it, is left; one that fails is passed over.
     Raises `InputError` for a grid that cannot be measured here, or whose rows cannot be written, before anything is.
     """
-    _check_budget(time_budget_s)
+    if time_budget_s is not None and not time_budget_s > 0:  # NaN, too
+        raise InputError(Problem("--time-budget-s", str(time_budget_s), "must be more than 0"))
+    if time_budget_s is not None and torchrun_size():
+        rule = "under torchrun each rank would judge by its own clock, and they would part"
+        raise InputError(Problem("--time-budget-s", str(time_budget_s), rule, "Leave it out, or give a smaller grid."))
     targets, refused = find_targets(sweep, profiles)
     bench = Bench(sweep, profiles, here, out, weights)
     bench.check(targets)
@@ -329,16 +335,6 @@ def profile(
     return outcome
 
 
-def _check_budget(time_budget_s: float | None) -> None:
-    if time_budget_s is None:
-        return
-    if not time_budget_s > 0:  # NaN, too
-        raise InputError(Problem("--time-budget-s", str(time_budget_s), "must be more than 0"))
-    if torchrun_size():
-        rule = "under torchrun each rank would judge by its own clock, and they would part"
-        raise InputError(Problem("--time-budget-s", str(time_budget_s), rule, "Leave it out, or give a smaller grid."))
-
-
 def _measure_all(
     todo: Sequence[ProfileTarget], bench: Bench, outcome: ProfileResult, progress: Progress, time_budget_s: float | None
 ) -> None:
@@ -354,26 +350,22 @@ def _measure_all(
             outcome.left.append(target)
             continue
         progress.doing(target)
-        if _is_measured(target, bench, outcome):
+        failed = False
+        try:
+            outcome.rows += bench.measure(target)
+        except (RuntimeError, HybridSDError) as error:  # CUDA, the CPU allocator and the compiler all raise the former
+            if torchrun_size():
+                raise  # the other ranks are still in this target
+            failed = True
+            outcome.failed.append(target)
+            reason = str(error).strip().splitlines() or [""]
+            outcome.refused.append(Problem(str(target), type(error).__name__, reason[0]))
+        if failed:
+            bench.forget()  # only now: the error held what the target had in memory
+        else:
             done += target.weight
             measured_s += time.perf_counter() - begun_s
         progress.done(target)
-
-
-def _is_measured(target: ProfileTarget, bench: Bench, outcome: ProfileResult) -> bool:
-    """Measure a target; where that fails, note why and make room for the next one."""
-    try:
-        outcome.rows += bench.measure(target)
-    except (RuntimeError, HybridSDError) as error:  # CUDA, the CPU allocator and the compiler all raise the former
-        if torchrun_size():
-            raise  # the other ranks are still in this target
-        outcome.failed.append(target)
-        reason = str(error).strip().splitlines() or [""]
-        outcome.refused.append(Problem(str(target), type(error).__name__, reason[0]))
-    else:
-        return True
-    bench.forget()  # only now: the error held what the target had in memory
-    return False
 
 
 def _summary(bench: Bench, target: ProfileTarget) -> Iterator[dict[str, object]]:
