@@ -18,7 +18,7 @@ from rich.console import Console
 
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.files import write_atomically
-from hybridsd_sim.profiles import Profiles, load_profiles
+from hybridsd_sim.profiles import load_profiles
 from hybridsd_sim.reporting import write_agreement
 from hybridsd_sim.simulation import Records, column
 from hybridsd_sim.version import __version__
@@ -62,15 +62,11 @@ def validate(
             testbed = build_testbed(out / TESTBED)
             for kind in tries * wanted:
                 asyncio.run(observe(kind, each, testbed, folder, protocol, say))
-        return _report(_found(folder), out, say)
-
-
-def _found(folder: Path) -> list[ObservedPart]:
-    found = kept.find(folder)
-    if not found:
-        rule = "holds no run that `validate` observed"
-        raise InputError(Problem("--from", str(folder), rule, "Name the `runs` of another validation."))
-    return found
+        found = kept.find(folder)
+        if not found:
+            rule = "holds no run that `validate` observed"
+            raise InputError(Problem("--from", str(folder), rule, "Name the `runs` of another validation."))
+        return _report(found, out, say)
 
 
 def _report(found: Sequence[ObservedPart], out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -80,7 +76,12 @@ def _report(found: Sequence[ObservedPart], out: Path, say: Callable[[str], None]
     for (kind, load), group in groupby(found, key=lambda part: (part.kind, part.load)):
         parts = list(group)
         say(f"{kept.name_of(kind, load)}: replaying")
-        pairs = [(part.records(), _replayed(part, catalogue, out)) for part in parts if not part.void]
+        pairs: list[Pair] = []
+        for part in parts:
+            if not part.void:
+                simulated = replay(part, catalogue, out / "arrivals")
+                kept.write_times(out / REPLAYS / f"{part.name}.parquet", kept.of_records(simulated))
+                pairs.append((part.records(), simulated))
         if not pairs:
             lost.append(kept.name_of(kind, load))
             rows.append(_row(parts, None))
@@ -92,44 +93,40 @@ def _report(found: Sequence[ObservedPart], out: Path, say: Callable[[str], None]
     write_atomically(out / "comparison.json", f"{text}\n".encode())
     folder = out / REPORT
     shutil.rmtree(folder, ignore_errors=True)
-    write_agreement({"runs": runs, "lost": lost, "made_by": _made_by()}, folder)
+    libraries = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    made_by = f"hybridsd_sim {__version__} ({commit() or 'no checkout'}) with {libraries}"
+    where = processor(LocalDevice("", "cpu", 1))
+    write_agreement({"runs": runs, "lost": lost, "made_by": [("Made by", made_by), ("On", where)]}, folder)
     return rows
-
-
-def _replayed(part: ObservedPart, catalogue: Profiles, out: Path) -> Records:
-    simulated = replay(part, catalogue, out / "arrivals")
-    kept.write_times(out / REPLAYS / f"{part.name}.parquet", kept.of_records(simulated))
-    return simulated
 
 
 def _run(parts: Sequence[ObservedPart], pairs: Sequence[Pair], comparison: Comparison) -> dict[str, Any]:
     """A run and its replay as the report wants them: figures of its sound parts, and what each part was like."""
     first = next(part for part in parts if not part.void)
+    figures = [asdict(figure) | {"holds": figure.holds} for figure in comparison.figures]
     return {
         "name": kept.name_of(first.kind, first.load), "kind": first.kind, "load": first.load, "driver": first.driver,
         "requests": comparison.requests, "block": comparison.block, "holds": comparison.holds,
         "drift_limit": first.drift_limit, "plan": plan_of(first.deployment).label,
         "slo_s": next(iter(first.scenario.requests.values())).slo_s,
-        "figures": [_plain(asdict(figure) | {"holds": figure.holds}) for figure in comparison.figures],
-        "parts": [_part(part) for part in parts],
+        "figures": [  # None for what is not a number
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figure.items()}
+            for figure in figures
+        ],
+        "parts": [
+            {
+                "part": part.part, "requests": len(part.late_s), "drift": part.drift, "void": part.void,
+                "steps": {
+                    device: [seconds, part.step_during_s[device], part.step_after_s[device]]
+                    for device, seconds in part.step_before_s.items()
+                },
+                "stack_s": part.stack_s, "late_s": float(part.late_s.max()),
+            }
+            for part in parts
+        ],
         "rows": [row.model_dump() for row in first.rows],
         "live": _latencies([live for live, _ in pairs]), "simulated": _latencies([replayed for _, replayed in pairs]),
     }  # fmt: skip
-
-
-def _part(part: ObservedPart) -> dict[str, Any]:
-    """What a part was like, sound or void."""
-    seconds = (part.step_before_s, part.step_during_s, part.step_after_s)
-    return {
-        "part": part.part, "requests": len(part.late_s), "drift": part.drift, "void": part.void,
-        "steps": {device: [each[device] for each in seconds] for device in part.step_before_s},
-        "stack_s": part.stack_s, "late_s": float(part.late_s.max()),
-    }  # fmt: skip
-
-
-def _plain(figure: dict[str, Any]) -> dict[str, Any]:
-    """None for what is not a number."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figure.items()}
 
 
 def _latencies(parts: Sequence[Records]) -> list[float]:
@@ -147,12 +144,6 @@ def _row(parts: Sequence[ObservedPart], comparison: Comparison | None) -> dict[s
         **{f"{name}_off": comparison[name].off if comparison else None for name in names},
         "holds": comparison.holds if comparison else None,
     }  # fmt: skip
-
-
-def _made_by() -> list[tuple[str, str]]:
-    libraries = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    here = processor(LocalDevice("", "cpu", 1))
-    return [("Made by", f"hybridsd_sim {__version__} ({commit() or 'no checkout'}) with {libraries}"), ("On", here)]
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class RequestTimes(NamedTuple):
 
     @property
     def served_per_s(self) -> float:
-        """Throughput."""
+        """Throughput, from the first arrival to the last image of each part."""
         return len(self.latency_s) / self.span_s
 
 
@@ -128,15 +128,22 @@ def compare(parts: Sequence[Pair], load: float, *, resamples: int = RESAMPLES, s
             raise RunError(f"{len(live)} requests were served live and {len(simulated)} in the simulation")
     # Held the longest, live: the worker whose queue makes the waiting.
     side = max(SIDES, key=lambda side: sum(float(_seconds(live.rows(), side)[1].sum()) for live, _ in parts))
-    pair = tuple(_joined([_passage(part[which], side) for part in parts]) for which in (0, 1))
+    pair = tuple(_request_times([part[which] for part in parts], side) for which in (0, 1))
     count = len(pair[0].latency_s)
     block = block_length(pair[0].latency_s)
     draws = resample_blocks(count, block, resamples, np.random.default_rng(seed))
     limits = limits_at(load)
     whole = np.arange(count)
     figures = [_figure(name, how, pair, whole, draws, _relative, limits.get(name)) for name, how in RELATIVE.items()]
-    figures.append(_rate(pair, limits.get("served_per_s")))
-    figures += [_figure(name, how, pair, whole, draws, _absolute, None) for name, how in SHARES.items()]
+    # throughput is one figure a run, so that there is no interval
+    rates, limit = [run.served_per_s for run in pair], limits.get("served_per_s")
+    off = _relative(*rates)
+    rate = Figure(name="served_per_s", live=rates[0], simulated=rates[1], off=off, low=NAN, high=NAN, limit=limit)
+    figures.append(rate)
+    figures += [
+        _figure(name, how, pair, whole, draws, lambda live, simulated: simulated - live, None)
+        for name, how in SHARES.items()
+    ]
     return Comparison(load=load, requests=count, block=block, figures=tuple(figures))
 
 
@@ -145,29 +152,21 @@ def limits_at(load: float) -> Mapping[str, float]:
     return next((limits for most, limits in LIMITS if load <= most + 1e-9), {})
 
 
-def _passage(records: Records, busiest: str) -> RequestTimes:
-    rows = records.rows()
-    if not len(rows) or (column(rows, "status") != SERVED).any():
-        raise RunError(f"{int((column(rows, 'status') != SERVED).sum())} of {len(rows)} requests were not served")
+def _request_times(parts: Sequence[Records], busiest: str) -> RequestTimes:
+    """The requests of all parts, one part after the other. Raises `RunError` unless all of them were served."""
+    span_s = 0.0
+    for part in (records.rows() for records in parts):
+        if not len(part) or (column(part, "status") != SERVED).any():
+            raise RunError(f"{int((column(part, 'status') != SERVED).sum())} of {len(part)} requests were not served")
+        span_s += float(column(part, "finish_s").max() - column(part, "arrival_s").min())
+    rows = np.concatenate([records.rows() for records in parts])
     arrival_s, finish_s = column(rows, "arrival_s"), column(rows, "finish_s")
     return RequestTimes(
         latency_s=finish_s - arrival_s,
         wait_s=sum((_seconds(rows, side)[0] for side in SIDES), np.zeros(len(rows))),
         held_s=_seconds(rows, busiest)[1],
         in_time=(finish_s <= column(rows, "deadline_s") + TOLERANCE_S).astype(float),
-        span_s=float(finish_s.max() - arrival_s.min()),
-    )
-
-
-def _joined(passages: Sequence[RequestTimes]) -> RequestTimes:
-    """The requests of all parts, one part after the other."""
-    latency_s, wait_s, held_s, in_time, spans_s = zip(*passages, strict=True)
-    return RequestTimes(
-        latency_s=np.concatenate(latency_s),
-        wait_s=np.concatenate(wait_s),
-        held_s=np.concatenate(held_s),
-        in_time=np.concatenate(in_time),
-        span_s=sum(spans_s),
+        span_s=span_s,
     )
 
 
@@ -179,10 +178,6 @@ def _seconds(rows: np.ndarray, side: str) -> tuple[Floats, Floats]:
 
 def _relative(live: float, simulated: float) -> float:
     return simulated / live - 1.0 if live else NAN if simulated else 0.0
-
-
-def _absolute(live: float, simulated: float) -> float:
-    return simulated - live
 
 
 def _figure(
@@ -201,13 +196,6 @@ def _figure(
         name=name, live=live, simulated=simulated, off=off(live, simulated), low=float(low), high=float(high),
         limit=limit,
     )  # fmt: skip
-
-
-def _rate(pair: Sequence[RequestTimes], limit: float | None) -> Figure:
-    """Throughput, from the first arrival to the last image; one figure a run, so that there is no interval."""
-    live, simulated = (run.served_per_s for run in pair)
-    off = _relative(live, simulated)
-    return Figure(name="served_per_s", live=live, simulated=simulated, off=off, low=NAN, high=NAN, limit=limit)
 
 
 def block_length(values: Floats) -> int:

@@ -46,15 +46,14 @@ class WorkerProfile:
 
     def at(self, pace: Mapping[str, float]) -> WorkerProfile:
         """The same workers at another pace: all that a device does takes longer, or less, in that proportion."""
-        rows = tuple(_scaled(row, pace[row.device] / self.pace[row.device]) for row in self.rows)
-        return replace(self, rows=rows, pace=pace)
-
-
-def _scaled(row: CostRow, factor: float) -> CostRow:
-    """A row at another pace, which it says."""
-    known = {name: getattr(row, name) for name in ("seconds_median", "seconds_p05", "seconds_p95")}
-    seconds = {name: factor * second for name, second in known.items() if second is not None}
-    return row.model_copy(update={**seconds, "notes": f"{row.notes}; times {factor:.4f}, the pace before the part"})
+        rows = []
+        for row in self.rows:
+            factor = pace[row.device] / self.pace[row.device]
+            known = {name: getattr(row, name) for name in ("seconds_median", "seconds_p05", "seconds_p95")}
+            seconds = {name: factor * second for name, second in known.items() if second is not None}
+            notes = f"{row.notes}; times {factor:.4f}, the pace before the part"
+            rows.append(row.model_copy(update={**seconds, "notes": notes}))
+        return replace(self, rows=tuple(rows), pace=pace)
 
 
 def drift(before: Mapping[str, float], after: Mapping[str, float]) -> float:
@@ -97,42 +96,32 @@ class _Site:
         after_s = [factor * second for second in after_s]
         group = {"method": stage.method, "degree": stage.degree, "options": "ranks=gloo" if stage.degree > 1 else ""}
         a_step_s = [seconds / stage.num_steps for seconds in steps_s]
-        yield self._before(before_s, handed_over)
-        yield self._row(stage.model, "step", a_step_s, "mean of a task", **self._size, **self._guided, **group)
-        yield self._after(after_s, len(tasks[0].done.payload))
-
-    def _before(self, seconds: Sequence[float], handed_over: int) -> CostRow:
-        if self._stage.start:
-            more = {**self._size, **self._guided, "comm_bytes": handed_over}
-            return self._row(self._stage.model, "handover_parse", seconds, "", **more)
-        prompts = 2 if self._guided["guidance"] else 1
-        return self._row(TEXT_ENCODER, "text_encode", [each / prompts for each in seconds], "one prompt of a request")
-
-    def _after(self, seconds: Sequence[float], handed_over: int) -> CostRow:
-        around = "what is left of the mean time for which a request holds the worker"
-        if self._stage.stop == self._plan.num_inference_steps:
-            return self._row(self._plan.vae, "vae_decode", seconds, f"{around}, the PNG among it", **self._size)
-        more = {**self._size, **self._guided, "comm_bytes": handed_over}
-        return self._row(self._stage.model, "handover_serialise", seconds, around, **more)
-
-    @property
-    def _size(self) -> dict[str, int]:
-        return {"height_px": self._spec.height_px, "width_px": self._spec.width_px}
-
-    @property
-    def _guided(self) -> dict[str, bool]:
-        return {"guidance": self._spec.guidance_scale > 1.0}
+        size = {"height_px": self._spec.height_px, "width_px": self._spec.width_px}
+        guided = self._spec.guidance_scale > 1.0
+        image = {**size, "guidance": guided}
+        if stage.start:
+            yield self._row(stage.model, "handover_parse", before_s, "", **image, comm_bytes=handed_over)
+        else:
+            a_prompt_s = [seconds / (2 if guided else 1) for seconds in before_s]
+            yield self._row(TEXT_ENCODER, "text_encode", a_prompt_s, "one prompt of a request")
+        yield self._row(stage.model, "step", a_step_s, "mean of a task", **image, **group)
+        left = "what is left of the mean time for which a request holds the worker"
+        if stage.stop == self._plan.num_inference_steps:
+            yield self._row(self._plan.vae, "vae_decode", after_s, f"{left}, the PNG among it", **size)
+        else:
+            more = {**image, "comm_bytes": len(tasks[0].done.payload)}
+            yield self._row(stage.model, "handover_serialise", after_s, left, **more)
 
     def _row(self, model: str, component: str, samples_s: Sequence[float], note: str, **more: object) -> CostRow:
         timing = Timing(tuple(samples_s))
         versions = library_versions()
-        said = ", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers"))
+        libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers"))
         return CostRow.model_validate(
             {
                 "device": self.device, "runtime": "eager", "precision": "fp32", "model": model, "component": component,
                 "seconds_median": timing.median_s, "seconds_p05": timing.p05_s, "seconds_p95": timing.p95_s,
                 "num_samples": len(timing.samples_s), "kind": "measured",
-                "source": f"hybridsd_sim executors {__version__} ({said})",
+                "source": f"hybridsd_sim executors {__version__} ({libraries})",
                 "source_date": datetime.now(tz=UTC).date().isoformat(),
                 "notes": "; ".join(filter(None, (self._notes, note))), **more,
             },
@@ -144,15 +133,9 @@ def write_profile(rows: Sequence[CostRow], folder: Path, *, warmup_runs: int) ->
     """The rows as measured files of a profiles folder, in the place of those that timed the same."""
     for device, model in dict.fromkeys((row.device, row.model) for row in rows):
         mine = [row for row in rows if (row.device, row.model) == (device, model)]
-        MeasuredFile(folder, device, model).put(mine, _meta(mine, warmup_runs))
-
-
-def _meta(rows: Sequence[CostRow], warmup_runs: int) -> Meta:
-    here = LocalDevice(rows[0].device, "cpu", 1)
-    protocol = {"warmup_runs": warmup_runs, "runs": rows[0].num_samples, "trimming": "none"}
-    return Meta.model_validate(
-        {
-            "device": here.name, "processor": processor(here), "libraries": library_versions(),
-            "date": rows[0].source_date, "protocol": protocol, "commit": commit(),
-        }
-    )  # fmt: skip
+        protocol = {"warmup_runs": warmup_runs, "runs": mine[0].num_samples, "trimming": "none"}
+        meta = {
+            "device": device, "processor": processor(LocalDevice(device, "cpu", 1)), "libraries": library_versions(),
+            "date": mine[0].source_date, "protocol": protocol, "commit": commit(),
+        }  # fmt: skip
+        MeasuredFile(folder, device, model).put(mine, Meta.model_validate(meta))

@@ -85,15 +85,13 @@ async def drive_loadgen(
 
     def begin(number: int, query: int, arrival_s: float) -> None:
         task = loop.create_task(_sent(send, number, arrival_s))
-        task.add_done_callback(lambda _: _complete(query))
+        response = mlperf_loadgen.QuerySampleResponse(query, 0, 0)
+        task.add_done_callback(lambda _: mlperf_loadgen.QuerySamplesComplete([response]))
         tasks.append(task)
 
     def issue(samples: Sequence[Any]) -> None:  # in LoadGen's own thread
         for sample in samples:
             loop.call_soon_threadsafe(begin, next(numbers), sample.id, time.monotonic())
-
-    def _complete(query: int) -> None:
-        mlperf_loadgen.QuerySamplesComplete([mlperf_loadgen.QuerySampleResponse(query, 0, 0)])
 
     await asyncio.to_thread(_run_loadgen, issue, rate_per_s, requests, logs, seed)
     if len(tasks) != requests:

@@ -101,7 +101,13 @@ async def observe(
 
     What is void of it has to be made again. Raises `InputError` if another driver sent the requests in `out`.
     """
-    before = {load: _kept(kind, load, out, protocol) for load in requests}
+    before: dict[float, list[ObservedPart]] = {load: [] for load in requests}
+    for part in kept.find(out):
+        if part.kind == kind.name and part.load in before:
+            if part.driver != protocol.driver:
+                rule = f"was driven by {part.driver}, not by {protocol.driver}"
+                raise InputError(Problem(str(out / part.name), "a part of a run", rule, "Name another folder."))
+            before[part.load].append(part)
     todo = [load for load, parts in before.items() if missing_requests(requests[load], parts)]
     if not todo:
         return
@@ -114,16 +120,6 @@ async def observe(
         await observer.settle(deployment, next((part.deployment for parts in before.values() for part in parts), None))
         for load in todo:
             await observer.serve(load, requests[load], before[load])
-
-
-def _kept(kind: ServingKind, load: float, out: Path, protocol: ObservationProtocol) -> list[ObservedPart]:
-    """The parts that `out` holds of a run."""
-    mine = [part for part in kept.find(out) if (part.kind, part.load) == (kind.name, load)]
-    for part in mine:
-        if part.driver != protocol.driver:
-            rule = f"was driven by {part.driver}, not by {protocol.driver}"
-            raise InputError(Problem(str(out / part.name), "a part of a run", rule, "Name another folder."))
-    return mine
 
 
 def missing_requests(wanted: int, parts: Iterable[ObservedPart]) -> int:
@@ -189,7 +185,7 @@ class RunObserver:
 
         A void part is tried again as long as there are attempts.
         """
-        profile, before = await self._profile(load)
+        profile, before = await self._rehearsed_profile(load)
         folder = self.out / "profiles" / kept.name_of(self.kind.name, load)
         write_profile(profile.rows, folder, warmup_runs=WARMUP_RUNS)
         more = math.ceil(missing_requests(wanted, parts) / self._rate(load) / self.protocol.part_s)
@@ -208,7 +204,7 @@ class RunObserver:
             f"{missing_requests(wanted, done)} requests are missing"
         )
 
-    async def _profile(self, load: float) -> tuple[WorkerProfile, Mapping[str, float]]:
+    async def _rehearsed_profile(self, load: float) -> tuple[WorkerProfile, Mapping[str, float]]:
         """What is measured in a rehearsal, at the mean of the paces around it, and the pace just now."""
         tried: list[tuple[float, WorkerProfile]] = []
         after: Mapping[str, float] = {}
@@ -275,7 +271,7 @@ class RunObserver:
             rows=profile.rows,
             stack_s=profile.stack_s,
             step_before_s=profile.pace,
-            step_during_s=_steps(sent),
+            step_during_s=_median_steps(sent),
             step_after_s=after,
             drift=drifted,
             drift_limit=self.protocol.drift_limit,
@@ -298,18 +294,18 @@ class RunObserver:
         self, client: Client, links: Sequence[Link | None], rate_per_s: float, first: int, seed: int, logs: Path
     ) -> list[SentRequest[RequestOutcome]]:
         async def send(number: int, arrival_s: float) -> RequestOutcome:
-            return await client.ask(replace(_ask(f"r{number}", number, links[number]), arrival_s=arrival_s))
+            request = ClientRequest(
+                id=f"r{number}", request_class=REQUEST_CLASS, prompt=PROMPT, seed=number, link=links[number],
+                arrival_s=arrival_s,
+            )  # fmt: skip
+            return await client.ask(request)
 
         if self.protocol.trace is not None:
             return await replay_trace(trace_piece(self.protocol.trace, first, len(links), rate_per_s), send)
         return await drive_loadgen(rate_per_s, len(links), send, logs=logs, seed=seed)
 
 
-def _ask(name: str, seed: int, link: Link | None) -> ClientRequest:
-    return ClientRequest(id=name, request_class=REQUEST_CLASS, prompt=PROMPT, seed=seed, link=link)
-
-
-def _steps(sent: Sequence[SentRequest[RequestOutcome]]) -> dict[str, float]:
+def _median_steps(sent: Sequence[SentRequest[RequestOutcome]]) -> dict[str, float]:
     """The median step of each device while it served."""
     by_device = {
         CLOUD: [second for one in sent for second in one.answer.cloud_step_s],

@@ -164,8 +164,24 @@ def save(observed: ObservedPart, folder: Path) -> None:
     """Write a part into a folder, in the place of one of its name."""
     folder.mkdir(parents=True, exist_ok=True)
     write_times(folder / f"{observed.name}.parquet", {**observed.times_s, "late_s": observed.late_s})
-    said = json.dumps(_said(observed), indent=1, allow_nan=False)
-    write_atomically(folder / f"{observed.name}.json", f"{said}\n".encode())
+    plain = ("kind", "load", "part", "rate_per_s", "driver", "stack_s", "drift", "drift_limit")
+    medians = ("step_before_s", "step_during_s", "step_after_s")
+    facts = observed.facts._asdict()
+    text = json.dumps(
+        {
+            "format": FORMAT,
+            **{name: getattr(observed, name) for name in plain},
+            **{name: dict(getattr(observed, name)) for name in medians},
+            "scenario": observed.scenario.to_dict(),
+            "deployment": observed.deployment.to_dict(),
+            # None for what is not a number
+            "facts": {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in facts.items()},
+            "rows": [row.model_dump(mode="json", exclude_defaults=True) for row in observed.rows],
+        },
+        indent=1,
+        allow_nan=False,
+    )
+    write_atomically(folder / f"{observed.name}.json", f"{text}\n".encode())
 
 
 def find(folder: Path) -> list[ObservedPart]:
@@ -175,44 +191,23 @@ def find(folder: Path) -> list[ObservedPart]:
 
 def load(path: Path) -> ObservedPart:
     """The part whose JSON this is."""
-    said = json.loads(path.read_text(encoding="utf-8"))
-    if said.pop("format", None) != FORMAT:
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved.pop("format", None) != FORMAT:
         rule = f"this version reads runs of format {FORMAT}"
         raise InputError(Problem(str(path), "another format", rule, "Observe it again."))
     times_s = read_times(path.with_suffix(".parquet"))
-    facts: dict[str, Any] = {name: math.nan if value is None else value for name, value in said["facts"].items()}
+    facts: dict[str, Any] = {name: math.nan if value is None else value for name, value in saved["facts"].items()}
     return ObservedPart(
         **{
-            **said,
-            "scenario": Scenario.model_validate_json(json.dumps(said["scenario"])),
-            "deployment": deployment_from_dict(said["deployment"]),
-            "rows": tuple(CostRow.model_validate(row, strict=False) for row in said["rows"]),
+            **saved,
+            "scenario": Scenario.model_validate_json(json.dumps(saved["scenario"])),
+            "deployment": deployment_from_dict(saved["deployment"]),
+            "rows": tuple(CostRow.model_validate(row, strict=False) for row in saved["rows"]),
             "facts": PlanFacts(**{**facts, "batch_gpu_s": tuple(facts["batch_gpu_s"])}),
             "late_s": times_s.pop("late_s"),
             "times_s": times_s,
         }
     )
-
-
-def _said(observed: ObservedPart) -> dict[str, Any]:
-    """All of a part but its requests, as plain data without folders."""
-    plain = ("kind", "load", "part", "rate_per_s", "driver", "stack_s", "drift", "drift_limit")
-    medians = ("step_before_s", "step_during_s", "step_after_s")
-    facts = {name: _known(value) for name, value in observed.facts._asdict().items()}
-    return {
-        "format": FORMAT,
-        **{name: getattr(observed, name) for name in plain},
-        **{name: dict(getattr(observed, name)) for name in medians},
-        "scenario": observed.scenario.to_dict(),
-        "deployment": observed.deployment.to_dict(),
-        "facts": facts,
-        "rows": [row.model_dump(mode="json", exclude_defaults=True) for row in observed.rows],
-    }
-
-
-def _known(value: Any) -> Any:
-    """None for what is not a number."""
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def of_records(records: Records) -> dict[str, Floats]:
@@ -251,17 +246,13 @@ def replay(observed: ObservedPart, catalogue: Profiles, folder: Path) -> Records
     scenario = with_arrivals(observed.scenario, path)
     profiles = observed.profiles(catalogue)
     simulated = simulate(scenario, profiles, policy=POLICY, plan=observed.deployment).replications[0]
-    return simulated if plan_of(observed.deployment).cloud_stages else _later(simulated, observed.stack_s)
-
-
-def _later(records: Records, seconds: float) -> Records:
-    """The same requests, each in nobody's hands for so long before anything else happens to it."""
-    rows = records.rows().copy()
-    for name in TIME_COLUMNS:
+    if plan_of(observed.deployment).cloud_stages:
+        return simulated
+    rows = simulated.rows().copy()
+    for name in (*TIME_COLUMNS, "transfer_s"):
         if name != "arrival_s":
-            column(rows, name)[:] += seconds
-    column(rows, "transfer_s")[:] += seconds
-    return replace(records, table=rows)
+            column(rows, name)[:] += observed.stack_s
+    return replace(simulated, table=rows)
 
 
 def write_arrivals(path: Path, arrival_s: np.ndarray) -> None:

@@ -107,25 +107,23 @@ async def measure_pace(
     pools: ProcessPools, scenario: Scenario, deployment: Deployment, settings: ServiceSettings, for_s: float
 ) -> dict[str, float]:
     """The median step of each device while all workers do one task after the other and no requests are about."""
+
+    async def run(pool: ProcessPool, worker: str, task: Task) -> TaskResult:
+        return await pool.run(worker, replace(task, key=f"pace/{time.monotonic_ns()}"))
+
+    async def repeat(pool: ProcessPool, worker: str, task: Task) -> list[float]:
+        found: list[float] = []
+        while not found or time.monotonic() < until_s:
+            found += (await run(pool, worker, task)).step_s
+        return found
+
     begun, tasks = None, {}
     for stage in plan_of(deployment).stages:
         tasks[device_of(stage)] = (*pools.of(stage), _task(scenario, stage, begun, settings))
-        begun = (await _next(*tasks[device_of(stage)])).payload
+        begun = (await run(*tasks[device_of(stage)])).payload
     until_s = time.monotonic() + for_s
-    step_s = await asyncio.gather(*[_steps(*task, until_s) for task in tasks.values()])
+    step_s = await asyncio.gather(*[repeat(*task) for task in tasks.values()])
     return {device: median(seconds) for device, seconds in zip(tasks, step_s, strict=True)}
-
-
-async def _steps(pool: ProcessPool, worker: str, task: Task, until_s: float) -> list[float]:
-    """Seconds of the steps of a task that is done again and again."""
-    found: list[float] = []
-    while not found or time.monotonic() < until_s:
-        found += (await _next(pool, worker, task)).step_s
-    return found
-
-
-async def _next(pool: ProcessPool, worker: str, task: Task) -> TaskResult:
-    return await pool.run(worker, replace(task, key=f"pace/{time.monotonic_ns()}"))
 
 
 async def time_alone(
@@ -170,16 +168,12 @@ async def rehearse(
         for pool in watched:
             pool.observed = None
     found = profile_of(scenario, plan, [list(hold_times(tasks)) for tasks in observed], "served at the load of the run")
-    return replace(found, stack_s=_stack_seconds([one.answer for one in sent], rehearsal))
-
-
-def _stack_seconds(outcomes: Sequence[RequestOutcome], rehearsal: Rehearsal) -> float:
-    """Median seconds for which requests are in nobody's hands beyond what the model of their links says."""
     cost = rehearsal.cost
     modelled_s = [
         0.0 if link is None else link.up_s(cost.bytes_up) + link.down_s(cost.bytes_down) for link in rehearsal.links
     ]
-    return max(0.0, median(outcome.transfer_s - s for outcome, s in zip(outcomes, modelled_s, strict=True)))
+    stack_s = median(one.answer.transfer_s - seconds for one, seconds in zip(sent, modelled_s, strict=True))
+    return replace(found, stack_s=max(0.0, stack_s))
 
 
 async def _ask(client: Client, seed: int, link: Link | None = None) -> RequestOutcome:

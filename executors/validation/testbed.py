@@ -228,18 +228,13 @@ def build_testbed(folder: Path) -> Testbed:
     testbed = Testbed(folder)
     write_catalogue(testbed.profiles)
     for name, path in testbed.weights.items():
-        if not _is_of(CONFIGS[name], path):
+        file, wanted = path / "unet" / "config.json", CONFIGS[name].items()
+        if not (file.is_file() and wanted <= json.loads(file.read_text(encoding="utf-8")).items()):
             _write_pipeline(CONFIGS[name], path)
     return testbed
 
 
 # ---- Pipelines ------------------------------------------------------------------------------------------------------
-
-
-def _is_of(config: Mapping[str, Any], path: Path) -> bool:
-    """Whether a pipeline lies there whose UNet has this configuration."""
-    file = path / "unet" / "config.json"
-    return file.is_file() and config.items() <= json.loads(file.read_text(encoding="utf-8")).items()
 
 
 def _write_pipeline(config: Mapping[str, Any], path: Path) -> None:
@@ -251,7 +246,13 @@ def _write_pipeline(config: Mapping[str, Any], path: Path) -> None:
     build_unet(config).save_pretrained(part / "unet")
     _seeded_vae().save_pretrained(part / "vae")
     _seeded_text_encoder().save_pretrained(part / "text_encoder")
-    _write_tokenizer(part / "tokenizer")
+    # a CLIP tokenizer that merges nothing: every byte of a prompt is a token
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_TOKENS}
+    tokenizer = part / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "vocab.json").write_text(json.dumps(_vocabulary()), encoding="utf-8")
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)
 
@@ -276,27 +277,13 @@ def _seeded_text_encoder() -> CLIPTextModel:
     return fill(encoder, seed=0, device="cpu", dtype=torch.float32)
 
 
-def _write_tokenizer(path: Path) -> None:
-    """A CLIP tokenizer that merges nothing: every byte of a prompt is a token."""
-    path.mkdir(parents=True)
-    (path / "vocab.json").write_text(json.dumps(_vocabulary()), encoding="utf-8")
-    (path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    said = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_TOKENS}
-    (path / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
-
-
 def _vocabulary() -> dict[str, int]:
     """Tokens of single bytes in CLIP's letters, inside a word and at its end, and the two marks."""
-    letters = list(_byte_letters())
+    # a visible letter for every byte: its own where it has one, as in GPT-2's and CLIP's vocabularies
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters = [*map(chr, sorted(visible)), *(chr(0x100 + index) for index in range(0x100 - len(visible)))]
     ends = (f"{letter}</w>" for letter in letters)
     return {token: index for index, token in enumerate([*letters, *ends, "<|startoftext|>", "<|endoftext|>"])}
-
-
-def _byte_letters() -> Iterator[str]:
-    """A visible letter for every byte: its own where it has one, as in GPT-2's and CLIP's vocabularies."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    yield from (chr(byte) for byte in sorted(visible))
-    yield from (chr(0x100 + index) for index in range(0x100 - len(visible)))
 
 
 # ---- Profiles -------------------------------------------------------------------------------------------------------
@@ -313,29 +300,31 @@ def write_catalogue(folder: Path) -> Path:
         with (catalogue / path.name).open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
-            writer.writerows([*rows, *_added(path.stem)])
+            writer.writerows([*rows, *_catalogue_rows(path.stem)])
     return folder
 
 
-def _added(table: str) -> Iterator[dict[str, Any]]:
+def _catalogue_rows(table: str) -> Iterator[dict[str, Any]]:
     """The testbed's rows of a table."""
     if table == "models":
-        yield from (_model(name, config) for name, config in CONFIGS.items())
+        for name, config in CONFIGS.items():
+            yield {
+                "name": name, "label": name, "latent_space": "sd1", "prediction": "epsilon", "native_px": SIZE_PX,
+                "config": json.dumps(config), "params": unet_params(config),
+                "ops": len(unet_layers(config, SIZE_PX, SIZE_PX)), "text_encoders": TEXT_ENCODER,
+                "text_embedding_bytes_fp16": 2 * TEXT_TOKENS * _WIDTH, "cross_attention_dim": _WIDTH, "vae": VAE,
+                "small_vae": VAE, **_SOURCE, "notes": "ops are its layers; it is only ever timed",
+            }  # fmt: skip
     elif table == "components":
         yield _component(TEXT_ENCODER, "text_encode", _seeded_text_encoder())
         yield _component(VAE, "vae_decode", _seeded_vae().decoder)
     elif table == "edge_devices":
-        yield from (_device(name) for name in (CLOUD, EDGE))
-
-
-def _model(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "name": name, "label": name, "latent_space": "sd1", "prediction": "epsilon", "native_px": SIZE_PX,
-        "config": json.dumps(config), "params": unet_params(config), "ops": len(unet_layers(config, SIZE_PX, SIZE_PX)),
-        "text_encoders": TEXT_ENCODER, "text_embedding_bytes_fp16": 2 * TEXT_TOKENS * _WIDTH,
-        "cross_attention_dim": _WIDTH, "vae": VAE, "small_vae": VAE, **_SOURCE,
-        "notes": "ops are its layers; it is only ever timed",
-    }  # fmt: skip
+        for name in (CLOUD, EDGE):
+            yield {
+                "name": name, "label": "One thread of the machine that was calibrated", "device_class": "cpu",
+                "usable_memory_fraction": 0.8, "power_source": "unknown: not metered", "default_runtime": "eager",
+                "default_precision": "fp32", **_SOURCE,
+            }  # fmt: skip
 
 
 def _component(name: str, component: str, module: torch.nn.Module) -> dict[str, Any]:
@@ -343,11 +332,3 @@ def _component(name: str, component: str, module: torch.nn.Module) -> dict[str, 
     uncounted = dict.fromkeys(("flop_conv_512", "flop_linear_512", "flop_attention_512"), 0)
     notes = "FLOPs not counted: it is only ever timed"
     return {"name": name, "component": component, "params": params, "ops": 1, **uncounted, **_SOURCE, "notes": notes}
-
-
-def _device(name: str) -> dict[str, Any]:
-    return {
-        "name": name, "label": "One thread of the machine that was calibrated", "device_class": "cpu",
-        "usable_memory_fraction": 0.8, "power_source": "unknown: not metered", "default_runtime": "eager",
-        "default_precision": "fp32", **_SOURCE,
-    }  # fmt: skip
