@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -34,10 +34,6 @@ from hybridsd_sim.cli_arguments import (
     split,
 )
 from hybridsd_sim.errors import InputError, Problem
-
-if TYPE_CHECKING:
-    from .profiling import Progress
-
 
 app = typer.Typer(
     help="Run, count and profile Stable Diffusion on real hardware, alone or in parallel.",
@@ -123,7 +119,7 @@ def profile(
     """Measure components and steps, and write cost rows. Seconds, bytes, memory, energy; goes on where it stopped."""
     from hybridsd_sim.profiles import load_profiles
 
-    from .profiling import STEP_COMPONENTS, Sweep, find_device
+    from .profiling import STEP_COMPONENTS, Sweep, find_device, show_progress
     from .profiling import profile as measure_all
 
     sweep = Sweep(
@@ -136,7 +132,7 @@ def profile(
     catalogue = load_profiles(profiles)
     here = find_device(catalogue, device, threads)
     try:
-        with _progress() as progress:
+        with show_progress() as progress:
             outcome = measure_all(
                 sweep, catalogue, here, out, weights=weights, time_budget_s=time_budget_s, progress=progress
             )
@@ -348,18 +344,3 @@ def _outcome_table(summary: Iterable[Mapping[str, Any]]) -> tuple[list[str], lis
         share = entry["share_of_ceiling"]
         rows.append([entry["model"], entry["component"], size, batch, ranks, *seconds, megabytes, rate, share])
     return header, rows
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """How far a profile has come, on standard error: a bar with the time left for people, plain lines in logs."""
-    from .profiling import Bar, Lines, Progress, is_first_process
-
-    if not is_first_process():
-        yield Progress()
-        return
-    if not sys.stderr.isatty():
-        yield Lines()
-        return
-    with Bar() as bar:
-        yield bar

@@ -150,25 +150,21 @@ def finish_at_edge(
         while (frame := line.receive())[0] == _PROGRESS:
             if on_progress:
                 on_progress(int.from_bytes(frame[1], "big"))
-    return _result(*frame, transfer, peer).to(transfer.latents.device)
-
-
-def _result(kind: bytes, payload: bytes, sent: LatentTransfer, peer: str) -> Tensor:
-    """The latents of an edge's last frame."""
+    kind, answer = frame
     if kind == _ERROR:
-        raise RunError(f"{peer} refused: {payload.decode(errors='replace')}")
+        raise RunError(f"{peer} refused: {answer.decode(errors='replace')}")
     if kind != _RESULT:
         raise RunError(f"{peer} answered with a frame of kind {kind!r}, not with latents")
     expected = ExpectedTransfer(
-        latent_space=sent.latent_space,
-        prediction=sent.prediction,
-        sampler=sent.sampler,
-        num_inference_steps=sent.num_inference_steps,
-        step=sent.num_inference_steps,
-        shape=tuple(sent.latents.shape),
+        latent_space=transfer.latent_space,
+        prediction=transfer.prediction,
+        sampler=transfer.sampler,
+        num_inference_steps=transfer.num_inference_steps,
+        step=transfer.num_inference_steps,
+        shape=tuple(transfer.latents.shape),
     )
     try:
-        return parse(payload, expected).latents
+        return parse(answer, expected).latents.to(transfer.latents.device)
     except InputError as error:
         raise RunError(f"{peer} answered with unusable latents: {error}") from error
 

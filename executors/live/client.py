@@ -269,7 +269,10 @@ class Client:
             begun=begun or None, stop=edge.job.num_inference_steps, decode=True, checkpoint_every=_CHECKPOINT_EVERY,
         )  # fmt: skip
         for life in range(self._retries + 1):
-            device = await self._free_device(pool)
+            while not (up := pool.up()):  # noqa: ASYNC110 -- a pool has one listener, its owner
+                await asyncio.sleep(_POLL_S)
+            self._devices += [name for name in up if name not in self._devices]
+            device = min(up, key=lambda name: self._busy[name])  # the one with the least to do
             self._busy[device] += 1
             try:
                 done = await pool.run(device, replace(task, key=f"{progress.request.id}/edge{life}"))
@@ -284,13 +287,6 @@ class Client:
             finally:
                 self._busy[device] -= 1
         raise UnservedError(Reason.EDGE_LOST)
-
-    async def _free_device(self, pool: ProcessPool) -> str:
-        """The device with the least to do, as soon as one is up; `timeout_s` limits the wait."""
-        while not (up := pool.up()):  # noqa: ASYNC110 -- a pool has one listener, its owner
-            await asyncio.sleep(_POLL_S)
-        self._devices += [name for name in up if name not in self._devices]
-        return min(up, key=lambda name: self._busy[name])
 
     # ---- Notices ----------------------------------------------------------------------------------------------------
 

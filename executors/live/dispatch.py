@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,12 +60,28 @@ def cloud_workers(deployment: Deployment, settings: ProcessSettings) -> tuple[Wo
     plans = [part.plan for mix in deployment.plans.values() for part in mix]
     if problems := [problem for plan in plans for problem in plan_problems(plan)]:
         raise InputError(problems)
-    specs = [
-        spec
-        for pool, nodes in deployment.replicas.items()
-        if nodes
-        for spec in _pool_workers(pool, nodes, plans, settings)
-    ]
+    specs: list[WorkerSpec] = []
+    for pool, nodes in deployment.replicas.items():
+        mine = [plan for plan in plans for stage in plan.cloud_stages if stage.site.name == pool]
+        if not (nodes and mine):
+            continue
+        kinds = {
+            (stage.method, stage.degree, stage.options, plan.vae): stage for plan in mine for stage in plan.cloud_stages
+        }
+        if len(kinds) > 1:
+            found = ", ".join(f"{method} x{degree} with {vae}" for method, degree, _, vae in kinds)
+            rule = "a pool's workers are all of one method, degree and decoder"
+            remedy = "Limit search.methods, degrees, options and vaes."
+            raise InputError(Problem(f"plan: pool {pool}", found, rule, remedy))
+        stage, models = next(iter(kinds.values())), tuple(dict.fromkeys(plan.cloud_stages[0].model for plan in mine))
+        specs += [
+            WorkerSpec(
+                name=f"{pool}/{index}", pool=pool, models=models, method=stage.method, degree=stage.degree,
+                options=dict(stage.options), vae=mine[0].vae, threads=settings.threads, device=settings.device,
+                precision=settings.precision, weights=settings.weights, profiles=settings.profiles,
+            )
+            for index in range(nodes * (stage.site.gpus_per_node // stage.degree))
+        ]  # fmt: skip
     return place_on_gpus(specs, torch.cuda.device_count()) if settings.device.startswith("cuda") else tuple(specs)
 
 
@@ -84,28 +100,6 @@ def place_on_gpus(specs: Sequence[WorkerSpec], num_gpus: int) -> tuple[WorkerSpe
         rule = "has several ranks, and is served on GPUs only where it is the only worker"
         raise InputError(Problem("workers", ", ".join(wide), rule, "Plan one worker, or degrees of 1."))
     return tuple(replace(spec, device=f"cuda:{index}") for index, spec in enumerate(specs))
-
-
-def _pool_workers(pool: str, nodes: int, plans: list[Plan], settings: ProcessSettings) -> Iterator[WorkerSpec]:
-    """A pool's workers: all of one method, degree, options and decoder, with the models of all plans."""
-    mine = [plan for plan in plans for stage in plan.cloud_stages if stage.site.name == pool]
-    if not mine:
-        return
-    kinds = {
-        (stage.method, stage.degree, stage.options, plan.vae): stage for plan in mine for stage in plan.cloud_stages
-    }
-    if len(kinds) > 1:
-        found = ", ".join(f"{method} x{degree} with {vae}" for method, degree, _, vae in kinds)
-        rule = "a pool's workers are all of one method, degree and decoder"
-        raise InputError(Problem(f"plan: pool {pool}", found, rule, "Limit search.methods, degrees, options and vaes."))
-    stage, vae = next(iter(kinds.values())), mine[0].vae
-    models = tuple(dict.fromkeys(plan.cloud_stages[0].model for plan in mine))
-    for index in range(nodes * (stage.site.gpus_per_node // stage.degree)):
-        yield WorkerSpec(
-            name=f"{pool}/{index}", pool=pool, models=models, method=stage.method, degree=stage.degree,
-            options=dict(stage.options), vae=vae, threads=settings.threads, device=settings.device,
-            precision=settings.precision, weights=settings.weights, profiles=settings.profiles,
-        )  # fmt: skip
 
 
 def edge_worker(plans: Sequence[Plan], settings: ProcessSettings) -> WorkerSpec | None:

@@ -139,7 +139,7 @@ class OpenRequest:
         self._worker: str | None = None
         self._stop, self._ready_s, self._why = 0, math.nan, ""
         self._settled = self.dropped = False
-        self.task = asyncio.create_task(self._live())
+        self.task = asyncio.create_task(self._run())
         self.task.add_done_callback(self._on_done)
 
     # ---- What others see and may do ---------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class OpenRequest:
             self.task.cancel()
 
     def close(self, ended: EdgeReport) -> None:
-        """The edge has said how its part ended; only the first word counts."""
+        """How the edge's part ended; only the first report counts."""
         if self._settled or self.status != "handed_over" or self._decision is None or self._plan is None:
             return
         for seconds in ended.step_s[: self._plan.num_inference_steps]:
@@ -188,7 +188,7 @@ class OpenRequest:
 
     # ---- Its life ---------------------------------------------------------------------------------------------------
 
-    async def _live(self) -> None:
+    async def _run(self) -> None:
         left_s = max(0.0, self.deadline_s - time.monotonic())
         watch = None if left_s == math.inf else asyncio.get_running_loop().call_later(left_s, self._on_deadline)
         try:
@@ -240,6 +240,13 @@ class OpenRequest:
         self._hand_over(begun, step)
 
     async def _attempt(self, stage: Stage, begun: bytes | None) -> TaskResult:
+        """Let the worker do its stage from `begun` on; every step goes to the scheduler."""
+
+        def on_step(step: int, seconds: float) -> None:
+            self.steps_done = step + 1
+            if self._decision is not None:
+                self._observe(StepDone(self._decision.number, seconds))
+
         request, worker = self.request, self._worker or ""
         task = Task(
             key=f"{self.message.id}/{self.restarts}",
@@ -257,12 +264,7 @@ class OpenRequest:
             payload=self._settings.payload,
             checkpoint_every=self._settings.checkpoint_every,
         )
-        return await self._dispatcher.pool.run(worker, task, on_step=self._on_step)
-
-    def _on_step(self, step: int, seconds: float) -> None:
-        self.steps_done = step + 1
-        if self._decision is not None:
-            self._observe(StepDone(self._decision.number, seconds))
+        return await self._dispatcher.pool.run(worker, task, on_step=on_step)
 
     # ---- Deciding ---------------------------------------------------------------------------------------------------
 

@@ -184,17 +184,16 @@ def respond(open_request: OpenRequest, message: ImageRequest, received_s: float,
     headers = {DIGEST: content_digest(head, payload), "content-length": str(len(head) + len(payload))}
     counters.sent_bytes.inc(len(payload))
     ready_s = received_s if open_request.cloud is None else max(received_s, open_request.cloud.stop_s)
-    return StreamingResponse(_body(head, payload, message, ready_s), headers=headers, media_type=MEDIA_TYPE)
 
+    async def body() -> AsyncIterator[bytes]:
+        yield head  # at once, as the HTTP head goes; the payload is what the link is charged for
+        if message.link is None:
+            yield payload
+            return
+        async for piece in pace_payload(payload, message.link, start_s=ready_s):
+            yield piece
 
-async def _body(head: bytes, payload: bytes, message: ImageRequest, start_s: float) -> AsyncIterator[bytes]:
-    """The answer's own line goes out at once, as the HTTP head does; the payload is what the link is charged for."""
-    yield head
-    if message.link is None:
-        yield payload
-        return
-    async for piece in pace_payload(payload, message.link, start_s=start_s):
-        yield piece
+    return StreamingResponse(body(), headers=headers, media_type=MEDIA_TYPE)
 
 
 # ---- Reading and refusing -------------------------------------------------------------------------------------------

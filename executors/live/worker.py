@@ -82,7 +82,13 @@ def run_rank(
     `channel_end` is rank 0's socket.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; whoever started us decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if parent := multiprocessing.parent_process():
+
+        def end_with_parent() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=end_with_parent, daemon=True).start()
     if spec.cpus:
         os.sched_setaffinity(0, {spec.cpus[rank]})
     torch.set_num_threads(spec.threads)
@@ -95,12 +101,6 @@ def run_rank(
         if not isinstance(error, EOFError) and not RankFailure.of(error).lost_another:
             raise
     sys.exit(1)  # the pool or another rank has gone, and whoever noticed said so
-
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
 
 
 def _lead(spec: WorkerSpec, port: int, followers: Sequence[Connection], channel: Channel) -> None:
@@ -213,7 +213,14 @@ class GroupLeader:
         self.runner.check(task)
         sampler = self.runner.sampler(task)
         if task.begun is not None:
-            begun = self._parse_begun(task, task.begun, watch)
+            with watch.time("parse_s"):
+                begun = parse(task.begun, self.runner.expected(task))
+            if begun.guidance_scale != task.guidance_scale:
+                rule = f"this side runs {task.guidance_scale}"
+                raise InputError(Problem("hand-over guidance_scale", str(begun.guidance_scale), rule))
+            if begun.step > task.stop:
+                rule = f"this task stops before step {task.stop}"
+                raise InputError(Problem("hand-over step", str(begun.step), rule))
         else:
             noise, space = self.runner.noise(task) * sampler.init_noise_sigma, self.runner.latent_space(task)
             with watch.time("text_encode_s"):
@@ -230,17 +237,6 @@ class GroupLeader:
         with watch.time("serialise_s"):
             image = encode_png(pixels)
         return watch.done(image, is_image=True)
-
-    def _parse_begun(self, task: Task, payload: bytes, watch: _TaskTimer) -> LatentTransfer:
-        """The state that a task goes on from. Raises `InputError` for one of another image."""
-        with watch.time("parse_s"):
-            begun = parse(payload, self.runner.expected(task))
-        if begun.guidance_scale != task.guidance_scale:
-            rule = f"this side runs {task.guidance_scale}"
-            raise InputError(Problem("hand-over guidance_scale", str(begun.guidance_scale), rule))
-        if begun.step > task.stop:
-            raise InputError(Problem("hand-over step", str(begun.step), f"this task stops before step {task.stop}"))
-        return begun
 
     def _steps(self, ticket: int, task: Task, begun: LatentTransfer, sampler: Any, watch: _TaskTimer) -> Tensor:
         def on_step(step: int, latents: Tensor) -> None:
@@ -385,8 +381,25 @@ class ModelRunner:
     def steps(self, task: Task, begun: LatentTransfer, sampler: Any) -> Callable[[OnStep], Tensor]:
         """What does the task's steps from where `begun` stands, with all ranks of the worker; returns the latents."""
         resume(sampler, begun.state, begun.step)
-        latents = begun.latents.to(self.group.device)
-        denoiser = self._denoiser(task, begun)
+        unet, latents = self.models[task.model].unet, begun.latents
+        if begun.conditioning is None:
+            raise RunError("the hand-over has no embeddings")
+        conditioning = begun.conditioning.to(self.group.device, unet.dtype)
+        if self.group.size == 1:
+            denoiser = build_denoiser("single", unet, conditioning, self.group, {}, latents=latents)
+        else:
+            key = (task.model, latents.shape, conditioning.guidance_scale, conditioning.embeds.shape)
+            if key not in self._denoisers:
+                while len(self._denoisers) >= MAX_DENOISERS:
+                    del self._denoisers[next(iter(self._denoisers))]
+                added = {name: tensor.clone() for name, tensor in conditioning.added.items()}
+                held = replace(conditioning, embeds=conditioning.embeds.clone(), added=added)
+                settings = self._settings(task.model, task.height_px, task.width_px, task.guidance_scale)
+                own = rank_unet(self.models[task.model], self.group)
+                built = build_denoiser(self.spec.method, own, held, self.group, settings, latents=latents)
+                self._denoisers[key] = _ReusableDenoiser(built, held)
+            denoiser = self._denoisers[key].take(conditioning)
+        latents = latents.to(self.group.device)
         return lambda on_step: denoise(denoiser, sampler, latents, start=begun.step, stop=task.stop, on_step=on_step)
 
     def picture(self, task: Task, latents: Tensor) -> Tensor:
@@ -396,25 +409,6 @@ class ModelRunner:
         if not torch.isfinite(pixels).all():
             raise RunError("the image holds NaN or infinite values; run it with fp32")
         return pixels
-
-    def _denoiser(self, task: Task, begun: LatentTransfer) -> Denoiser:
-        unet = self.models[task.model].unet
-        if begun.conditioning is None:
-            raise RunError("the hand-over has no embeddings")
-        conditioning = begun.conditioning.to(self.group.device, unet.dtype)
-        if self.group.size == 1:
-            return build_denoiser("single", unet, conditioning, self.group, {}, latents=begun.latents)
-        key = (task.model, begun.latents.shape, conditioning.guidance_scale, conditioning.embeds.shape)
-        if key not in self._denoisers:
-            while len(self._denoisers) >= MAX_DENOISERS:
-                del self._denoisers[next(iter(self._denoisers))]
-            added = {name: tensor.clone() for name, tensor in conditioning.added.items()}
-            held = replace(conditioning, embeds=conditioning.embeds.clone(), added=added)
-            settings = self._settings(task.model, task.height_px, task.width_px, task.guidance_scale)
-            unet = rank_unet(self.models[task.model], self.group)
-            denoiser = build_denoiser(self.spec.method, unet, held, self.group, settings, latents=begun.latents)
-            self._denoisers[key] = _ReusableDenoiser(denoiser, held)
-        return self._denoisers[key].take(conditioning)
 
 
 def encode_png(pixels: Tensor) -> bytes:

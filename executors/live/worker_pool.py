@@ -173,7 +173,7 @@ class _PoolWorker:
     def start(self) -> asyncio.Future[None]:
         """Begin to live. The result is there when the worker is up for the first time, or the reason why it is not."""
         self._first_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._life = asyncio.create_task(self._live())
+        self._life = asyncio.create_task(self._supervise())
         self._life.add_done_callback(self._note_crash)
         return self._first_up
 
@@ -212,11 +212,11 @@ class _PoolWorker:
 
     # ---- Lives ------------------------------------------------------------------------------------------------------
 
-    async def _live(self) -> None:
+    async def _supervise(self) -> None:
         """Start the worker again whenever it has died; one that cannot start after longer and longer pauses."""
         pause_s = 0.0
         while True:
-            was_up, error = await self._one_life()
+            was_up, error = await self._run_once()
             if not self._first_up.done():
                 self._first_up.set_exception(error)
                 return
@@ -226,15 +226,29 @@ class _PoolWorker:
             log.warning("%s; it starts again in %g s", error, pause_s)
             await asyncio.sleep(pause_s)
 
-    async def _one_life(self) -> tuple[bool, HybridSDError]:
+    async def _run_once(self) -> tuple[bool, HybridSDError]:
         """From the start of the processes until none is left: whether the worker was up, and why it ended."""
         try:
             processes = WorkerProcesses(self.spec, self._start_method)
         except OSError as error:
             return False, RunError(f"worker {self.spec.name} cannot be started: {error}")
         self.pids = processes.pids
+        refusal: HybridSDError | None = None
         try:
-            refusal = await self._listen(processes)
+            reader, writer = await processes.connect()
+            with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    kind, ticket, value = await read_message(reader)
+                    if kind is MessageKind.up:
+                        self._channel = writer
+                        asyncio.get_running_loop().call_soon(self._on_up, self.spec)
+                        if not self._first_up.done():
+                            self._first_up.set_result(None)
+                    elif ticket in self._tasks:
+                        self._tasks[ticket].receive(kind, value)
+                    elif kind is MessageKind.failed and ticket == 0:
+                        refusal = value.error(f"worker {self.spec.name} cannot start")
+            await processes.one_ends()
         finally:
             was_up, self._channel, self.pids = self.is_up, None, ()
             died = await processes.end()
@@ -242,25 +256,6 @@ class _PoolWorker:
             asyncio.get_running_loop().call_soon(self._on_down, self.spec)
         self._lose_all(died)
         return was_up, refusal or RunError(died)
-
-    async def _listen(self, processes: WorkerProcesses) -> HybridSDError | None:
-        """Hear what the worker says to the end of its channel; the error with which it refused to start, if it did."""
-        reader, writer = await processes.connect()
-        refusal = None
-        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                kind, ticket, value = await read_message(reader)
-                if kind is MessageKind.up:
-                    self._channel = writer
-                    asyncio.get_running_loop().call_soon(self._on_up, self.spec)
-                    if not self._first_up.done():
-                        self._first_up.set_result(None)
-                elif ticket in self._tasks:
-                    self._tasks[ticket].receive(kind, value)
-                elif kind is MessageKind.failed and ticket == 0:
-                    refusal = value.error(f"worker {self.spec.name} cannot start")
-        await processes.one_ends()
-        return refusal
 
     def _lose_all(self, reason: str) -> None:
         for open_task in self._tasks.values():

@@ -119,8 +119,8 @@ def build_text_encoders(
 
 def load_text_encoder(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
     """The text encoder of a folder: a CLIPTextModel, with or without projection, as its config says."""
-    said = read_config(folder).get("architectures") or []
-    kind = next((_KINDS[name] for name in said if name in _KINDS), None)
+    architectures = read_config(folder).get("architectures") or []
+    kind = next((_KINDS[name] for name in architectures if name in _KINDS), None)
     if kind is None:
         rule = f"config.json must name one of these architectures: {', '.join(_KINDS)}"
         raise InputError(Problem(PLACE, str(folder), rule, "Other text encoders are not supported."))
@@ -237,10 +237,10 @@ def load_vae(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.d
     Raises `InputError` for another class and for files that are missing or broken.
     """
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
-    said = read_config(folder).get("_class_name")
-    if said not in kinds:
-        raise InputError(Problem(PLACE, str(folder), f"_class_name {said!r} must be one of {', '.join(kinds)}"))
-    vae: Vae = load(kinds[said], folder, device=device, dtype=dtype)
+    name = read_config(folder).get("_class_name")
+    if name not in kinds:
+        raise InputError(Problem(PLACE, str(folder), f"_class_name {name!r} must be one of {', '.join(kinds)}"))
+    vae: Vae = load(kinds[name], folder, device=device, dtype=dtype)
     return vae
 
 

@@ -153,8 +153,8 @@ def load_pipeline(
             )
         parts["config"] = config
         sampler = weights / "scheduler" / "scheduler_config.json"
-        if sampler.is_file() and (said := read_json(sampler).get("prediction_type")):
-            parts["prediction"] = {"v_prediction": "v"}.get(said, said)
+        if sampler.is_file() and (predicted := read_json(sampler).get("prediction_type")):
+            parts["prediction"] = {"v_prediction": "v"}.get(predicted, predicted)
     unet_params(parts["config"])
     parts["vae_name"] = vae or parts["vae_name"]
     return Pipeline(**parts, weights=weights, seed=seed, device=device, dtype=dtype)

@@ -67,12 +67,12 @@ def read_json(path: Path) -> dict[str, Any]:
         remedy = "Name a folder that diffusers' save_pretrained wrote."
         raise InputError(Problem(PLACE, str(path), "there is no such file", remedy))
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(Problem(PLACE, str(path), f"is not readable as JSON ({error})", "Write it again.")) from error
-    if not isinstance(said, dict):
+    if not isinstance(fields, dict):
         raise InputError(Problem(PLACE, str(path), "must hold a JSON object", "Write it again."))
-    return said
+    return fields
 
 
 def load(kind: Any, folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Any:

@@ -194,7 +194,14 @@ class Normalisation(ModelHook):
         if self.unbiased:
             elements = groups[0, 0].numel()
             variance = variance * (elements / (elements - 1))
-        return _normalise(module, stripe, mean, variance)
+        # (x - mean) / sqrt(variance + eps) x weight + bias, in one multiplication and addition per element
+        per_group = module.num_channels // module.num_groups
+        scale = torch.rsqrt(variance + module.eps).repeat_interleave(per_group, dim=1)
+        shift = -mean.repeat_interleave(per_group, dim=1) * scale
+        if module.affine:
+            scale, shift = scale * module.weight, shift * module.weight + module.bias
+        shape = (*scale.shape, *(1 for _ in stripe.shape[2:]))
+        return torch.addcmul(shift.view(shape), stripe, scale.view(shape)).to(stripe.dtype)
 
     def _image_moments(self, own: Tensor) -> Tensor:
         """The moments of the whole image as this mode knows them."""
@@ -211,17 +218,6 @@ class Normalisation(ModelHook):
 
 def _mean(by_rank: Sequence[Tensor]) -> Tensor:
     return torch.stack([*by_rank]).mean(0)
-
-
-def _normalise(module: nn.GroupNorm, stripe: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) x weight + bias in float32, one multiplication and addition per element."""
-    per_group = module.num_channels // module.num_groups
-    scale = torch.rsqrt(variance + module.eps).repeat_interleave(per_group, dim=1)
-    shift = -mean.repeat_interleave(per_group, dim=1) * scale
-    if module.affine:
-        scale, shift = scale * module.weight, shift * module.weight + module.bias
-    shape = (*scale.shape, *(1 for _ in stripe.shape[2:]))
-    return torch.addcmul(shift.view(shape), stripe, scale.view(shape)).to(stripe.dtype)
 
 
 class KeysOfAll(ModelHook):

@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -113,7 +112,14 @@ def _run_processes(
             _run_rank, job, nprocs=size, join=False, start_method="spawn"
         ).processes
         try:
-            codes = _exit_codes(processes)
+            while not any(process.exitcode for process in processes):
+                if not (at_work := [process.sentinel for process in processes if process.exitcode is None]):
+                    break
+                connection.wait(at_work)
+            deadline_s = time.monotonic() + _GRACE_S
+            for process in processes:
+                process.join(max(0.0, deadline_s - time.monotonic()))
+            codes = [process.exitcode for process in processes]  # None of a rank that is still at work
         finally:
             for process in processes:
                 process.kill()
@@ -121,18 +127,6 @@ def _run_processes(
         if any(code != 0 for code in codes):
             raise _first_failure(codes, folder)
         return [torch.load(_result(folder, rank), weights_only=False) for rank in range(size)]
-
-
-def _exit_codes(processes: Sequence[BaseProcess]) -> list[int | None]:
-    """Exit codes by rank once all have ended, or one has failed; None where a rank is still at work after the grace."""
-    while not any(process.exitcode for process in processes):
-        if not (at_work := [process.sentinel for process in processes if process.exitcode is None]):
-            break
-        connection.wait(at_work)
-    deadline_s = time.monotonic() + _GRACE_S
-    for process in processes:
-        process.join(max(0.0, deadline_s - time.monotonic()))
-    return [process.exitcode for process in processes]
 
 
 def _first_failure(codes: Sequence[int | None], folder: Path) -> HybridSDError:

@@ -10,9 +10,8 @@ from .flops import pcpp_bytes_rows as pcpp_bytes_rows
 from .grid import STEP_COMPONENTS as STEP_COMPONENTS
 from .grid import Sweep as Sweep
 from .grid import denoising_at as denoising_at
-from .progress import Bar as Bar
-from .progress import Lines as Lines
 from .progress import Progress as Progress
+from .progress import show_progress as show_progress
 from .rows_file import MeasuredFile as MeasuredFile
 from .rows_file import is_first_process as is_first_process
 from .runner import ProfileResult as ProfileResult

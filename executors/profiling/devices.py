@@ -65,7 +65,15 @@ def find_device(profiles: Profiles, name: str | None = None, threads: int | None
         name = _detect_device(profiles, threads)
     device = known[name]
     if isinstance(device, EdgeDevice) and device.device_class != "gpu":
-        _refuse_other_processor(device, threads)
+        # Rows of this processor under any other device's name would be false: a name that says its cores is right for
+        # as many threads; any other must be that of the chip which is here.
+        cores = re.fullmatch(r"cpu-(\d+)core", device.name)
+        if cores and int(cores[1]) != threads:
+            remedy = f"Add --threads {cores[1]}, or name another device."
+            raise InputError(Problem("--device", repr(name), f"{threads} threads do not make this device", remedy))
+        if not cores and not matches_cpu(device, _cpu_called()):
+            remedy = f"Name cpu-{threads}core, or add this chip to a catalogue of yours."
+            raise InputError(Problem("--device", repr(name), f"the processor here is {_cpu_called()!r}", remedy))
         return LocalDevice(name, "cpu", threads)
     if not torch.cuda.is_available():
         remedy = "Run on a machine that has it, or name a CPU of the catalogue."
@@ -74,22 +82,6 @@ def find_device(profiles: Profiles, name: str | None = None, threads: int | None
         rule = f"the GPU here is {_card()[0]!r}, which the catalogue knows as {' or '.join(there) or 'nothing'}"
         raise InputError(Problem("--device", repr(name), rule))
     return LocalDevice(name, "cuda", threads)
-
-
-def _refuse_other_processor(device: EdgeDevice, threads: int) -> None:
-    """Rows of this machine's processor under any other device's name would be false.
-
-    A name that says its cores is right for as many threads; any other must be that of the chip which is here.
-    """
-    cores = re.fullmatch(r"cpu-(\d+)core", device.name)
-    if cores and int(cores[1]) != threads:
-        rule = f"{threads} threads do not make this device"
-        remedy = f"Add --threads {cores[1]}, or name another device."
-        raise InputError(Problem("--device", repr(device.name), rule, remedy))
-    called = _cpu_called()
-    if not cores and not matches_cpu(device, called):
-        remedy = f"Name cpu-{threads}core, or add this chip to a catalogue of yours."
-        raise InputError(Problem("--device", repr(device.name), f"the processor here is {called!r}", remedy))
 
 
 def matches_cpu(device: EdgeDevice, called: str) -> bool:
@@ -214,7 +206,9 @@ def _energy_j(device: torch.device) -> float | None:
         return None
     with suppress(nvml.NVMLError):
         torch.cuda.synchronize(device)
-        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(_nvml_handle(device.index or 0))) / 1e3
+        # by UUID: torch may number the GPUs otherwise than NVML
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device.index or 0).uuid}")
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
     return None
 
 
@@ -230,12 +224,6 @@ def _nvml() -> Any:
     return None
 
 
-@lru_cache
-def _nvml_handle(index: int) -> Any:
-    """By UUID: torch may number the GPUs otherwise than NVML."""
-    return _nvml().nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
-
-
 # ---- The machine ----------------------------------------------------------------------------------------------------
 
 
@@ -248,29 +236,22 @@ def ceilings(here: LocalDevice, precision: str) -> dict[str, float]:
     GPU and fp32 on a CPU. `copy_bytes_per_s` counts bytes read and bytes written.
     """
     on_gpu = here.device == "cuda"
+    size, images, channels, side = (8192, 8, 640, 64) if on_gpu else (1024, 1, 320, 32)
     found: dict[str, float] = {}
     for name in dict.fromkeys((precision, "bf16" if on_gpu else "fp32")):
-        found |= _arithmetic(here, name)
+        draw = partial(torch.randn, generator=torch.Generator(here.device).manual_seed(0), device=here.device)
+        # numbers as they occur: of ones, a GPU draws less power and clocks higher
+        shapes = (size, size), (size, size), (images, channels, side, side), (channels, channels, 3, 3)
+        left, right, image, kernel = (draw(shape).to(PRECISIONS[name]) for shape in shapes)
+        if on_gpu:
+            image, kernel = (tensor.to(memory_format=torch.channels_last) for tensor in (image, kernel))
+        product_s = _fastest_s(partial(torch.matmul, left, right), here)
+        convolution_s = _fastest_s(partial(torch.conv2d, image, kernel, padding=1), here)
+        found[f"matmul_{name}_flop_per_s"] = 2.0 * size**3 / product_s
+        found[f"conv_{name}_flop_per_s"] = 2.0 * kernel.numel() * images * side**2 / convolution_s
     source = torch.ones(2**29 if on_gpu else 2**25, device=here.device)
     copied = torch.empty_like(source)
     return found | {"copy_bytes_per_s": 2.0 * source.nbytes / _fastest_s(lambda: copied.copy_(source), here)}
-
-
-def _arithmetic(here: LocalDevice, precision: str) -> dict[str, float]:
-    """FLOPs a second of a product and of a convolution, large enough for the device."""
-    size, images, channels, side = (8192, 8, 640, 64) if here.device == "cuda" else (1024, 1, 320, 32)
-    draw = partial(torch.randn, generator=torch.Generator(here.device).manual_seed(0), device=here.device)
-    # numbers as they occur: of ones, a GPU draws less power and clocks higher
-    shapes = (size, size), (size, size), (images, channels, side, side), (channels, channels, 3, 3)
-    left, right, image, kernel = (draw(shape).to(PRECISIONS[precision]) for shape in shapes)
-    if here.device == "cuda":
-        image, kernel = (tensor.to(memory_format=torch.channels_last) for tensor in (image, kernel))
-    product_s = _fastest_s(lambda: left @ right, here)
-    convolution_s = _fastest_s(lambda: torch.conv2d(image, kernel, padding=1), here)
-    return {
-        f"matmul_{precision}_flop_per_s": 2.0 * size**3 / product_s,
-        f"conv_{precision}_flop_per_s": 2.0 * kernel.numel() * images * side**2 / convolution_s,
-    }
 
 
 @torch.inference_mode()

@@ -329,34 +329,34 @@ def count_rows(models: Iterable[str], sizes: Iterable[Size]) -> list[dict[str, A
     """One row per model and size; units are in the names of the columns, FLOPs and elements are those of one latent."""
     profiles = load_profiles()
     chosen = [_sides(size) for size in sizes]
-    return [_row(count_model(model, *size, profiles=profiles)) for model in models for size in chosen]
-
-
-def _row(count: Count) -> dict[str, Any]:
-    row = {
-        "model": count.model,
-        "height_px": count.height_px,
-        "width_px": count.width_px,
-        "params": count.params,
-        "flop": count.calls.flop,
-        "flop_without_attention_products": count.calls.flop_without_attention_products,
-        "flop_conv": count.calls.flop_conv,
-        "flop_linear": count.calls.flop_linear,
-        "flop_attention": count.calls.flop_attention,
-        "ops": count.calls.ops,
-        "self_attentions": count.self_attentions,
-        "kv_elements": count.kv_elements,
-        "halo_elements": count.halo_elements,
-        "group_norms": count.group_norms,
-    }
-    for boundary in count.boundaries:
-        name = f"asyncdiff_{boundary.components}"
-        row |= {
-            f"{name}_tensors": boundary.tensors,
-            f"{name}_elements": boundary.elements,
-            f"{name}_fp16_bytes_per_guided_image": boundary.fp16_bytes,
+    rows: list[dict[str, Any]] = []
+    for model, size in product(models, chosen):
+        count = count_model(model, *size, profiles=profiles)
+        row = {
+            "model": count.model,
+            "height_px": count.height_px,
+            "width_px": count.width_px,
+            "params": count.params,
+            "flop": count.calls.flop,
+            "flop_without_attention_products": count.calls.flop_without_attention_products,
+            "flop_conv": count.calls.flop_conv,
+            "flop_linear": count.calls.flop_linear,
+            "flop_attention": count.calls.flop_attention,
+            "ops": count.calls.ops,
+            "self_attentions": count.self_attentions,
+            "kv_elements": count.kv_elements,
+            "halo_elements": count.halo_elements,
+            "group_norms": count.group_norms,
         }
-    return row
+        for boundary in count.boundaries:
+            name = f"asyncdiff_{boundary.components}"
+            row |= {
+                f"{name}_tensors": boundary.tensors,
+                f"{name}_elements": boundary.elements,
+                f"{name}_fp16_bytes_per_guided_image": boundary.fp16_bytes,
+            }
+        rows.append(row)
+    return rows
 
 
 def component_rows(names: Iterable[str], sizes: Iterable[Size] = (512,)) -> list[dict[str, Any]]:

@@ -101,10 +101,10 @@ class ProfileTarget:
 
     def options(self, ranks: str) -> str:
         """The row's options. The number of synchronous steps is left out: their cost does not depend on it."""
-        told = {key: value for key, value in self.settings.items() if key != "warmup_steps"}
+        shown = {key: value for key, value in self.settings.items() if key != "warmup_steps"}
         if self.degree > 1:
-            told["ranks"] = ranks
-        return ";".join(f"{key}={option_text(value)}" for key, value in sorted(told.items()))
+            shown["ranks"] = ranks
+        return ";".join(f"{key}={option_text(value)}" for key, value in sorted(shown.items()))
 
 
 def option_text(value: Option) -> str:
@@ -171,49 +171,38 @@ def _method_targets(sweep: Sweep, model: Model, method: str) -> tuple[list[Profi
     if not degrees:
         rule = f"{method} runs {'at degree 1' if method == 'single' else 'from degree 2'}"
         return [], [Problem("--degrees", ", ".join(map(str, sweep.degrees)), rule)]
-    legal: list[ProfileTarget] = []
-    refused: list[Problem] = []
-    for case in product(sweep.sizes, sweep.batch_sizes, sweep.guidance, degrees):
-        try:
-            legal.append(_step_target(sweep, model, method, *case))
-        except InputError as error:
-            refused += error.problems
-    return legal, refused
-
-
-def _step_target(
-    sweep: Sweep,
-    model: Model,
-    method: str,
-    size: tuple[int, int],
-    batch_size: int,
-    guided: bool,  # noqa: FBT001 a place in the grid
-    degree: int,
-) -> ProfileTarget:
-    """The steps of one method at one place of the grid, with the FLOPs of the busiest rank. `InputError` if illegal."""
-    job = denoising_at(model, size, batch_size, guided=guided, precision=sweep.precision)
     rules = find_method(method)
     asked = {key: value for key, value in sweep.options.items() if key in rules.defaults}
     options = with_fixed_options(rules, asked)
-    problems = [*fixed_option_problems(asked), *rules.problems(job, degree, options)]
-    flop: dict[str, float] = {}
-    if not problems:
+    legal: list[ProfileTarget] = []
+    refused: list[Problem] = []
+    for size, batch_size, guided, degree in product(sweep.sizes, sweep.batch_sizes, sweep.guidance, degrees):
+        try:
+            job = denoising_at(model, size, batch_size, guided=guided, precision=sweep.precision)
+        except InputError as error:
+            refused += error.problems
+            continue
+        where = f"{model.name} {size[0]}x{size[1]} {method} x{degree}: "
+        if problems := [*fixed_option_problems(asked), *rules.problems(job, degree, options)]:
+            refused += [Problem(where + p.place, p.value, p.rule, p.remedy) for p in problems]
+            continue
+        # of the busiest rank
         rounds = {phase.name: 2.0 * phase.work.macs for phase in rules.phases(job, degree, options)}
-        steps_a_round = int(rules.settings(job, options).get("stride", 1))
-        flop["step"] = rounds.get("steady", rounds.get("warmup", 0.0)) / steps_a_round
+        settings = rules.settings(job, options)
+        flop = {"step": rounds.get("steady", rounds.get("warmup", 0.0)) / int(settings.get("stride", 1))}
         if "warmup" in rounds:
             flop["step_warmup"] = rounds["warmup"]
-    components = tuple(name for name in STEP_COMPONENTS if name in flop and name in sweep.components)
-    if not components and not problems:
-        problems = [Problem("--components", ", ".join(sweep.components), f"{method} has no such steps")]
-    if problems:
-        where = f"{model.name} {size[0]}x{size[1]} {method} x{degree}: "
-        raise InputError(Problem(where + p.place, p.value, p.rule, p.remedy) for p in problems)
-    return ProfileTarget(
-        model=model.name, table=model.name, components=components, height_px=size[0], width_px=size[1],
-        batch_size=batch_size, guidance=guided, method=method, degree=degree,
-        settings=rules.settings(job, options), flop={name: flop[name] for name in components},
-    )  # fmt: skip
+        flop = {name: flop[name] for name in STEP_COMPONENTS if name in flop and name in sweep.components}
+        if not flop:
+            rule = f"{method} has no such steps"
+            refused.append(Problem(where + "--components", ", ".join(sweep.components), rule))
+            continue
+        target = ProfileTarget(
+            model=model.name, table=model.name, components=tuple(flop), height_px=size[0], width_px=size[1],
+            batch_size=batch_size, guidance=guided, method=method, degree=degree, settings=settings, flop=flop,
+        )  # fmt: skip
+        legal.append(target)
+    return legal, refused
 
 
 def denoising_at(model: Model, size: tuple[int, int], batch_size: int, *, guided: bool, precision: str) -> Denoising:

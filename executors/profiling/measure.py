@@ -162,7 +162,13 @@ class Recorder:
             if span.start < done <= span.stop and (done - span.start) % span.steps_a_lap == 0:
                 self._watch.lap()
             if done == span.stop:
-                self.measured[span.component] = self._result(span)
+                timing, per_step = self._watch.timing(), 1.0 / span.steps_a_lap
+                samples_s = tuple(seconds * per_step for seconds in timing.samples_s)
+                energy_j = None if timing.energy_j is None else timing.energy_j * per_step
+                received = (self._group.traffic.received_bytes - self._received) * per_step / span.laps
+                comm_bytes = round(received) if self._group.size > 1 else None
+                timing = replace(timing, samples_s=samples_s, energy_j=energy_j)
+                self.measured[span.component] = Measured(timing, comm_bytes)
             if done == span.start:
                 meter = self._watch.meter if self._replays else self._meter()
                 self._watch, self._received = Stopwatch(self._group.clock, meter), self._group.traffic.received_bytes
@@ -170,14 +176,6 @@ class Recorder:
 
     def _meter(self) -> Meter:
         return DeviceMeter(self._group.device, peak_from_now=self._replays) if self._own else Meter()
-
-    def _result(self, span: Span) -> Measured:
-        timing, per_step = self._watch.timing(), 1.0 / span.steps_a_lap
-        samples_s = tuple(seconds * per_step for seconds in timing.samples_s)
-        energy_j = None if timing.energy_j is None else timing.energy_j * per_step
-        received = (self._group.traffic.received_bytes - self._received) * per_step / span.laps
-        comm_bytes = round(received) if self._group.size > 1 else None
-        return Measured(replace(timing, samples_s=samples_s, energy_j=energy_j), comm_bytes)
 
 
 def slowest(ranks: Sequence[Measured]) -> Measured:
@@ -248,25 +246,35 @@ def _model_load(model: Pipeline, _: ProfileTarget) -> _Part:
 
 
 @contextmanager
-def _serialise(model: Pipeline, target: ProfileTarget) -> _Part:
-    transfer, precision = _sample_transfer(model, target)
-    yield lambda: serialise(transfer, precision), len(serialise(transfer, precision))
-
-
-@contextmanager
-def _parse(model: Pipeline, target: ProfileTarget) -> _Part:
+def _handover(model: Pipeline, target: ProfileTarget) -> _Part:
+    """Either end of a hand-over: the transfer written, or read."""
     transfer, precision = _sample_transfer(model, target)
     payload = serialise(transfer, precision)
-    expected = ExpectedTransfer(latent_space=transfer.latent_space, prediction=transfer.prediction)
-    yield lambda: parse(payload, expected), len(payload)
+    if target.components[0] == "handover_serialise":
+        yield lambda: serialise(transfer, precision), len(payload)
+    else:
+        expected = ExpectedTransfer(latent_space=transfer.latent_space, prediction=transfer.prediction)
+        yield lambda: parse(payload, expected), len(payload)
 
 
 @contextmanager
 def _exchange(model: Pipeline, target: ProfileTarget) -> _Part:
     """One round over a TCP connection of this host: the payload there, one byte back."""
     payload = serialise(*_sample_transfer(model, target))
+
+    def acknowledge() -> None:
+        """Answer every payload, until the sender hangs up."""
+        connection, _ = listener.accept()
+        with connection:
+            left = len(payload)
+            while received := len(connection.recv(min(left, 2**20))):
+                left -= received
+                if not left:
+                    connection.sendall(_ACKNOWLEDGED)
+                    left = len(payload)
+
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        receiver = threading.Thread(target=_receive, args=(listener, len(payload)), daemon=True)
+        receiver = threading.Thread(target=acknowledge, daemon=True)
         receiver.start()
         with socket.create_connection(listener.getsockname()) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -277,18 +285,6 @@ def _exchange(model: Pipeline, target: ProfileTarget) -> _Part:
 
             yield exchange, len(payload)
         receiver.join()
-
-
-def _receive(listener: socket.socket, size: int) -> None:
-    """Acknowledge every `size` bytes until the sender hangs up."""
-    connection, _ = listener.accept()
-    with connection:
-        left = size
-        while got := len(connection.recv(min(left, 2**20))):
-            left -= got
-            if not left:
-                connection.sendall(_ACKNOWLEDGED)
-                left = size
 
 
 def _sample_transfer(model: Pipeline, target: ProfileTarget) -> tuple[LatentTransfer, str]:
@@ -305,7 +301,7 @@ _PARTS = {
     "text_encode": _text_encode,
     "vae_decode": _vae_decode,
     "model_load": _model_load,
-    "handover_serialise": _serialise,
-    "handover_parse": _parse,
+    "handover_serialise": _handover,
+    "handover_parse": _handover,
     "exchange": _exchange,
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from .grid import ProfileTarget
+from .rows_file import is_first_process
 
 
 class Progress:
@@ -64,3 +67,18 @@ class Bar(Progress):
 
     def done(self, target: ProfileTarget) -> None:
         self._bar.advance(self._task, target.weight)
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """How far a profile has come, on standard error: a bar with the time left for people, plain lines in logs.
+
+    Under torchrun the first process shows it and the others keep silent.
+    """
+    if not is_first_process():
+        yield Progress()
+    elif not sys.stderr.isatty():
+        yield Lines()
+    else:
+        with Bar() as bar:
+            yield bar

@@ -145,16 +145,11 @@ def _csv_text(rows: Iterable[CostRow]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([_cell(getattr(row, name)) for name in COLUMNS] for row in sorted(rows, key=order))
+    for row in sorted(rows, key=order):
+        values = [getattr(row, name) for name in COLUMNS]
+        cells = [f"{value:.6g}" if isinstance(value, float) else value for value in values]  # None makes an empty cell
+        writer.writerow([str(cell).lower() if isinstance(cell, bool) else cell for cell in cells])
     return text.getvalue()
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "" if value is None else str(value)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -148,6 +148,17 @@ class Bench:
 
     def _row(self, target: ProfileTarget, component: str, rank: int | None, measured: Measured) -> CostRow:
         timing = measured.timing
+        notes: list[str] = []
+        if component == "step" and target.settings.get("stride") == 2:
+            notes.append("half of a round of two steps")
+        if rank is not None:
+            in_turn = self.carrier(target.degree) == "loopback"
+            whose = "the rank's compute alone, ranks in turn" if in_turn else "the rank's own clock, waits included"
+            notes.append(whose)
+        if component == "model_load":
+            notes.append("from the system's file cache")
+        if component == "exchange":
+            notes.append("one payload over TCP inside the host, one byte back")
         libraries = ", ".join(f"{name} {self._versions[name]}" for name in ("torch", "diffusers"))
         return CostRow(
             **self._what(target, component, rank),
@@ -161,19 +172,8 @@ class Bench:
             kind="measured",
             source=f"hybridsd_sim executors {__version__} ({libraries})",
             source_date=self._now,
-            notes="; ".join(filter(None, (*self._notes(target, component, rank), measured.note))),
+            notes="; ".join(filter(None, (*notes, measured.note))),
         )
-
-    def _notes(self, target: ProfileTarget, component: str, rank: int | None) -> Iterator[str]:
-        if component == "step" and target.settings.get("stride") == 2:
-            yield "half of a round of two steps"
-        if rank is not None:
-            in_turn = self.carrier(target.degree) == "loopback"
-            yield "the rank's compute alone, ranks in turn" if in_turn else "the rank's own clock, waits included"
-        if component == "model_load":
-            yield "from the system's file cache"
-        if component == "exchange":
-            yield "one payload over TCP inside the host, one byte back"
 
     def _meta(self) -> Meta:
         protocol = {"warmup_runs": self.sweep.warmup_runs, "runs": self.sweep.runs, "trimming": "none"}
@@ -269,13 +269,13 @@ def commit() -> str:
     """The commit of the checkout that runs, short, with a plus where files were changed; empty outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
-        said = subprocess.run(  # noqa: S603 a fixed command
+        described = subprocess.run(  # noqa: S603 a fixed command
             ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--dirty=+"],  # noqa: S607
             capture_output=True, text=True, timeout=10, check=False,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return ""
-    return said.stdout.strip() if said.returncode == 0 else ""
+    return described.stdout.strip() if described.returncode == 0 else ""
 
 
 @dataclass(slots=True)
