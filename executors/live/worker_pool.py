@@ -275,7 +275,7 @@ class WorkerProcesses:
     """The ranks of a worker as processes; they start with the object and end together."""
 
     def __init__(self, spec: WorkerSpec, start_method: StartMethod = "spawn") -> None:
-        self._spec, self._start_method = spec, start_method
+        self._spec = spec
         self._store = open_rendezvous() if spec.degree > 1 else None  # the ranks meet there as long as they live
         self._ours, theirs = socket.socketpair()
         self._ranks: list[BaseProcess] = []
@@ -283,30 +283,26 @@ class WorkerProcesses:
         self._one_ended = asyncio.Event()
         with theirs, ExitStack() as held:
             try:
-                self._start(theirs, held)
+                context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
+                if start_method == "forkserver" and not spec.device.startswith("cuda"):
+                    # A CUDA driver that an import woke up would not survive a fork.
+                    context = multiprocessing.get_context("forkserver")
+                    context.set_forkserver_preload([run_rank.__module__])
+                pipes = [context.Pipe(duplex=False) for _ in range(1, spec.degree)]
+                for end in (end for pipe in pipes for end in pipe):
+                    held.enter_context(end)  # goes over to the ranks, so that each notices when another's end closes
+                port = self._store.port if self._store else 0
+                for rank in range(spec.degree):
+                    ends: Sequence[Connection] = [leads for _, leads in pipes] if rank == 0 else [pipes[rank - 1][0]]
+                    job = (spec, rank, port, ends, theirs if rank == 0 else None)
+                    process = context.Process(target=run_rank, args=job, name=f"{spec.name}.{rank}", daemon=True)
+                    process.start()
+                    self._ranks.append(process)
+                    asyncio.get_running_loop().add_reader(process.sentinel, self._note_end, rank)
             except BaseException:
                 self._kill()
                 self._ours.close()
                 raise
-
-    def _start(self, theirs: socket.socket, held: ExitStack) -> None:
-        """Start every rank; what is `held` goes over to them, so that each notices when another's end closes."""
-        context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
-        if self._start_method == "forkserver" and not self._spec.device.startswith("cuda"):
-            # A CUDA driver that an import woke up would not survive a fork.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([run_rank.__module__])
-        pipes = [context.Pipe(duplex=False) for _ in range(1, self._spec.degree)]
-        for end in (end for pipe in pipes for end in pipe):
-            held.enter_context(end)
-        port = self._store.port if self._store else 0
-        for rank in range(self._spec.degree):
-            ends: Sequence[Connection] = [leads for _, leads in pipes] if rank == 0 else [pipes[rank - 1][0]]
-            job = (self._spec, rank, port, ends, theirs if rank == 0 else None)
-            process = context.Process(target=run_rank, args=job, name=f"{self._spec.name}.{rank}", daemon=True)
-            process.start()
-            self._ranks.append(process)
-            asyncio.get_running_loop().add_reader(process.sentinel, self._note_end, rank)
 
     @property
     def pids(self) -> tuple[int, ...]:
