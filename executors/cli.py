@@ -80,7 +80,7 @@ def main() -> None:
 
 
 @contextmanager
-def _on_torch(command: str, extra: str = "executors") -> Iterator[None]:
+def _torch_command(command: str, extra: str = "executors") -> Iterator[None]:
     """Around what a command does: libraries keep silent unless something is wrong, and an extra that lacks is named."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # read when diffusers is imported, by the ranks too
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
@@ -93,7 +93,7 @@ def _root(*, debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 
 
 @app.command()
-@_on_torch("profile")
+@_torch_command("profile")
 def profile(
     models: Annotated[list[str], typer.Option(help="Models of the catalogue.")],
     out: Annotated[Path, typer.Option(help="The profiles folder that rows are written to.")],
@@ -157,7 +157,7 @@ def profile(
 
 
 @app.command()
-@_on_torch("count")
+@_torch_command("count")
 def count(
     models: Annotated[list[str], typer.Option(help="Models, paths of a config.json, or VAEs and text encoders.")],
     sizes: Annotated[list[str] | None, typer.Option(help="Pixels: 512, or 512x768 (height x width).")] = None,
@@ -182,7 +182,7 @@ def count(
 
 
 @app.command()
-@_on_torch("run")
+@_torch_command("run")
 def run(
     model: Annotated[str, typer.Option(help="A model of the catalogue; with --listen the edge's.")],
     out: Annotated[Path | None, typer.Option(help="The image: a .png file.")] = None,
@@ -212,7 +212,7 @@ def run(
     format_: OutputFormat = TEXT,
 ) -> None:
     """Make one image and say what each part took. Or be the edge of somebody's run."""
-    from .image_command import RunOptions, be_edge, make_image
+    from .image_command import RunOptions, make_image, run_edge
 
     wanted = RunOptions(
         model=model, small_model=small_model, switch_step=switch_step, method=method, degree=degree,
@@ -224,7 +224,7 @@ def run(
     )  # fmt: skip
     if listen is not None:
         with suppress(KeyboardInterrupt):
-            be_edge(
+            run_edge(
                 wanted, read_address(listen, "--listen"), lambda there: typer.echo(f"listening on {there}", err=True)
             )
         return
@@ -234,7 +234,7 @@ def run(
 
 
 @app.command()
-@_on_torch("live", "live")
+@_torch_command("live", "live")
 def live(
     plan: Annotated[Path | None, typer.Argument(help="A plan.yaml, or the folder of the run that wrote it.")] = None,
     host: Annotated[str, typer.Option(help="Where to serve; other machines' askers need the token.")] = "127.0.0.1",
@@ -281,7 +281,7 @@ def live(
 
 
 @app.command()
-@_on_torch("validate", "live")
+@_torch_command("validate", "live")
 def validate(
     out: Annotated[Path, typer.Option(help="Folder of the runs and the report; goes on where it stopped.")],
     kinds: Annotated[list[str] | None, typer.Option(help="Default cloud,edge,hybrid,parallel.")] = None,

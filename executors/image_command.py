@@ -58,7 +58,11 @@ class RunOptions:
 
 
 def make_image(wanted: RunOptions, out: Path | None, edge: Address | None) -> dict[str, Any]:
-    """Make the image, write it, and say what it took. Raises `InputError` for what cannot be run here."""
+    """Make the image, write it, and say what it took. Raises `InputError` for what cannot be run here.
+
+    The result has the `seconds` of each component and the `bytes` of each exchange; `RunError` says which part failed.
+    Under torchrun the first process writes the file.
+    """
     check_options(wanted)
     if out is None or out.suffix.lower() != ".png":
         raise InputError(Problem("--out", "nothing" if out is None else str(out), "the image is a .png file"))
@@ -84,8 +88,11 @@ def make_image(wanted: RunOptions, out: Path | None, edge: Address | None) -> di
     }
 
 
-def be_edge(wanted: RunOptions, address: Address, say: Callable[[str], None]) -> None:
-    """Serve the last steps of other processes' runs until interrupted; `say` is told where."""
+def run_edge(wanted: RunOptions, address: Address, say: Callable[[str], None]) -> None:
+    """Serve the last steps of other processes' runs until interrupted; `say` is told where.
+
+    `say` gets HOST:PORT once the UNet is built. Whoever reaches the port may use it.
+    """
     check_options(wanted)
     profiles = load_profiles(wanted.profiles)
     row, model = profiles.model(wanted.model), _model(wanted, wanted.model, wanted.weights, profiles)

@@ -53,7 +53,11 @@ _HANDOVER, _PROGRESS, _RESULT, _ERROR = b"H", b"P", b"R", b"E"
 def finish_run(
     transfer: LatentTransfer, denoiser: Denoiser, *, device: torch.device | str = "cpu", on_step: OnStep | None = None
 ) -> Tensor:
-    """Denoise the rest of a transferred run, to its end. Raises `InputError` for a state that does not fit."""
+    """Denoise the rest of a transferred run, to its end. Raises `InputError` for a state that does not fit.
+
+    Returns the final latents (images, C, H, W) on `device`. `on_step` is called after every step with its index and the
+    latents.
+    """
     sampler = build_sampler(
         transfer.sampler, transfer.num_inference_steps, prediction=transfer.prediction, device=device
     )
@@ -240,7 +244,10 @@ def _refuse(line: _Connection, reason: str) -> None:
 
 
 def expected_transfer(unet: UNet2DConditionModel, latent_space: str, prediction: str) -> ExpectedTransfer:
-    """What an edge without a text encoder can go on with, given its UNet."""
+    """What an edge without a text encoder can go on with, given its UNet.
+
+    Number of steps, sampler, size and step are left open: every sender brings its own.
+    """
     width = unet.config["cross_attention_dim"]
     return ExpectedTransfer(
         latent_space=latent_space,
@@ -259,7 +266,11 @@ def serve_unet(
     prediction: str = "epsilon",
     timeout_s: float = TIMEOUT_S,
 ) -> None:
-    """`serve_edge` with one UNet, on the device where it is."""
+    """`serve_edge` with one UNet, on the device where it is.
+
+    The prompt must come embedded: a transfer without embeddings is refused. `latent_space` and `prediction` are the
+    catalogue's words for the UNet.
+    """
 
     def make_denoiser(transfer: LatentTransfer) -> Denoiser:
         conditioning = transfer.conditioning

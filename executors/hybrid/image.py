@@ -88,7 +88,11 @@ class GeneratedImage:
 
 
 def generate_image(run: ImageRun) -> GeneratedImage:
-    """Carry out a run. Raises `IllegalPlanError` for one that breaks a rule and `RunError` where a part of it fails."""
+    """Carry out a run. Raises `IllegalPlanError` for one that breaks a rule and `RunError` where a part of it fails.
+
+    Pixels are the decoder's output x / 2 + 1/2, cut off at 0 and 1. An image with NaN or infinity is a failure too:
+    some networks overflow in fp16. The seconds of the first stage are those of its slowest rank.
+    """
     check_switch(run)
     clock = _Clock(run.model.device)
     with clock.time("load"):  # every part that this process runs, so that no component's time holds it
@@ -123,7 +127,10 @@ def generate_image(run: ImageRun) -> GeneratedImage:
 
 
 def check_switch(run: ImageRun) -> None:
-    """Raises `IllegalPlanError` where switch step, small model and edge do not go together."""
+    """Raises `IllegalPlanError` where switch step, small model and edge do not go together.
+
+    A second stage needs its first step, a first step needs a second stage, and it lies in 0 to the number of steps.
+    """
     problems = []
     has_second = run.small is not None or run.edge is not None
     if run.switch_step is not None and not has_second:

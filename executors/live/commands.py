@@ -47,7 +47,11 @@ class ServeOptions:
 
 
 def serve(options: ServeOptions, say: Say) -> None:
-    """Serve a plan until SIGINT or SIGTERM; `say` is told what is loaded and where. Raises `InputError` at once."""
+    """Serve a plan until SIGINT or SIGTERM; `say` is told what is loaded and where. Raises `InputError` at once.
+
+    That is for a plan that cannot be served live, an address that is taken, and one that other machines reach where no
+    token is set; then nothing has been loaded yet.
+    """
     if not options.token and not is_loopback(options.host):
         rule = "can be reached from other machines, so that a token is needed"
         raise InputError(Problem("--host", options.host, rule, "Add --token, or serve on 127.0.0.1."))

@@ -138,7 +138,10 @@ class Dispatcher:
         return self._places.keys() <= set(self.pool.up())
 
     def decide(self, request: Request, now: float) -> Decision:
-        """The scheduler's decision, on the workers that are up now."""
+        """The scheduler's decision, on the workers that are up now.
+
+        The ledger holds it from then on, until the scheduler observes how it ended. `now` is `time.monotonic()`.
+        """
         self._update_scheduler(now)
         return self.scheduler.decide(request, None, now)
 

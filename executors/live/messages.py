@@ -169,7 +169,11 @@ def encode_head(answer: Message) -> bytes:
 
 
 def decode_response(body: bytes, digest: str | None) -> tuple[ImageResponse | ErrorResponse, bytes]:
-    """The answer and its payload. Raises `DamagedResponseError` for a body that is not what the service sent."""
+    """The answer and its payload. Raises `DamagedResponseError` for a body that is not what the service sent.
+
+    `digest` is the `Content-Digest` that came with it; without one nothing is taken. The payload is empty where there
+    is none.
+    """
     if digest != content_digest(body):
         raise DamagedResponseError(
             f"the answer was damaged: its {len(body)} bytes do not have the digest that came with them"

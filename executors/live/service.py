@@ -172,7 +172,11 @@ def _known(open_requests: OpenRequests, name: str) -> OpenRequest:
 
 
 def respond(open_request: OpenRequest, message: ImageRequest, received_s: float, counters: RequestMetrics) -> Response:
-    """The answer with its payload, as fast as the asker's link carries it."""
+    """The answer with its payload, as fast as the asker's link carries it.
+
+    The link's clock starts when the cloud's part was done, or at `received_s` where the message came later. A payload
+    that had to make room is refused with 503 and a time after which to send the request again.
+    """
     answer, payload = open_request.answer(received_s), open_request.payload
     if open_request.dropped and answer.status != "unserved":
         problem = Problem("request", "no longer kept", "its payload had to make room for others", "Send it again.")

@@ -40,7 +40,10 @@ class Link:
 
     @classmethod
     def drawn(cls, network: Network, *, rate_u: float = 0.5, rtt_u: float = 0.5) -> Link:
-        """The link of a user at these quantiles of a class of networks; by default the median one."""
+        """The link of a user at these quantiles of a class of networks; by default the median one.
+
+        Both directions have the quantile `rate_u` of their rates; half a round trip is half of the quantile `rtt_u`.
+        """
         return cls(
             half_rtt_s=network.rtt_s.at(rtt_u) / 2,
             up_bytes_per_s=network.up_bytes_per_s.at(rate_u),

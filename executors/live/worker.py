@@ -327,7 +327,11 @@ class ModelRunner:
     # ---- What can be done -------------------------------------------------------------------------------------------
 
     def check(self, task: Task) -> None:
-        """Raises `InputError` for a task that this worker cannot do, whatever state it goes on from."""
+        """Raises `InputError` for a task that this worker cannot do, whatever state it goes on from.
+
+        Unknown models and payloads, steps beyond the last, decoding before it, and sizes, guidance or options that
+        break a rule of the worker's method.
+        """
         if task.model not in self.models:
             raise InputError(unknown_name("model", task.model, tuple(self.models)))
         problems = [] if task.payload in PAYLOADS else [unknown_name("payload", task.payload, tuple(PAYLOADS))]
@@ -379,7 +383,12 @@ class ModelRunner:
         return build_sampler(task.sampler, task.num_inference_steps, prediction=prediction, device=self.group.device)
 
     def steps(self, task: Task, begun: LatentTransfer, sampler: Any) -> Callable[[OnStep], Tensor]:
-        """What does the task's steps from where `begun` stands, with all ranks of the worker; returns the latents."""
+        """What does the task's steps from where `begun` stands, with all ranks of the worker; returns the latents.
+
+        A denoiser of several ranks is kept for the next task of its model, size and guidance scale, up to
+        `MAX_DENOISERS`; the one built first makes room. Raises `RunError` for a hand-over without embeddings and
+        `InputError` for a sampler's state that does not fit.
+        """
         resume(sampler, begun.state, begun.step)
         unet, latents = self.models[task.model].unet, begun.latents
         if begun.conditioning is None:
@@ -412,7 +421,10 @@ class ModelRunner:
 
 
 def encode_png(pixels: Tensor) -> bytes:
-    """The image (3, H, W), values in 0 to 1, as a PNG file."""
+    """The image (3, H, W), values in 0 to 1, as a PNG file.
+
+    Eight bits a channel, rounded to the nearest level.
+    """
     levels = (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     file = io.BytesIO()
     Image.fromarray(levels).save(file, format="PNG")

@@ -248,7 +248,7 @@ class _PoolWorker:
                         self._tasks[ticket].receive(kind, value)
                     elif kind is MessageKind.failed and ticket == 0:
                         refusal = value.error(f"worker {self.spec.name} cannot start")
-            await processes.one_ends()
+            await processes.wait_for_exit()
         finally:
             was_up, self._channel, self.pids = self.is_up, None, ()
             died = await processes.end()
@@ -280,7 +280,7 @@ class WorkerProcesses:
         self._ours, theirs = socket.socketpair()
         self._ranks: list[BaseProcess] = []
         self._ended: list[int] = []
-        self._one_ended = asyncio.Event()
+        self._exited = asyncio.Event()
         with theirs, ExitStack() as held:
             try:
                 context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
@@ -312,13 +312,16 @@ class WorkerProcesses:
         """The channel to rank 0."""
         return await asyncio.open_unix_connection(sock=self._ours, limit=_READ_AHEAD_BYTES)
 
-    async def one_ends(self) -> None:
+    async def wait_for_exit(self) -> None:
         """Wait until a rank has ended, for a grace: whoever closes the channel is about to."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._one_ended.wait(), GRACE_S)
+            await asyncio.wait_for(self._exited.wait(), GRACE_S)
 
     async def end(self) -> str:
-        """Kill the ranks that live and wait until all have ended; what the first one died of, in words."""
+        """Kill the ranks that live and wait until all have ended; what the first one died of, in words.
+
+        Of ranks that ended together, one that a signal killed counts before those that noticed it missing.
+        """
         self._kill()
         for process in self._ranks:
             await asyncio.to_thread(process.join)
@@ -334,7 +337,7 @@ class WorkerProcesses:
     def _note_end(self, rank: int) -> None:
         """A rank has ended: note it with those that ended just before it, and take the others along."""
         self._ended = [other for other, process in enumerate(self._ranks) if other == rank or process.exitcode]
-        self._one_ended.set()
+        self._exited.set()
         self._kill()
 
     def _kill(self) -> None:

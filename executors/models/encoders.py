@@ -98,7 +98,10 @@ class Conditioning:
 def build_text_encoder(
     name: str, *, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextEncoder:
-    """The text encoder `clip-l`, `openclip-h` or `openclip-bigg` with seeded weights. Other names: `InputError`."""
+    """The text encoder `clip-l`, `openclip-h` or `openclip-bigg` with seeded weights. Other names: `InputError`.
+
+    The feed-forward layers are four times as wide as the hidden state, in all of CLIP. On `meta` it has shapes alone.
+    """
     if name not in ENCODERS:
         raise InputError(unknown_name("text encoder", name, list(ENCODERS)))
     kind, fields = ENCODERS[name]
@@ -118,7 +121,10 @@ def build_text_encoders(
 
 
 def load_text_encoder(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-    """The text encoder of a folder: a CLIPTextModel, with or without projection, as its config says."""
+    """The text encoder of a folder: a CLIPTextModel, with or without projection, as its config says.
+
+    Raises `InputError` for another architecture and for files that are missing or broken.
+    """
     architectures = read_config(folder).get("architectures") or []
     kind = next((_KINDS[name] for name in architectures if name in _KINDS), None)
     if kind is None:
@@ -141,7 +147,11 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def token_ids(prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
-    """Prompts as (prompts, 77) token ids. Without a tokenizer's files each prompt stands for ids seeded by its text."""
+    """Prompts as (prompts, 77) token ids. Without a tokenizer's files each prompt stands for ids seeded by its text.
+
+    The ids begin with CLIP's first mark and are padded with its last; longer prompts are cut off. An empty prompt has
+    no ids between the marks, as with a tokenizer.
+    """
     if tokenizer is not None:
         read = tokenizer(
             list(prompts), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"

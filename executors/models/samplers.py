@@ -95,7 +95,10 @@ def sampler_prediction(sampler: Any) -> str:
 
 
 def history_size(name: str, step: int) -> int:
-    """Latent-sized tensors that a sampler carries into step `step`: order 2 needs the one before, once there is one."""
+    """Latent-sized tensors that a sampler carries into step `step`: order 2 needs the one before, once there is one.
+
+    A solver of order n keeps n - 1 past model outputs (DPM-Solver++, arXiv 2211.01095); DDIM and Euler keep none.
+    """
     return min(_solver_order(name) - 1, step)
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.perf import unet_params
 
-from .weights import BROKEN, ModuleT, broken, fill, finished, load, read_config, refuse_absent
+from .weights import BROKEN, ModuleT, broken, fill, load, prepare_for_evaluation, read_config, refuse_absent
 
 PRUNING = ("resnet_inner_channels", "self_attention_heads")
 """Config fields of pruned models, which diffusers does not know; see `hybridsd_sim.perf.unet`."""
@@ -68,7 +68,11 @@ def _skeleton(config: Mapping[str, Any]) -> UNet2DConditionModel:
 
 
 def added_width(config: Mapping[str, Any]) -> int:
-    """Width of the pooled text embedding that a text_time UNet takes beside its time ids; 0 for other UNets."""
+    """Width of the pooled text embedding that a text_time UNet takes beside its time ids; 0 for other UNets.
+
+    SDXL's 2816 inputs are a pooled embedding of 1280 and six time ids of 256 each. Raises `InputError` where the config
+    leaves no room for an embedding.
+    """
     if config.get("addition_embed_type") != "text_time":
         return 0
     width = config.get("addition_time_embed_dim")
@@ -122,7 +126,10 @@ def replica(module: ModuleT) -> ModuleT:
 def load_unet(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> UNet2DConditionModel:
-    """The UNet of a folder with config.json and safetensors. Raises `InputError` for anything missing or broken."""
+    """The UNet of a folder with config.json and safetensors. Raises `InputError` for anything missing or broken.
+
+    A pruned network, which diffusers cannot build, is built here and given the file's numbers.
+    """
     config = plain_config(read_config(folder))
     skeleton = _skeleton(config)
     if not any(config.get(name) for name in PRUNING):
@@ -135,4 +142,4 @@ def load_unet(
     except BROKEN as error:
         raise broken(folder, error) from error
     refuse_absent(folder, report.missing_keys)
-    return finished(skeleton, device, dtype)
+    return prepare_for_evaluation(skeleton, device, dtype)

@@ -91,10 +91,10 @@ def load(kind: Any, folder: Path, *, device: torch.device | str, dtype: torch.dt
         raise broken(folder, error) from error
     absent = [*report["missing_keys"], *map(str, report.get("mismatched_keys", ()))]
     refuse_absent(folder, absent)
-    return finished(model, device, dtype)
+    return prepare_for_evaluation(model, device, dtype)
 
 
-def finished(module: ModuleT, device: torch.device | str, dtype: torch.dtype) -> ModuleT:
+def prepare_for_evaluation(module: ModuleT, device: torch.device | str, dtype: torch.dtype) -> ModuleT:
     """The module on its device, in its precision, for evaluation only."""
     return module.to(device=device, dtype=dtype).eval().requires_grad_(requires_grad=False)
 

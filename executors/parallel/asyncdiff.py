@@ -52,7 +52,10 @@ def list_units(unet: UNet2DConditionModel) -> tuple[Unit, ...]:
 
 
 def unit_modules(unet: UNet2DConditionModel, name: str) -> tuple[nn.Module, ...]:
-    """The modules of the unit of this name in execution order; the last one's output is the unit's."""
+    """The modules of the unit of this name in execution order; the last one's output is the unit's.
+
+    Names are those of `unet_units`: `conv_in`, `down0.resnet2`, `mid.attention0`, `up1.upsampler`, `conv_out`.
+    """
     if name == TIME_EMBEDDING:
         added = getattr(unet, "add_embedding", None)
         return (unet.time_embedding, added) if added is not None else (unet.time_embedding,)

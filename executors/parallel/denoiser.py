@@ -108,7 +108,10 @@ def denoise(
 def denoising_of(
     unet: UNet2DConditionModel, conditioning: Conditioning, *, images: int, height_px: int, width_px: int, steps: int
 ) -> Denoising:
-    """The same UNet evaluations as the planner sees them. Raises `InputError` for a UNet that it cannot count."""
+    """The same UNet evaluations as the planner sees them. Raises `InputError` for a UNet that it cannot count.
+
+    Guidance doubles the latents of a step. Sizes are in pixels; bytes follow the UNet's own precision.
+    """
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     latent = config["in_channels"] * (height_px // PIXELS_PER_LATENT) * (width_px // PIXELS_PER_LATENT)
     return Denoising(

@@ -145,7 +145,10 @@ def _first_failure(codes: Sequence[int | None], folder: Path) -> HybridSDError:
 
 
 def describe_exit(code: int) -> str:
-    """What an exit code says: the number, or the signal that killed the process."""
+    """What an exit code says: the number, or the signal that killed the process.
+
+    As in multiprocessing, a negative code is that of a signal.
+    """
     if code > 0:
         return f"exit code {code}"
     known = {number.value: number.name for number in signal.Signals}

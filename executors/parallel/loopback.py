@@ -150,7 +150,11 @@ class Loopback(Group):
 
 
 def run_loopback(work: Callable[..., T], size: int, args: Sequence[Any], device: torch.device) -> list[T]:
-    """Run `work(group, *args)` for every rank in turn and return what each returned; the first error is raised."""
+    """Run `work(group, *args)` for every rank in turn and return what each returned; the first error is raised.
+
+    A rank that waits for what nobody will send ends the run with a `RunError`. An interrupt stops all ranks at their
+    next wait.
+    """
     world = _World(size, device)
     results: list[Any] = [None] * size
 

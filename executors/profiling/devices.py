@@ -260,7 +260,10 @@ def _fastest_s(action: Callable[[], object], here: LocalDevice) -> float:
 
 
 def driver(here: LocalDevice) -> str:
-    """The GPU driver's version; empty on a CPU and where the system does not say."""
+    """The GPU driver's version; empty on a CPU and where the system does not say.
+
+    Read from /proc, so that it is there without NVML.
+    """
     with suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8") if here.device == "cuda" else ""
         if found := re.search(r"\b(\d+\.\d+(\.\d+)?)\b", text):

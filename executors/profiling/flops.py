@@ -106,7 +106,11 @@ class _AttentionProducts(TorchFunctionMode):
 
 
 def count_calls(call: Callable[[], object]) -> Calls:
-    """What a call on the meta device does."""
+    """What a call on the meta device does.
+
+    FLOPs are 2 x multiply-accumulates. Operations are ATen calls that are no views; an attention counts as one, whose
+    two products are 2 x queries x keys x (key width + value width) FLOPs.
+    """
     flops, operations, attention = FlopCounterMode(display=False), _Operations(), _AttentionProducts()
     with torch.no_grad(), flops, operations, attention:
         call()
@@ -296,7 +300,10 @@ def _named(model: str | Mapping[str, Any], profiles: Profiles | None) -> tuple[s
 
 
 def count_component(name: str, height_px: int = 512, width_px: int = 512) -> ComponentCount:
-    """Count a text encoder on one prompt, or a VAE decoder on one image, by name of the catalogue's components."""
+    """Count a text encoder on one prompt, or a VAE decoder on one image, by name of the catalogue's components.
+
+    Sizes are in pixels and mean nothing to an encoder. Raises `InputError` for other names.
+    """
     if name in ENCODERS:
         encoder = build_text_encoder(name, device=META)
         calls = count_calls(lambda: encoder(input_ids=torch.zeros((1, TEXT_TOKENS), dtype=torch.long, device=META)))

@@ -100,7 +100,7 @@ def time_steps(
     if group.device.type == "cpu":
         torch.set_num_threads(threads)  # which every thread has to be told
     spans, settings = _spans(target, protocol)
-    unet = prepared(rank_unet(model, group), protocol.runtime)
+    unet = prepare_unet(rank_unet(model, group), protocol.runtime)
     conditioning = seeded_conditioning(
         unet, images=target.batch_size, guidance_scale=GUIDANCE_SCALE if target.guidance else 1.0
     )
@@ -131,7 +131,7 @@ def _spans(target: ProfileTarget, protocol: RunProtocol) -> tuple[list[Span], di
     return spans, settings
 
 
-def prepared(unet: UNet2DConditionModel, runtime: str) -> UNet2DConditionModel:
+def prepare_unet(unet: UNet2DConditionModel, runtime: str) -> UNet2DConditionModel:
     """The UNet as a runtime wants it: channels last on a GPU, compiled (there into CUDA graphs) if asked for."""
     on_gpu = unet.device.type == "cuda"
     if on_gpu:
@@ -179,7 +179,10 @@ class Recorder:
 
 
 def slowest(ranks: Sequence[Measured]) -> Measured:
-    """The step as a whole from what every rank measured: each sample is the slowest rank's, energy is the sum."""
+    """The step as a whole from what every rank measured: each sample is the slowest rank's, energy is the sum.
+
+    Memory and bytes received are those of the rank with most of them. Memory or energy that one rank lacks is None.
+    """
     samples_s = tuple(max(samples) for samples in zip(*(rank.timing.samples_s for rank in ranks), strict=True))
     peaks = [rank.timing.peak_memory_bytes for rank in ranks]
     energies = [rank.timing.energy_j for rank in ranks]
@@ -195,7 +198,11 @@ def slowest(ranks: Sequence[Measured]) -> Measured:
 
 
 def time_part(model: Pipeline, target: ProfileTarget, protocol: RunProtocol, here: LocalDevice) -> Measured:
-    """The time of a component that is no denoising step: one prompt, a batch of images, one load, one payload."""
+    """The time of a component that is no denoising step: one prompt, a batch of images, one load, one payload.
+
+    Memory and energy are read for the components in `METERED` alone. `comm_bytes` is the size of the payload, where
+    there is one.
+    """
     with _PARTS[target.components[0]](model, target) as (action, comm_bytes):
         timing = measure(
             action,

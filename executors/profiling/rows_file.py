@@ -100,7 +100,10 @@ class MeasuredFile:
 
 
 def merged_meta(old: Meta, new: Meta) -> Meta:
-    """The meta of rows of several runs: all commits, of each ceiling the largest that was seen, the newest date."""
+    """The meta of rows of several runs: all commits, of each ceiling the largest that was seen, the newest date.
+
+    Everything else is the new run's, but for the errors of a fit, which only a fit renews.
+    """
     commits = dict.fromkeys([*old.commit.split(", "), new.commit])
     ceilings = {**old.ceilings, **new.ceilings}
     return new.model_copy(

@@ -94,7 +94,11 @@ def measure(
     runs: int = 10,
     meter: Meter | None = None,
 ) -> Timing:
-    """Time `runs` runs of `action` after `warmup_runs` untimed ones. Raises `InputError` for too few of either."""
+    """Time `runs` runs of `action` after `warmup_runs` untimed ones. Raises `InputError` for too few of either.
+
+    `clock` gives seconds once the device has finished its work, so that every sample holds the work of its own run. The
+    meter runs over all timed runs together.
+    """
     check_runs(warmup_runs, runs)
     for _ in range(warmup_runs):
         action()

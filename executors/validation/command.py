@@ -25,7 +25,7 @@ from hybridsd_sim.version import __version__
 from hybridsd_sim.workload import import_trace
 
 from ..profiling import LocalDevice, commit, library_versions, processor
-from . import recording as kept
+from . import recording
 from .compare import Comparison, Pair, compare
 from .observe import ObservationProtocol, observe
 from .recording import ObservedPart, replay
@@ -62,7 +62,7 @@ def validate(
             testbed = build_testbed(out / TESTBED)
             for kind in tries * wanted:
                 asyncio.run(observe(kind, each, testbed, folder, protocol, say))
-        found = kept.find(folder)
+        found = recording.find(folder)
         if not found:
             rule = "holds no run that `validate` observed"
             raise InputError(Problem("--from", str(folder), rule, "Name the `runs` of another validation."))
@@ -75,15 +75,15 @@ def _report(found: Sequence[ObservedPart], out: Path, say: Callable[[str], None]
     runs, rows, lost = [], [], []
     for (kind, load), group in groupby(found, key=lambda part: (part.kind, part.load)):
         parts = list(group)
-        say(f"{kept.name_of(kind, load)}: replaying")
+        say(f"{recording.name_of(kind, load)}: replaying")
         pairs: list[Pair] = []
         for part in parts:
             if not part.void:
                 simulated = replay(part, catalogue, out / "arrivals")
-                kept.write_times(out / REPLAYS / f"{part.name}.parquet", kept.of_records(simulated))
+                recording.write_times(out / REPLAYS / f"{part.name}.parquet", recording.of_records(simulated))
                 pairs.append((part.records(), simulated))
         if not pairs:
-            lost.append(kept.name_of(kind, load))
+            lost.append(recording.name_of(kind, load))
             rows.append(_row(parts, None))
             continue
         comparison = compare(pairs, load)
@@ -105,8 +105,8 @@ def _run(parts: Sequence[ObservedPart], pairs: Sequence[Pair], comparison: Compa
     first = next(part for part in parts if not part.void)
     figures = [asdict(figure) | {"holds": figure.holds} for figure in comparison.figures]
     return {
-        "name": kept.name_of(first.kind, first.load), "kind": first.kind, "load": first.load, "driver": first.driver,
-        "requests": comparison.requests, "block": comparison.block, "holds": comparison.holds,
+        "name": recording.name_of(first.kind, first.load), "kind": first.kind, "load": first.load,
+        "driver": first.driver, "requests": comparison.requests, "block": comparison.block, "holds": comparison.holds,
         "drift_limit": first.drift_limit, "plan": plan_of(first.deployment).label,
         "slo_s": next(iter(first.scenario.requests.values())).slo_s,
         "figures": [  # None for what is not a number
@@ -139,7 +139,7 @@ def _row(parts: Sequence[ObservedPart], comparison: Comparison | None) -> dict[s
     """What the command prints of a run; without a sound part, nothing is compared."""
     names = ("latency_p50_s", "latency_mean_s", "latency_p95_s", "served_per_s")
     return {
-        "run": kept.name_of(parts[0].kind, parts[0].load), "requests": comparison.requests if comparison else 0,
+        "run": recording.name_of(parts[0].kind, parts[0].load), "requests": comparison.requests if comparison else 0,
         "parts": sum(not part.void for part in parts), "void_parts": sum(part.void for part in parts),
         **{f"{name}_off": comparison[name].off if comparison else None for name in names},
         "holds": comparison.holds if comparison else None,

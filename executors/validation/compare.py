@@ -216,7 +216,10 @@ def block_length(values: Floats) -> int:
 
 
 def resample_blocks(count: int, block: int, times: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-    """Positions of requests drawn again in blocks of neighbours: (times, count), each row a series of its own."""
+    """Positions of requests drawn again in blocks of neighbours: (times, count), each row a series of its own.
+
+    Blocks of `block` neighbours begin anywhere and may overlap; the last one is cut off at `count`.
+    """
     blocks = -(-count // block)
     starts = rng.integers(0, count - block + 1, size=(times, blocks, 1))
     return (starts + np.arange(block)).reshape(times, -1)[:, :count]

@@ -57,7 +57,10 @@ class WorkerProfile:
 
 
 def drift(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """The largest relative change of a device's median step, whichever way."""
+    """The largest relative change of a device's median step, whichever way.
+
+    0.01 is one per cent. Both have the same devices.
+    """
     return max(abs(after[device] / seconds - 1.0) for device, seconds in before.items())
 
 
@@ -86,7 +89,11 @@ class _Site:
         self._plan, self._stage, self._notes = plan, stage, notes
 
     def rows(self, tasks: Sequence[TimedTask], handed_over: int) -> Iterator[CostRow]:
-        """A row for what comes before the steps, one for a step, one for what comes after."""
+        """A row for what comes before the steps, one for a step, one for what comes after.
+
+        Before are the prompt or the hand-over's reading, after the decoder or the hand-over's writing. The last row
+        takes what is left of the mean time that a task holds its worker, and never less than the shortest task's share.
+        """
         stage = self._stage
         before_s = [one.done.text_encode_s + one.done.parse_s for one in tasks]
         steps_s = [sum(one.done.step_s) for one in tasks]

@@ -29,7 +29,7 @@ from hybridsd_sim.scenario import Scenario
 from hybridsd_sim.workload import Trace
 
 from ..live import Client, ClientRequest, Link, RequestOutcome, ServiceSettings
-from . import recording as kept
+from . import recording
 from .cost_rows import WorkerProfile, drift, write_profile
 from .load import SentRequest, drive_loadgen, replay_trace, trace_piece
 from .recording import ObservedPart, draw_links, facts_of, times_of
@@ -102,7 +102,7 @@ async def observe(
     What is void of it has to be made again. Raises `InputError` if another driver sent the requests in `out`.
     """
     before: dict[float, list[ObservedPart]] = {load: [] for load in requests}
-    for part in kept.find(out):
+    for part in recording.find(out):
         if part.kind == kind.name and part.load in before:
             if part.driver != protocol.driver:
                 rule = f"was driven by {part.driver}, not by {protocol.driver}"
@@ -186,7 +186,7 @@ class RunObserver:
         A void part is tried again as long as there are attempts.
         """
         profile, before = await self._rehearsed_profile(load)
-        folder = self.out / "profiles" / kept.name_of(self.kind.name, load)
+        folder = self.out / "profiles" / recording.name_of(self.kind.name, load)
         write_profile(profile.rows, folder, warmup_runs=WARMUP_RUNS)
         more = math.ceil(missing_requests(wanted, parts) / self._rate(load) / self.protocol.part_s)
         count = math.ceil(missing_requests(wanted, parts) / more)
@@ -195,12 +195,12 @@ class RunObserver:
             if part is not None:
                 before = await self._steady_pace() if part.void else part.step_after_s
             part = await self.observe_part(load, done, count, profile.at(before))
-            kept.save(part, self.out)
+            recording.save(part, self.out)
             done.append(part)
             if not missing_requests(wanted, done):
                 return
         self.say(
-            f"{kept.name_of(self.kind.name, load)}: given up for now, "
+            f"{recording.name_of(self.kind.name, load)}: given up for now, "
             f"{missing_requests(wanted, done)} requests are missing"
         )
 
@@ -217,7 +217,7 @@ class RunObserver:
             if tried[-1][0] <= self.protocol.drift_limit:
                 break
         drifted, profile = min(tried, key=itemgetter(0))
-        self.say(f"{kept.name_of(self.kind.name, load)}: rehearsed, steps drifted by {drifted:.2%}")
+        self.say(f"{recording.name_of(self.kind.name, load)}: rehearsed, steps drifted by {drifted:.2%}")
         return profile, after
 
     async def _steady_pace(self) -> Mapping[str, float]:
@@ -244,7 +244,7 @@ class RunObserver:
         profiles = self.known = self.catalogue.with_costs(profile.rows)
         number = 1 + max((part.part for part in done), default=0)
         rate_per_s, seed = self._rate(load), self._seed(load, number)
-        name = f"{kept.name_of(self.kind.name, load)}-{number}"
+        name = f"{recording.name_of(self.kind.name, load)}-{number}"
         scenario = scenario_of(
             self.kind,
             arrivals=trace_arrivals(Path(f"{name}.csv")),

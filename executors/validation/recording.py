@@ -68,12 +68,16 @@ def times_of(sent: Sequence[SentRequest[RequestOutcome]]) -> dict[str, Floats]:
     if lost := sum(one.restarts + one.retries for one in outcomes):
         raise RunError(f"workers or answers were lost {lost} times in the live run")
     return {
-        name: rounded(np.array([getattr(one, name) for one in outcomes]) - sent[0].arrival_s) for name in TIME_COLUMNS
+        name: round_times(np.array([getattr(one, name) for one in outcomes]) - sent[0].arrival_s)
+        for name in TIME_COLUMNS
     }
 
 
-def rounded(times_s: Floats) -> Floats:
-    """Times to the next tick."""
+def round_times(times_s: Floats) -> Floats:
+    """Times to the next tick.
+
+    A tick is `TICK_S`, a power of two, so that rounded times add up without an error.
+    """
     ticks: Floats = np.round(times_s / TICK_S) * TICK_S
     return ticks
 
@@ -146,7 +150,10 @@ class ObservedPart:
         return build_records(self.times_s, self.scenario, self.facts)
 
     def profiles(self, catalogue: Profiles) -> Profiles:
-        """What was known before the run: its rows, and its network as the machine lets requests through."""
+        """What was known before the run: its rows, and its network as the machine lets requests through.
+
+        All quantiles of the round trip are longer by `stack_s`, which is added in one piece.
+        """
         spec = next(iter(self.scenario.edge.values()))
         network = catalogue.network(spec.network)
         points = (point + self.stack_s for point in network.rtt_s.points)
@@ -185,12 +192,18 @@ def save(observed: ObservedPart, folder: Path) -> None:
 
 
 def find(folder: Path) -> list[ObservedPart]:
-    """All parts in a folder, by kind, load and number. Raises `InputError` for files of another format."""
+    """All parts in a folder, by kind, load and number. Raises `InputError` for files of another format.
+
+    A folder that is not there holds none.
+    """
     return sorted((load(path) for path in folder.glob("*.json")), key=lambda run: (run.kind, run.load, run.part))
 
 
 def load(path: Path) -> ObservedPart:
-    """The part whose JSON this is."""
+    """The part whose JSON this is.
+
+    Raises `InputError` for a file of another format.
+    """
     saved = json.loads(path.read_text(encoding="utf-8"))
     if saved.pop("format", None) != FORMAT:
         rule = f"this version reads runs of format {FORMAT}"
@@ -212,7 +225,7 @@ def load(path: Path) -> ObservedPart:
 
 def of_records(records: Records) -> dict[str, Floats]:
     """The times of records, as they are kept."""
-    return {name: rounded(column(records.rows(), name)) for name in TIME_COLUMNS}
+    return {name: round_times(column(records.rows(), name)) for name in TIME_COLUMNS}
 
 
 def write_times(path: Path, times_s: Mapping[str, Floats]) -> None:

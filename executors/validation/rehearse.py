@@ -129,7 +129,10 @@ async def measure_pace(
 async def time_alone(
     pools: ProcessPools, scenario: Scenario, deployment: Deployment, settings: ServiceSettings
 ) -> WorkerProfile:
-    """A few tasks of each worker, one worker after the other, with nothing else to do."""
+    """A few tasks of each worker, one worker after the other, with nothing else to do.
+
+    The first `WARMUP_RUNS` are not counted. An edge goes on from what the cloud handed over.
+    """
     plan, begun, timed = plan_of(deployment), None, []
     for stage in plan.stages:
         pool, worker = pools.of(stage)

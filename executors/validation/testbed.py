@@ -174,7 +174,10 @@ def bottleneck_s(candidate: Candidate) -> float:
 
 
 def balanced_switch_step(kind: ServingKind, profiles: Profiles) -> int:
-    """The switch step at which cloud and edge are loaded the most evenly; in the middle for kinds of one side."""
+    """The switch step at which cloud and edge are loaded the most evenly; in the middle for kinds of one side.
+
+    That is where the busier of the two is held for the shortest time; of equal ones the first.
+    """
     steps = kind.num_inference_steps
     if not (kind.in_cloud and kind.at_edge):
         return steps // 2
@@ -188,7 +191,10 @@ def balanced_switch_step(kind: ServingKind, profiles: Profiles) -> int:
 
 
 def share_requests(requests: int, loads: Iterable[float]) -> dict[float, int]:
-    """How many of the requests each load gets: in proportion to it, so that all runs take equally long."""
+    """How many of the requests each load gets: in proportion to it, so that all runs take equally long.
+
+    Rounded up. Raises `InputError` for loads outside 0 to 1, both excluded.
+    """
     wanted = list(loads)
     if problems := [
         Problem("--loads", str(load), "must lie above 0 and below 1, or queues grow for ever")
@@ -290,7 +296,10 @@ def _vocabulary() -> dict[str, int]:
 
 
 def write_catalogue(folder: Path) -> Path:
-    """The shipped catalogue with the testbed's models, components and devices in it, in `folder`."""
+    """The shipped catalogue with the testbed's models, components and devices in it, in `folder`.
+
+    Returns the folder, which can be given as a profiles folder.
+    """
     shipped = data_folder("profiles") / "catalog"
     catalogue = folder / "catalog"
     catalogue.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import torch
 
 from executors.models import build_sampler, build_unet, seeded_conditioning, seeded_latents
 from executors.parallel import Alone, SingleDenoiser, denoise, run_ranks
-from executors.profiling.measure import prepared
+from executors.profiling.measure import prepare_unet
 from hybridsd_sim.perf.parallel_methods import SYNC_MODES
 from hybridsd_sim.profiles import load_profiles
 from rank_work import Case, run_case, run_cases
@@ -76,7 +76,7 @@ def test_a_compiled_step_is_an_eager_step(name):
     conditioning = seeded_conditioning(unet, guidance_scale=5.0)
     latents = seeded_latents(unet, images=1, height_px=512, width_px=512)
     eager = denoise(SingleDenoiser(unet, conditioning), build_sampler("ddim", STEPS, device=DEVICE), latents)
-    compiled = SingleDenoiser(prepared(unet, "compiled"), conditioning)
+    compiled = SingleDenoiser(prepare_unet(unet, "compiled"), conditioning)
     for _ in range(2):
         ours = denoise(compiled, build_sampler("ddim", STEPS, device=DEVICE), latents)
         assert error(ours, eager) < TOLERANCE[torch.bfloat16]
