@@ -25,10 +25,10 @@ def test_no_imports_go_in_a_circle() -> None:
     assert list(structure.order(inner=True))
 
 
-def test_private_functions_used_once_do_not_grow() -> None:
-    """A function of its own explains something by its name. The aim is 15%; this holds what is reached."""
+def test_few_private_functions_are_used_once() -> None:
+    """A function of its own explains something by its name; the rest stand where they are used."""
     once, total = structure.used_once()
-    assert len(once) < 0.27 * total
+    assert len(once) < 0.15 * total
 
 
 def test_a_class_name_means_one_thing() -> None:

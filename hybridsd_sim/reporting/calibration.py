@@ -187,5 +187,5 @@ def _residuals(fit: Data, sources: Sequence[str]) -> Table:
         )
         for row in fit["rows"]
     )
-    head = ("Step", "Published (s)", "Predicted (s)", "Error", "Source")
+    head = ("Step", "Timed (s)", "Predicted (s)", "Error", "Source")
     return Table("What was published or measured, and what the law makes of it", head, rows, words=frozenset({0, 4}))
