@@ -218,7 +218,7 @@ class Plan:
         return next((stage.start for stage in self.stages if stage.site.tier == "edge"), self.num_inference_steps)
 
     @property
-    def make(self) -> tuple[object, ...]:
+    def without_step_count(self) -> tuple[object, ...]:
         """What stays the same when a plan is scaled to another number of steps: models, sites, methods, degrees."""
         stages = tuple((stage.model, stage.site, stage.method, stage.degree, stage.options) for stage in self.stages)
         return stages, self.text_encode_site, self.vae_site, self.vae, self.network, self.batch_cap

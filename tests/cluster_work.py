@@ -22,7 +22,7 @@ PROBLEMS = (Problem("plan.stages", "()", "a plan needs a stage", "Add one."), Pr
 def jobs_of(scenario, profiles, nodes=(2, 3, 4)):
     """Jobs of a small search: two hand-overs of the quickstart and a mix of them, each on several numbers of nodes."""
     options = find_candidates(scenario, profiles).by_class["picture"]
-    handed = [option for option in options if option.pool_index == 0 and option.edge_steps and option.meets_floor][:2]
+    handed = [option for option in options if option.pool_index == 0 and option.edge_steps and option.keeps_limits][:2]
     mix = tuple(Share(share, option.plan) for share, option in zip((0.7, 0.3), handed, strict=True))
     mixes = [(Share(1.0, option.plan),) for option in handed] + [mix]
     return [

@@ -172,7 +172,7 @@ def candidate(request_class, plan, parts, clip):
         cloud_steps=sum(stage.num_steps for stage in cloud),
         edge_steps=sum(stage.num_steps for stage in edge),
         meets_slo=True,
-        meets_floor=True,
+        keeps_limits=True,
         batch_s=(sum(p.seconds.value for p in parts if p.tier == "cloud"),),
     )
 
@@ -247,7 +247,7 @@ def evaluated(name, result, *, feasible=True):
     labels = dict(result.used.keys())
     reason = "every promise is kept" if feasible else "phone: 61.0% inside 8 s, promised 95%"
     return EvaluatedPlan(
-        name, deployment, "planned", result.usd_per_hour, latency, share, 0.2993, 1.1, None, feasible, reason, labels
+        name, deployment, "simulate", result.usd_per_hour, latency, share, 0.2993, 1.1, None, feasible, reason, labels
     )
 
 
@@ -259,7 +259,7 @@ def hand_made_plan(scenario, profiles_digest="0" * 64):
     results = {"cloud only": run(scenario, cloud, 2), "edge only": run(scenario, edge, 0, refuse=0.1)}
     best = run(scenario, chosen, 1)
     point = EvaluatedPlan(
-        "frontier", None, "analytic", 5.0, (6.0, nan, nan), (0.97, nan, nan), 0.29, 1.0, 2.0, True, "by formula", {}
+        "frontier", None, "formula", 5.0, (6.0, nan, nan), (0.97, nan, nan), 0.29, 1.0, 2.0, True, "by formula", {}
     )
     frontier = tuple(
         replace(point, usd_per_hour=6.0 + 2 * n, latency_p95_s=(7.0 - n, nan, nan), quality=0.28 + n / 200)
@@ -268,10 +268,10 @@ def hand_made_plan(scenario, profiles_digest="0" * 64):
     baselines = [evaluated(name, result, feasible=name != "edge only") for name, result in results.items()]
     nearly = replace(frontier[1], name="only pool l40s", labels={"phone": "sd14 on l40s"})
     screened = replace(
-        evaluated("", best, feasible=False), policy="screened", usd_per_hour=6.5, latency_p95_s=(8.8, 8.1, 9.7),
+        evaluated("", best, feasible=False), level="screen", usd_per_hour=6.5, latency_p95_s=(8.8, 8.1, 9.7),
         slo_attainment=(0.913, 0.89, 0.93),
     )  # fmt: skip
-    overloaded = replace(screened, latency_p95_s=(inf, nan, nan), slo_attainment=(0.25, nan, nan), policy="analytic")
+    overloaded = replace(screened, latency_p95_s=(inf, nan, nan), slo_attainment=(0.25, nan, nan), level="formula")
     refused = "degree: 8; a gang stays inside one node | a100 has 4 GPUs a node"
     return CapacityPlan(
         scenario=scenario,

@@ -301,7 +301,7 @@ class OpenRequest:
         """
         if problems := plan_problems(plan):
             raise UnservedError(Reason.FAILED, str(problems[0]))
-        if self._plan is None or step == 0 or plan.make != self._plan.make:
+        if self._plan is None or step == 0 or plan.without_step_count != self._plan.without_step_count:
             self._plan, self._stop = plan, step + plan.switch_step
         stages = plan.edge_stages or (plan.stages if plan.sites[plan.vae_site].tier == "edge" else ())
         self.edge = None
@@ -318,7 +318,7 @@ class OpenRequest:
         return next(iter(plan.cloud_stages), None)
 
     def _on_deadline(self) -> None:
-        """End what the policy calls hopeless."""
+        """End a request that the policy says will be late for certain."""
         now = time.monotonic()
         if self._dispatcher.preview(self._rest(0, now), now).reason == CERTAIN_LATE:
             self.end(Reason.DEADLINE)

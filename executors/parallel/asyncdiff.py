@@ -29,14 +29,11 @@ from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
 from hybridsd_sim.errors import InputError, Problem
-from hybridsd_sim.perf import PIXELS_PER_LATENT, Unit, balanced_cut, unet_units
+from hybridsd_sim.perf import PIXELS_PER_LATENT, TIME_EMBEDDING, Unit, balanced_cut, unet_units
 
 from ..models import Conditioning, plain_config, replica
 from .denoiser import Denoiser, apply_guidance, match_memory_format, predict_noise
 from .group import Group, Pending, synchronised_clock
-
-TIME_EMBEDDING = "time_embedding"
-"""The one unit that every rank computes: it reads no image, and its output goes to every resnet."""
 
 HOOK = "hybridsd-component"
 

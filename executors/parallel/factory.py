@@ -10,6 +10,7 @@ import torch
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
+from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.perf import PIXELS_PER_LATENT
 
 from ..models import Conditioning, Pipeline, replica
@@ -18,6 +19,12 @@ from .denoiser import CfgParallelDenoiser, Denoiser, SingleDenoiser, denoising_o
 from .distrifusion import DistriFusionDenoiser
 from .group import Group
 from .pcpp import PcppDenoiser
+
+STRIPED: Mapping[str, type[DistriFusionDenoiser | PcppDenoiser]] = {
+    "distrifusion": DistriFusionDenoiser,
+    "pcpp": PcppDenoiser,
+}
+"""The methods that cut the image into stripes, one a rank."""
 
 
 def build_denoiser(
@@ -33,7 +40,8 @@ def build_denoiser(
     """This rank's denoiser of a method; a rank alone is `single`. The UNet's modules must be the rank's own.
 
     `settings` are the method's options with its defaults. AsyncDiff is cut by counted work at the size of `latents`
-    (images, C, H, W), the same in every run; `timed_cut` cuts by the time of every unit on this device instead.
+    (images, C, H, W), the same in every run; `timed_cut` cuts by the time of every unit on this device instead. Raises
+    `InputError` for a method that is modelled and that nothing here carries out.
     """
     if group.size == 1:
         return SingleDenoiser(unet, conditioning)
@@ -49,8 +57,10 @@ def build_denoiser(
             job = denoising_of(unet, conditioning, images=images, height_px=height_px, width_px=width_px, steps=1)
             bounds = cut_by_macs(job.units, components)
         return AsyncDiffDenoiser(unet, conditioning, group, settings=settings, bounds=bounds)
-    kind = {"distrifusion": DistriFusionDenoiser, "pcpp": PcppDenoiser}[method]
-    return kind(unet, conditioning, group, settings=settings)
+    if method not in STRIPED:
+        remedy = f"Choose one of single, cfg_parallel, asyncdiff, {', '.join(STRIPED)}."
+        raise InputError(Problem("method", method, "is modelled, but no executor runs it", remedy))
+    return STRIPED[method](unet, conditioning, group, settings=settings)
 
 
 def rank_unet(model: Pipeline, group: Group) -> UNet2DConditionModel:

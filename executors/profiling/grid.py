@@ -206,7 +206,7 @@ def _method_targets(sweep: Sweep, model: Model, method: str) -> tuple[list[Profi
 
 
 def denoising_at(model: Model, size: tuple[int, int], batch_size: int, *, guided: bool, precision: str) -> Denoising:
-    """The UNet evaluations of a model at a size (height_px, width_px), as `methods` asks for them."""
+    """The UNet evaluations of a model at a size (height_px, width_px), as `perf.Method` asks for them."""
     conditioning = Conditioning(embeds=torch.empty(0), guidance_scale=GUIDANCE_SCALE if guided else 1.0)
     unet = _shapes(json.dumps(dict(model.config), sort_keys=True), precision)
     height_px, width_px = size

@@ -7,6 +7,7 @@ from .parallel_methods import METHODS as METHODS
 from .parallel_methods import Method as Method
 from .parallel_methods import find_method as find_method
 from .parallel_methods import option_types as option_types
+from .partition import TIME_EMBEDDING as TIME_EMBEDDING
 from .partition import Denoising as Denoising
 from .partition import balanced_cut as balanced_cut
 from .partition import boundary_elements as boundary_elements

@@ -355,12 +355,12 @@ class StageTimer:
         stage, component = self.stage, "step_warmup" if phase == "warmup" else "step"
         if stage.site.interconnect is not None:
             return None
-        network_of, precision = self.profiles.network_of, alike(stage.site.precision)
+        architecture_of, precision = self.profiles.architecture_of, alike(stage.site.precision)
         key = (stage.site.device, stage.site.runtime, component, stage.method, stage.degree, *self.size)
         for row in _rows_of_groups(self.profiles).get(key, ()):
             options = row.option_texts
             at_once = row.rank is None and options.pop("ranks", "") in SIMULTANEOUS
-            same_network = network_of(row.model) == network_of(stage.model)
+            same_network = architecture_of(row.model) == architecture_of(stage.model)
             same_call = same_network and row.latents == self.latents and alike(row.precision) == precision
             if at_once and same_call and _texts(self.settings) == _texts({**self.method.defaults, **options}):
                 return row

@@ -3,9 +3,9 @@
 Alternatives are Calliope's "spores" (Lombardi et al., Joule 4, 2020): the cheapest plan is one of many that cost about
 the same, and people have reasons of their own to take another one. Each kind (one pool only, one parallel method only,
 without a switch, with one in every request, without the pool most used, on demand only, spot only) gives its cheapest
-plan by formula, the calmest of those that cost about the same, which is evaluated on the scenario's own requests. At
-first the formula is asked for as much less traffic as makes it agree with the chosen plan; where nothing comes of that,
-for all of it, and then for some more.
+plan by formula, the least loaded of those that cost about the same, which is evaluated on the scenario's own requests.
+At first the formula is asked for as much less traffic as makes it agree with the chosen plan; where nothing comes of
+that, for all of it, and then for some more.
 
 Margins are shadow prices over a finite step, because nodes are whole: a dollar an hour, a second of every SLO, 0.005 of
 CLIP, a tenth of the traffic. Before and after are both solutions of the formulation, with what simulations taught the
@@ -30,14 +30,14 @@ from hybridsd_sim.planning.planner import (
     Planner,
     budgeted_goal,
     evaluate_quickly,
-    fit_headroom,
+    fit_traffic_factor,
     is_hybrid,
     latency_limits_s,
     solve,
     strict_condition,
     vary,
 )
-from hybridsd_sim.planning.search import CALM
+from hybridsd_sim.planning.search import NEARLY_EQUAL
 
 NEAR_OPTIMAL = 1.3
 """Alternatives rent for at most this many times as much as the chosen plan."""
@@ -45,7 +45,7 @@ NEAR_OPTIMAL = 1.3
 MOST = 6
 """Alternatives given at most."""
 
-LAST_HEADROOMS = (1.0, 1.15)
+LAST_TRAFFIC_FACTORS = (1.0, 1.15)
 """Factors on the traffic for which a kind is solved in the end, until its plan holds."""
 
 SAME = 0.01
@@ -69,9 +69,9 @@ def alternatives(planner: Planner, chosen: EvaluatedPlan) -> tuple[EvaluatedPlan
     waiting = _kinds(planner, chosen.deployment)
     found: list[EvaluatedPlan] = []
     condition = strict_condition(planner)
-    first = 1.0 if condition is None else fit_headroom(planner, condition, chosen.usd_per_hour)
-    for headroom in dict.fromkeys((first, *LAST_HEADROOMS)):
-        solutions = {name: _cheapest(planner, keep, chosen.usd_per_hour, headroom) for name, keep in waiting.items()}
+    first = 1.0 if condition is None else fit_traffic_factor(planner, condition, chosen.usd_per_hour)
+    for factor in dict.fromkeys((first, *LAST_TRAFFIC_FACTORS)):
+        solutions = {name: _cheapest(planner, keep, chosen.usd_per_hour, factor) for name, keep in waiting.items()}
         sizings = [(name, planner.sizer.assess(s.mixes, s.replicas)) for name, s in solutions.items() if s]
         feasible = [plan for plan in evaluate_quickly(planner, sizings) if plan.feasible]
         found += feasible
@@ -111,19 +111,19 @@ def _kinds(planner: Planner, chosen: Deployment) -> dict[str, Keep]:
     return kinds
 
 
-def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, headroom: float) -> Solution | None:
-    """The calmest of the cheapest plans of a kind, within reach of the chosen rent; None where there is none."""
+def _cheapest(planner: Planner, keep: Keep, rent_usd_per_hour: float, traffic_factor: float) -> Solution | None:
+    """The least loaded of the cheapest plans of a kind, within reach of the chosen rent; None where there is none."""
     condition = planner.condition(keep)
-    if condition.forgiven:
+    if condition.relaxed:
         return None
     formulation = Formulation([condition])
     near = max(NEAR_OPTIMAL * rent_usd_per_hour, 0.0)
-    goal = budgeted_goal(planner, minimise="usd_per_hour", usd_per_hour=near, headroom=headroom)
+    goal = budgeted_goal(planner, minimise="usd_per_hour", usd_per_hour=near, traffic_factor=traffic_factor)
     best = formulation.solve(goal)
     if best is None:
         return None
-    calm = replace(goal, minimise="load", total_usd_per_hour=best.objective * (1.0 + CALM))
-    return formulation.solve(calm) or best
+    least_loaded = replace(goal, minimise="load", total_usd_per_hour=best.objective * (1.0 + NEARLY_EQUAL))
+    return formulation.solve(least_loaded) or best
 
 
 def distance(planner: Planner, one: EvaluatedPlan, other: EvaluatedPlan) -> float:
@@ -157,8 +157,8 @@ def margins(planner: Planner, chosen: EvaluatedPlan) -> tuple[Margin, ...]:
     if planner.scenario.search.minimise == "turned_away_per_s":
         return ()
     condition = strict_condition(planner)
-    headroom = 1.0 if condition is None else fit_headroom(planner, condition, chosen.usd_per_hour)
-    base = solve(planner, headroom=headroom)
+    traffic_factor = 1.0 if condition is None else fit_traffic_factor(planner, condition, chosen.usd_per_hour)
+    base = solve(planner, traffic_factor=traffic_factor)
     before = None if base is None else base.objective
     found: list[Margin] = []
     if base and condition:
@@ -167,7 +167,7 @@ def margins(planner: Planner, chosen: EvaluatedPlan) -> tuple[Margin, ...]:
         limit = planner.sizer.rent_limit_usd_per_hour
         if limit is not None and planner.scenario.search.minimise != "usd_per_hour":
             rent = limit
-        found += _margins_of_money(planner, condition, rent, headroom)
+        found += _margins_of_money(planner, condition, rent, traffic_factor)
     requests = planner.scenario.requests
     changed: dict[str, Planner] = {}
     later = {f"requests.{name}.slo_s": s.slo_s + SECONDS for name, s in requests.items() if s.slo_s is not None}
@@ -181,7 +181,7 @@ def margins(planner: Planner, chosen: EvaluatedPlan) -> tuple[Margin, ...]:
     for sign, what in ((1.0, "more"), (-1.0, "less")):
         changed[f"ten per cent {what} traffic"] = vary(planner, {}, traffic=1.0 + sign * TRAFFIC)
     for change, other in changed.items():
-        solution = solve(other, headroom=headroom)
+        solution = solve(other, traffic_factor=traffic_factor)
         after = None if solution is None else solution.objective
         if before is not None and after is not None and abs(after - before) <= 2.0 * GAP * max(before, after):
             after = before  # the solver knows no difference smaller than its gap
@@ -189,7 +189,7 @@ def margins(planner: Planner, chosen: EvaluatedPlan) -> tuple[Margin, ...]:
     return tuple(found)
 
 
-def _margins_of_money(planner: Planner, condition: Condition, rent: float, headroom: float) -> Iterator[Margin]:
+def _margins_of_money(planner: Planner, condition: Condition, rent: float, traffic_factor: float) -> Iterator[Margin]:
     """What latency can fall to and quality rise to for one dollar of rent an hour more.
 
     The latency is what 95% of the requests of every plan keep.
@@ -201,14 +201,18 @@ def _margins_of_money(planner: Planner, condition: Condition, rent: float, headr
 
     def fits(level: int, dollars: float) -> bool:
         formulation = Formulation([replace(condition, within_s=limits_s[level])])
-        return formulation.solve(Goal(minimise="nothing", usd_per_hour=dollars, headroom=headroom)) is not None
+        goal = Goal(minimise="nothing", usd_per_hour=dollars, traffic_factor=traffic_factor)
+        return formulation.solve(goal) is not None
 
     first = bisect_left(range(len(limits_s)), x=True, key=lambda level: fits(level, rent))
     if first < len(limits_s):
         sooner = first > 0 and fits(first - 1, rent + DOLLARS)
         then = bisect_left(range(first - 1), x=True, key=lambda level: fits(level, rent + DOLLARS)) if sooner else first
         yield Margin("one more dollar an hour", "latency_p95_s", limits_s[first], limits_s[then])
-    goals = [Goal(minimise="quality_loss", usd_per_hour=rent + more, headroom=headroom) for more in (0.0, DOLLARS)]
+    goals = [
+        Goal(minimise="quality_loss", usd_per_hour=rent + more, traffic_factor=traffic_factor)
+        for more in (0.0, DOLLARS)
+    ]
     before, after = (
         None if finest is None else planner.sizer.assess(finest.mixes, finest.replicas).quality
         for finest in (whole.solve(goal) for goal in goals)

@@ -180,16 +180,16 @@ class Sizer:
 
     `rates` are requests a second and the variation (CV) of their gaps, by class. Two corrections carry what simulation
     found and the formula does not know: `load_factors` are, by pool, GPU-seconds held over those predicted (model
-    loads, requests of other sizes); `strain` is, by pool and edge fleet, the factor on its traffic under which the
-    formula gives the attainment that was simulated. `unit_rent` are dollars an hour of one node of each pool, infinite
-    where nobody knows its price.
+    loads, requests of other sizes); `correction_factors` are, by pool and edge fleet, those on its traffic under which
+    the formula gives the attainment that was simulated. `unit_rent` are dollars an hour of one node of each pool,
+    infinite where nobody knows its price.
     """
 
     scenario: Scenario
     profiles: Profiles
     rates: dict[str, tuple[float, float]] = field(default_factory=dict)
     load_factors: dict[str, float] = field(default_factory=dict)
-    strain: dict[str, float] = field(default_factory=dict)
+    correction_factors: dict[str, float] = field(default_factory=dict)
     unit_rent: dict[str, float] = field(init=False, default_factory=dict)
     _slacks: dict[tuple[Candidate, float | None], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     _latencies: dict[Candidate, np.ndarray] = field(default_factory=dict)
@@ -205,7 +205,7 @@ class Sizer:
         scenario: Scenario | None = None,
         *,
         rates: Mapping[str, tuple[float, float]] | None = None,
-        strain: Mapping[str, float] | None = None,
+        correction_factors: Mapping[str, float] | None = None,
     ) -> Sizer:
         """A copy with some fields changed. What was learnt is copied, so that neither teaches the other.
 
@@ -216,7 +216,7 @@ class Sizer:
             self.profiles,
             rates=dict(self.rates if rates is None else rates),
             load_factors=dict(self.load_factors),
-            strain=dict(self.strain if strain is None else strain),
+            correction_factors=dict(self.correction_factors if correction_factors is None else correction_factors),
             _slacks=self._slacks if scenario is None else {},
             _latencies=self._latencies,
         )
@@ -298,7 +298,8 @@ class Sizer:
         hold = candidate.batch_s[-1] * self.load_factors.get(name, 1.0)
         if lost := self._preemption_rate(candidate):
             hold = math.expm1(lost * hold) / lost
-        return Flow(share * rate * self.strain.get(name, 1.0) / len(candidate.batch_s), hold, candidate.degree, cv)
+        rate_per_s = share * rate * self.correction_factors.get(name, 1.0) / len(candidate.batch_s)
+        return Flow(rate_per_s, hold, candidate.degree, cv)
 
     def assess(self, mixes: Mixes, replicas: Mapping[str, int]) -> Sizing:
         """What the formula predicts of mixes on so many nodes."""
@@ -341,7 +342,7 @@ class Sizer:
     def edge_busy(self, option: Candidate, site: str) -> float:
         """Share of the time for which a fleet's devices are busy with a candidate, if all of its class has it."""
         busy = self.rates[option.request_class][0] * option.edge_s / self.scenario.edge[site].replicas
-        return self.strain.get(site, 1.0) * busy
+        return self.correction_factors.get(site, 1.0) * busy
 
     def edge_wait(self, site: str, mixes: Mixes) -> Wait:
         """The wait for an edge device: its owner's other requests, or everybody's where devices are shared."""

@@ -69,7 +69,7 @@ class ServiceDemand:
 
     `hold_s`: seconds that its gang holds its GPUs. `residual_s`: what of them an arriving request still waits for, in
     the mean, times the squared variation of arrivals. `node_s`: seconds of a whole node that a request takes. `late`
-    tabulates, over `SCALES_S`, the share of waiting requests that are late; `hopeless` is the share late
+    tabulates, over `SCALES_S`, the share of waiting requests that are late; `late_without_wait` is the share late
     without any wait, `allowed` the share that may be late.
     """
 
@@ -79,7 +79,7 @@ class ServiceDemand:
     residual_s: float
     node_s: float
     late: Floats
-    hopeless: float
+    late_without_wait: float
     allowed: float
     rate_per_s: float
     peakedness: float
@@ -126,7 +126,7 @@ def service_demand(
     slack, weights = sizer.slacks(candidate, within_s)
     mine = slack >= 0.0
     late = np.exp(-slack[mine] / SCALES_S[:, None]) @ weights[mine]
-    hopeless = float(weights[~mine].sum())
+    late_without_wait = float(weights[~mine].sum())
     return ServiceDemand(
         candidate=candidate,
         degree=candidate.degree,
@@ -134,8 +134,8 @@ def service_demand(
         residual_s=flow.hold_s * max(EVENNESS, flow.arrival_cv**2) / 2.0,
         node_s=flow.hold_s / len(candidate.batch_s) / (spec.gpus_per_node // candidate.degree),
         late=late,
-        hopeless=hopeless,
-        allowed=hopeless + alone * (allowed - hopeless),
+        late_without_wait=late_without_wait,
+        allowed=late_without_wait + alone * (allowed - late_without_wait),
         rate_per_s=flow.rate_per_s,
         peakedness=flow.arrival_cv**2,
     )
@@ -204,9 +204,11 @@ def _break_points(
     waits = np.array([seen[demand.candidate.request_class] for demand in demands])
     scale = residual_s / (gangs * (1.0 - LOADS))
     late = np.array([np.interp(np.log(scale), np.log(SCALES_S), demand.late) for demand in demands])
-    hopeless, allowed = (np.array([getattr(demand, key) for demand in demands]) for key in ("hopeless", "allowed"))
+    late_without_wait, allowed = (
+        np.array([getattr(demand, key) for demand in demands]) for key in ("late_without_wait", "allowed")
+    )
     fits = np.array([demand.degree <= degree for demand in demands])
-    holds = (hopeless[:, None] + waits * late <= allowed[:, None]) & fits[:, None]
+    holds = (late_without_wait[:, None] + waits * late <= allowed[:, None]) & fits[:, None]
     last = holds.shape[1] - np.argmax(holds[:, ::-1], axis=1) - 1
     return np.where(holds.any(axis=1), LOADS[last], 0.0)
 

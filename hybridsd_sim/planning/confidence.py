@@ -28,7 +28,7 @@ from hybridsd_sim.planning.planner import Planner, quickest_level
 from hybridsd_sim.planning.search import BETTER, Found, PlanSearch, to_deployment
 from hybridsd_sim.pricing import Candidate, slowed
 from hybridsd_sim.scenario import Scenario
-from hybridsd_sim.simulation import Inputs, screen, why_not
+from hybridsd_sim.simulation import Inputs, recursion_obstacle, screen
 from hybridsd_sim.workload import mean_rate_per_s, stream
 
 NORMAL = NormalDist()
@@ -42,7 +42,7 @@ LEAST_FACTOR = 0.01
 FIT = 0.001
 """How far the formula may stay under an attainment that it is calibrated by."""
 
-STRAINS = (0.25, 4.0)
+CORRECTIONS = (0.25, 4.0)
 """Factors on a pool's traffic between which the formula is calibrated."""
 
 SLACK = 1e-9
@@ -133,22 +133,22 @@ def attainment_by_formula(
     nodes = {name: replicas.get(name, 0) for name in sizer.scenario.pools}
     slow = slowed_mixes(mixes, slowdowns)
     for index, pool in enumerate(sizer.scenario.pools):
-        # The highest strain under which the formula gives none of the pool's classes less than they got; where the two
-        # agree within `FIT` it stays: an attainment near 1 says little about the load.
+        # The highest correction under which the formula gives none of the pool's classes less than they got; where the
+        # two agree within `FIT` it stays: an attainment near 1 says little about the load.
         own = [cls for cls, mix in mixes.items() if any(option.pool_index == index for _, option in mix)]
         got = {cls: value for cls in own if not math.isnan(value := known.classes[cls]["slo_attainment"].value)}
-        low, high = STRAINS
-        strain = mine.strain.get(pool, 1.0)
+        low, high = CORRECTIONS
+        factor = mine.correction_factors.get(pool, 1.0)
         for halving in range(21):
-            mine.strain[pool] = strain
+            mine.correction_factors[pool] = factor
             attainment = mine.assess(slow, nodes).attainment
             gap = min((attainment[cls] - value for cls, value in got.items()), default=0.0)
             if halving == 0 and abs(gap) <= FIT:
                 break
-            low, high = (strain, high) if gap >= -FIT else (low, strain)
-            strain = (low + high) / 2.0
+            low, high = (factor, high) if gap >= -FIT else (low, factor)
+            factor = (low + high) / 2.0
         else:
-            mine.strain[pool] = low
+            mine.correction_factors[pool] = low
 
     def attained(drawn: Mapping[str, float]) -> Mapping[str, float]:
         sizing = mine.assess(slowed_mixes(mixes, drawn), nodes)
@@ -280,7 +280,7 @@ def _attempt(
     original = {id(d): o for name, options in true.items() for d, o in zip(dear[name], options, strict=True)}
     slow = replace(planner, found=replace(planner.found, by_class=dear), sizer=planner.sizer.replace())
     condition = replace(slow.condition(), slowdowns=slowdowns)
-    if condition.forgiven:
+    if condition.relaxed:
         return None
     name = f"plan at the {quantile:.1%} quantile of the costs"
     search = PlanSearch([condition], planner.evaluate, quickest_level, name, planner.progress)
@@ -324,7 +324,7 @@ class _Tester:
         scenario, sizer = self.planner.scenario, self.planner.sizer
         spread = spreads(mixes, sizer)
         deployment = to_deployment(mixes, replicas)
-        if self.inputs is None or why_not(scenario, deployment, self.inputs):
+        if self.inputs is None or recursion_obstacle(scenario, deployment, self.inputs):
             if known is None:
                 known = self.planner.evaluate([EvaluationJob(scenario, self.planner.profiles, deployment)])[0], {}
             attained, level = (

@@ -330,14 +330,14 @@ def _predicted_gpu_s(records: Records, mine: np.ndarray, parts: Parts, pool_inde
     sizes = [int(each.max(initial=0)) + 1 for each in columns]
     counts = np.bincount(np.ravel_multi_index(columns, sizes), minlength=1)
     total = 0.0
-    for kind in np.flatnonzero(counts).tolist():
-        class_index, plan_index, size = (int(index) for index in np.unravel_index(kind, sizes))
+    for code in np.flatnonzero(counts).tolist():
+        class_index, plan_index, size = (int(index) for index in np.unravel_index(code, sizes))
         mix = [part for part in parts.get(records.classes[class_index], ()) if part[1].pool_index == pool_index]
         own = [part for part in mix if part[1].plan.label == records.plans[plan_index]]
         # A request of another size has a plan of its own; its class's mix predicts what one of the usual size takes.
         served = [(share, o.degree * o.batch_s[min(size, len(o.batch_s)) - 1] / size) for share, o in own or mix]
         mean_gpu_s = sum(share * gpu_s for share, gpu_s in served) / sum(share for share, _ in served)
-        total += int(counts[kind]) * mean_gpu_s
+        total += int(counts[code]) * mean_gpu_s
     return total
 
 
@@ -345,22 +345,18 @@ Interval = tuple[float, float, float]
 """A value with the ends of its 95% interval."""
 
 
-POLICY_OF = {"simulate": "planned", "screen": "screened"}
-"""How a plan's figures were found, by the level of its evaluation."""
-
-
 @dataclass(frozen=True, slots=True)
 class EvaluatedPlan:
     """A capacity plan with its figures: (value, low, high) at 95% where it was simulated, by formula otherwise.
 
-    `policy` is `planned` for a simulated plan, `screened` for one by the compiled recursion and `analytic` for one by
+    `level` is `simulate` for a simulated plan, `screen` for one by the compiled recursion and `formula` for one by
     formula alone. `usd_per_hour` is the rent. `labels` are the plans of each class, with their shares where there are
     several.
     """
 
     name: str
     deployment: Deployment | None
-    policy: str
+    level: Level | Literal["formula"]
     usd_per_hour: float | None
     latency_p95_s: Interval
     slo_attainment: Interval
@@ -380,7 +376,7 @@ class EvaluatedPlan:
         return cls(
             name=name,
             deployment=evaluation.deployment,
-            policy=POLICY_OF[evaluation.level],
+            level=evaluation.level,
             usd_per_hour=evaluation.rent_usd_per_hour,
             latency_p95_s=_interval(everyone["latency_p95_s"]),
             slo_attainment=_interval(everyone["slo_attainment"]),
@@ -404,7 +400,7 @@ class EvaluatedPlan:
         return cls(
             name=name,
             deployment=Deployment(dict(sizing.replicas), plans),
-            policy="analytic",
+            level="formula",
             usd_per_hour=None if math.isinf(sizing.rent_usd_per_hour) else sizing.rent_usd_per_hour,
             latency_p95_s=(p95, math.nan, math.nan),
             slo_attainment=(

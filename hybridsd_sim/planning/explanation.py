@@ -98,7 +98,7 @@ def _why_switch(option: Candidate, options: Sequence[Candidate]) -> Iterator[str
         return
     other = max(earlier, key=lambda one: one.cloud_steps)
     name = option.request_class
-    if not other.meets_floor and other.quality is not None and option.quality is not None:
+    if not other.keeps_limits and other.quality is not None and option.quality is not None:
         floor = option.promises.quality_floor
         yield (
             f"{name}: handing over at step {other.cloud_steps} instead of {option.cloud_steps} would need fewer "
@@ -116,12 +116,12 @@ def _why_edge(plan: CapacityPlan, name: str, options: Sequence[Candidate]) -> It
     at_edge = [option for _, option in plan.mixes[name] if option.cloud_steps == 0]
     could = [option for option in options if option.cloud_steps == 0]
     if not at_edge and could:
-        best = max(could, key=lambda one: (one.meets_floor, one.meets_slo, one.quality or 0.0, -one.latency_s))
+        best = max(could, key=lambda one: (one.keeps_limits, one.meets_slo, one.quality or 0.0, -one.latency_s))
         yield f"{name}: the edge alone ({best.plan.stages[0].model}) {_edge_fault(best, plan)}."
     elif not at_edge:
         reasons = [reason for (cls, reason) in plan.refusals if cls == name and "memory" in reason]
         yield f"{name}: the edge alone cannot: {reasons[0] if reasons else 'no model runs there'}."
-    elif not (at_edge[0].meets_floor and at_edge[0].meets_slo):
+    elif not (at_edge[0].keeps_limits and at_edge[0].meets_slo):
         yield f"{name}: the edge alone ({at_edge[0].plan.stages[0].model}) {_edge_fault(at_edge[0], plan)}."
     elif len(plan.mixes[name]) == 1:
         yield f"{name}: the device alone holds every promise, so nothing is rented for it."
@@ -191,7 +191,7 @@ def _unused_pools(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iter
         if not served:
             yield f"Pool {pool} is not rented: no class needs it."
         for name, chosen in served.items():
-            keeping = [one for one in found.by_class[name] if one.pool_index == index and one.meets_floor]
+            keeping = [one for one in found.by_class[name] if one.pool_index == index and one.keeps_limits]
             holding = [one for one in keeping if sizer.idle_attainment(one) >= sizer.wanted(name)]
             if holding:
                 dollars, ours = min(one.usd_or_inf for one in holding), chosen.usd_or_inf
@@ -217,9 +217,9 @@ def _lifts(plan: CapacityPlan, found: CandidateSet, sizer: Sizer) -> Iterator[st
             first = reasons[0] if reasons else "the search space is empty"
             yield f"{name}: every plan was refused; the first reason: {first}"
             continue
-        if any(one.meets_floor and sizer.idle_attainment(one) >= sizer.wanted(name) for one in options):
+        if any(one.keeps_limits and sizer.idle_attainment(one) >= sizer.wanted(name) for one in options):
             continue
-        keeping = [one for one in options if one.meets_floor]
+        keeping = [one for one in options if one.keeps_limits]
         if keeping and spec.slo_s is not None:
             fastest = min(keeping, key=lambda one: one.latency_s)
             changed = f"with an SLO of {number(fastest.latency_s)} s instead of {exact(spec.slo_s)} s"
@@ -257,10 +257,9 @@ def _floor_lifts(name: str, in_time: Sequence[Candidate], plan: CapacityPlan) ->
 
 
 KNOWN_BY: Mapping[str, str] = {
-    "planned": "simulation", "simulate": "simulation", "screened": "compiled recursion", "screen": "compiled recursion",
-    "analytic": "formula",
+    "simulate": "simulation", "screen": "compiled recursion", "screened": "compiled recursion", "formula": "formula",
 }  # fmt: skip
-"""By what a figure is known, for the policy of an `Evaluated` and for the level of an evaluation."""
+"""By what a figure is known, by `EvaluatedPlan.level`, and by `Confidence.level`, which may say more."""
 
 BETTER: Mapping[str, tuple[str, int, str, str]] = {
     "usd_per_hour": ("USD/h", 2, "save {}", "cost {} more"),
@@ -313,12 +312,12 @@ def describe_savings(plan: CapacityPlan) -> Iterator[str]:
             if abs(saved) >= 0.005 and (share is None or abs(share) >= 0.005):
                 amount = f"{money(abs(saved))} USD/h" if share is None else percent(abs(share))
                 compared = f"{amount} {'less' if saved > 0 else 'more'} than"
-            known = next((other.policy for other in plan.baselines if other.name == saving.other), "planned")
+            known = next((other.level for other in plan.baselines if other.name == saving.other), "simulate")
             dollars = f"{money(own)} USD/h of rent against {money(own + saved)}"
             mine, theirs = map(percent, saving.unserved)
             unserved = f", leaving {mine} of the requests unserved against {theirs}"
             rest = _loss(saving, plan) + (unserved if max(saving.unserved) >= LEAST_SHARE else "")
-            yield f"It costs {compared} {saving.other}: {dollars}, both by {KNOWN_BY.get(known, known)}{rest}."
+            yield f"It costs {compared} {saving.other}: {dollars}, both by {KNOWN_BY[known]}{rest}."
 
 
 def _loss(saving: Saving, plan: CapacityPlan) -> str:
@@ -439,7 +438,7 @@ def describe_evidence(evidence: Sequence[EvaluatedPlan]) -> str:
     """How many capacity plans were tried, and how; empty for none."""
     if not evidence:
         return ""
-    ways = Counter(KNOWN_BY.get(point.policy, point.policy) for point in evidence)
+    ways = Counter(KNOWN_BY[point.level] for point in evidence)
     counted = ", ".join(f"{count} by {way}" for way, count in ways.most_common())
     plans = "1 capacity plan was" if len(evidence) == 1 else f"{len(evidence)} capacity plans were"
     return f"{plans} tried in the search, on the same requests: {counted}."

@@ -7,7 +7,7 @@ On every fleet the best quality is then looked for within some L between the lea
 largest ones nodes are added while that still shortens waits.
 
 Every plan found is evaluated on the scenario's own requests by the compiled recursion, or by formula alone where that
-does not apply. The formula is careful about SLOs: on each fleet it is asked for the boldest of `HEADROOMS` at
+does not apply. The formula is careful about SLOs: on each fleet it is asked for the smallest of `TRAFFIC_FACTORS` at
 which the plan that comes out still holds. The promises of the scenario hold for every point; what another one beats is
 left out.
 """
@@ -55,8 +55,8 @@ LATENCIES = 32
 LEVELS = 6
 """Limits L tried on one fleet."""
 
-HEADROOMS = (0.72, 0.82, 0.91, 1.0)
-"""Factors on the traffic that the formula is asked for, the boldest first."""
+TRAFFIC_FACTORS = (0.72, 0.82, 0.91, 1.0)
+"""Factors on the traffic that the formula is asked for, the smallest first."""
 
 SAME_QUALITY = 2e-5
 """CLIP scores closer than this are one."""
@@ -67,7 +67,7 @@ NEARLY = 0.1
 FALLS = 0.01
 """Share by which one more node must shorten the p95 latency to be worth a point."""
 
-SPARE = 6
+NODES_ADDED_MOST = 6
 """Most nodes added to a fleet of one pool only to shorten waits."""
 
 TIME_LIMIT_S = 10.0
@@ -120,13 +120,13 @@ class _Curve:
         """Every plan that was evaluated and holds: on the fleets found, those `known`, and some with more nodes."""
         every = [*known, *sorted(self._fleets() - {*known}, key=lambda fleet: (self._rent(fleet), fleet))]
         fleets = [every[at] for at in sorted({round(at) for at in np.linspace(0, len(every) - 1, FLEETS_EVALUATED)})]
-        boldest = self._boldest(fleets)
-        found = {fleet: self._tradeoffs(fleet, boldest[fleet]) for fleet in fleets}
+        factors = self._least_traffic_factors(fleets)
+        found = {fleet: self._tradeoffs(fleet, factors[fleet]) for fleet in fleets}
         rivals = [sizing for sizings in found.values() for sizing in sizings]
-        calm = [self._calmest(mine[0]) for mine in found.values() if mine]
-        self._evaluate([*rivals, *(self._swapped(rivals) if rivals else ()), *calm])
+        least_loaded = [self._least_loaded(mine[0]) for mine in found.values() if mine]
+        self._evaluate([*rivals, *(self._swapped(rivals) if rivals else ()), *least_loaded])
         # More nodes only where neither each other nor what is known on other fleets beats them by formula.
-        larger = [more for mine in found.values() for more in self._spared(mine, fleets)]
+        larger = [more for mine in found.values() for more in self._with_more_nodes(mine, fleets)]
         by_formula = [EvaluatedPlan.from_formula("", one, self.planner.sizer) for one in (*larger, *rivals)]
         unbeaten = (not any(dominates(other, point) for other in by_formula) for point in by_formula)
         self._evaluate([one for one, best in zip(larger, unbeaten, strict=False) if best])
@@ -178,47 +178,47 @@ class _Curve:
                 fleets |= {self.fleet(solution.replicas)} if solution else set()
         return fleets
 
-    def _finest(self, level: int, fleet: Fleet, headroom: float) -> Solution | None:
+    def _finest(self, level: int, fleet: Fleet, traffic_factor: float) -> Solution | None:
         """The best quality on a fleet within the limit of a level."""
-        key = (level, fleet, headroom)
+        key = (level, fleet, traffic_factor)
         if key not in self._solutions:
-            constraints = {"replicas": self._replicas(fleet), "headroom": headroom}
+            constraints = {"replicas": self._replicas(fleet), "traffic_factor": traffic_factor}
             self._solutions[key] = self._solve(level, minimise="quality_loss", **constraints)
         return self._solutions[key]
 
-    def _boldest(self, fleets: Sequence[Fleet]) -> dict[Fleet, float]:
-        """For each fleet the least headroom at which the plan of the best quality holds, by halving; 1 if none does."""
-        none, last = len(self.limits_s) - 1, len(HEADROOMS) - 1
+    def _least_traffic_factors(self, fleets: Sequence[Fleet]) -> dict[Fleet, float]:
+        """For each fleet the least factor at which the plan of the best quality holds, by halving; 1 if none does."""
+        none, last = len(self.limits_s) - 1, len(TRAFFIC_FACTORS) - 1
         high, held = dict.fromkeys(fleets, last), dict.fromkeys(fleets, last)
         low = dict.fromkeys(fleets, -1)
-        for fleet in fleets:  # nothing is gained by boldness where the formula has the best quality there is already
+        for fleet in fleets:  # less traffic gains nothing where the formula has the best quality already
             solution = self._finest(none, fleet, 1.0)
             if solution is not None and _score(self._sizing(solution)) >= self._best - SAME_QUALITY:
                 low[fleet] = last
         while unsure := [fleet for fleet in fleets if high[fleet] - low[fleet] > 1]:
             middle = {fleet: (low[fleet] + high[fleet]) // 2 for fleet in unsure}
-            solutions = {fleet: self._finest(none, fleet, HEADROOMS[at]) for fleet, at in middle.items()}
+            solutions = {fleet: self._finest(none, fleet, TRAFFIC_FACTORS[at]) for fleet, at in middle.items()}
             sizings = {fleet: self._sizing(solution) for fleet, solution in solutions.items() if solution}
             points = dict(zip(sizings, self._evaluate(list(sizings.values())), strict=True))
             for fleet, at in middle.items():
                 if fleet in points and not points[fleet].feasible:
                     low[fleet] = at
-                else:  # it holds, or only a bolder formula has a plan at all
+                else:  # it holds, or the formula has a plan at less traffic alone
                     high[fleet] = at
                     held[fleet] = at if fleet in points else held[fleet]
-        return {fleet: HEADROOMS[at] for fleet, at in held.items()}
+        return {fleet: TRAFFIC_FACTORS[at] for fleet, at in held.items()}
 
-    def _tradeoffs(self, fleet: Fleet, boldest: float) -> list[Sizing]:
+    def _tradeoffs(self, fleet: Fleet, least_factor: float) -> list[Sizing]:
         """The best quality within some limits on one fleet, the tightest limit first; of equal quality the fastest.
 
-        Without a limit at the headroom that was found to hold; so within limits too where the formula has no plan else.
+        Without a limit at the factor that was found to hold; so within limits too where the formula has no plan else.
         """
         none = len(self.limits_s) - 1
-        usual = boldest if self._finest(none, fleet, 1.0) is None else 1.0
+        usual = least_factor if self._finest(none, fleet, 1.0) is None else 1.0
         tight = bisect_left(range(none), x=True, key=lambda level: self._finest(level, fleet, usual) is not None)
         found: list[Sizing] = []
         for level in sorted({round(level) for level in np.linspace(tight, none, LEVELS)}):
-            solution = self._finest(level, fleet, boldest if level == none else usual)
+            solution = self._finest(level, fleet, least_factor if level == none else usual)
             sizing = None if solution is None else self._sizing(solution)
             if sizing and not any(_score(sizing) <= _score(other) + SAME_QUALITY for other in found):
                 found.append(sizing)
@@ -246,7 +246,7 @@ class _Curve:
             found += [min(best, key=lambda pair: pair[0])[1]] if best else []
         return found
 
-    def _calmest(self, sizing: Sizing) -> Sizing:
+    def _least_loaded(self, sizing: Sizing) -> Sizing:
         """The same fleet with each class on the plan that loads it least, of those no slower than its own slowest.
 
         A limit that every plan keeps is met as soon as the slowest class is within it. That others could be quicker, or
@@ -265,7 +265,7 @@ class _Curve:
             mixes[name] = ((1.0, min(able, key=lambda o: (o.gpu_seconds, o.full_batch_latency_s))),)
         return self.planner.sizer.assess(mixes, sizing.replicas)
 
-    def _spared(self, sizings: Sequence[Sizing], fleets: Sequence[Fleet]) -> Iterator[Sizing]:
+    def _with_more_nodes(self, sizings: Sequence[Sizing], fleets: Sequence[Fleet]) -> Iterator[Sizing]:
         """The fastest and the finest mix with more nodes of one pool, as long as these shorten the p95 latency.
 
         By formula, and only fleets that no better mix was looked for on.
@@ -274,14 +274,14 @@ class _Curve:
         for sizing in {id(end): end for end in (*sizings[:1], *sizings[-1:])}.values():
             for pool, spec in self.planner.scenario.pools.items():
                 nodes, p95_s = sizing.replicas[pool], sizer.quantile(sizing, 0.95)
-                for more in range(nodes + 1, min(nodes + SPARE, spec.replicas_max) + 1 if nodes else 0):
-                    spared = sizer.assess(sizing.mixes, {**sizing.replicas, pool: more})
-                    shorter_s = sizer.quantile(spared, 0.95)
-                    dear = spared.rent_usd_per_hour > (sizer.rent_limit_usd_per_hour or math.inf)
-                    if dear or shorter_s > (1.0 - FALLS) * p95_s or self.fleet(spared.replicas) in fleets:
+                for more in range(nodes + 1, min(nodes + NODES_ADDED_MOST, spec.replicas_max) + 1 if nodes else 0):
+                    larger = sizer.assess(sizing.mixes, {**sizing.replicas, pool: more})
+                    shorter_s = sizer.quantile(larger, 0.95)
+                    dear = larger.rent_usd_per_hour > (sizer.rent_limit_usd_per_hour or math.inf)
+                    if dear or shorter_s > (1.0 - FALLS) * p95_s or self.fleet(larger.replicas) in fleets:
                         break
                     p95_s = shorter_s
-                    yield spared
+                    yield larger
 
     def _sizing(self, solution: Solution) -> Sizing:
         return self.planner.sizer.assess(solution.mixes, solution.replicas)

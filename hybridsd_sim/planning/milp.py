@@ -4,7 +4,8 @@ Symbols: classes i with `rate_i` requests a second; plans j of a class, `w_ij` n
 `h_ij` seconds of its gang, `r_ij` residual demand, `egress_ij` dollars a request, `q_ij` CLIP score, `e_ij` seconds of
 an edge device; pools p of `rent_p` dollars an hour a node; states s of a pool with `n_s` nodes and `load_s`
 node-seconds a second, caps of an edge fleet on the time that its devices are busy (`capacity_states`); conditions b,
-one unless the plan must hold under several scenarios.
+one unless the plan must hold under several scenarios; `f` the goal's factor on all traffic and `c_p` the correction
+factor of a pool (`Sizer.correction_factors`).
 
     x_ij in [0, 1]      share of class i served by plan j                        the same under every condition
     u_ib in [0, 1]      share of class i turned away                             0 unless that is what is minimised
@@ -16,10 +17,10 @@ one unless the plan must hold under several scenarios.
                sum_s z_bps <= 1,   sum_s n_s z_bps <= n_p                        one state, on rented nodes
                sum_j x_ij <= sum of z_bps over the states s in which plan k is in time,  the SLO at its percentile
                              j over the plans of class i that are so in no other state
-               strain_p headroom sum_ij rate_i w_ij x_ij <= sum_s load_s z_bps   the load of pool p [nodes]
+               c_p f sum_ij rate_i w_ij x_ij <= sum_s load_s z_bps               the load of pool p [nodes]
                sum_ij mean rate_i w_ij x_ij <= sum_s n_s z_bps                   and its time, come what may
                sum_ij rate_i h_ij (r_ij - H) x_ij <= M (1 - z of states with residual H)     the kind of its jobs
-               headroom sum_ij rate_i e_ij x_ij <= devices times a cap under which plan j is in time   edge fleets
+               f sum_ij rate_i e_ij x_ij <= devices times a cap under which plan j is in time   edge fleets
                sum_p rent_p n_p <= budget,  mean q >= floor,  ...                what is asked (`Goal`)
 
 Every part of a mix keeps its class's promises by itself: nobody is late so that the average holds. No-good cuts take
@@ -80,9 +81,9 @@ Part = tuple[int, Ints, Floats]
 class Goal:
     """An objective and its constraints. Dollars are an hour; None constrains nothing.
 
-    `minimise` "load" is the rent of the nodes while they are busy: the calmest of the plans that meet the rest;
+    `minimise` "load" is the rent of the nodes while they are busy: the least loaded of the plans that meet the rest;
     "nothing" asks only whether there is one. `usd_per_hour` bounds the rent, `total_usd_per_hour` rent and egress
-    together. `quality` is the least mean CLIP score. `turned_away_per_s` bounds what is turned away. `headroom`
+    together. `quality` is the least mean CLIP score. `turned_away_per_s` bounds what is turned away. `traffic_factor`
     multiplies the traffic: below 1 the formula is taken to be too careful by so much. `replicas` fixes nodes. Fleets
     of `no_good_cuts`, and smaller ones, are not to be used, nor plans `without` which it has to do.
     """
@@ -92,7 +93,7 @@ class Goal:
     total_usd_per_hour: float | None = None
     quality: float | None = None
     turned_away_per_s: float | None = 0.0
-    headroom: float = 1.0
+    traffic_factor: float = 1.0
     replicas: Mapping[str, int] | None = None
     no_good_cuts: tuple[Mapping[str, int], ...] = ()
     without: frozenset[Candidate] = frozenset()
@@ -115,20 +116,20 @@ class Condition:
 
     `plans[class][j]` is plan j of the class as this scenario prices it; None where it cannot run there. `within_s`
     replaces every class's SLO at its percentile where it is tighter: 95% of the requests of every plan inside it.
-    `forgiven` classes may be late: they only have to be served. `slowdowns` are the factors on seconds, by site, that
+    `relaxed` classes may be late: they only have to be served. `slowdowns` are the factors on seconds, by site, that
     the prices hold already. `name` is the scenario's, where there are several.
     """
 
     sizer: Sizer
     plans: Mapping[str, Sequence[Candidate | None]]
     within_s: float | None = None
-    forgiven: frozenset[str] = frozenset()
+    relaxed: frozenset[str] = frozenset()
     slowdowns: Mapping[str, float] = field(default_factory=dict)
     name: str = ""
 
 
 class Rows:
-    """Rows of `A x <= b`, gathered in parts. Load rows keep their work apart, so that headroom can scale it."""
+    """Rows of `A x <= b`, gathered in parts. Load rows keep their work apart, so that a traffic factor can scale it."""
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
@@ -141,7 +142,7 @@ class Rows:
         self._most.append(most)
 
     def load(self, columns: Sequence[int] | Ints, asked: Floats, given: Floats) -> None:
-        """`headroom * asked x + given z <= 0`."""
+        """`traffic_factor * asked x + given z <= 0`."""
         self._scaled.append(self._part(columns[: len(asked)], asked))
         self._parts.append(self._part(columns[len(asked) :], given))
         self._most.append(0.0)
@@ -149,10 +150,11 @@ class Rows:
     def _part(self, columns: Sequence[int] | Ints, weights: Sequence[float] | Floats) -> Part:
         return len(self._most), np.asarray(columns, dtype=np.int64), np.asarray(weights, dtype=np.float64)
 
-    def with_headroom(self, headroom: float) -> Rows:
+    def with_traffic_factor(self, traffic_factor: float) -> Rows:
         """A copy whose loads are multiplied, to which more rows may be added."""
         rows = Rows()
-        rows._parts = [*self._parts, *((row, columns, weights * headroom) for row, columns, weights in self._scaled)]
+        scaled = [(row, columns, weights * traffic_factor) for row, columns, weights in self._scaled]
+        rows._parts = [*self._parts, *scaled]
         rows._most = list(self._most)
         return rows
 
@@ -267,9 +269,9 @@ class Formulation:
         columns = [column for column, _ in demands]
         self._add_service(columns, states.serves, z)
         busy = np.array([rates[self._columns[c][0]] * demand.node_s for c, demand in demands])
-        strain = block.condition.sizer.strain.get(self.pools[index], 1.0)
-        rows.load([*columns, *z], busy * strain, -states.load)
-        # No fleet does more than its time, whatever headroom is asked: the load at the mean rates is at most 1.
+        correction = block.condition.sizer.correction_factors.get(self.pools[index], 1.0)
+        rows.load([*columns, *z], busy * correction, -states.load)
+        # No fleet does more than its time, whatever traffic factor is asked: the load at the mean rates is at most 1.
         mean = {name: mean_rate_per_s(spec.arrivals) for name, spec in scenario.requests.items()}
         busy_mean = [mean[self._columns[column][0]] * demand.node_s for column, demand in demands]
         there = states.nodes * scenario.pools[self.pools[index]].availability
@@ -293,7 +295,7 @@ class Formulation:
 
     def solve(self, goal: Goal) -> Solution | None:
         """The best mix and fleet for a goal; None where no plan meets it, or none was found in time (`gave_up`)."""
-        rows = self._rows.with_headroom(goal.headroom)
+        rows = self._rows.with_traffic_factor(goal.traffic_factor)
         low, high, whole = self._bounds(goal)
         for columns, weights, least in self._constraints(goal):
             rows.at_most(columns, [-w for w in weights], -least)
@@ -408,7 +410,7 @@ class Formulation:
 def _promise(option: Candidate, condition: Condition) -> tuple[float | None, float]:
     """Seconds within which requests of the plan must be served (None: the SLO), and the share that may be late."""
     sizer, within_s = condition.sizer, condition.within_s
-    if option.request_class in condition.forgiven:
+    if option.request_class in condition.relaxed:
         return math.inf, 1.0
     allowed = 1.0 - sizer.wanted(option.request_class)
     if within_s is not None and within_s < sizer.scenario.promises[option.request_class].deadline_s():

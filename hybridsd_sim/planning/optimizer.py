@@ -57,7 +57,7 @@ def optimize(
     scenario: Scenario,
     profiles: Profiles,
     *,
-    map: Mapper | None = None,  # noqa: A002 - the contract's name
+    map: Mapper | None = None,  # noqa: A002 - as the builtin, which it stands for
     store: Store | None = None,
     robust: Mapping[str, Scenario] | None = None,
     progress: Callable[[str], None] = lambda _: None,
@@ -148,10 +148,10 @@ def _chosen(planner: Planner, robust: Mapping[str, Scenario]) -> _SearchOutcome:
 def _best(search: PlanSearch) -> _SearchOutcome:
     """What the search finds; where no plan is in reach of every promise, the one that misses least."""
     condition = search.conditions[0]
-    hopeless = condition.forgiven or any(not options for options in condition.plans.values())
-    found = None if hopeless else search.run()
+    infeasible = condition.relaxed or any(not options for options in condition.plans.values())
+    found = None if infeasible else search.run()
     if found is None:  # the plan that turns fewest away when nobody's SLO counts, within the budget if that can be
-        formulation = Formulation([replace(condition, forgiven=frozenset(condition.plans))])
+        formulation = Formulation([replace(condition, relaxed=frozenset(condition.plans))])
         goal = search.goal(minimise="turned_away_per_s", turned_away_per_s=None)
         solution = formulation.solve(goal) or formulation.solve(replace(goal, usd_per_hour=None))
         found = search.simulate(solution or Solution({}, dict.fromkeys(search.scenario.pools, 0), 0.0, 0.0))

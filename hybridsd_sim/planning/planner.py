@@ -34,8 +34,8 @@ LEAST_BAD = 3
 BIG = 2000
 """Columns from which a formulation takes seconds and not milliseconds, so that it is asked less."""
 
-HEADROOMS = (0.7, 0.76, 0.82, 0.88, 0.94, 0.97, 1.0)
-"""Factors on the traffic at which the formula is held against a plan that holds, the boldest first."""
+TRAFFIC_FACTORS = (0.7, 0.76, 0.82, 0.88, 0.94, 0.97, 1.0)
+"""Factors on the traffic at which the formula is held against a plan that holds, the smallest first."""
 
 Keep = Callable[[Candidate], bool]
 """Whether a plan is of the kind that is looked for."""
@@ -61,19 +61,19 @@ class Planner:
         """The scenario's side of the formulation: per class the plans worth trying, the cheapest first.
 
         Those within the class's promises on an idle fleet that no other beats; for a class that has none, the least bad
-        ones, and the class is forgiven.
+        ones, and the class is relaxed: it may be late.
         """
         plans: dict[str, list[Candidate]] = {}
-        forgiven = set()
+        relaxed = set()
         for name, options in self.found.by_class.items():
             kept = [option for option in options if keep(option)]
             within = self.within_promises(kept)
             plans[name] = prune(within) if within else least_infeasible(kept)
             if not within:
-                forgiven.add(name)
+                relaxed.add(name)
         if sum(map(len, plans.values())) > MANY:
             plans = {name: thin(options, FEW) for name, options in plans.items()}
-        return Condition(self.sizer, plans, within_s, frozenset(forgiven))
+        return Condition(self.sizer, plans, within_s, frozenset(relaxed))
 
     def within_promises(self, options: Sequence[Candidate]) -> list[Candidate]:
         """The options that keep floors and limits and, with nobody else there, their SLO."""
@@ -81,7 +81,7 @@ class Planner:
         return [
             option
             for option in options
-            if option.meets_floor and self.sizer.idle_attainment(option) >= wanted[option.request_class]
+            if option.keeps_limits and self.sizer.idle_attainment(option) >= wanted[option.request_class]
         ]
 
     def priced(self, deployment: Deployment, scenario: Scenario | None = None) -> Mixes:
@@ -103,9 +103,9 @@ class Planner:
 
 def quickest_level(scenario: Scenario, deployment: Deployment) -> Level:
     """The quickest level of fidelity that tells how a deployment fares."""
-    from hybridsd_sim.simulation import why_not
+    from hybridsd_sim.simulation import recursion_obstacle
 
-    return "simulate" if why_not(scenario, deployment) else "screen"
+    return "simulate" if recursion_obstacle(scenario, deployment) else "screen"
 
 
 def evaluate_quickly(planner: Planner, plans: Sequence[tuple[str, Sizing]]) -> list[EvaluatedPlan]:
@@ -129,7 +129,7 @@ def evaluate_quickly(planner: Planner, plans: Sequence[tuple[str, Sizing]]) -> l
 
 def least_infeasible(options: Sequence[Candidate]) -> list[Candidate]:
     """Where nothing holds: the fastest of those that keep floors and limits, else the best pictures, in time first."""
-    floor = sorted((option for option in options if option.meets_floor), key=lambda o: o.latency_s)
+    floor = sorted((option for option in options if option.keeps_limits), key=lambda o: o.latency_s)
     return floor[:LEAST_BAD] or sorted(options, key=lambda o: (-(o.quality or 0.0), not o.meets_slo))[:1]
 
 
@@ -148,9 +148,9 @@ def vary(planner: Planner, changes: Mapping[str, Any], *, traffic: float = 1.0) 
     rates = {name: (rate * traffic, cv) for name, (rate, cv) in planner.sizer.rates.items()}
     judged = {}
     for name, options in planner.found.by_class.items():
-        kept = [option.cost.meets_floor(scenario.promises[name]) for option in options]
+        kept = [option.cost.keeps_limits(scenario.promises[name]) for option in options]
         judged[name] = tuple(
-            option if keeps == option.meets_floor else replace(option, meets_floor=keeps)
+            option if keeps == option.keeps_limits else replace(option, keeps_limits=keeps)
             for option, keeps in zip(options, kept, strict=True)
         )
     return replace(
@@ -164,7 +164,7 @@ def vary(planner: Planner, changes: Mapping[str, Any], *, traffic: float = 1.0) 
 def strict_condition(planner: Planner) -> Condition | None:
     """The scenario's side of the formulation with every promise kept; None where a class has no plan that could."""
     condition = planner.condition()
-    return None if condition.forgiven else condition
+    return None if condition.relaxed else condition
 
 
 def solve(planner: Planner, **constraints: Any) -> Solution | None:
@@ -179,7 +179,7 @@ def budgeted_goal(planner: Planner, **constraints: Any) -> Goal:
     return Goal(usd_per_hour=most, turned_away_per_s=0.0, **constraints)
 
 
-def fit_headroom(planner: Planner, condition: Condition, rent_usd_per_hour: float | None) -> float:
+def fit_traffic_factor(planner: Planner, condition: Condition, rent_usd_per_hour: float | None) -> float:
     """The factor on the traffic at which the formula's cheapest fleet rents for no more than a plan that holds.
 
     1 where the formula is not too careful, or not by this alone; the simulation has then the last word.
@@ -189,11 +189,11 @@ def fit_headroom(planner: Planner, condition: Condition, rent_usd_per_hour: floa
     formulation, most = Formulation([condition]), rent_usd_per_hour * (1.0 + 1e-6)
 
     def too_careful(at: int) -> bool:
-        goal = budgeted_goal(planner, minimise="nothing", usd_per_hour=most, headroom=HEADROOMS[at])
+        goal = budgeted_goal(planner, minimise="nothing", usd_per_hour=most, traffic_factor=TRAFFIC_FACTORS[at])
         return formulation.solve(goal) is None
 
-    first = bisect_left(range(len(HEADROOMS)), x=True, key=too_careful)
-    return HEADROOMS[first - 1] if first else 1.0
+    first = bisect_left(range(len(TRAFFIC_FACTORS)), x=True, key=too_careful)
+    return TRAFFIC_FACTORS[first - 1] if first else 1.0
 
 
 def latency_limits_s(condition: Condition, count: int) -> list[float]:

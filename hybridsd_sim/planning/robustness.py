@@ -49,13 +49,13 @@ class _ScenarioPlans:
 def robust_conditions(planner: Planner, scenarios: Mapping[str, Scenario]) -> list[Condition]:
     """A condition for the planner's scenario, then one for each named scenario, with their plans aligned.
 
-    A class that no plan serves within its promises under all of them is forgiven under all, with the least bad plans
+    A class that no plan serves within its promises under all of them is relaxed under all, with the least bad plans
     that exist everywhere; `robust_obstacles` says where it fails. Numbers of nodes are bounded by the planner's
     scenario. Raises `InputError` where a scenario has other request classes than the planner's.
     """
     aligned = _aligned(planner, scenarios)
     kept: dict[str, list[Hashable]] = {}
-    forgiven = set()
+    relaxed = set()
     for name in planner.scenario.requests:
         usable = _usable(aligned, name)
         if usable:  # those that no other beats under some scenario
@@ -67,12 +67,12 @@ def robust_conditions(planner: Planner, scenarios: Mapping[str, Scenario]) -> li
             first, *others = (one.plans[name] for one in aligned)
             common = [option for key, option in first.items() if all(key in other for other in others)]
             kept[name] = [_identity(option.plan) for option in least_infeasible(common)]
-            forgiven.add(name)
+            relaxed.add(name)
     return [
         Condition(
             one.planner.sizer,
             {name: [one.plans[name][key] for key in keys] for name, keys in kept.items()},
-            forgiven=frozenset(forgiven),
+            relaxed=frozenset(relaxed),
             name=one.name,
         )
         for one in aligned

@@ -1,16 +1,16 @@
 """The search for one plan: the MILP proposes, trials on the scenario's own requests dispose.
 
 A proposal is evaluated by the compiled recursion where it applies and by simulation where not. The search goes up
-first: the calmest of the cheapest plans by formula is evaluated; if it is late, the formula is corrected (`strain`: the
-traffic on a pool under which the formula would have been late too) and solved again, until a plan holds (the
-*incumbent*). Then it goes down: corrections that were learnt from one plan are no proof against another, so the formula
-is taken without them and trusted only where it says no at `TRUST` of the traffic. Of the plans that it leaves and that
-are better than the incumbent, the most robust is evaluated, the one that is in time at the highest traffic; while much
-may be saved, the most robust of those that would save half of it. A fleet on which its most robust plan is late, and
-where trials are cheap another choice of plans too, gets a no-good cut that takes smaller fleets along; plans far less
-robust than one that was late (`MISJUDGED`) are not evaluated. When nothing better is left, the incumbent is the
-solution and what was cut off is the bound: the search's, no proof. Where going up finds nothing, the most robust plan
-of all is where going down begins.
+first: the least loaded of the cheapest plans by formula is evaluated; if it is late, the formula is corrected (by
+`Sizer.correction_factors`: the traffic on a pool under which the formula would have been late too) and solved again,
+until a plan holds (the *incumbent*). Then it goes down: corrections that were learnt from one plan are no proof against
+another, so the formula is taken without them and trusted only where it says no at `TRUST` of the traffic. Of the plans
+that it leaves and that are better than the incumbent, the most robust is evaluated, the one that is in time at the
+highest traffic; while much may be saved, the most robust of those that would save half of it. A fleet on which its most
+robust plan is late, and where trials are cheap another choice of plans too, gets a no-good cut that takes smaller
+fleets along; plans far less robust than one that was late (`MISJUDGED`) are not evaluated. When nothing better is left,
+the incumbent is the solution and what was cut off is the bound: the search's, no proof. Where going up finds nothing,
+the most robust plan of all is where going down begins.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from hybridsd_sim.planning.milp import Condition, Formulation, Goal, Solution
 from hybridsd_sim.pricing import Candidate
 from hybridsd_sim.scenario import Scenario
 
-STRAIN_STEP, STRAIN_MOST = 1.02, 4.0
-"""Least growth of the strain of a pool that was late, and its limit."""
+CORRECTION_STEP, CORRECTION_MOST = 1.02, 4.0
+"""Least growth of the correction factor of a pool that was late, and its limit."""
 
 EDGE_STEP = 1.2
-"""Growth of the strain of an edge fleet whose devices had queues when its requests were late."""
+"""Growth of the correction factor of an edge fleet whose devices had queues when its requests were late."""
 
 ROUNDS = 24
 """Plans that one search tries at most."""
@@ -43,7 +43,7 @@ CLIMB = 8
 TRUST = 0.72
 """Share of the traffic at which the formula is trusted when it says no."""
 
-HEADROOMS = tuple(np.geomspace(TRUST, 2.0, 31).tolist())
+TRAFFIC_FACTORS = tuple(np.geomspace(TRUST, 2.0, 31).tolist())
 """Traffic at which plans are asked to be in time, to find the most robust."""
 
 MUCH = 0.1
@@ -55,8 +55,8 @@ MISJUDGED = 0.85
 BETTER = 0.005
 """What a plan must save, as a share of the dollars, to be worth trying."""
 
-CALM = 0.004
-"""What the calmest of nearly equal plans may cost more, as a share of the dollars."""
+NEARLY_EQUAL = 0.004
+"""What the least loaded of nearly equal plans may cost more, as a share of the dollars."""
 
 FINER = {"quality_loss": 0.1, "turned_away_per_s": 2.0}
 """Factors on both where something else is minimised: a loss of 0.7 of CLIP is wanted to four digits."""
@@ -105,18 +105,19 @@ class _Target:
     """What the most robust plan had to do: stay under an objective; and the traffic at which it is in time."""
 
     objective: float
-    headroom: float
+    traffic_factor: float
 
     def beyond(self, other: _Target) -> _Target:
         """The harder of both in each respect."""
-        return _Target(max(self.objective, other.objective), max(self.headroom, other.headroom))
+        return _Target(max(self.objective, other.objective), max(self.traffic_factor, other.traffic_factor))
 
 
 @dataclass(slots=True)
 class PlanSearch:
     """One search over the plans of `conditions`; the first condition's scenario says what is minimised and its prices.
 
-    `evaluated` are the plans in order, with why they were proposed. Formulas are corrected in place (`sizer.strain`).
+    `evaluated` are the plans in order, with why they were proposed. Formulas are corrected in place
+    (`sizer.correction_factors`).
     """
 
     conditions: Sequence[Condition]
@@ -200,9 +201,9 @@ class PlanSearch:
             self._late = self._target if self._late is None else self._late.beyond(self._target)
 
     def _second_choice(self, incumbent: Found | None) -> Solution | None:
-        """The calmest plan on the fleet that was late, without the plans that were; None rules the fleet out."""
+        """The least loaded plan on the fleet that was late, without the plans that were; None rules the fleet out."""
         fleet, used = self._second or ({}, frozenset())
-        constraints: dict[str, Any] = {"minimise": "load", "replicas": fleet, "without": used, "headroom": TRUST}
+        constraints: dict[str, Any] = {"minimise": "load", "replicas": fleet, "without": used, "traffic_factor": TRUST}
         if incumbent is not None:
             constraints |= self._limits(self.objective(incumbent.sizing), 1.0 - self._better)
         solution = self._plain.solve(self.goal(**constraints)) if self._plain and used else None
@@ -213,7 +214,7 @@ class PlanSearch:
         return solution
 
     def _proposal(self, incumbent: Found | None) -> Solution | None:
-        """The calmest of the best plans by formula; with an incumbent, the most robust of those better than it."""
+        """The least loaded of the best plans by formula; with an incumbent, the most robust of those better than it."""
         if self.scenario.search.minimise == "latency_p95_s":
             return None if incumbent else self._fastest()
         if incumbent is None and self._plain is None and len(self.evaluated) < CLIMB:
@@ -222,7 +223,7 @@ class PlanSearch:
             if best is not None:
                 constraints = {
                     "no_good_cuts": tuple(self._no_good_cuts),
-                    **self._limits(best.objective, 1.0 + CALM * self._finer),
+                    **self._limits(best.objective, 1.0 + NEARLY_EQUAL * self._finer),
                 }
                 best = formulation.solve(self.goal(**{**constraints, "minimise": "load"})) or best
             if best is not None and _key(best) not in self._seen:
@@ -239,7 +240,8 @@ class PlanSearch:
         None where none is left at `TRUST` of the traffic.
         """
         if self._plain is None:
-            self._plain = Formulation([replace(each, sizer=each.sizer.replace(strain={})) for each in self.conditions])
+            plain = [replace(each, sizer=each.sizer.replace(correction_factors={})) for each in self.conditions]
+            self._plain = Formulation(plain)
         best = None if incumbent is None else self.objective(incumbent.sizing)
         if best is not None and best <= 0.0:
             return None
@@ -247,26 +249,27 @@ class PlanSearch:
         goal = 0.0
         if best is not None:
             constraints |= self._limits(best, 1.0 - self._better)
-            reach = self._plain.solve(self.goal(**constraints, headroom=TRUST))
+            reach = self._plain.solve(self.goal(**constraints, traffic_factor=TRUST))
             self._reach = best if reach is None else min(best, reach.bound)
             if reach is None:
                 return None
             low = max(reach.objective, 0.0 if self._late is None else self._late.objective)
             goal = (best + low) / 2.0 if low < (1.0 - MUCH) * best else best * (1.0 - self._better)
             constraints |= self._limits(goal, 1.0)
-        low, high, found = -1, len(HEADROOMS), None
+        low, high, found = -1, len(TRAFFIC_FACTORS), None
         while high - low > 1:
             middle = (low + high) // 2
-            solution = self._plain.solve(self.goal(**constraints, minimise="load", headroom=HEADROOMS[middle]))
+            least_loaded = self.goal(**constraints, minimise="load", traffic_factor=TRAFFIC_FACTORS[middle])
+            solution = self._plain.solve(least_loaded)
             low, high, found = (low, middle, found) if solution is None else (middle, high, solution)
         # Far under the traffic that another plan was late at, it would be late as well.
-        if found is None or (self._late and HEADROOMS[low] < MISJUDGED * self._late.headroom):
+        if found is None or (self._late and TRAFFIC_FACTORS[low] < MISJUDGED * self._late.traffic_factor):
             return None
-        self._target = _Target(goal, HEADROOMS[low])
+        self._target = _Target(goal, TRAFFIC_FACTORS[low])
         return found
 
     def _fastest(self) -> Solution | None:
-        """The calmest plan of the shortest latency that 95% of every class's requests can have, by formula."""
+        """The least loaded plan of the shortest latency that 95% of every class's requests can have, by formula."""
         first = self.conditions[0]
         idle = [float(first.sizer.latencies(o).max()) for options in first.plans.values() for o in options if o]
         limits_s = np.geomspace(min(idle) / 2.0, 3.0 * max(idle), LATENCIES) if idle else np.empty(0)
@@ -362,9 +365,10 @@ class PlanSearch:
 
 
 def correct(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> bool:
-    """Raise the strain of pools and edge fleets whose classes were late, so that the formula is too; whether any was.
+    """Raise the correction factors of pools and edge fleets whose classes were late; whether any was.
 
-    GPU-seconds held beyond those predicted (model loads, larger requests) go into the load factors first.
+    The formula has them late then too. GPU-seconds held beyond those predicted (model loads, larger requests) go into
+    the load factors first.
     """
     deployment, grew = evaluation.deployment, False
     for index, pool in enumerate(sizer.scenario.pools):
@@ -379,9 +383,9 @@ def correct(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> bool:
         if ratio > 1.05:
             sizer.load_factors[pool] = max(sizer.load_factors.get(pool, 1.0), ratio)
         got = {name: evaluation.classes[name]["slo_attainment"].value for name in late}
-        known = sizer.strain.get(pool, 1.0)
-        sizer.strain[pool] = _strain(sizer, pool, mixes, deployment.replicas, got, known)
-        grew = grew or sizer.strain[pool] > known
+        known = sizer.correction_factors.get(pool, 1.0)
+        sizer.correction_factors[pool] = _correction_factor(sizer, pool, mixes, deployment.replicas, got, known)
+        grew = grew or sizer.correction_factors[pool] > known
     for index, site in enumerate(sizer.scenario.edge):
         late = [
             name
@@ -389,7 +393,7 @@ def correct(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> bool:
             if any(o.fleet_index == index for _, o in mixes[name])
         ]
         if late and sizer.edge_wait(site, mixes).probability:
-            sizer.strain[site] = EDGE_STEP * sizer.strain.get(site, 1.0)
+            sizer.correction_factors[site] = EDGE_STEP * sizer.correction_factors.get(site, 1.0)
             grew = True
     return grew
 
@@ -401,16 +405,16 @@ def late_classes(sizer: Sizer, mixes: Mixes, evaluation: Evaluation) -> list[str
     return [name for name, value in got.items() if not value >= wanted[name] * (1.0 - 1e-9)]
 
 
-def _strain(
+def _correction_factor(
     sizer: Sizer, pool: str, mixes: Mixes, replicas: Mapping[str, int], got: Mapping[str, float], known: float
 ) -> float:
     """The factor on a pool's traffic under which the formula gives the attainment that was met, or less."""
-    low, high = known * STRAIN_STEP, STRAIN_MOST
+    low, high = known * CORRECTION_STEP, CORRECTION_MOST
     if low >= high:
         return high
     for _ in range(20):
         middle = (low + high) / 2.0
-        sizer.strain[pool] = middle
+        sizer.correction_factors[pool] = middle
         attained = sizer.assess(mixes, {name: replicas.get(name, 0) for name in sizer.scenario.pools}).attainment
         enough = any(attained[name] <= max(value, 0.0) + 1e-6 for name, value in got.items())
         low, high = (low, middle) if enough else (middle, high)

@@ -28,8 +28,8 @@ class Candidate:
 
     `pool_index` and `fleet_index` are positions in the scenario's pools and edge fleets, -1 without. Seconds are at the
     network's median rates and an idle fleet. `batch_s` are the cloud's seconds for 1, 2, ... `plan.batch_cap` requests
-    denoised together; the first is `cloud_s`. `meets_slo` and `meets_floor` say whether the price keeps `promises`: the
-    SLO with nobody else there; the quality floor and every limit of an image.
+    denoised together; the first is `cloud_s`. `meets_slo` and `keeps_limits` say whether the price keeps `promises`:
+    the SLO with nobody else there; the quality floor and every limit of an image.
     """
 
     request_class: str
@@ -46,7 +46,7 @@ class Candidate:
     cloud_steps: int
     edge_steps: int
     meets_slo: bool
-    meets_floor: bool
+    keeps_limits: bool
     batch_s: tuple[float, ...]
     promises: Promises = field(default_factory=Promises)
 
@@ -176,7 +176,7 @@ def make_candidate(scenario: Scenario, profiles: Profiles, request: Request, pla
         cloud_steps=sum(stage.num_steps for stage in cloud),
         edge_steps=sum(stage.num_steps for stage in edge),
         meets_slo=promises.in_time(latency_s),
-        meets_floor=cost.meets_floor(promises),
+        keeps_limits=cost.keeps_limits(promises),
         batch_s=batch_seconds(plan, request, profiles, prefer=prefer) if batched else (cloud_s,),
         promises=promises,
     )
@@ -203,7 +203,7 @@ def slowed(candidate: Candidate, factors: Mapping[str, float]) -> Candidate:
         latency_s=latency_s,
         usd_or_inf=float("inf") if usd is None else usd,
         meets_slo=candidate.promises.in_time(latency_s),
-        meets_floor=cost.meets_floor(candidate.promises),
+        keeps_limits=cost.keeps_limits(candidate.promises),
     )
 
 

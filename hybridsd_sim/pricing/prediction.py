@@ -243,7 +243,7 @@ def _number_problems(query: PredictionQuery) -> Iterator[Problem]:
 
 
 def to_json(cost: PlanCost) -> dict[str, Any]:
-    """The contract's figures; what nobody knows is None, with the reason by figure under `unknown`.
+    """What `predict --format json` prints; what nobody knows is None, with the reason by figure under `unknown`.
 
     `quality` is the CLIP score, `quality_fid` the FID (lower is better); `quality_note` says where the former was not
     published as it stands. Where both are unknown for one reason, `unknown` gives it once, under `quality`. `outside`

@@ -178,7 +178,7 @@ class PlanCost:
         notes = [part.unknown for part in self.parts if part.unknown]
         return tuple(dict.fromkeys([*notes, *([] if self.quality.clip.known else [self.quality.clip.note])]))
 
-    def meets_floor(self, promises: Promises) -> bool:
+    def keeps_limits(self, promises: Promises) -> bool:
         """Whether the price reaches the quality floor and keeps every limit of an image; unknown figures do neither."""
         images = self.request.num_images
         energy_j, usd = (None if total is None else total / images for total in (self.edge_energy_j, self.usd))
@@ -350,7 +350,7 @@ def _pricer_key(
 ) -> tuple[object, ...]:
     options = tuple(option_types(stage.options) for stage in plan.stages)
     what = (request.height_px, request.width_px, request.num_images, request.guided, request.sampler)
-    return plan.make, plan.extra_sites, options, what, cold, tuple(prefer), together
+    return plan.without_step_count, plan.extra_sites, options, what, cold, tuple(prefer), together
 
 
 @derived(key=_pricer_key)

@@ -21,6 +21,9 @@ from hybridsd_sim.scenario import EdgeFleet, Pool, RequestClass, Scenario
 DEFAULT_SWITCH_STRIDE = 5
 """Without `search.switch_steps` every fifth step is a candidate, as in Hybrid SD's published tables."""
 
+GATHERING_METHODS = frozenset({"distrifusion", "pcpp"})
+"""Parallel methods whose ranks keep the keys and values of the whole image, which takes memory."""
+
 LIVE_ACTIVATIONS = 4
 """Activations of the widest layer alive at once in a UNet call. Modelled: input, output, skip, workspace."""
 
@@ -28,7 +31,7 @@ LIVE_ACTIVATIONS = 4
 def _problems_key(plan: Plan, request: Request, _: Profiles) -> tuple[object, ...]:
     options = tuple(option_types(stage.options) for stage in plan.stages)
     what = (request.height_px, request.width_px, request.num_images, request.guided)
-    return plan.make, plan.extra_sites, options, what
+    return plan.without_step_count, plan.extra_sites, options, what
 
 
 @derived(key=_problems_key)
@@ -105,7 +108,7 @@ def needed_bytes(plan: Plan, site: Site, request: Request, profiles: Profiles) -
     most_alive = 0.0
     for stage in stages:
         widest, keys_and_values = _elements(profiles, stage.model, request.height_px, request.width_px)
-        gathered = keys_and_values * latents * 2.0 if stage.method in {"distrifusion", "pcpp"} else 0.0
+        gathered = keys_and_values * latents * 2.0 if stage.method in GATHERING_METHODS else 0.0
         most_alive = max(most_alive, widest * latents * 2.0 * LIVE_ACTIVATIONS + gathered)
     return total + most_alive
 

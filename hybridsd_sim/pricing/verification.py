@@ -127,17 +127,17 @@ def _group(kind: Group, device: str, model: str, width_px: int, profiles: Profil
     """The group of a row."""
     if kind == "resolution":
         return f"{width_px} px"
-    network = _network(model, profiles)
-    return {"model": network, "device": device, "device_model": f"{network} on {device}"}[kind]
+    alike = _architecture_name(model, profiles)
+    return {"model": alike, "device": device, "device_model": f"{alike} on {device}"}[kind]
 
 
 @lru_cache(maxsize=256)
-def _network(model: str, profiles: Profiles) -> str:
-    """The first name of a model's network: SD 1.4 and 1.5 are left out together."""
+def _architecture_name(model: str, profiles: Profiles) -> str:
+    """The first model of the same architecture: SD 1.4 and 1.5 are left out together."""
     if model not in profiles.models:
         return model
-    network = profiles.model(model).network
-    return next(name for name, other in profiles.models.items() if other.network == network)
+    architecture = profiles.model(model).architecture
+    return next(name for name, other in profiles.models.items() if other.architecture == architecture)
 
 
 def _key(table: PublishedTable, group: str) -> GroupKey:
@@ -337,7 +337,7 @@ def _predicted(case: Case, profiles: Profiles) -> tuple[Estimate | None, str]:
 
 
 def to_json(tables: Sequence[CheckedTable]) -> dict[str, Any]:
-    """The contract's figures of every table, its cases, and the coverage of all intervals together."""
+    """What `verify --format json` prints: every table with its figures and cases, and the coverage of all intervals."""
     cases = [found for table in tables for found in table.counted]
     return {
         "tables": [_table_data(table) for table in tables],

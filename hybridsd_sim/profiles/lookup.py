@@ -153,13 +153,13 @@ class Profiles:
         both: dict[str, Gpu | EdgeDevice] = {**self.edge_devices, **self.gpus}
         return _named("device", name, both)
 
-    def network_of(self, model: str) -> str:
-        """A text that is the same for models of one network, such as SD 1.4 and 1.5."""
-        return self._networks.get(model) or self.model(model).network
+    def architecture_of(self, model: str) -> str:
+        """A text that is the same for models of one architecture, such as SD 1.4 and 1.5."""
+        return self._architectures.get(model) or self.model(model).architecture
 
     @cached_property
-    def _networks(self) -> dict[str, str]:
-        return {name: model.network for name, model in self.models.items()}
+    def _architectures(self) -> dict[str, str]:
+        return {name: model.architecture for name, model in self.models.items()}
 
     def default_interconnect(self, device: str) -> str:
         """The interconnect between GPUs of this kind. Raises `MissingDataError` for a device that has none."""
@@ -202,20 +202,20 @@ class Profiles:
     ) -> CostRow | None:
         """The row that timed this very UNet call on one device (`size`: height and width in px), or None.
 
-        A model of the same config serves as well (SD 1.4 and 1.5 are one network). Where the runtime's calls hold at
-        most `max_unet_batch` latents, the row is that of a full call, of which the caller makes several.
+        A model of the same config serves as well (SD 1.4 and 1.5 are one architecture). Where the runtime's calls hold
+        at most `max_unet_batch` latents, the row is that of a full call, of which the caller makes several.
         """
         limit = self.runtime(runtime).max_unet_batch
         held = min(latents, limit) if limit else latents
-        rows = self._steps_by_call.get((device, runtime, self.network_of(model), size, held), ())
+        rows = self._steps_by_call.get((device, runtime, self.architecture_of(model), size, held), ())
         matching = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
         return min(matching, key=lambda row: _rank(row, prefer), default=None)
 
     def step_rows(
         self, device: str, runtime: str, model: str, precision: str | None = None, *, prefer: Sequence[str] = ()
     ) -> list[CostRow]:
-        """All steps of this network that were timed on one such device under the runtime, best known first."""
-        rows = self._steps_by_network.get((device, runtime, self.network_of(model)), ())
+        """All steps of this architecture that were timed on one such device under the runtime, best known first."""
+        rows = self._steps_by_architecture.get((device, runtime, self.architecture_of(model)), ())
         matching = [row for row in rows if precision is None or alike(row.precision) == alike(precision)]
         return sorted(matching, key=lambda row: _rank(row, prefer))
 
@@ -226,13 +226,13 @@ class Profiles:
         for row in self.costs:
             if row.component == "step" and row.degree == 1 and row.rank is None:
                 size = (row.height_px, row.width_px)
-                key = (row.device, row.runtime, self.network_of(row.model), size, row.latents)
+                key = (row.device, row.runtime, self.architecture_of(row.model), size, row.latents)
                 steps.setdefault(key, []).append(row)
         return steps
 
     @cached_property
-    def _steps_by_network(self) -> dict[tuple[str, str, str], list[CostRow]]:
-        """The one-GPU step rows by device, runtime and network."""
+    def _steps_by_architecture(self) -> dict[tuple[str, str, str], list[CostRow]]:
+        """The one-GPU step rows by device, runtime and architecture."""
         found: dict[tuple[str, str, str], list[CostRow]] = {}
         for key, rows in self._steps_by_call.items():
             found.setdefault(key[:3], []).extend(rows)
@@ -250,9 +250,9 @@ class Profiles:
         return min(matching, key=lambda row: _rank(row, prefer), default=None)
 
     def model_load(self, device: str, model: str = "*", *, prefer: Sequence[str] = ()) -> CostRow:
-        """Seconds until another model is ready: this network's row on the device, else the one for any of them."""
-        network = self.models[model].network if model in self.models else ""
-        alike = {"*", *(name for name, other in self.models.items() if other.network == network)}
+        """Seconds until another model is ready: this architecture's row on the device, else the one for any of them."""
+        architecture = self.models[model].architecture if model in self.models else ""
+        alike = {"*", *(name for name, other in self.models.items() if other.architecture == architecture)}
         rows = [row for row in self.costs if row.component == "model_load" and row.device in (device, "*")]
         rows = [row for row in rows if row.model in alike]
         if not rows:
@@ -285,9 +285,9 @@ class Profiles:
         return self.usd("egress", provider)
 
     def public_cuts(self, model: str) -> dict[int, tuple[tuple[str, ...], ...]]:
-        """AsyncDiff's public cuts of this network by number of components: the modules of each, in order."""
-        network = self.network_of(model)
-        rows = [row for row in self.cuts if self.network_of(row.model) == network]
+        """AsyncDiff's public cuts of this architecture by number of components: the modules of each, in order."""
+        architecture = self.architecture_of(model)
+        rows = [row for row in self.cuts if self.architecture_of(row.model) == architecture]
         counts = sorted({row.components for row in rows})
         return {count: tuple(row.modules for row in rows if row.components == count) for count in counts}
 

@@ -94,13 +94,13 @@ class _Reader:
             self._costs(folder, file, ("quoted", "modelled"))
         for file in sorted(folder.glob("measured/*/*.csv")):
             self._meta(folder, file, self._costs(folder, file, ("measured",)))
-        networks = {row.name: row.network for _, row in self.tables["models"]}
+        architectures = {row.name: row.architecture for _, row in self.tables["models"]}
         worst = len(KIND_ORDER)
         best: dict[tuple[object, ...], int] = {}
         for _, row in self.tables["costs"]:
-            what = _timed(row, networks)
+            what = _timed(row, architectures)
             best[what] = min(best.get(what, worst), KIND_ORDER[row.kind])
-        kept = [pair for pair in before if KIND_ORDER[pair[1].kind] < best.get(_timed(pair[1], networks), worst)]
+        kept = [pair for pair in before if KIND_ORDER[pair[1].kind] < best.get(_timed(pair[1], architectures), worst)]
         self.tables["costs"][:0] = kept
 
     def _refuse(self, place: str, value: str, rule: str, remedy: str = "") -> None:
@@ -124,28 +124,14 @@ class _Reader:
         found: list[tuple[str, Any]] = []
         try:
             header = next(lines, [])
-            if header and self._check_header(f"{path}:1", header, shape):
+            wrong = _header_problems(f"{path}:1", header, shape) if header else []
+            self.problems += wrong
+            if header and not wrong:
                 for cells in lines:
                     found += _row(f"{path}:{lines.line_num}", header, cells, shape, self.problems)
         except csv.Error as error:
             self._refuse(f"{path}:{lines.line_num}", str(error), "must be CSV")
         return found
-
-    def _check_header(self, place: str, header: list[str], shape: type[Row]) -> bool:
-        """Whether a table's columns are those of its rows; what is wrong with them joins the problems."""
-        needed = columns_of(shape)
-        before = len(self.problems)
-        for column, times in Counter(header).items():
-            if column not in needed:
-                close = get_close_matches(column, needed, n=1)
-                remedy = f"Did you mean {close[0]}?" if close else f"Columns: {', '.join(needed)}."
-                self._refuse(place, f"column {column!r}", "no such column", remedy)
-            elif times > 1:
-                self._refuse(place, f"column {column!r}", "stands there twice")
-        for column, required in needed.items():
-            if required and column not in header:
-                self._refuse(place, f"column {column!r}", "is missing")
-        return len(self.problems) == before
 
     def _costs(self, folder: Path, file: Path, kinds: tuple[Kind, ...]) -> list[tuple[str, Any]]:
         rows = self._table(folder, file, CostRow)
@@ -193,9 +179,9 @@ class _Reader:
                 self._refuse(f"{place}: default", " ".join(filter(None, key)), rule)
 
 
-def _timed(row: CostRow, networks: Mapping[str, str]) -> tuple[object, ...]:
+def _timed(row: CostRow, architectures: Mapping[str, str]) -> tuple[object, ...]:
     """What a row timed: rows of two folders that agree in this contradict each other."""
-    which = row.device, row.runtime, row.precision, networks.get(row.model, row.model), row.component, row.rank
+    which = row.device, row.runtime, row.precision, architectures.get(row.model, row.model), row.component, row.rank
     # two images unguided are one image guided for the UNet, and not for what is handed over
     work = (row.latents,) if row.component.startswith("step") else (row.batch_size, row.guidance)
     return *which, row.height_px, row.width_px, *work, row.method, row.degree, row.options
@@ -349,19 +335,27 @@ def _rows(file: Path, shape: type[RowT], problems: list[Problem]) -> Iterator[tu
     try:
         lines = csv.reader(file.read_text("utf-8-sig").splitlines(), strict=True)
         header = next(lines, [])
-        place, needed, before = f"{file}:1", columns_of(shape), len(problems)
-        for column, times in Counter(header).items():
-            if column not in needed or times > 1:
-                rule = "no such column" if times == 1 else "stands there twice"
-                problems.append(Problem(place, f"column {column!r}", rule))
-        missing = [column for column, required in needed.items() if required and column not in header]
-        problems += [Problem(place, f"column {column!r}", "is missing") for column in missing]
-        if len(problems) > before:
+        if wrong := _header_problems(f"{file}:1", header, shape):
+            problems += wrong
             return
         for cells in lines:
             yield from _row(f"{file}:{lines.line_num}", header, cells, shape, problems)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         problems.append(Problem(str(file), str(error), "must be a CSV file in UTF-8"))
+
+
+def _header_problems(place: str, header: Sequence[str], shape: type[Row]) -> list[Problem]:
+    """What is wrong with a table's columns, which are those of its rows: unknown, twice there, or missing."""
+    needed, found = columns_of(shape), []
+    for column, times in Counter(header).items():
+        if column not in needed:
+            close = get_close_matches(column, needed, n=1)
+            remedy = f"Did you mean {close[0]}?" if close else f"Columns: {', '.join(needed)}."
+            found.append(Problem(place, f"column {column!r}", "no such column", remedy))
+        elif times > 1:
+            found.append(Problem(place, f"column {column!r}", "stands there twice"))
+    missing = [column for column, required in needed.items() if required and column not in header]
+    return found + [Problem(place, f"column {column!r}", "is missing") for column in missing]
 
 
 def _row(

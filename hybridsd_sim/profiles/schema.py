@@ -129,8 +129,8 @@ class Model(Row):
         return tuple(value.split(";")) if isinstance(value, str) else value
 
     @property
-    def network(self) -> str:
-        """A text that is the same for models of one network, such as SD 1.4 and 1.5."""
+    def architecture(self) -> str:
+        """A text that is the same for models of one architecture, such as SD 1.4 and 1.5: its config."""
         return json.dumps(self.config, sort_keys=True)
 
 

@@ -1,9 +1,9 @@
 """How well each plan's numbers are known: its parts with interval, kind and sources, their sums, the rates behind them.
 
 The first half makes plain data from costs and profiles (`breakdowns`, `rates_of`), the second the section of a page
-that shows it (`how_known`). The ends of a total's interval are the sums of its parts' ends, as if all parts erred the
-same way: parts of one device do, and where they do not the interval is too wide rather than too narrow. A total is of
-the weakest kind among the parts that make it.
+that shows it (`provenance_blocks`). The ends of a total's interval are the sums of its parts' ends, as if all parts
+erred the same way: parts of one device do, and where they do not the interval is too wide rather than too narrow. A
+total is of the weakest kind among the parts that make it.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def sources_of(data: Data) -> tuple[str, ...]:
     return tuple(dict.fromkeys(source for each in (*figures, *data["rates"], *fits) for source in each["sources"]))
 
 
-def how_known(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
+def provenance_blocks(data: Data, pictures: Sequence[Picture]) -> Iterator[Block]:
     """The section that tells which numbers are measured, quoted or modelled, and how wide each is."""
     mine = [plan for plan in data["plans"] if data["runs"][0]["name"] in plan["runs"]]
     shown = mine if data["kind"] == "plan" else []

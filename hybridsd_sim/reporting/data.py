@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 CHOSEN = "chosen"
 """Name of the run that follows the chosen plan."""
 
+POLICY_OF = {"simulate": "planned", "screen": "screened", "formula": "analytic"}
+"""What `capacity.json` has under `policy` for each `EvaluatedPlan.level`."""
+
 
 def planned(plan: CapacityPlan) -> Data:
     """Everything that a capacity plan knows beyond its simulations."""
@@ -116,11 +119,11 @@ def _choice(plan: CapacityPlan, name: str) -> Data:
 
 
 def _evaluated(point: EvaluatedPlan) -> Data:
-    keys = ("name", "policy", "usd_per_hour", "latency_p95_s", "slo_attainment", "quality", "feasible", "reason")
+    keys = ("usd_per_hour", "latency_p95_s", "slo_attainment", "quality", "feasible", "reason")
     figures = {key: getattr(point, key) for key in (*keys, "gpu_seconds_per_image", "edge_energy_j_per_image")}
     replicas = dict(point.deployment.replicas) if point.deployment else {}
-    known_by = KNOWN_BY.get(point.policy, point.policy)
-    return {**figures, "replicas": replicas, "labels": dict(point.labels), "known_by": known_by}
+    named = {"name": point.name, "policy": POLICY_OF[point.level]}
+    return {**named, **figures, "replicas": replicas, "labels": dict(point.labels), "known_by": KNOWN_BY[point.level]}
 
 
 def _point(option: Candidate, mix: Sequence[tuple[float, Candidate]]) -> Data:

@@ -5,8 +5,8 @@
 - `trace`: the first requests of a run for Perfetto (https://ui.perfetto.dev): who held which GPU or device when. A
   process is a pool or an edge fleet, a thread one GPU or edge device; a worker group shows on every GPU it held.
   Format: Chrome trace events (Trace Event Format, Google, 2016); times in microseconds from the start of the run.
-- `load_of`: the requests of the scenario's own first replication and what the simulation expects of them: a lead-in,
-  which fills the service and is not counted, then a window long enough for every class with an SLO to show its
+- `load_test_data`: the requests of the scenario's own first replication and what the simulation expects of them: a
+  lead-in, which fills the service and is not counted, then a window long enough for every class with an SLO to show its
   percentile. The script that sends them, `load_test.py`, needs nothing else.
 """
 
@@ -316,7 +316,7 @@ def _arrows(events: list[Event], rows: Sequence[Row], processes: Mapping[Place, 
         }
 
 
-def load_of(plan: CapacityPlan) -> Data:
+def load_test_data(plan: CapacityPlan) -> Data:
     """What `load_test.json` holds; the same plan gives the same data. No requests where none arrive.
 
     `requests` are in order of `arrival_s`, in seconds from the first one sent; those before `count_from_s` fill the

@@ -138,7 +138,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, profiles: Profiles, digest: str | None) -> None:
     """Write everything that a run is drawn from, provenance first and the requests last."""
     from hybridsd_sim.reporting.data import CHOSEN, contents, named
-    from hybridsd_sim.reporting.exports import load_of, tables, write_rows
+    from hybridsd_sim.reporting.exports import load_test_data, tables, write_rows
     from hybridsd_sim.scenario import dump_yaml
 
     data = contents(result, profiles)
@@ -148,7 +148,7 @@ def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, profiles: Pr
         runs, scenario, extra = {CHOSEN: result.chosen_result, **result.baseline_results}, result.scenario, "plan"
         write_atomically(folder / "plan.yaml", dump_yaml(result.deployment.to_dict()).encode())
         # What checks the plan against a running service: a file that people can add to, and the script that sends it.
-        load = load_of(result)
+        load = load_test_data(result)
         requests = ",\n    ".join(json.dumps(request, allow_nan=False) for request in load["requests"])
         head = json.dumps({**load, "requests": []}, indent=2, allow_nan=False)
         text = head.replace('"requests": []', f'"requests": [\n    {requests}\n  ]')

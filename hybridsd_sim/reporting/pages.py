@@ -24,7 +24,7 @@ from hybridsd_sim.reporting.blocks import (
     answered,
     cell,
 )
-from hybridsd_sim.reporting.breakdown import how_known, sources_of
+from hybridsd_sim.reporting.breakdown import provenance_blocks, sources_of
 from hybridsd_sim.reporting.calibration import calibrated
 from hybridsd_sim.reporting.figures import FIGURES
 from hybridsd_sim.reporting.labels import GLOSSARY, NAMES, Data, listed
@@ -228,7 +228,7 @@ def plan_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iter
     yield from frontier(data, pictures)
     yield from other_conditions(data)
     yield from evidence(data)
-    yield from how_known(data, pictures)
+    yield from provenance_blocks(data, pictures)
     yield from _rest(data, provenance, pictures)
     yield from refused(data)
     yield from words()
@@ -255,7 +255,7 @@ def simulation_page(data: Data, provenance: Data, pictures: Sequence[Picture]) -
     yield Paragraph(LEGEND, "note")
     for run in data["runs"]:
         yield pools(data, run)
-    yield from how_known(data, pictures)
+    yield from provenance_blocks(data, pictures)
     yield from _rest(data, provenance, pictures)
     yield from words()
 

@@ -108,7 +108,7 @@ def is_shared(choice: Data) -> bool:
     return len(choice["parts"]) > 1 or choice["turned_away"] > 0
 
 
-def in_words(part: Data) -> str:
+def describe_part(part: Data) -> str:
     """A plan in words: which steps, of which model, where, and how."""
     total = part["num_inference_steps"]
     together = f", up to {part['batch_cap']} together" if part["batch_cap"] > 1 else ""
@@ -156,7 +156,7 @@ def _class_rows(data: Data, choice: Data) -> Iterator[tuple[Cell, ...]]:
         share = f"\n{percent(part['share'])} of its requests" if is_shared(choice) else ""
         who = Cell(name, f"from {spec['fleet']}{share}")
         idle = ranged(next(plan for plan in mine if plan["label"] == part["label"])["totals"][0])
-        yield (who, Cell(in_words(part)), *_how(part), idle, *(blank if number_of else simulated))
+        yield (who, Cell(describe_part(part)), *_how(part), idle, *(blank if number_of else simulated))
     if choice["turned_away"]:
         who = Cell(name, f"{percent(choice['turned_away'])} of its requests")
         yield (who, Cell("Turned away: there is no room for them"), *(Cell(""),) * 4, *blank)

@@ -164,7 +164,7 @@ def with_interval(found: Data | Sequence[float | None] | None, show: Show = numb
     return f"{figure(value, show)} [{interval(low, high, show)}]".translate(PLAIN)
 
 
-def way_of(key: str) -> Show:
+def formatter(key: str) -> Show:
     """How a figure of this name is written: shares as per cent, large ones with a prefix and unit (`215 TFLOP`)."""
     unit = next((unit for end, unit in LARGE if end in key), "")
 
@@ -213,14 +213,14 @@ def scenario_text(scenario: Scenario, width: int) -> str:
 
 
 def prediction_text(figures: Data, width: int) -> str:
-    """The figures of `predict.prediction`, its parts with their sources, then what is to be said about them."""
+    """The figures of `pricing.prediction.to_json`, its parts with their sources, then what is to be said about them."""
     lists = {"parts", "sources", "unknown", "outside", "against_one_gpu"}
     sources = list(figures["sources"])
     parts = [
         (
             *(part[key] for key in ("name", "where")),
             with_interval({"value": part["seconds"], "low": part["low_s"], "high": part["high_s"]}),
-            *(figure(part[key], way_of(key)) for key in ("devices", "usd", "edge_energy_j", "kind")),
+            *(figure(part[key], formatter(key)) for key in ("devices", "usd", "edge_energy_j", "kind")),
             " ".join(f"[{sources.index(source) + 1}]" for source in part["sources"]),
         )
         for part in figures["parts"]
@@ -236,7 +236,7 @@ def prediction_text(figures: Data, width: int) -> str:
     text = (
         table(
             ("figure", "value"),
-            [(key, figure(value, way_of(key))) for key, value in figures.items() if key not in lists],
+            [(key, figure(value, formatter(key))) for key, value in figures.items() if key not in lists],
             width,
         ),
         table(header, parts, width),
@@ -280,7 +280,7 @@ def simulation_text(saved: Data, width: int) -> str:
         for name, figures in classes.items():
             # nodes are rented for all classes together
             mine = [key for key in shown if key != "rent_usd_per_hour" or name == "all"]
-            cells = (with_interval(figures[key], way_of(key)) if key in mine else "" for key in shown)
+            cells = (with_interval(figures[key], formatter(key)) if key in mine else "" for key in shown)
             rows.append((run["name"], name, *cells))
         overall = run["summary"]["all"]
         notes += [

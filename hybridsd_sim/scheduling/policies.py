@@ -29,8 +29,8 @@ from hybridsd_sim.scheduling.policy import (
     PerCandidates,
     Policy,
     StaticPolicy,
-    above_floor,
     best_static,
+    within_limits,
 )
 
 LATE = "late"
@@ -148,14 +148,14 @@ class CostAware(Policy):
     summary = "cheapest plan predicted to meet deadline and floor"
 
     def __init__(self) -> None:
-        self._above_floor: PerCandidates[list[Candidate]] = PerCandidates(above_floor)
+        self._within_limits: PerCandidates[list[Candidate]] = PerCandidates(within_limits)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         # The hot path of most simulations: one loop, and no object for the waits.
         left_s, pools = deadline_s - now, view.pools
         best: Candidate | None = None
         best_wait_s, soonest_s = 0.0, INFINITY
-        for option in self._above_floor.of(options):
+        for option in self._within_limits.of(options):
             wait_s = pools[option.pool_index].wait_s(option.degree, now) if option.pool_index >= 0 else 0.0
             total_s = wait_s + option.latency_s
             if total_s <= left_s:
@@ -281,10 +281,10 @@ class EdfReject(Policy):
     discipline = "edf"
 
     def __init__(self) -> None:
-        self._above_floor: PerCandidates[list[Candidate]] = PerCandidates(above_floor)
+        self._within_limits: PerCandidates[list[Candidate]] = PerCandidates(within_limits)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
-        accepted = self._above_floor.of(options)
+        accepted = self._within_limits.of(options)
         left_s, waits = deadline_s - now, _Waits(view.pools, deadline_s, now)
         seen: set[int] = set()
         for option in accepted:
@@ -325,7 +325,7 @@ class SwitchByQueue(Policy):
         # Most cloud steps first, then the best quality, then the cheapest.
         self._ranked: PerCandidates[list[Candidate]] = PerCandidates(
             lambda options: sorted(
-                above_floor(options) or options, key=lambda option: (-option.cloud_steps, -(option.quality or 0.0))
+                within_limits(options) or options, key=lambda option: (-option.cloud_steps, -(option.quality or 0.0))
             )
         )
 
@@ -392,13 +392,13 @@ class Budgeted(Policy):
         """The virtual queue Z."""
         self._v = usd_per_clip * self.cap_usd
         self.as_of_s = -INFINITY
-        self._above_floor: PerCandidates[list[Candidate]] = PerCandidates(above_floor)
+        self._within_limits: PerCandidates[list[Candidate]] = PerCandidates(within_limits)
 
     def decide(self, options: Sequence[Candidate], deadline_s: float, view: FleetView, now: float) -> Decision:
         if self.as_of_s < now < INFINITY:
             self.ahead_usd = max(0.0, self.ahead_usd - self.budget_usd_per_s * (now - self.as_of_s))
             self.as_of_s = now
-        accepted = self._above_floor.of(options)
+        accepted = self._within_limits.of(options)
         left_s, waits = deadline_s - now, _Waits(view.pools, deadline_s, now)
         in_time = [option for option in accepted if waits.total_s(option) <= left_s]
         # Drift plus penalty, but for what is the same for every option.

@@ -306,9 +306,9 @@ class PerCandidates(Generic[ValueT]):
         return known[1]
 
 
-def above_floor(options: Sequence[Candidate]) -> list[Candidate]:
-    """The options that meet their quality floor and limits."""
-    return [option for option in options if option.meets_floor]
+def within_limits(options: Sequence[Candidate]) -> list[Candidate]:
+    """The options that keep their quality floor and their limits on energy and price."""
+    return [option for option in options if option.keeps_limits]
 
 
 class StaticPolicy(Policy):
@@ -330,7 +330,7 @@ class StaticPolicy(Policy):
 
 def best_static(options: Sequence[Candidate]) -> Candidate | None:
     """The cheapest option that meets its own SLO and quality floor on an idle fleet; else the fastest one."""
-    acceptable = [option for option in options if option.meets_slo and option.meets_floor]
+    acceptable = [option for option in options if option.meets_slo and option.keeps_limits]
     if acceptable:
         return min(acceptable, key=lambda option: (option.usd_or_inf, option.latency_s))
     return min(options, key=lambda option: option.latency_s, default=None)

@@ -95,7 +95,7 @@ def _option(option: Candidate, wait_s: float, left_s: float) -> dict[str, Any]:
         "usd": option.cost.usd,
         "quality": option.quality,
         "quality_interval": quality.clip.interval_or_none,
-        "misses": misses if option.meets_floor else [*misses, "quality floor or limits"],
+        "misses": misses if option.keeps_limits else [*misses, "quality floor or limits"],
     }
 
 

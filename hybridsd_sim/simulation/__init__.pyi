@@ -27,5 +27,5 @@ from .result import plan_facts as plan_facts
 from .result import promises as promises
 from .screening import Inputs as Inputs
 from .screening import ScreenError as ScreenError
+from .screening import recursion_obstacle as recursion_obstacle
 from .screening import screen as screen
-from .screening import why_not as why_not

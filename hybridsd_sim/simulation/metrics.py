@@ -285,18 +285,18 @@ class _Tally:
                 measured = cells.measured(column(rows, "arrival_s"))
                 rows = rows if measured.all() else rows[measured]
                 weights = _weights(rows, cells.end_s)
-                cell, kind = cells.cell(column(rows, "arrival_s")), column(rows, "class_index").astype(np.int64)
+                cell, class_index = cells.cell(column(rows, "arrival_s")), column(rows, "class_index").astype(np.int64)
                 for name, weight in weights.items():
-                    counted = np.bincount(kind * cells.each + cell, weight, len(images) * cells.each)
+                    counted = np.bincount(class_index * cells.each + cell, weight, len(images) * cells.each)
                     sums[name][:, number] += counted.reshape(len(images), cells.each)
                 served = weights["served"]
-                small = (kind[served].astype(np.int32), (cell[served] + number * cells.each).astype(np.int32))
+                small = (class_index[served].astype(np.int32), (cell[served] + number * cells.each).astype(np.int32))
                 parts.append((weights["latency_s"][served], *small))
         flat = {name: each.reshape(len(images), -1) for name, each in sums.items()}
-        latency_s, kind, cell = (np.concatenate(part) for part in zip(*parts, strict=True))
+        latency_s, class_index, cell = (np.concatenate(part) for part in zip(*parts, strict=True))
         order = np.argsort(latency_s)
         per_image = {"images": flat["served"] * images[:, np.newaxis]}
-        return cls(flat | per_image, latency_s[order], kind[order], cell[order])
+        return cls(flat | per_image, latency_s[order], class_index[order], cell[order])
 
     def figures(self, index: int, cells: _Cells) -> dict[str, Estimate]:
         """Every figure of one class, or of all where `index` is the number of classes; the rent apart."""

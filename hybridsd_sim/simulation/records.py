@@ -277,10 +277,10 @@ class RunRecorder:
             rows[shared, INDEX["usd"]] -= (saved_gpu_s * rate)[shared]
 
 
-def check_laws(records: Records, pool_gpus: Mapping[str, int], shared_replicas: Mapping[str, int]) -> None:
+def check_laws(records: Records, pool_gpus: Mapping[str, int], fleet_replicas: Mapping[str, int]) -> None:
     """Raise `RunError` if a run broke a law: conservation, causality, capacity, whole batches, seconds that add up.
 
-    `pool_gpus` are the GPUs of each pool; `shared_replicas` the device counts of the edge fleets.
+    `pool_gpus` are the GPUs of each pool; `fleet_replicas` the devices of each edge fleet.
     """
     rows = records.rows()
     # Sums block by block: a copy of all served rows would double the memory of a run.
@@ -290,7 +290,7 @@ def check_laws(records: Records, pool_gpus: Mapping[str, int], shared_replicas: 
     for index, name in enumerate(records.pools):
         broken += _capacity(rows, "pool_index", index, "cloud", pool_gpus[name], f"pool {name}")
     for index, name in enumerate(records.fleets):
-        broken += _capacity(rows, "fleet_index", index, "edge", shared_replicas[name], f"edge fleet {name}")
+        broken += _capacity(rows, "fleet_index", index, "edge", fleet_replicas[name], f"edge fleet {name}")
         broken += _exclusive_devices(rows, index, name)
     if broken:
         raise RunError("the run broke its own laws: " + "; ".join(broken))

@@ -211,10 +211,10 @@ def tally(begin: int, class_index: Ints, arrival_s: Floats, played: tuple[Floats
     tolerance_s, horizon_s = limits_s[len(limits_s) - 2], limits_s[len(limits_s) - 1]
     counts = np.zeros((len(limits_s) - 2, 6), np.int64)
     for request in range(begin, len(arrival_s)):
-        kind, what = class_index[request], status[request]
-        late_s = arrival_s[request] + limits_s[kind]
-        counts[kind, 0] += 1
-        counts[kind, 1 + what] += 1
-        counts[kind, 4] += what == SERVED and finish_s[request] <= late_s + tolerance_s
-        counts[kind, 5] += what != IN_FLIGHT or late_s <= horizon_s
+        row, what = class_index[request], status[request]
+        late_s = arrival_s[request] + limits_s[row]
+        counts[row, 0] += 1
+        counts[row, 1 + what] += 1
+        counts[row, 4] += what == SERVED and finish_s[request] <= late_s + tolerance_s
+        counts[row, 5] += what != IN_FLIGHT or late_s <= horizon_s
     return counts

@@ -1,8 +1,8 @@
 """Tries a deployment on a scenario's own requests without an event loop: what planning screens candidates with.
 
 The same arrivals, links and devices as `simulate` draws (common random numbers) pass through pools and edge fleets by
-the compiled recursion of `replay`. Where that applies (`why_not`), it gives what `simulate` gives, request by request,
-to rounding. What does not depend on the deployment is drawn once, as `Inputs`.
+the compiled recursion of `replay`. Where nothing speaks against that (`recursion_obstacle`), it gives what `simulate`
+gives, request by request, to rounding. What does not depend on the deployment is drawn once, as `Inputs`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from hybridsd_sim.simulation.replay import MixParts, Replayed
 
 
-COUNTS = ("requests", "served", "unserved", "in_flight", "in_time", "judged")
-"""What is counted by request class, as in `metrics`: over the requests that arrived in `[warmup_s, horizon_s)`."""
+TALLIED = ("requests", "served", "unserved", "in_flight", "in_time", "judged")
+"""What `replay.tally` counts, in its order: `metrics.COUNTS`, and what attainment is the share of."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +62,8 @@ class ScreenError(RunError):
     """The recursion does not apply to a deployment; the message says why."""
 
 
-def why_not(scenario: Scenario, deployment: Deployment, inputs: Inputs | None = None) -> str:
-    """Why the recursion does not apply, in words; empty where it does. A pool that is not used does not matter.
+def recursion_obstacle(scenario: Scenario, deployment: Deployment, inputs: Inputs | None = None) -> str:
+    """Why the recursion does not apply, as a clause; empty where it does. A pool that is not used does not matter.
 
     `inputs` saves drawing the requests of a trace to see whether they differ from their class.
     """
@@ -113,7 +113,7 @@ class Screened:
 
     @cached_property
     def counts(self) -> dict[str, dict[str, int]]:
-        """By request class and "all": how many of each of `COUNTS`."""
+        """By request class and "all": how many of each of `TALLIED`."""
         from hybridsd_sim.simulation.replay import tally
 
         slo_s = [promises.deadline_s() for promises in self.scenario.promises.values()]
@@ -123,7 +123,7 @@ class Screened:
             begin = int(np.searchsorted(requests.arrival_s, self.scenario.warmup_s))
             by_class += tally(begin, requests.class_index, requests.arrival_s, played, limits_s)
         rows = [*by_class.tolist(), by_class.sum(axis=0).tolist()]
-        return {name: dict(zip(COUNTS, row, strict=True)) for name, row in zip(self.names, rows, strict=True)}
+        return {name: dict(zip(TALLIED, row, strict=True)) for name, row in zip(self.names, rows, strict=True)}
 
     def _ratios(self, above: str, below: str) -> dict[str, float]:
         return {name: row[above] / row[below] if row[below] else np.nan for name, row in self.counts.items()}
@@ -153,8 +153,8 @@ class Screened:
             counted = (each.requests.arrival_s >= self.scenario.warmup_s) & (each.status == SERVED)
             latency_s.append((each.finish_s - each.requests.arrival_s)[counted])
             class_index.append(each.requests.class_index[counted])
-        values, kind = np.concatenate(latency_s), np.concatenate(class_index)
-        groups = [*(values[kind == index] for index in range(len(self.scenario.requests))), values]
+        values, classes = np.concatenate(latency_s), np.concatenate(class_index)
+        groups = [*(values[classes == index] for index in range(len(self.scenario.requests))), values]
         return {name: quantile_of(group, p) for name, group in zip(self.names, groups, strict=True)}
 
     @cached_property
@@ -210,7 +210,7 @@ def screen(
     new = {name: mix for name, mix in deployment.plans.items() if any((name, s.plan) not in inputs.priced for s in mix)}
     if problems := deployment_problems(replace(deployment, plans=new), scenario, inputs.profiles, complete=False):
         raise InputError(problems)
-    if reason := why_not(scenario, deployment, inputs):
+    if reason := recursion_obstacle(scenario, deployment, inputs):
         raise ScreenError(f"the recursion does not apply: {reason}")
     replicas = {name: deployment.replicas.get(name, 0) for name in scenario.pools}
     parts = mix_parts(scenario, deployment, slowdowns or {}, inputs.candidate)

@@ -132,7 +132,7 @@ def suggested(trial: optuna.Trial, planner: Planner) -> Deployment:
     """
     plans = {}
     for name, options in planner.found.by_class.items():
-        able = [(traits(option), option) for option in options if option.meets_floor]
+        able = [(traits(option), option) for option in options if option.keeps_limits]
         wanted = {
             trait: trial.suggest_categorical(f"{name}: {trait}", sorted({mine[trait] for mine, _ in able}, key=str))
             for trait in able[0][0]

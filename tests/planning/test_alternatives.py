@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim.planning.alternatives import margins
 from hybridsd_sim.planning.milp import GAP
-from hybridsd_sim.planning.planner import fit_headroom, solve, strict_condition, vary
+from hybridsd_sim.planning.planner import fit_traffic_factor, solve, strict_condition, vary
 from planners import SHORT, chosen_by, planner_of
 
 ROUNDING = 1.0 + 3.0 * GAP
@@ -61,7 +61,7 @@ def test_changed_promises_need_no_new_prices(planner, quickstart, profiles):
     changes = {"requests.picture.quality_floor": 0.29, "requests.picture.edge_energy_j": 30.0}
     fresh = planner_of(quickstart, profiles, **SHORT, **changes)
     known = vary(planner, changes)
-    held = [[(o.plan, o.meets_floor) for o in each.found.by_class["picture"]] for each in (known, fresh)]
+    held = [[(o.plan, o.keeps_limits) for o in each.found.by_class["picture"]] for each in (known, fresh)]
     assert held[0] == held[1]
     assert {kept for _, kept in held[0]} == {True, False}
 
@@ -110,10 +110,10 @@ def test_a_scenario_without_promises_has_margins_of_money_and_traffic_only(quick
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4])
-def test_the_agreeing_headroom_lets_the_formula_believe_the_plan(planner, nodes):
-    """At that share of the traffic a plan exists for the rent, unless none does at the boldest."""
+def test_the_agreeing_traffic_factor_lets_the_formula_believe_the_plan(planner, nodes):
+    """At that share of the traffic a plan exists for the rent, unless none does at the smallest."""
     condition, rent = strict_condition(planner), nodes * planner.sizer.unit_rent["a100"]
-    headroom = fit_headroom(planner, condition, rent)
-    believed = solve(planner, usd_per_hour=rent * (1.0 + 1e-6), headroom=headroom) is not None
-    boldest = solve(planner, usd_per_hour=rent * (1.0 + 1e-6), headroom=0.7) is not None
-    assert believed == boldest
+    traffic_factor = fit_traffic_factor(planner, condition, rent)
+    believed = solve(planner, usd_per_hour=rent * (1.0 + 1e-6), traffic_factor=traffic_factor) is not None
+    smallest = solve(planner, usd_per_hour=rent * (1.0 + 1e-6), traffic_factor=0.7) is not None
+    assert believed == smallest

@@ -49,15 +49,15 @@ def test_a_served_plan_at_its_cap_is_in_time(drafts: tuple[Sizer, list[Candidate
     sizer, options = drafts
     spec = next(iter(sizer.scenario.pools.values()))
     for option in options:
-        sizer.strain.clear()
+        sizer.correction_factors.clear()
         states = states_of(sizer, [option])
         flow = sizer.flow(option)
         each = flow.rate_per_s * flow.hold_s / (spec.gpus_per_node // option.degree)
         for index in np.flatnonzero(states.serves[0]):
-            sizer.strain["nvlink"] = states.load[index] / each
+            sizer.correction_factors["nvlink"] = states.load[index] / each
             got = sizer.assess({"draft": ((1.0, option),)}, {"nvlink": int(states.nodes[index])}).attainment["draft"]
             assert got >= sizer.wanted("draft") - 1e-6
-    sizer.strain.clear()
+    sizer.correction_factors.clear()
 
 
 def test_plans_too_slow_for_their_slo_are_served_nowhere(profiles: Profiles) -> None:

@@ -30,7 +30,7 @@ from hybridsd_sim.planning.evaluation import MOST_REPLICATIONS, Evaluation, Eval
 from hybridsd_sim.planning.planner import Planner
 from hybridsd_sim.planning.search import Found
 from hybridsd_sim.pricing import Candidate, CandidateSet, find_candidates
-from hybridsd_sim.simulation import Inputs, screen, why_not
+from hybridsd_sim.simulation import Inputs, recursion_obstacle, screen
 from hybridsd_sim.workload import mean_rate_per_s
 from random_scenarios import LAYOUTS, random_scenario
 
@@ -112,7 +112,7 @@ class Judge:
 
     def holds(self, deployment: Deployment) -> bool:
         """The rule that the optimiser goes by; the recursion says when it cannot come out well."""
-        applies = not why_not(self.scenario, deployment, self.longer[0])
+        applies = not recursion_obstacle(self.scenario, deployment, self.longer[0])
         if applies and not any(self._in_time(deployment, inputs) for inputs in self.longer):
             return False
         return evaluate(EvaluationJob(self.scenario, self.profiles, deployment)).feasible
@@ -128,7 +128,7 @@ def combinations(
     scenario: Scenario, found: CandidateSet, sizer: Sizer, *, below_usd_per_hour: float
 ) -> Iterator[Combination]:
     """Those under so many dollars an hour in which every rented node is used, and every plan served."""
-    options = [[option for option in found.by_class[name] if option.meets_floor] for name in scenario.requests]
+    options = [[option for option in found.by_class[name] if option.keeps_limits] for name in scenario.requests]
     names = list(scenario.pools)
     for plans in product(*options):
         used = {option.pool_index for option in plans if option.pool_index >= 0}
@@ -160,7 +160,7 @@ def steady(scenario: Scenario, plans: Sequence[Candidate], replicas: Mapping[str
 
 def size(scenario: Scenario, found: CandidateSet) -> int:
     """How many combinations there are, used or not, whatever they cost."""
-    plans = math.prod(sum(option.meets_floor for option in options) for options in found.by_class.values())
+    plans = math.prod(sum(option.keeps_limits for option in options) for options in found.by_class.values())
     return plans * math.prod(pool.replicas_max - pool.replicas_min + 1 for pool in scenario.pools.values())
 
 
@@ -169,7 +169,7 @@ def optimised(scenario: Scenario, profiles: Profiles, found: CandidateSet) -> tu
     counted = Counted()
     search = Planner(scenario, profiles, found, Sizer(scenario, profiles), counted).search("plan")
     condition = search.conditions[0]
-    if condition.forgiven or any(not options for options in condition.plans.values()):
+    if condition.relaxed or any(not options for options in condition.plans.values()):
         return None, 0
     return search.run(), counted.count
 

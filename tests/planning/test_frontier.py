@@ -103,9 +103,9 @@ def tried(planner, option, nodes):
 def test_without_any_plan_the_frontier_is_what_was_chosen_or_empty(drawn, quickstart, profiles):
     """Where the formula has no plan, a chosen plan that holds stays alone and one that does not is no point."""
     _, chosen, _ = drawn("as shipped")
-    hopeless = planner_of(quickstart, profiles, **SHORT, **{"requests.picture.slo_s": 0.1})
-    assert frontier(hopeless, chosen) == (chosen,)
-    assert frontier(hopeless, replace(chosen, feasible=False)) == ()
+    infeasible = planner_of(quickstart, profiles, **SHORT, **{"requests.picture.slo_s": 0.1})
+    assert frontier(infeasible, chosen) == (chosen,)
+    assert frontier(infeasible, replace(chosen, feasible=False)) == ()
 
 
 @pytest.fixture(scope="module")

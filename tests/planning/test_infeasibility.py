@@ -95,9 +95,9 @@ def test_a_class_that_nothing_can_serve_has_no_conflict_of_limits(quickstart, pr
     assert irreducible_infeasible_set(nobody) == ()
 
 
-def test_a_strained_formula_explains_what_simulation_refused(quickstart, profiles):
-    """A plan that the formula believes in and simulation does not is a conflict once the strain is learnt."""
+def test_a_corrected_formula_explains_what_simulation_refused(quickstart, profiles):
+    """A plan that the formula believes in and simulation does not is a conflict once the correction is learnt."""
     planner = planner_of(quickstart, profiles, **SHORT, **{"pools.a100.replicas_max": 3})
     assert irreducible_infeasible_set(planner) == ()
-    planner.sizer.strain["a100"] = 2.0
+    planner.sizer.correction_factors["a100"] = 2.0
     assert "nodes of pool a100" in {relaxation.constraint for relaxation in irreducible_infeasible_set(planner)}

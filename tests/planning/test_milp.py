@@ -28,7 +28,7 @@ def condition(scenario: Scenario, profiles: Profiles) -> Condition:
     """The scenario's side, with the plans that keep their promises on an idle fleet."""
     sizer = Sizer(scenario, profiles)
     plans = {
-        name: prune([o for o in options if o.meets_floor and sizer.idle_attainment(o) >= sizer.wanted(name)])
+        name: prune([o for o in options if o.keeps_limits and sizer.idle_attainment(o) >= sizer.wanted(name)])
         for name, options in find_candidates(scenario, profiles).by_class.items()
     }
     return Condition(sizer, plans)
@@ -96,10 +96,10 @@ def test_a_budget_bounds_the_rent(photo: Condition, budget: float) -> None:
         assert more.objective <= answer.objective + 1e-3
 
 
-def test_more_headroom_never_costs_less(photo: Condition) -> None:
+def test_more_traffic_never_costs_less(photo: Condition) -> None:
     """The dollars rise with the traffic that the plan has to leave room for."""
     formulation = Formulation([photo])
-    costs = [formulation.solve(Goal(headroom=headroom)) for headroom in (0.6, 0.8, 1.0, 1.3, 2.0)]
+    costs = [formulation.solve(Goal(traffic_factor=factor)) for factor in (0.6, 0.8, 1.0, 1.3, 2.0)]
 
     dollars = [answer.objective for answer in costs if answer]
     assert len(dollars) == len(costs)
@@ -115,14 +115,17 @@ def test_a_fleet_cut_off_and_smaller_ones_are_not_proposed_again(photo: Conditio
     assert again.objective >= solved.objective - 1e-6
 
 
-def test_the_calmest_plan_works_its_nodes_least(photo: Condition, solved: Solution) -> None:
+def test_the_least_loaded_plan_works_its_nodes_least(photo: Condition, solved: Solution) -> None:
     """For next to the same dollars the pools are busy a smaller part of the time."""
-    calm = Formulation([photo]).solve(Goal(minimise="load", total_usd_per_hour=solved.objective * 1.002))
+    least_loaded = Formulation([photo]).solve(Goal(minimise="load", total_usd_per_hour=solved.objective * 1.002))
 
-    assert calm is not None
-    busy = [sum(w.utilisation for w in photo.sizer.assess(a.mixes, a.replicas).waits.values()) for a in (calm, solved)]
+    assert least_loaded is not None
+    busy = [
+        sum(w.utilisation for w in photo.sizer.assess(a.mixes, a.replicas).waits.values())
+        for a in (least_loaded, solved)
+    ]
     assert busy[0] <= busy[1] + 1e-9
-    assert photo.sizer.assess(calm.mixes, calm.replicas).usd_per_hour <= solved.objective * 1.003
+    assert photo.sizer.assess(least_loaded.mixes, least_loaded.replicas).usd_per_hour <= solved.objective * 1.003
 
 
 def test_a_quality_asked_in_the_mean_is_met_by_a_mix(photo: Condition, solved: Solution) -> None:

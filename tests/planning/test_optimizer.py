@@ -55,7 +55,7 @@ def test_no_smaller_deployment_holds(plan: CapacityPlan, profiles: Profiles) -> 
     """Every choice of one plan on fewer nodes breaks a promise: found by simulating them all."""
     scenario = plan.scenario
     for option in find_candidates(scenario, profiles).by_class["picture"]:
-        if option.pool_index < 0 or not option.meets_floor:
+        if option.pool_index < 0 or not option.keeps_limits:
             continue
         fewer = Deployment.pure({"a100": plan.replicas_opt["a100"] - 1}, {"picture": option.plan})
         assert not simulate(scenario, profiles, policy="planned", plan=fewer).verdict.feasible.ok

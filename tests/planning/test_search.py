@@ -32,7 +32,7 @@ def search_of(scenario: Scenario, profiles: Profiles, trials: Evaluate | None = 
 def found_of(search: PlanSearch) -> Found | None:
     """What it finds; None also where a class has no plan in time on an idle fleet."""
     condition = search.conditions[0]
-    if condition.forgiven or any(not options for options in condition.plans.values()):
+    if condition.relaxed or any(not options for options in condition.plans.values()):
         return None
     return search.run()
 

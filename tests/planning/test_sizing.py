@@ -83,13 +83,13 @@ def test_nodes_that_are_taken_away_serve_less_and_lose_work(profiles: Profiles) 
 
 
 @settings(max_examples=25, deadline=None)
-@given(strain=st.floats(1.0, 1.5), nodes=st.integers(2, 8))
-def test_strain_is_more_traffic(profiles: Profiles, strain: float, nodes: int) -> None:
-    """A pool under strain waits as it would at a rate that is higher by the factor."""
+@given(factor=st.floats(1.0, 1.5), nodes=st.integers(2, 8))
+def test_a_correction_factor_is_more_traffic(profiles: Profiles, factor: float, nodes: int) -> None:
+    """A pool with a correction factor waits as it would at a rate that is higher by it."""
     sizer, options = started(profiles)
     mixes = {"picture": ((1.0, options[10]),)}
-    sizer.strain["a100"] = strain
-    busier, _ = started(profiles, **{"requests.picture.arrivals.rate_per_s": 8.0 * strain})
+    sizer.correction_factors["a100"] = factor
+    busier, _ = started(profiles, **{"requests.picture.arrivals.rate_per_s": 8.0 * factor})
 
     assert sizer.assess(mixes, {"a100": nodes}).attainment == pytest.approx(
         busier.assess(mixes, {"a100": nodes}).attainment, abs=1e-9

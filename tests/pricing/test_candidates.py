@@ -67,7 +67,7 @@ def test_a_floor_refuses_what_is_below_and_what_is_unknown(quickstart: Scenario,
     """An option meets its class's floor only with a known score that is high enough."""
     for option in find_candidates(quickstart, profiles).by_class["picture"]:
         if option.quality is None or option.quality < 0.285:
-            assert not option.meets_floor
+            assert not option.keeps_limits
 
 
 @pytest.mark.parametrize(("limit", "figure"), [("edge_energy_j", "edge_energy_j"), ("usd_per_image", "usd")])
@@ -78,7 +78,7 @@ def test_limits_per_image_are_kept(quickstart: Scenario, profiles: Profiles, lim
     tight = changed(quickstart, **{f"requests__picture__{limit}": max(middle, 1e-6)})
     for option in find_candidates(tight, profiles).by_class["picture"]:
         value = getattr(option.cost, figure)
-        assert not option.meets_floor or value <= middle + 1e-9
+        assert not option.keeps_limits or value <= middle + 1e-9
 
 
 def test_pruning_keeps_the_best_of_everything(profiles: Profiles) -> None:
@@ -223,7 +223,7 @@ def test_slower_sites_are_judged_anew(
     held = clip is not None and joules is not None and dollars is not None
 
     assert slow.meets_slo == (slow.latency_s <= 8.0)
-    assert slow.meets_floor == (held and clip >= 0.285 and joules <= 15.0 and dollars <= 0.002)
+    assert slow.keeps_limits == (held and clip >= 0.285 and joules <= 15.0 and dollars <= 0.002)
 
 
 def test_a_refusal_is_the_same_however_often_it_is_asked_for(quickstart: Scenario, profiles: Profiles) -> None:

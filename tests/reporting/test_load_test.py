@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridsd_sim.reporting import load_test, write_report
-from hybridsd_sim.reporting.exports import ENOUGH, MOST, MOST_LEAD_IN, load_of
+from hybridsd_sim.reporting.exports import ENOUGH, MOST, MOST_LEAD_IN, load_test_data
 from hybridsd_sim.workload.arrivals import arrivals
 
 PATIENT = ("--lateness", "1e9")
@@ -33,7 +33,7 @@ PATIENT = ("--lateness", "1e9")
 
 def test_the_requests_are_the_scenarios_own_arrivals(plan, scenario):
     """Times and classes are those that the workload draws for the first replication, counted from the warm-up on."""
-    load = load_of(plan)
+    load = load_test_data(plan)
     names, own = list(scenario.requests), list(arrivals(scenario, 0))
     first, from_s = own[0][0], load["count_from_s"]
     sent = [(request["arrival_s"], request["request_class"]) for request in load["requests"]]
@@ -46,7 +46,7 @@ def test_the_requests_are_the_scenarios_own_arrivals(plan, scenario):
 def test_the_window_shows_every_promised_percentile_where_the_horizon_allows(plan, scenario, rate, enough):
     """At least 459 requests of each class with an SLO, no more than it takes; too short a horizon is said."""
     rates = {f"requests.{name}.arrivals.rate_per_s": rate for name in scenario.requests}
-    load = load_of(replace(plan, scenario=scenario.with_overrides(rates)))
+    load = load_test_data(replace(plan, scenario=scenario.with_overrides(rates)))
     counted = [one for one in load["requests"] if one["arrival_s"] >= load["count_from_s"]]
     found = {name: sum(one["request_class"] == name for one in counted) for name in scenario.requests}
     assert len(load["requests"]) - len(counted) <= MOST_LEAD_IN
@@ -61,14 +61,14 @@ def test_the_window_shows_every_promised_percentile_where_the_horizon_allows(pla
 def test_a_rare_class_beside_a_common_one_does_not_flood_the_service(plan, scenario):
     """However rare a class, no more than some 5,000 requests are sent in all."""
     rates = {"requests.phone.arrivals.rate_per_s": 40.0, "requests.laptop.arrivals.rate_per_s": 0.1}
-    load = load_of(replace(plan, scenario=scenario.with_overrides(rates)))
+    load = load_test_data(replace(plan, scenario=scenario.with_overrides(rates)))
     assert len(load["requests"]) == MOST
     assert set(load["too_few"]) == {"laptop"}
 
 
 def test_bodies_and_expectations_are_the_plans(plan, scenario):
     """Each class asks for its own picture; what is expected of it is the simulation's own figure with its interval."""
-    load = load_of(plan)
+    load = load_test_data(plan)
     assert load["bodies"]["studio"] == {
         "model": "sdxl", "height_px": 512, "width_px": 512, "num_inference_steps": 25, "guidance_scale": 7.5,
         "num_images": 1, "sampler": "ddim",
@@ -88,7 +88,7 @@ def test_what_a_trace_asks_for_goes_along(plan, scenario, tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,num_images,num_inference_steps\n0,1,25\n70,2,30\n80,1,25\n")
     arrival = {"process": "trace", "rate_per_s": None, "path": str(trace)}
-    load = load_of(replace(plan, scenario=scenario.with_overrides({"requests.phone.arrivals": arrival})))
+    load = load_test_data(replace(plan, scenario=scenario.with_overrides({"requests.phone.arrivals": arrival})))
     unlike = [one for one in load["requests"] if "num_images" in one or "num_inference_steps" in one]
     assert [(one["num_images"], one["num_inference_steps"]) for one in unlike] == [(2, 30)]
     body = load_test.body_of(load, unlike[0])
@@ -104,7 +104,7 @@ def test_the_same_plan_gives_the_same_load(plan, profiles, tmp_path, undrawn):
         assert one == other
     with open(load_test.__file__, "rb") as file:  # noqa: PTH123 - any file, as the import system names it
         assert (folders[0] / "load_test.py").read_bytes() == file.read()
-    assert json.loads((folders[0] / "load_test.json").read_text()) == json.loads(json.dumps(load_of(plan)))
+    assert json.loads((folders[0] / "load_test.json").read_text()) == json.loads(json.dumps(load_test_data(plan)))
 
 
 # ---- How it is judged -----------------------------------------------------------------------------------------------

@@ -312,7 +312,7 @@ def test_a_long_table_is_for_the_reader_to_open(plan, shown):
 
 def test_the_frontier_says_how_it_is_known(plan, shown):
     """Each point has its rent, latency and score, and whether simulation, recursion or formula found it."""
-    points = tuple(replace(point, policy="screened") for point in plan.frontier[:1]) + plan.frontier[1:]
+    points = tuple(replace(point, level="screen") for point in plan.frontier[:1]) + plan.frontier[1:]
     said = shown(replace(plan, frontier=points))
     table = next(t for t in re.findall(r"<table.*?</table>", said["html"], re.DOTALL) if "no other beats in rent" in t)
     assert re.findall(r'data-label="Known by">(.*?)<', table) == ["compiled recursion", *["formula"] * 3]

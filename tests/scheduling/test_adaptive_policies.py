@@ -73,7 +73,7 @@ def test_edf_takes_the_cheapest_offer_in_time_or_rejects(
     decision = make_policy("edf_reject").decide(options, slo_s, fleet, 0.0)
     offers: dict[int, Candidate] = {}
     for option in options:
-        if option.meets_floor and option.latency_s <= slo_s:
+        if option.keeps_limits and option.latency_s <= slo_s:
             offers.setdefault(option.pool_index, option)
     in_time = [offer for offer in offers.values() if wait_of(offer, fleet) + offer.latency_s <= slo_s]
 
@@ -88,7 +88,7 @@ def test_rejecting_what_would_be_late_keeps_the_goodput_of_the_pool(quickstart: 
     """In overload almost as many are in time as the GPUs can serve; without rejection next to none is."""
     scenario = quickstart.with_overrides(BUSY)
     edf, cost_aware = (simulate(scenario, profiles, policy=name) for name in ("edf_reject", "cost_aware"))
-    cheapest = next(o for o in find_candidates(scenario, profiles).by_class["picture"] if o.meets_floor)
+    cheapest = next(o for o in find_candidates(scenario, profiles).by_class["picture"] if o.keeps_limits)
     most_per_s = 2 / cheapest.cloud_s
 
     assert set(edf.requests.loc[edf.requests["status"] == "unserved", "reason"]) == {"certain_late"}
@@ -170,7 +170,7 @@ def test_the_switch_step_follows_the_formula(
     """
     fleet = view(first_s, second_s)
     decision = SwitchByQueue(gain).decide(options, slo_s, fleet, 0.0)
-    chosen, keeping = decision.candidate, [option for option in options if option.meets_floor]
+    chosen, keeping = decision.candidate, [option for option in options if option.keeps_limits]
     possible = [option for option in keeping if option.latency_s <= slo_s]
     if not possible:
         assert chosen is min(keeping, key=lambda option: wait_of(option, fleet) + option.latency_s)
@@ -196,7 +196,7 @@ def test_a_longer_queue_never_brings_more_steps_to_the_cloud(
     """With more work waiting anywhere, the steps in the cloud stay or fall."""
     fleets = view(first_s, second_s), view(first_s + more_s, second_s + most_s)
     chosen = [make_policy("switch_by_queue").decide(options, slo_s, fleet, 0.0).candidate for fleet in fleets]
-    possible = any(option.meets_floor and option.latency_s <= slo_s for option in options)
+    possible = any(option.keeps_limits and option.latency_s <= slo_s for option in options)
 
     assert not possible or chosen[0].cloud_steps >= chosen[1].cloud_steps
 
@@ -215,8 +215,8 @@ def test_an_empty_queue_gets_the_best_picture(options: tuple[Candidate, ...]) ->
 
 def test_the_floor_holds_unless_nothing_is_above_it(options: tuple[Candidate, ...]) -> None:
     """However long the queues, no picture is worse than promised; a class without such a plan is served yet."""
-    low = [option for option in options if not option.meets_floor and option.pool_index >= 0]
-    high = [option for option in options if option.meets_floor and option.pool_index >= 0]
+    low = [option for option in options if not option.keeps_limits and option.pool_index >= 0]
+    high = [option for option in options if option.keeps_limits and option.pool_index >= 0]
     policy = make_policy("switch_by_queue")
 
     assert policy.decide([*low, *high], 3.0, view(100.0, 100.0), 0.0).candidate in high
@@ -248,7 +248,7 @@ moments = st.tuples(st.floats(-20, 60), st.lists(st.floats(0, 0.05), min_size=1,
 
 def priced(options: Sequence[Candidate], prices: Sequence[float]) -> list[Candidate]:
     """Options above the floor with these prices, the cheapest first."""
-    keeping = [option for option in options if option.meets_floor and option.pool_index >= 0]
+    keeping = [option for option in options if option.keeps_limits and option.pool_index >= 0]
     return [replace(option, usd_or_inf=usd) for option, usd in zip(keeping, sorted(prices), strict=False)]
 
 
@@ -296,7 +296,7 @@ def test_the_further_ahead_the_spending_the_cheaper_the_plan(options: tuple[Cand
 
 def test_what_costs_nobody_knows_is_never_bought(options: tuple[Candidate, ...]) -> None:
     """An unknown price fits no budget: without another plan the request is rejected for that reason."""
-    unknown = [replace(option, usd_or_inf=float("inf")) for option in options if option.meets_floor]
+    unknown = [replace(option, usd_or_inf=float("inf")) for option in options if option.keeps_limits]
     decision = Budgeted(1e9).decide(unknown, 8.0, view(0.0, 0.0), 0.0)
 
     assert (decision.action, decision.reason) == ("reject", "over_budget")
@@ -307,7 +307,7 @@ def test_no_money_goes_into_being_less_late(options: tuple[Candidate, ...]) -> N
     cloud = [option for option in options if option.pool_index >= 0]
     decision = Budgeted(100.0).decide(cloud, 3.0, view(60.0, 50.0), 0.0)
 
-    assert (decision.reason, decision.candidate) == ("late", next(option for option in cloud if option.meets_floor))
+    assert (decision.reason, decision.candidate) == ("late", next(option for option in cloud if option.keeps_limits))
 
 
 def test_without_a_budget_there_is_nothing_to_follow(quickstart: Scenario, profiles: Profiles) -> None:

@@ -79,7 +79,7 @@ def test_cost_aware_takes_the_cheapest_that_is_in_time(
         wait = fleet.pools[option.pool_index].wait_s(option.degree, 0.0) if option.pool_index >= 0 else 0.0
         return wait + option.latency_s
 
-    keeping = [option for option in options if option.meets_floor]
+    keeping = [option for option in options if option.keeps_limits]
     in_time = [option for option in keeping if finish(option) <= slo_s]
     assert decision.candidate is not None
     if in_time:

@@ -23,7 +23,7 @@ from hybridsd_sim.pricing import Candidate, find_candidates
 from hybridsd_sim.scenario import load_scenario
 from hybridsd_sim.scheduling import FleetView
 from hybridsd_sim.scheduling.policies import Planned
-from hybridsd_sim.simulation import Inputs, Records, check_laws, screen, why_not
+from hybridsd_sim.simulation import Inputs, Records, check_laws, recursion_obstacle, screen
 from hybridsd_sim.simulation.fleet import EdgeDevices, GpuPool, PoolJob
 from hybridsd_sim.simulation.metrics import quantile_of, value_at
 from hybridsd_sim.simulation.records import INDEX
@@ -309,7 +309,7 @@ def test_what_the_recursion_cannot_do_is_named(profiles: Profiles, change: dict[
     if "pools.a100.purchase" in change:
         deployment = of_scenario(scenario, profiles)
 
-    assert reason in why_not(scenario, deployment)
+    assert reason in recursion_obstacle(scenario, deployment)
     with pytest.raises(ScreenError, match=reason):
         screen(scenario, profiles, deployment)
 
@@ -327,15 +327,16 @@ def test_batches_are_left_to_the_simulation(profiles: Profiles) -> None:
     options = find_candidates(scenario, profiles).by_class["picture"]
     plan = next(o.plan for o in options if o.plan.batch_cap == 4 and o.plan.cloud_stages[0].site.name == "a100")
 
-    assert "denoises several requests together" in why_not(scenario, Deployment.pure({"a100": 1}, {"picture": plan}))
-    assert why_not(scenario, Deployment.pure({"a100": 0}, {"picture": plan})) == ""
+    rented, empty = (Deployment.pure({"a100": nodes}, {"picture": plan}) for nodes in (1, 0))
+    assert "denoises several requests together" in recursion_obstacle(scenario, rented)
+    assert recursion_obstacle(scenario, empty) == ""
 
 
 def test_pools_that_are_not_used_do_not_matter(profiles: Profiles) -> None:
     """What a pool without nodes, or without plans, would do is no obstacle."""
     scenario = base().with_overrides({"pools.l40s.discipline": "edf", "pools.node.resident_models": 1})
 
-    assert why_not(scenario, planned(profiles, l40s=2)) == ""
+    assert recursion_obstacle(scenario, planned(profiles, l40s=2)) == ""
 
 
 def test_a_deployment_of_elsewhere_is_bad_input(profiles: Profiles) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import multiprocessing
 
-from executors.parallel import Alone, Group, run_ranks
+from executors.parallel import Alone, Group, build_denoiser, run_ranks
 from group_work import collect, die_at_once, fail_on_rank_1, shout
 from hybridsd_sim.errors import InputError, RunError
 
@@ -125,3 +126,9 @@ def test_one_rank_needs_nobody():
     assert group.split([[0]]) is group
     group.barrier()
     assert (group.traffic.sent_bytes, group.traffic.received_bytes) == (0, 0)
+
+
+def test_a_method_that_only_the_model_knows_is_refused():
+    """A method without an executor is an error that names it and those there are."""
+    with pytest.raises(InputError, match=r"ring; is modelled, but no executor runs it. Choose one of single.*pcpp"):
+        build_denoiser("ring", None, None, SimpleNamespace(size=2), {}, latents=torch.empty(0))
