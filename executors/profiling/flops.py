@@ -265,7 +265,7 @@ def count_model(
     unet_layers(config, height_px, width_px)  # refuses sizes with the nearest that fit
     unet = build_unet(config, device=META)
     conditioning = seeded_conditioning(unet, guidance_scale=1.0)
-    shape = (1, config["in_channels"], height_px // PIXELS_PER_LATENT, width_px // PIXELS_PER_LATENT)
+    shape = (1, unet.config["in_channels"], height_px // PIXELS_PER_LATENT, width_px // PIXELS_PER_LATENT)
     guidance_width = unet.config["time_cond_proj_dim"]
     guidance = torch.zeros((1, guidance_width), device=META) if guidance_width else None
     with _watched(unet) as seen:
