@@ -129,7 +129,6 @@ def test_of_rehearsals_that_all_drifted_the_best_counts_and_attempts_end(known, 
 # ---- The whole ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_handful_of_requests_is_served_live_and_replayed(tmp_path):
     """Workers, service, client and driver for real: all requests are served, booked, kept, replayed and reported.
 
