@@ -469,14 +469,13 @@ class _Pricer:
         for index, stage in enumerate(plan.stages):
             if stage.site.tier != here.tier:
                 model = self.profiles.model(stage.model)
-                name, payload = (
-                    "embedding_transfer",
-                    model.text_embedding_bytes_fp16 * (2 if self.request.guided else 1),
-                )
                 if index:
-                    bytes_ = latent_transfer_bytes(self.request, model, with_embedding=not own_copy)
-                    name, payload = "handover", bytes_
-                yield from self._send(name, here, stage.site, payload)
+                    payload = latent_transfer_bytes(self.request, model, with_embedding=not own_copy)
+                    yield from self._send("handover", here, stage.site, payload)
+                else:
+                    prompts = 2 if self.request.guided else 1
+                    payload = model.text_embedding_bytes_fp16 * prompts
+                    yield from self._send("embedding_transfer", here, stage.site, payload)
             self._timers[index] = timer_of(stage, self._shared(stage.site), self.profiles, self.prefer)
             yield index
             here = stage.site
