@@ -85,6 +85,10 @@ def _torch_command(command: str, extra: str = "executors") -> Iterator[None]:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # read when diffusers is imported, by the ranks too
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
     with needs_extra(extra, command):
+        if extra == "live":
+            from stamina.instrumentation import set_on_retry_hooks
+
+            set_on_retry_hooks(())  # an attempt that is made again is told by its result, not by the library's own log
         yield
 
 

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hybridsd_sim.errors import InputError, Problem, unknown_name
+from hybridsd_sim.errors import IllegalPlanError, InputError, Problem, unknown_name
+from hybridsd_sim.perf import Denoising, find_method
 from hybridsd_sim.profiles import Profiles, load_profiles
 
 from .hybrid import PRECISIONS as PAYLOADS
 from .hybrid import Address, ImageRun, check_address, check_switch, generate_image, open_listener, serve_unet
 from .models import Pipeline, build_sampler, load_pipeline
-from .parallel import TIMEOUT_S, Carrier, Option, resolve_settings
+from .parallel import TIMEOUT_S, Carrier, Option, at_option, resolve_settings
 from .profiling import PRECISIONS, denoising_at, is_first_process
 
 MAX_TIMEOUT_S = 86400.0
@@ -148,7 +149,7 @@ def _image_run(wanted: RunOptions, profiles: Profiles, edge: Address | None) -> 
         prompt=wanted.prompt,
         method=wanted.method,
         degree=wanted.degree,
-        settings=resolve_settings(wanted.method, job, wanted.degree, wanted.options),
+        settings=_method_settings(wanted, job),
         carrier="loopback" if wanted.ranks == "loopback" or wanted.degree == 1 else carrier,
         small=small,
         edge=edge,
@@ -165,6 +166,18 @@ def _image_run(wanted: RunOptions, profiles: Profiles, edge: Address | None) -> 
     )
     check_switch(run)
     return run
+
+
+def _method_settings(wanted: RunOptions, job: Denoising) -> dict[str, Any]:
+    """The method's settings, or its problems at the options of the command line."""
+    try:
+        return resolve_settings(wanted.method, job, wanted.degree, wanted.options)
+    except IllegalPlanError as error:
+        rules, flags = find_method(wanted.method), {"degree": "--degree", "guidance_scale": "--guidance-scale"}
+        found = (at_option(problem, rules) for problem in error.problems)
+        raise IllegalPlanError(
+            replace(problem, place=flags.get(problem.place, problem.place)) for problem in found
+        ) from None
 
 
 def _model(wanted: RunOptions, name: str, weights: Path | None, profiles: Profiles) -> Pipeline:

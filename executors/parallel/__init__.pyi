@@ -2,6 +2,7 @@ from .asyncdiff import AsyncDiffDenoiser as AsyncDiffDenoiser
 from .denoiser import Denoiser as Denoiser
 from .denoiser import Option as Option
 from .denoiser import SingleDenoiser as SingleDenoiser
+from .denoiser import at_option as at_option
 from .denoiser import denoise as denoise
 from .denoiser import denoising_of as denoising_of
 from .denoiser import fixed_option_problems as fixed_option_problems

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -130,7 +131,7 @@ def denoising_of(
 def resolve_settings(method: str, job: Denoising, degree: int, options: Mapping[str, Option]) -> dict[str, Any]:
     """The method's options with its defaults filled in. Raises `IllegalPlanError` with every rule that is broken."""
     rules = find_method(method)
-    problems = [*fixed_option_problems(options), *rules.problems(job, degree, options)]
+    problems = [*rules.problems(job, degree, options), *fixed_option_problems(rules, options)]
     if problems:
         raise IllegalPlanError(problems)
     return rules.settings(job, with_fixed_options(rules, options))
@@ -141,14 +142,32 @@ def with_fixed_options(rules: Method, options: Mapping[str, Option]) -> dict[str
     return {**options, **{key: value for key, value in FIXED_OPTIONS.items() if key in rules.defaults}}
 
 
-def fixed_option_problems(options: Mapping[str, Option]) -> list[Problem]:
-    """Options that ask for what the executors do not do: of those in `FIXED_OPTIONS`, any other value."""
+def fixed_option_problems(rules: Method, options: Mapping[str, Option]) -> list[Problem]:
+    """Options that ask for what the executors do not do: legal values of `FIXED_OPTIONS` other than theirs.
+
+    What the method itself refuses, an option that it does not have or a value of another type, is left to its own
+    `problems`, so that no option is refused twice with two remedies.
+    """
+    why = "the executors cut AsyncDiff's components by their cost, for any network"
     return [
-        Problem(f"option {key}", str(options[key]).lower(), why, f"Leave it out, or say {str(value).lower()}.")
+        Problem(
+            f"{rules.name} option {key}", str(options[key]).lower(), why, f"Leave it out, or say {str(value).lower()}."
+        )
         for key, value in FIXED_OPTIONS.items()
-        if options.get(key, value) != value
-        for why in ["the executors cut AsyncDiff's components by their cost, for any network"]
+        if key in rules.defaults and type(options.get(key)) is type(value) and options[key] != value
     ]
+
+
+def at_option(problem: Problem, rules: Method) -> Problem:
+    """The problem at `--option KEY` where it is about an option of the method, else as it is."""
+    own = f"{rules.name} option"
+    if problem.place in rules.defaults:
+        return replace(problem, place=f"--option {problem.place}")
+    return (
+        replace(problem, place=f"--option{problem.place.removeprefix(own)}")
+        if problem.place.startswith(own)
+        else problem
+    )
 
 
 class SingleDenoiser(Denoiser):

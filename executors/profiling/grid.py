@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from typing import Literal
@@ -20,7 +20,7 @@ from hybridsd_sim.perf import METHODS, Denoising, find_method
 from hybridsd_sim.profiles import Model, Profiles
 
 from ..models import Conditioning, build_unet
-from ..parallel import Option, denoising_of, fixed_option_problems, with_fixed_options
+from ..parallel import Option, at_option, denoising_of, fixed_option_problems, with_fixed_options
 from .devices import PRECISIONS
 from .timing import check_runs
 
@@ -183,8 +183,8 @@ def _method_targets(sweep: Sweep, model: Model, method: str) -> tuple[list[Profi
             refused += error.problems
             continue
         where = f"{model.name} {size[0]}x{size[1]} {method} x{degree}: "
-        if problems := [*fixed_option_problems(asked), *rules.problems(job, degree, options)]:
-            refused += [Problem(where + p.place, p.value, p.rule, p.remedy) for p in problems]
+        if problems := [*rules.problems(job, degree, asked), *fixed_option_problems(rules, asked)]:
+            refused += [replace(p, place=where + p.place) for p in (at_option(p, rules) for p in problems)]
             continue
         # of the busiest rank
         rounds = {phase.name: 2.0 * phase.work.macs for phase in rules.phases(job, degree, options)}

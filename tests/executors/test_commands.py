@@ -157,6 +157,17 @@ def test_an_interrupted_profile_says_how_to_go_on(folder, tmp_path) -> None:
     assert sorted(path.name for path in out.rglob("*.*")) == ["small.csv", "small.meta.yaml"]
 
 
+# ---- live ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_service_that_is_not_there_is_told_once(tmp_path) -> None:
+    """Attempts that are made again are no messages: standard error has the error alone."""
+    asked = ["--request-class", "picture", "--out", tmp_path / "image.png"]
+    with process("live", "--ask", "http://127.0.0.1:9", *asked) as running:
+        out, err = running.communicate(timeout=60)
+    assert (running.returncode, out, err) == (1, "", "error: no image: unreachable\n")
+
+
 # ---- run ------------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +229,25 @@ def test_options_are_read_as_predictions_read_them(image, command, folder) -> No
     assert image(*arguments, "public_cut=False")[0] == image(*arguments, "public_cut=false")[0]
     code, _, err = command("run", "--profiles", folder, "--out", "image.png", *STEPS, *arguments, "public_cut=True")
     assert code == 2
-    assert err.startswith("error: option public_cut: true; the executors cut AsyncDiff's components")
+    assert err.startswith("error: --option public_cut: true; the executors cut AsyncDiff's components")
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "message"),
+    [
+        ("asyncdiff", "public_cut=maybe", "--option public_cut: maybe; must be true or false. "),
+        ("asyncdiff", "stride=3", "--option stride: 3; AsyncDiff has stride 1 or 2"),
+        ("pcpp", "public_cut=true", "--option: 'public_cut'; pcpp has no such option. "),
+        ("cfg_parallel", "public_cut=true", "--option: public_cut=true; cfg_parallel has no options. "),
+    ],
+)
+def test_an_option_is_refused_once(command, folder, method, option, message) -> None:
+    """What the method does not have or cannot read is its own rule's to refuse; nothing else is said of the option."""
+    arguments = ["--model", "small", "--method", method, "--degree", "2", "--option", option]
+    code, _, err = command("run", "--profiles", folder, "--out", "image.png", *STEPS, *arguments)
+    assert code == 2
+    assert err.startswith(f"error: {message}")
+    assert err.count("error: ") == 1
 
 
 PARALLEL = ["--model", "small", "--method", "distrifusion", "--degree", "2", "--option", "warmup_steps=1"]
