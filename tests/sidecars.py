@@ -22,6 +22,11 @@ from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import Scenario, dump_yaml
 from hybridsd_sim.scheduling import Scheduler
 
+MINE = '{"request_class": "picture"}'
+"""A request of the quickstart's class."""
+
+TOKEN = "f00d" * 8
+
 LONG_S = 60.0
 """More than anything here takes on a busy machine: what takes longer hangs."""
 

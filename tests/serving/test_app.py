@@ -29,42 +29,7 @@ from hybridsd_sim.serving.answers import WhatIfAnswer
 from hybridsd_sim.serving.app import REQUESTS_PER_S, build_app
 from hybridsd_sim.serving.listen import read_token, serve
 from hybridsd_sim.serving.reload import PlanFile
-from sidecars import LONG_S, Asker, Clock, embedded, handed_over, problems, served, write_plan
-
-MINE = '{"request_class": "picture"}'
-TOKEN = "f00d" * 8
-
-
-@pytest.fixture(scope="module")
-def deployment(quickstart, profiles):
-    """A hand-over after ten steps, on two nodes."""
-    return handed_over(quickstart, profiles)
-
-
-@pytest.fixture
-def scheduler(deployment, quickstart, profiles):
-    """A scheduler of that plan."""
-    return embedded(deployment, quickstart, profiles=profiles)
-
-
-@pytest.fixture
-def ask(scheduler, clock):
-    """The sidecar of that scheduler."""
-    with Asker(build_app(scheduler, clock=clock)) as asker:
-        yield asker
-
-
-@pytest.fixture
-def clock():
-    """A clock that stands still unless it is moved."""
-    return Clock()
-
-
-@pytest.fixture
-def folder(tmp_path, deployment, quickstart):
-    """That plan in a folder."""
-    return write_plan(tmp_path / "run", deployment, quickstart)
-
+from sidecars import LONG_S, MINE, TOKEN, Asker, Clock, embedded, problems, served, write_plan
 
 # ---- Deciding -------------------------------------------------------------------------------------------------------
 

@@ -15,36 +15,9 @@ from schemathesis.checks import CHECKS
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.scheduling import WorkerUp
 from hybridsd_sim.serving.app import build_app
-from sidecars import LONG_S, Asker, Clock, embedded, handed_over, problems
+from sidecars import LONG_S, MINE, TOKEN, Asker, Clock, problems
 
-MINE = '{"request_class": "picture"}'
-TOKEN = "f00d" * 8
 FOX = "a-fox-in-the-snow"
-
-
-@pytest.fixture(scope="module")
-def deployment(quickstart, profiles):
-    """A hand-over after ten steps, on two nodes."""
-    return handed_over(quickstart, profiles)
-
-
-@pytest.fixture
-def scheduler(deployment, quickstart, profiles):
-    """A scheduler of that plan."""
-    return embedded(deployment, quickstart, profiles=profiles)
-
-
-@pytest.fixture
-def ask(scheduler, clock):
-    """The sidecar of that scheduler."""
-    with Asker(build_app(scheduler, clock=clock)) as asker:
-        yield asker
-
-
-@pytest.fixture
-def clock():
-    """A clock that stands still unless it is moved."""
-    return Clock()
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------

@@ -17,21 +17,15 @@ from hybridsd_sim.errors import InputError, Problem
 from hybridsd_sim.serving.app import build_app
 from hybridsd_sim.serving.listen import opened, settings
 from hybridsd_sim.serving.reload import PlanFile, follow
-from sidecars import LONG_S, embedded, handed_over, write_plan
+from sidecars import LONG_S
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-@pytest.fixture(scope="module")
-def deployment(quickstart, profiles):
-    """A hand-over after ten steps, on two nodes."""
-    return handed_over(quickstart, profiles)
-
-
 @pytest.fixture
-def app(deployment, quickstart, profiles):
+def app(scheduler):
     """A sidecar."""
-    return build_app(embedded(deployment, quickstart, profiles=profiles))
+    return build_app(scheduler)
 
 
 # ---- Connections ----------------------------------------------------------------------------------------------------
@@ -125,11 +119,9 @@ async def followed(file: PlanFile, replace, done) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def test_a_change_while_the_plan_is_read_is_not_missed(tmp_path, deployment, quickstart, profiles):
+def test_a_change_while_the_plan_is_read_is_not_missed(folder, scheduler):
     """What is written between the first look and the first plan is followed."""
-    folder = write_plan(tmp_path / "run", deployment, quickstart)
     file = PlanFile(folder)
-    scheduler = embedded(deployment, quickstart, profiles=profiles)
     (folder / "plan.yaml").write_text((folder / "plan.yaml").read_text().replace("a100: 2", "a100: 3"))
 
     async def replace(path) -> int:

@@ -14,7 +14,6 @@ from hybridsd_sim.plan import Request
 from hybridsd_sim.scheduling import CloudDone, Decision, RequestDone, StepDone, WorkerDown, WorkerState
 from hybridsd_sim.serving import prometheus
 from hybridsd_sim.serving.prometheus import SchedulerMetrics
-from sidecars import embedded, handed_over
 
 NAMES = {
     "hybridsd_decisions": {"action", "policy", "reason"}, "hybridsd_decision_duration_seconds": set(),
@@ -23,12 +22,6 @@ NAMES = {
     "hybridsd_switch_step": set(), "hybridsd_parallel_degree": set(), "hybridsd_plan_info": {"version"},
     "hybridsd_queue_depth": {"pool"}, "hybridsd_workers": {"pool"},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def scheduler(quickstart, profiles):
-    """A scheduler whose requests are handed over after ten steps."""
-    return embedded(handed_over(quickstart, profiles), quickstart, profiles=profiles)
 
 
 @pytest.fixture
