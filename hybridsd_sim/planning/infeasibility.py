@@ -39,7 +39,7 @@ NODES, DEVICES = 100_000, 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Constraint:
+class Constraint:
     """A limit of the scenario: its name, dotted key, value, unit, and the value that lifts it.
 
     `steps` are the values worth trying, from the next looser one on; None where every value is.
@@ -53,7 +53,7 @@ class _Constraint:
     steps: tuple[float, ...] | None = None
 
 
-_Set = tuple[_Constraint, ...]
+_Set = tuple[Constraint, ...]
 
 
 def irreducible_infeasible_set(planner: Planner) -> tuple[Relaxation, ...]:
@@ -61,7 +61,7 @@ def irreducible_infeasible_set(planner: Planner) -> tuple[Relaxation, ...]:
 
     Empty where the formula has a plan, and where none would exist even without all these constraints.
     """
-    constraints = list(_constraints(planner))
+    constraints = list(relaxable_constraints(planner))
     orders = [constraints, constraints[::-1]] if len(constraints) <= FEW else [constraints]
     found = [_irreducible_subset(planner, order) for order in orders]
     smallest = min((one for one in found if one), key=len, default=())
@@ -70,40 +70,40 @@ def irreducible_infeasible_set(planner: Planner) -> tuple[Relaxation, ...]:
     )
 
 
-def _constraints(planner: Planner) -> Iterator[_Constraint]:
+def relaxable_constraints(planner: Planner) -> Iterator[Constraint]:
     """Every constraint that can be lifted: promises to classes, budgets, and what there is to serve with."""
     scenario = planner.scenario
     for name in scenario.requests:
         yield from _of_class(planner, name)
     budget = scenario.budget
     if budget.usd_per_hour is not None:
-        yield _Constraint("budget", "budget.usd_per_hour", budget.usd_per_hour, "USD/h", None)
+        yield Constraint("budget", "budget.usd_per_hour", budget.usd_per_hour, "USD/h", None)
     if budget.usd_per_image is not None:
-        yield _Constraint("budget per image", "budget.usd_per_image", budget.usd_per_image, "USD/image", None)
+        yield Constraint("budget per image", "budget.usd_per_image", budget.usd_per_image, "USD/image", None)
     if (limit := budget.edge_energy_j_per_image) is not None:
         steps = sorted({j for name in scenario.requests for j in _energies(planner, name) if j > limit})
-        yield _Constraint("edge energy budget", "budget.edge_energy_j_per_image", limit, "J/image", None, tuple(steps))
+        yield Constraint("edge energy budget", "budget.edge_energy_j_per_image", limit, "J/image", None, tuple(steps))
     for name, pool in scenario.pools.items():
-        yield _Constraint(f"nodes of pool {name}", f"pools.{name}.replicas_max", pool.replicas_max, "nodes", NODES)
+        yield Constraint(f"nodes of pool {name}", f"pools.{name}.replicas_max", pool.replicas_max, "nodes", NODES)
     for name, fleet in scenario.edge.items():
-        yield _Constraint(f"devices of fleet {name}", f"edge.{name}.replicas", fleet.replicas, "devices", DEVICES)
+        yield Constraint(f"devices of fleet {name}", f"edge.{name}.replicas", fleet.replicas, "devices", DEVICES)
 
 
-def _of_class(planner: Planner, name: str) -> Iterator[_Constraint]:
+def _of_class(planner: Planner, name: str) -> Iterator[Constraint]:
     spec, options = planner.scenario.requests[name], planner.found.by_class[name]
     key = f"requests.{name}"
     if spec.slo_s is not None:
-        yield _Constraint(f"SLO of {name}", f"{key}.slo_s", spec.slo_s, "s", None)
+        yield Constraint(f"SLO of {name}", f"{key}.slo_s", spec.slo_s, "s", None)
     if (floor := spec.quality_floor) is not None:
         scores = sorted({o.quality for o in options if o.quality is not None and o.quality < floor}, reverse=True)
-        yield _Constraint(f"quality floor of {name}", f"{key}.quality_floor", floor, "CLIP", None, tuple(scores))
+        yield Constraint(f"quality floor of {name}", f"{key}.quality_floor", floor, "CLIP", None, tuple(scores))
     if (limit := spec.edge_energy_j) is not None:
         steps = tuple(sorted(joules for joules in _energies(planner, name) if joules > limit))
-        yield _Constraint(f"edge energy limit of {name}", f"{key}.edge_energy_j", limit, "J/image", None, steps)
+        yield Constraint(f"edge energy limit of {name}", f"{key}.edge_energy_j", limit, "J/image", None, steps)
     if (limit := spec.usd_per_image) is not None:
         prices = {o.cost.usd / spec.num_images for o in options if o.cost.usd is not None}
         steps = tuple(sorted(usd for usd in prices if usd > limit))
-        yield _Constraint(f"price limit of {name}", f"{key}.usd_per_image", limit, "USD/image", None, steps)
+        yield Constraint(f"price limit of {name}", f"{key}.usd_per_image", limit, "USD/image", None, steps)
 
 
 def _energies(planner: Planner, name: str) -> set[float]:
@@ -113,16 +113,16 @@ def _energies(planner: Planner, name: str) -> set[float]:
     return {joules / images for joules in energies if joules is not None}
 
 
-def _exists(planner: Planner, changes: Mapping[str, float | None]) -> bool:
+def is_feasible(planner: Planner, changes: Mapping[str, float | None]) -> bool:
     """Whether the formula has a plan for the scenario with some limits changed."""
     return solve(vary(planner, changes), minimise="nothing") is not None
 
 
-def _irreducible_subset(planner: Planner, constraints: Sequence[_Constraint]) -> _Set:
+def _irreducible_subset(planner: Planner, constraints: Sequence[Constraint]) -> _Set:
     """An irreducible infeasible subset, by QuickXplain; what stands first is kept rather than what stands last."""
 
-    def infeasible(kept: Sequence[_Constraint]) -> bool:
-        return not _exists(planner, {one.key: one.lifted for one in constraints if one not in kept})
+    def infeasible(kept: Sequence[Constraint]) -> bool:
+        return not is_feasible(planner, {one.key: one.lifted for one in constraints if one not in kept})
 
     def explain(background: _Set, rest: _Set, *, grew: bool) -> _Set:
         if grew and infeasible(background):
@@ -139,11 +139,11 @@ def _irreducible_subset(planner: Planner, constraints: Sequence[_Constraint]) ->
     return explain((), tuple(constraints), grew=False)
 
 
-def _relax(planner: Planner, one: _Constraint) -> float | None:
+def _relax(planner: Planner, one: Constraint) -> float | None:
     """The least relaxed value of one constraint alone at which a plan exists; None where none does."""
 
     def enough(value: float | None) -> bool:
-        return _exists(planner, {one.key: value})
+        return is_feasible(planner, {one.key: value})
 
     if not enough(one.lifted):
         return None

@@ -60,13 +60,15 @@ def robust_conditions(planner: Planner, scenarios: Mapping[str, Scenario]) -> li
         usable = _usable(aligned, name)
         if usable:  # those that no other beats under some scenario
             unbeaten = {
-                _identity(option.plan) for one in aligned for option in prune([one.within[name][key] for key in usable])
+                plan_identity(option.plan)
+                for one in aligned
+                for option in prune([one.within[name][key] for key in usable])
             }
             kept[name] = [key for key in usable if key in unbeaten]
         else:
             first, *others = (one.plans[name] for one in aligned)
             common = [option for key, option in first.items() if all(key in other for other in others)]
-            kept[name] = [_identity(option.plan) for option in least_infeasible(common)]
+            kept[name] = [plan_identity(option.plan) for option in least_infeasible(common)]
             relaxed.add(name)
     return [
         Condition(
@@ -130,14 +132,14 @@ def _aligned(planner: Planner, scenarios: Mapping[str, Scenario]) -> list[_Scena
         found = mine.found.by_class
         within = {cls: mine.within_promises(options) for cls, options in found.items()}
         by_identity, within_by_identity = (
-            {cls: {_identity(option.plan): option for option in options} for cls, options in each.items()}
+            {cls: {plan_identity(option.plan): option for option in options} for cls, options in each.items()}
             for each in (found, within)
         )
         aligned.append(_ScenarioPlans(name, mine, by_identity, within_by_identity))
     return aligned
 
 
-def _identity(plan: Plan) -> Hashable:
+def plan_identity(plan: Plan) -> Hashable:
     """What makes a plan the same one under another scenario."""
     stages = tuple((s.start, s.stop, s.model, s.site.name, s.method, s.degree, s.options) for s in plan.stages)
     return stages, plan.text_encode_site, plan.vae_site, plan.vae, plan.batch_cap

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybridsd_sim.planning.infeasibility import _constraints, _exists, irreducible_infeasible_set
+from hybridsd_sim.planning.infeasibility import irreducible_infeasible_set, is_feasible, relaxable_constraints
 from hybridsd_sim.planning.planner import solve
 from planners import SHORT, planner_of
 
@@ -25,7 +25,7 @@ TIGHT = {
 def case(request, quickstart, profiles):
     """A planner of a scenario without any plan, its constraints by name, and the conflict found."""
     planner = planner_of(quickstart, profiles, **SHORT, **TIGHT[request.param])
-    return planner, {one.name: one for one in _constraints(planner)}, irreducible_infeasible_set(planner)
+    return planner, {one.name: one for one in relaxable_constraints(planner)}, irreducible_infeasible_set(planner)
 
 
 def kept(constraints, names):
@@ -38,9 +38,9 @@ def test_a_conflict_cannot_be_met_and_without_any_one_member_it_can(case):
     planner, constraints, found = case
     names = {relaxation.constraint for relaxation in found}
     assert names
-    assert not _exists(planner, kept(constraints, names))
+    assert not is_feasible(planner, kept(constraints, names))
     for name in names:
-        assert _exists(planner, kept(constraints, names - {name}))
+        assert is_feasible(planner, kept(constraints, names - {name}))
 
 
 def test_a_member_relaxed_by_what_is_needed_makes_a_plan_possible(case):
@@ -50,11 +50,11 @@ def test_a_member_relaxed_by_what_is_needed_makes_a_plan_possible(case):
         if relaxation.needed is None:
             continue
         key, change = constraints[relaxation.constraint].key, relaxation.needed - relaxation.asked
-        assert _exists(planner, {key: relaxation.needed})
+        assert is_feasible(planner, {key: relaxation.needed})
         if isinstance(planner_value(planner, key), int):
-            assert not _exists(planner, {key: int(relaxation.needed) - 1})
+            assert not is_feasible(planner, {key: int(relaxation.needed) - 1})
         else:
-            assert not _exists(planner, {key: relaxation.asked + 0.98 * change})
+            assert not is_feasible(planner, {key: relaxation.asked + 0.98 * change})
 
 
 def planner_value(planner, key):
@@ -71,7 +71,7 @@ def test_a_member_without_a_remedy_does_not_help_however_far_it_goes(case):
     for relaxation in found:
         if relaxation.needed is None:
             one = constraints[relaxation.constraint]
-            assert not _exists(planner, {one.key: one.lifted})
+            assert not is_feasible(planner, {one.key: one.lifted})
 
 
 def test_some_member_of_a_single_conflict_has_a_remedy(quickstart, profiles):

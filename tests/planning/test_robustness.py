@@ -10,7 +10,7 @@ import pytest
 from hybridsd_sim import InputError, Profiles, Scenario, load_scenario
 from hybridsd_sim.planning.milp import Formulation, Goal
 from hybridsd_sim.planning.planner import prune, quickest_level
-from hybridsd_sim.planning.robustness import _identity, robust_conditions, robust_obstacles, robust_variations
+from hybridsd_sim.planning.robustness import plan_identity, robust_conditions, robust_obstacles, robust_variations
 from hybridsd_sim.planning.search import Found, PlanSearch
 from planners import SMALL, planner_of
 
@@ -111,13 +111,13 @@ def test_plans_are_the_same_plan_under_every_condition(base: Scenario, profiles:
     mine, theirs = planner_of(base, profiles), planner_of(train, profiles)
     here, there = (condition.plans["picture"] for condition in robust_conditions(mine, {"train": train}))
 
-    assert [_identity(option.plan) for option in here] == [_identity(option.plan) for option in there]
+    assert [plan_identity(option.plan) for option in here] == [plan_identity(option.plan) for option in there]
     assert {option.plan.network for option in here} == {"wifi5"}
     assert {option.plan.network for option in there} == {"lte"}
     held = [side.within_promises(side.found.by_class["picture"]) for side in (mine, theirs)]
-    both = {_identity(o.plan) for o in held[0]} & {_identity(o.plan) for o in held[1]}
-    unbeaten = (prune([o for o in options if _identity(o.plan) in both]) for options in held)
-    assert {_identity(o.plan) for options in unbeaten for o in options} == {_identity(o.plan) for o in here}
+    both = {plan_identity(o.plan) for o in held[0]} & {plan_identity(o.plan) for o in held[1]}
+    unbeaten = (prune([o for o in options if plan_identity(o.plan) in both]) for options in held)
+    assert {plan_identity(o.plan) for options in unbeaten for o in options} == {plan_identity(o.plan) for o in here}
 
 
 def test_a_fleet_cut_off_at_the_peak_is_outgrown_though_the_base_needs_less(base: Scenario, profiles: Profiles) -> None:

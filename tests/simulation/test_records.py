@@ -330,12 +330,13 @@ def test_marks_stay_with_their_request_across_blocks():
     assert not broken_laws(records)
 
 
-def test_a_plan_that_comes_late_is_known():
+def test_a_plan_that_comes_late_is_known(monkeypatch):
     """A plan first used after a block was written out has its own facts all the same."""
+    monkeypatch.setattr(records_module, "FLUSH_ROWS", 1)
     recorder = RunRecorder(Records(("photo",), ("a100",), ("phones",), (), ()), HORIZON_S)
     recorder.add_plan(CLOUD)
     recorder.write(hybrid(0, 1.0))
-    recorder._flush()
+    recorder.flush_if_full()
     recorder.add_plan(HYBRID)
     recorder.write(hybrid(1, 1.0, plan_index=1))
     records = recorder.close()
