@@ -7,11 +7,10 @@ and remedy. Torch is imported inside the commands, so that `--help` answers at o
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +23,7 @@ from hybridsd_sim.cli_arguments import (
     Format,
     OutputFormat,
     needs_extra,
+    print_result,
     read_address,
     read_loads,
     read_numbers,
@@ -34,6 +34,7 @@ from hybridsd_sim.cli_arguments import (
     split,
 )
 from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.estimate import percent
 
 app = typer.Typer(
     help="Run, count and profile Stable Diffusion on real hardware, alone or in parallel.",
@@ -58,6 +59,9 @@ class Guidance(StrEnum):
     off = "off"
     both = "both"
 
+
+Rows = list[list[Any]]
+"""Cells of a table as `reporting.table` takes them."""
 
 Options = Annotated[list[str] | None, typer.Option("--option", help="KEY=VALUE of the method, e.g. stride=2.")]
 
@@ -311,31 +315,22 @@ def validate(
 # ---- Printing -------------------------------------------------------------------------------------------------------
 
 
-def _print(format_: Format, data: Mapping[str, Any], text: Any) -> None:
-    """A result on standard output: JSON alone, or a table."""
+def _print(format_: Format, data: Mapping[str, Any], rows: Callable[[], tuple[Sequence[str], Rows]]) -> None:
+    """A result on standard output: JSON alone, or a table. Of several processes the first prints."""
+    from hybridsd_sim.reporting import table
+
     from .profiling import is_first_process
 
-    if not is_first_process():
-        return
-    if format_ is Format.json:
-        typer.echo(json.dumps(data, indent=2, allow_nan=False))
-        return
-    header, rows = text()
-    cells = [header]
-    for row in rows:
-        figures = [f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row]
-        cells.append(["-" if cell is None else str(cell) for cell in figures])
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    for row in cells:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if is_first_process():
+        print_result(format_, lambda: data, lambda width: table(*rows(), width))
 
 
-def _outcome_table(summary: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[object]]]:
+def _outcome_table(summary: Iterable[Mapping[str, Any]]) -> tuple[list[str], Rows]:
     """A line for each component; the share is that of the fastest arithmetic measured in the same run."""
     header = [
         "model", "component", "px", "batch", "ranks", "median s", "p5 s", "p95 s", "MB in", "TFLOP/s", "of ceiling",
     ]  # fmt: skip
-    rows: list[list[object]] = []
+    rows: Rows = []
     for entry in summary:
         size = f"{entry['height_px']}x{entry['width_px']}" if entry["height_px"] else "-"
         ranks = "1" if entry["degree"] == 1 else f"{entry['method']} x{entry['degree']}"
@@ -345,6 +340,6 @@ def _outcome_table(summary: Iterable[Mapping[str, Any]]) -> tuple[list[str], lis
         megabytes = None if entry["comm_bytes"] is None else entry["comm_bytes"] / 1e6
         rate = None if entry["flop_per_s"] is None else entry["flop_per_s"] / 1e12
         batch = f"{entry['batch_size']}{' guided' if entry['guidance'] else ''}"
-        share = entry["share_of_ceiling"]
+        share = None if entry["share_of_ceiling"] is None else percent(entry["share_of_ceiling"])
         rows.append([entry["model"], entry["component"], size, batch, ranks, *seconds, megabytes, rate, share])
     return header, rows

@@ -9,7 +9,6 @@ This is also the only place that knows the executors: their commands stand besid
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +22,12 @@ from typer.core import TyperGroup
 
 from hybridsd_sim.cli_arguments import (
     TEXT,
-    Format,
     OutputFormat,
     named_scenarios,
     needs_extra,
     output_aside,
     policy_problems,
+    print_result,
     read_options,
     read_profiles,
     read_scenario,
@@ -125,7 +124,7 @@ def check(
     budget = resolved.budget.usd_per_hour
     policies = policy_problems(resolved.search.policies, "search.policies", planned=True, budget=budget)
     together(lambda: check_names(resolved, profiles), lambda: refuse(policies))
-    _print(format_, resolved.to_dict, lambda width: scenario_text(resolved, width))
+    print_result(format_, resolved.to_dict, lambda width: scenario_text(resolved, width))
 
 
 @app.command()
@@ -162,7 +161,7 @@ def predict(
         guidance_scale=guidance_scale, num_images=num_images, measured_step_s=measured_step_s, runtime=runtime,
     )  # fmt: skip
     figures = predict_plan(query, load_profiles())
-    _print(format_, lambda: figures, lambda width: prediction_text(figures, width))
+    print_result(format_, lambda: figures, lambda width: prediction_text(figures, width))
 
 
 @app.command()
@@ -204,7 +203,7 @@ def simulate(
             results.append(run(resolved, profiles, policy=name, plan=deployment, options=options))
         say("drawing the report")
         saved, page = _write(results, out or _run_folder(resolved, profiles, names, plan), profiles)
-    _print(format_, lambda: simulation_data(saved, page), lambda width: simulation_text(saved, width), page)
+    print_result(format_, lambda: simulation_data(saved, page), lambda width: simulation_text(saved, width), page)
 
 
 @app.command(name="plan")
@@ -234,7 +233,7 @@ def plan_(
         result = optimize(resolved, profiles, map=fan_out, store=store, robust=others, progress=say)
         say("drawing the report")
         saved, page = _write(result, out or _run_folder(resolved, profiles, ran), profiles)
-    _print(format_, lambda: plan_data(saved, page), lambda width: plan_text(saved, width), page)
+    print_result(format_, lambda: plan_data(saved, page), lambda width: plan_text(saved, width), page)
 
 
 @app.command()
@@ -259,7 +258,7 @@ def report(
         folder = out or REPORTS / "-vs-".join(run.resolve().name for run in runs[-2:])
         with _writing(folder):
             pages.append(str(compare_reports(runs[-2], runs[-1], folder)))
-    _print(format_, lambda: {"reports": pages}, lambda _: "", *pages)
+    print_result(format_, lambda: {"reports": pages}, lambda _: "", *pages)
 
 
 @app.command()
@@ -282,7 +281,7 @@ def verify(
             with _writing(write_fits):
                 write_fitted(known, write_fits)
         data = verify_tables(known, progress=say)
-    _print(format_, lambda: data, lambda width: verification_text(data, width))
+    print_result(format_, lambda: data, lambda width: verification_text(data, width))
 
 
 @app.command()
@@ -307,7 +306,7 @@ def describe(path: TracePath, format_: OutputFormat = TEXT) -> None:
     from hybridsd_sim.workload import describe_trace
 
     figures = describe_trace(path).to_dict()
-    _print(format_, lambda: figures, lambda width: table(("figure", "value"), list(figures.items()), width))
+    print_result(format_, lambda: figures, lambda width: table(("figure", "value"), list(figures.items()), width))
 
 
 @trace_app.command(name="import")
@@ -319,7 +318,9 @@ def import_(
 
     trace = import_trace(path)
     trace.write_csv(out)
-    _print(format_, lambda: {"requests": len(trace), "path": str(out)}, lambda _: f"{len(trace)} requests: {out}\n")
+    print_result(
+        format_, lambda: {"requests": len(trace), "path": str(out)}, lambda _: f"{len(trace)} requests: {out}\n"
+    )
 
 
 def _run_folder(scenario: Scenario, profiles: Profiles, ran: Sequence[str], plan: Path | None = None) -> Path:
@@ -399,14 +400,3 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True).status("starting") as status:
         yield status.update
-
-
-def _print(format_: Format, data: Callable[[], Any], text: Callable[[int], str], *pages: str) -> None:
-    """A result on standard output: JSON alone, or text as wide as the terminal, 120 characters where there is none."""
-    from hybridsd_sim.reporting import to_json
-
-    if format_ is Format.json:
-        typer.echo(to_json(data()), nl=False)
-        return
-    shown = text(shutil.get_terminal_size((120, 24)).columns)
-    typer.echo("\n".join(filter(None, (shown, "".join(f"report: {page}\n" for page in pages)))), nl=False)

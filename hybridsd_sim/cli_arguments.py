@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -233,6 +234,17 @@ def refuse(problems: Sequence[Problem]) -> None:
     """Raise one `InputError` with all of them, if there are any."""
     if problems:
         raise InputError(problems)
+
+
+def print_result(format_: Format, data: Callable[[], Any], text: Callable[[int], str], *pages: str) -> None:
+    """A result on standard output: JSON alone, or text as wide as the terminal, 120 characters where there is none."""
+    from hybridsd_sim.reporting import to_json
+
+    if format_ is Format.json:
+        typer.echo(to_json(data()), nl=False)
+        return
+    shown = text(shutil.get_terminal_size((120, 24)).columns)
+    typer.echo("\n".join(filter(None, (shown, "".join(f"report: {page}\n" for page in pages)))), nl=False)
 
 
 def run_to_exit(app: Callable[..., Any]) -> None:

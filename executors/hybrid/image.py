@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybridsd_sim.errors import IllegalPlanError, Problem, RunError
+from hybridsd_sim.files import atomic_path
 
 from ..models import Conditioning, Pipeline, build_sampler, decode, seeded_latents
 from ..parallel import (
@@ -82,7 +83,8 @@ class GeneratedImage:
 
         levels = (self.pixels * 255).round().to(torch.uint8).permute(1, 2, 0)
         try:
-            Image.fromarray(levels.contiguous().numpy()).save(path, format="PNG")
+            with atomic_path(path) as temporary:
+                Image.fromarray(levels.contiguous().numpy()).save(temporary, format="PNG")
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error}") from error
 

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from hybridsd_sim.errors import InputError, Problem, RunError
+from hybridsd_sim.files import write_atomically
 from hybridsd_sim.pricing import load_deployment
 from hybridsd_sim.profiles import load_profiles
 from hybridsd_sim.scheduling import Scheduler, Worker
@@ -127,7 +128,7 @@ def fetch(options: FetchOptions) -> dict[str, Any]:
     if outcome.status != "served" or outcome.image is None:
         raise RunError(f"no image: {outcome.reason}{f' ({outcome.words})' if outcome.words else ''}")
     try:
-        options.out.write_bytes(outcome.image)
+        write_atomically(options.out, outcome.image)
     except OSError as error:
         raise RunError(f"{options.out} cannot be written: {error.strerror}") from error
     return {  # no times of day, and nothing that is not a number

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.files import write_atomically
 from hybridsd_sim.profiles import CostRow, Meta, Row
 
 KEYS = (
@@ -61,13 +62,12 @@ class MeasuredFile:
         self.meta = merged_meta(self.meta, meta) if self.meta else meta
         if not is_first_process():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # the meta file first: rows without it would be refused
         # YAML, a line for each field, whose values are written as JSON, which YAML reads as it is
         fields = self.meta.model_dump(exclude_defaults=True).items()
         lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in fields]
-        _replace(self._meta_path, "".join(lines))
-        _replace(self.path, _csv_text(self.rows.values()))
+        write_atomically(self._meta_path, "".join(lines).encode())
+        write_atomically(self.path, _csv_text(self.rows.values()).encode())
 
     def problems(self, meta: Meta) -> list[Problem]:
         """Why rows made as `meta` says cannot be added: the folder cannot be written, or other rows speak otherwise."""
@@ -153,10 +153,3 @@ def _csv_text(rows: Iterable[CostRow]) -> str:
         cells = [f"{value:.6g}" if isinstance(value, float) else value for value in values]  # None makes an empty cell
         writer.writerow([str(cell).lower() if isinstance(cell, bool) else cell for cell in cells])
     return text.getvalue()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write the file under another name and put it in the place of the old one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)

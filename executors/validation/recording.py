@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridsd_sim.errors import InputError, Problem, RunError
-from hybridsd_sim.files import write_atomically
+from hybridsd_sim.files import atomic_path, write_atomically
 from hybridsd_sim.plan import Deployment, deployment_from_dict
 from hybridsd_sim.profiles import CostRow, Profiles, Quantiles
 from hybridsd_sim.scenario import Scenario
@@ -234,10 +234,9 @@ def write_times(path: Path, times_s: Mapping[str, Floats]) -> None:
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
     table = pa.table({name: values for name, values in times_s.items() if not np.isnan(values).all()})
-    pq.write_table(table, part, compression="zstd", use_dictionary=False, use_byte_stream_split=True)
-    part.replace(path)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", use_dictionary=False, use_byte_stream_split=True)
 
 
 def read_times(path: Path) -> dict[str, Floats]:
@@ -270,8 +269,7 @@ def replay(observed: ObservedPart, catalogue: Profiles, folder: Path) -> Records
 
 def write_arrivals(path: Path, arrival_s: np.ndarray) -> None:
     """A trace in the plain layout, as `hybridsd-sim trace import` writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(["arrival_s", *map(repr, arrival_s.tolist())]) + "\n", encoding="utf-8")
+    write_atomically(path, ("\n".join(["arrival_s", *map(repr, arrival_s.tolist())]) + "\n").encode())
 
 
 def with_arrivals(scenario: Scenario, path: Path) -> Scenario:

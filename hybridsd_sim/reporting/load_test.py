@@ -247,13 +247,14 @@ def result_text(result: Data) -> str:
     if result["held_back"]:
         lines.append(f"{result['held_back']} requests were held back: as many in flight as allowed (--most-in-flight)")
     late = result["lateness"]
-    lines.append(f"own lateness: p99 {late['p99_s']:.4f} s, at most {late['allowed_s']:.4f} s allowed")
+    lines.append(f"own lateness: p99 {_number(late['p99_s'])} s, at most {_number(late['allowed_s'])} s allowed")
     verdict = {True: "every promise holds", False: "a promise is broken", None: "void: the sender was too late"}
     return "\n".join([*lines, verdict[result["holds"]]]) + "\n"
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+    """Three significant digits, never an exponent for what is large."""
+    return "-" if value is None or not math.isfinite(value) else f"{float(f'{value:.3g}'):,g}"
 
 
 def result_of(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hybridsd_sim.estimate import Estimate
+from hybridsd_sim.estimate import Estimate, Show, exact, money, number, percent, score
 from hybridsd_sim.pricing import Candidate, pool_usd_per_gpu_hour
 from hybridsd_sim.profiles import Profiles
 from hybridsd_sim.scenario import ALL, Scenario
@@ -30,6 +30,9 @@ NARROW = 0.1
 
 GROWTH_SHARE = 0.01
 """A queue that gains less than this share of the arrivals is not called growing."""
+
+BROKEN_BY_LITTLE: Mapping[bool, str] = {True: "just under ", False: "just over "}
+"""What stands before a figure that is written like the bound which it breaks; by whether it has to reach the bound."""
 
 CELLS_PER_THIRD = 5
 """Observations of the queue in each third of each replication."""
@@ -164,13 +167,15 @@ def figures_of(summary: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
 
 
 class Promise(NamedTuple):
-    """A figure, and the bound that it has to keep: at least the bound, or at most. `form` writes both with a unit."""
+    """A figure, and the bound that it has to keep: at least the bound, or at most, in `unit` (which may be empty)."""
 
     subject: str
     got: Estimate
     bound: float
     at_least: bool
-    form: str
+    unit: str
+    show_got: Show
+    show_bound: Show
 
     def keeps(self, value: float) -> bool:
         """Whether a value is on the right side; a bound that was computed from percent is met by the same share."""
@@ -192,12 +197,18 @@ class Promise(NamedTuple):
         return abs(self.got.value - self.bound) / max(self.bound, 1e-12)
 
     def __str__(self) -> str:
-        asked = f"{'at least' if self.at_least else 'at most'} {self.form.format(self.bound)} asked"
+        bound = f"{self.show_bound(self.bound)}{self.unit}"
+        asked = f"{'at least' if self.at_least else 'at most'} {bound} asked"
         if math.isnan(self.got.value):
             return f"{self.subject} unknown, {asked}"
-        ends = ("unknown" if math.isnan(end) else self.form.format(end) for end in self.got.interval)
+        got, *ends = (
+            "unknown" if math.isnan(figure) else f"{self.show_got(figure)}{self.unit}"
+            for figure in (self.got.value, *self.got.interval)
+        )
+        # what is broken by less than the digits shown must not read as if it held
+        near = "" if self.kept or got != f"{self.show_got(self.bound)}{self.unit}" else BROKEN_BY_LITTLE[self.at_least]
         doubt = f", undecided (95% interval {' to '.join(ends)})" if self.undecided else ""
-        return f"{self.subject} {self.form.format(self.got.value)}, {asked}{doubt}"
+        return f"{self.subject} {near}{got}, {asked}{doubt}"
 
 
 def promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) -> list[Promise]:
@@ -212,25 +223,27 @@ def promises(scenario: Scenario, figures: Mapping[str, Mapping[str, Estimate]]) 
             attained = got["slo_attainment"]
             value, low, high = (min(1.0, end / admitted) for end in (attained.value, attained.low, attained.high))
             got = {**got, "slo_attainment": Estimate(value, low, high)}
-        what = "served" if promised.slo_s is None else f"served within {promised.slo_s:g} s"
-        asked: list[tuple[str, str, float | None, bool, str]] = [
-            (what, "slo_attainment", promised.slo_share, True, "{:.2%}"),
-            ("quality", "quality_mean", promised.quality_floor, True, "{:.4f} CLIP"),
-            ("edge energy", "edge_energy_j_per_image", promised.edge_energy_j, False, "{:.3g} J/image"),
-            ("metered price", "metered_usd_per_image", promised.usd, False, "{:.3g} USD/image"),
+        what = "served" if promised.slo_s is None else f"served within {exact(promised.slo_s)} s"
+        asked: list[tuple[str, str, float | None, bool, str, Show, Show]] = [
+            (what, "slo_attainment", promised.slo_share, True, "", percent, percent),
+            ("quality", "quality_mean", promised.quality_floor, True, " CLIP", score, score),
+            ("edge energy", "edge_energy_j_per_image", promised.edge_energy_j, False, " J/image", number, exact),
+            ("metered price", "metered_usd_per_image", promised.usd, False, " USD/image", money, exact),
         ]
         found += [
-            Promise(f"{name}: {subject}", got[figure], bound, at_least, form)
-            for subject, figure, bound, at_least, form in asked
+            Promise(f"{name}: {subject}", got[figure], bound, at_least, unit, show_got, show_bound)
+            for subject, figure, bound, at_least, unit, show_got, show_bound in asked
             if bound is not None
         ]
     rent = (
-        ("rent_usd_per_hour", scenario.budget.usd_per_hour, "{:.2f} USD/h"),
-        ("rent_usd_per_image", scenario.budget.usd_per_image, "{:.3g} USD/image"),
+        ("rent_usd_per_hour", scenario.budget.usd_per_hour, " USD/h"),
+        ("rent_usd_per_image", scenario.budget.usd_per_image, " USD/image"),
     )
-    for figure, bound, form in rent:
-        if bound is not None:
-            found.append(Promise("rent", figures[ALL][figure], bound, at_least=False, form=form))
+    found += [
+        Promise("rent", figures[ALL][figure], bound, False, unit, money, exact)  # noqa: FBT003 -- at most
+        for figure, bound, unit in rent
+        if bound is not None
+    ]
     return found
 
 
@@ -276,8 +289,9 @@ def stability(scenario: Scenario, replications: Sequence[Records]) -> Finding:
     growth = float(last.mean() - middle.mean())
     grows = growth > max(noise, GROWTH_SHARE * arrivals) and after > before
     reason = (
-        f"{'the queue grows' if grows else 'no queue grows'}: {last.mean():.1f} waiting on average in the last third, "
-        f"{middle.mean():.1f} in the middle third; {after:.1f} unfinished at the end, {before:.1f} a third earlier"
+        f"{'the queue grows' if grows else 'no queue grows'}: {number(float(last.mean()))} waiting on average in the "
+        f"last third, {number(float(middle.mean()))} in the middle third; {number(after)} unfinished at the end, "
+        f"{number(before)} a third earlier"
     )
     return Finding("stable", ok=not grows, reason=reason)
 
@@ -288,7 +302,8 @@ def convergence(p95_s: Estimate) -> Finding:
     if not (half_s >= 0 and p95_s.value > 0):  # NaN fails both
         reason = "too few requests for a 95% interval of the p95 latency"
         return Finding("converged", ok=False, reason=reason)
-    reason = f"p95 latency {p95_s.value:.4g} s, 95% interval ±{half_s / p95_s.value:.1%}, at most ±{NARROW:.0%} asked"
+    half = f"95% interval ±{percent(half_s / p95_s.value)}, at most ±{percent(NARROW)} asked"
+    reason = f"p95 latency {number(p95_s.value)} s, {half}"
     return Finding("converged", ok=half_s <= NARROW * p95_s.value, reason=reason)
 
 

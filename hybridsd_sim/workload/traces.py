@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridsd_sim.errors import InputError, Problem
+from hybridsd_sim.files import atomic_path
 
 Floats = npt.NDArray[np.float64]
 
@@ -170,19 +170,14 @@ class Trace:
             if any(cells):
                 columns[name] = cells
         target = Path(out)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
+            with atomic_path(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(columns)
                 writer.writerows(zip(*columns.values(), strict=True))
-            temporary.replace(target)
         except OSError as error:
             problem = Problem(str(target), error.strerror or str(error), "the trace cannot be written there")
             raise InputError(problem) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     def summary(self) -> TraceSummary:
         """What the trace says, as statistics."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridsd_sim.errors import RunError
-from hybridsd_sim.files import canonical_json, write_atomically
+from hybridsd_sim.files import atomic_path, canonical_json, write_atomically
 from hybridsd_sim.simulation import (
     COLUMNS,
     IN_FLIGHT,
@@ -407,6 +407,13 @@ def test_the_same_data_gives_the_same_bytes():
         canonical_json({"a": nan})
 
 
+def fail_halfway(path):
+    """A file of which only the first half is written when something goes wrong."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"half of it")
+        raise ZeroDivisionError
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     """Writing makes the folder, replaces what was there, and leaves nothing temporary behind, failed or not."""
     path = tmp_path / "new" / "file.txt"
@@ -415,6 +422,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "new" / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
         write_atomically(tmp_path / "new" / "folder", b"cannot replace a folder")
+    with pytest.raises(ZeroDivisionError):
+        fail_halfway(path)
 
     assert path.read_bytes() == b"new"
     assert sorted(entry.name for entry in (tmp_path / "new").iterdir()) == ["file.txt", "folder"]
