@@ -131,7 +131,7 @@ def profile(
     from .profiling import profile as measure_all
 
     sweep = Sweep(
-        models=split(models), sizes=read_sizes(sizes), methods=split(methods) or ["single"],
+        models=_read_models(models), sizes=read_sizes(sizes), methods=split(methods) or ["single"],
         degrees=read_numbers(degrees, "--degrees"), batch_sizes=read_numbers(batch_sizes, "--batch-sizes"),
         guidance=_GUIDANCE[guidance], runtime=runtime, precision=precision,
         components=split(components) or STEP_COMPONENTS,
@@ -175,7 +175,7 @@ def count(
     """Count parameters, FLOPs and exchanged bytes. For one latent, on torch's meta device."""
     from .profiling import are_components, component_rows, count_rows, pcpp_bytes_rows
 
-    names, pixels = split(models), read_sizes(sizes)
+    names, pixels = _read_models(models), read_sizes(sizes)
     if degrees is not None:
         rows = pcpp_bytes_rows(names, pixels, read_numbers(degrees, "--degrees"))
         what = "received by the busiest rank in a guided fp16 step"
@@ -310,6 +310,13 @@ def validate(
     )
     header = list(rows[0]) if rows else []
     _print(format_, {"runs": rows}, lambda: (header, [list(row.values()) for row in rows]))
+
+
+def _read_models(values: list[str]) -> list[str]:
+    """The models named; `InputError` where there is none, which would do nothing and look like success."""
+    if not (names := split(values)):
+        raise InputError(Problem("--models", repr(",".join(values)), "names no model", "For example sd15,sdxl."))
+    return names
 
 
 # ---- Printing -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -443,6 +444,11 @@ BAD_CALLS = [
     (("simulate", "quickstart", "--plan", "no.yaml"), "no.yaml: No such file or directory; a plan must be", "Give the"),
     (("plan", "quickstart", "--budget-usd-per-hour", "nan"), "--budget-usd-per-hour: NaN; must be a finite number", ""),
     (("plan", "quickstart", "--budget-usd-per-hour", "-3"), "--budget-usd-per-hour: -3.0; must be greater than 0", ""),
+    (
+        ("check", "quickstart", "--set", "requests.picture.arrivals.path=/nosuch"),
+        "requests.picture.arrivals.path: '/nosuch'; is for trace and gentd26 only, and process is poisson",
+        "Remove it, or choose another process.",
+    ),
     (("report", "nowhere"), "nowhere: no saved run; lacks capacity.json", "Name a folder that `plan` or `simulate`"),
     (("report", "here", "--out", "x"), "--out: x; goes with --compare", "A run is drawn in its own folder."),
     (("report", "--compare", "here"), "--compare: here; two runs stand side by side", "Name two folders."),
@@ -568,10 +574,10 @@ def test_debug_shows_the_traceback(cli):
 def test_a_run_that_fails_exits_with_1_and_leaves_nothing_behind(cli, tmp_path, monkeypatch, failure):
     """A failure while the report is drawn is one sentence and exit code 1; no half-written folder remains."""
 
-    def fail(folder):
+    def fail(*arguments):
         raise failure
 
-    monkeypatch.setattr("hybridsd_sim.reporting.folder.draw_report", fail)
+    monkeypatch.setattr("hybridsd_sim.reporting.folder.write_pages", fail)
     what = ("simulate", "quickstart", *TINY, "--policy", "edge_only", "--out", tmp_path / "run")
     ran = cli(*what, code=1)
     assert "a law was broken" in ran.err.splitlines()[-1]
@@ -841,6 +847,29 @@ def test_a_saved_run_drawn_again_is_the_same(cli, runs):
     before = files(runs[1][0])
     assert cli("report", runs[1][0]).out == f"report: {runs[1][0] / 'index.html'}\n"
     assert files(runs[1][0]) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("capacity.json", b"{", "capacity.json: JSONDecodeError: "),
+        ("capacity.json", b"[3]", "capacity.json: ValueError: no mapping of keys"),
+        ("capacity.json", b'{"format": 3}', ": KeyError: "),
+        ("provenance.json", b"\xff", "provenance.json: UnicodeDecodeError: "),
+        ("requests.parquet", b"PAR1", "requests.parquet: ArrowInvalid: "),
+    ],
+)
+def test_a_damaged_run_is_wrong_input(cli, runs, tmp_path, file, content, words):
+    """A file cut off or emptied: exit code 2, and which file it is; two runs of which one is damaged likewise."""
+    folder = Path(shutil.copytree(runs[1][0], tmp_path / "damaged"))
+    (folder / file).write_bytes(content)
+    found = cli("report", folder, code=2).err
+    assert words in found
+    assert "is damaged, so that it cannot be drawn. Run the scenario again." in found
+    if file != "requests.parquet":
+        found = cli("report", "--compare", folder, runs[1][0], "--out", tmp_path / "both", code=2).err
+        assert words in found
+        assert not (tmp_path / "both").exists()
 
 
 def test_two_runs_side_by_side(cli, runs, plans, tmp_path, monkeypatch):

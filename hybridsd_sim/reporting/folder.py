@@ -83,15 +83,22 @@ def write_report(
     with _replaced(Path(folder)) as fresh:
         _save(result, fresh, known, digest or (profiles.digest if profiles else None))
         if draw:
-            draw_report(fresh)
+            _draw(fresh)
     return Path(folder) / "index.html"
 
 
 def draw_report(folder: Path) -> Path:
-    """Draw a saved run again from its files; returns its `index.html`. Raises `InputError` if it is no saved run.
+    """Draw a saved run again from its files; returns its `index.html`.
 
-    Reads nothing of the run but its folder, so that the same files give the same page, byte for byte.
+    Reads nothing of the run but its folder, so that the same files give the same page, byte for byte. Raises
+    `InputError` for a folder that is no saved run, and for one whose files are damaged.
     """
+    with _damage_told(folder):
+        return _draw(folder)
+
+
+def _draw(folder: Path) -> Path:
+    """Draw what a folder holds, just saved or long ago; a file that lacks something raises what it may."""
     from hybridsd_sim.reporting import figures, pages
     from hybridsd_sim.reporting.exports import MOST_REQUESTS, first_rows, trace
     from hybridsd_sim.reporting.pages import pictures
@@ -101,7 +108,9 @@ def draw_report(folder: Path) -> Path:
     make = pages.plan_page if data["kind"] == "plan" else pages.simulation_page
     title = f"{data['scenario']['name']}: {'capacity plan' if data['kind'] == 'plan' else 'simulation'}"
     gpus = {name: pool["gpus_per_node"] for name, pool in data["scenario"]["pools"].items()}
-    events = trace(first_rows(folder / "requests.parquet", MOST_REQUESTS), gpus, data["scenario"]["horizon_s"])
+    with _reading(folder / "requests.parquet"):
+        rows = first_rows(folder / "requests.parquet", MOST_REQUESTS)
+    events = trace(rows, gpus, data["scenario"]["horizon_s"])
     write_atomically(folder / "timeline.json.gz", gzip.compress(canonical_json(events), mtime=0))
     return write_pages(folder, title, list(make(data, provenance, shown)), shown)
 
@@ -113,9 +122,10 @@ def compare_reports(a: Path, b: Path, folder: Path) -> Path:
     from hybridsd_sim.reporting.pages import pictures
 
     first, second = read_run(Path(a)), read_run(Path(b))
-    data = side_by_side(first[0], second[0])
-    shown = pictures(data, figures.draw(data, ("latency", "components")))
-    with _replaced(Path(folder)) as fresh:
+    with _damage_told(f"{a}, {b}"):
+        data = side_by_side(first[0], second[0])
+        shown = pictures(data, figures.draw(data, ("latency", "components")))
+    with _replaced(Path(folder)) as fresh, _damage_told(f"{a}, {b}"):
         write_pages(fresh, "Two runs side by side", list(compare_page(first, second, shown)), shown)
     return Path(folder) / "index.html"
 
@@ -128,11 +138,41 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     ]
     if missing:
         raise InputError(Problem(str(folder), "no saved run", f"lacks {', '.join(missing)}", remedy))
-    data, provenance = (json.loads((folder / name).read_text()) for name in ("capacity.json", "provenance.json"))
+    data, provenance = (_read_mapping(folder / name) for name in ("capacity.json", "provenance.json"))
     if data.get("format") != FORMAT:
         rule = f"this version draws format {FORMAT}"
         raise InputError(Problem(str(folder), f"format {data.get('format')}", rule, "Run the scenario again."))
     return data, provenance
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    with _reading(path):
+        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
+            return found
+        raise ValueError("no mapping of keys")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say which file of a run cannot be read, and why."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # of JSON, of UTF-8, of Arrow
+        raise _damaged(path, error) from error
+
+
+@contextmanager
+def _damage_told(where: Path | str) -> Iterator[None]:
+    """Say which saved run lacks something, or has something of another shape, that its pages need."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(where, error) from error
+
+
+def _damaged(where: Path | str, error: Exception) -> InputError:
+    found = " ".join(f"{type(error).__name__}: {error}".split())
+    return InputError(Problem(str(where), found, "is damaged, so that it cannot be drawn", "Run the scenario again."))
 
 
 def _save(result: CapacityPlan | Sequence[SimResult], folder: Path, profiles: Profiles, digest: str | None) -> None:

@@ -149,6 +149,20 @@ class ArrivalSpec(Written):
             yield "path", None, "must name a file when process is trace", "Give the path of a trace."
         if self.process not in ("trace", "gentd26") and self.rate_per_s is None:
             yield "rate_per_s", None, f"must be a number when process is {self.process}", "Give requests a second."
+        for key, processes in READ_BY.items():
+            value = getattr(self, key)
+            if self.process not in processes and value != type(self).model_fields[key].default:
+                rule = f"is for {' and '.join(processes)} only, and process is {self.process}"
+                yield key, value, rule, "Remove it, or choose another process."
+
+
+READ_BY: Mapping[str, tuple[str, ...]] = {
+    "cv": ("gamma",),
+    "peak_to_mean": ("daily",),
+    "path": ("trace", "gentd26"),
+    "time_scale": ("trace", "gentd26"),
+}
+"""The keys of arrivals that only some processes read."""
 
 
 class RequestClass(Written):

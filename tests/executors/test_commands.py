@@ -99,6 +99,14 @@ def test_count_counts_components_too(command, profiles) -> None:
     assert lines["params"].split() == [str(rows[name]["params"]) for name in ("autoencoder-kl", "clip-l")]
 
 
+@pytest.mark.parametrize("what", [["count"], ["profile", "--out", "nowhere"]])
+def test_no_model_is_no_order(command, what) -> None:
+    """An empty list would do nothing and look like success."""
+    code, out, err = command(*what, "--models", "")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --models: ''; names no model")
+
+
 def test_models_and_components_are_not_counted_together(command) -> None:
     """They have other figures, so a table has one or the other."""
     code, out, err = command("count", "--models", "sd15,clip-l")

@@ -260,8 +260,8 @@ def test_daily_arrivals_follow_the_day():
 def test_a_flat_day_is_poisson():
     """With peak_to_mean 1 the daily process draws the Poisson process itself."""
     daily, poisson = (
-        drawn(scenario_of(a={"process": process, "rate_per_s": 1.0, "peak_to_mean": 1.0}))["arrival_s"]
-        for process in ("daily", "poisson")
+        drawn(scenario_of(a={**flat, "rate_per_s": 1.0}))["arrival_s"]
+        for flat in ({"process": "daily", "peak_to_mean": 1.0}, {"process": "poisson"})
     )
     assert np.allclose(daily, poisson)
 
