@@ -1,4 +1,4 @@
-"""The command line: the only place that prints or exits.
+"""The command line: with `cli_arguments`, which the executors share, the only place that prints or exits.
 
 Results go to standard output, as tables or as JSON alone; progress and logs go to standard error. Exit code 0 is fine,
 1 means that a run failed, 2 that the input is wrong: every message names place, value, rule and remedy. Packages are

@@ -25,7 +25,9 @@ class Request:
     """What one user asks for: a picture (or several), how it is denoised, and what is promised about it.
 
     `guidance_scale` above 1 means classifier-free guidance: two UNet evaluations a step. `slo_s` is counted from
-    arrival to image. `quality_floor` is a CLIP score in 0..1; None promises nothing.
+    arrival to image. `quality_floor` is a CLIP score in 0..1; None promises nothing. The embedded scheduler takes None
+    as the class's own, and another `slo_s` for the deadline of this request alone: whether a plan is fast enough on an
+    idle fleet, which static policies choose by, is judged by the SLO of its class.
     """
 
     model: str
@@ -57,8 +59,8 @@ class Promises:
 
     `slo_percentile` per cent of the requests have their image `slo_s` seconds after their arrival, of a CLIP score in
     0..1 of at least `quality_floor`. One image takes at most `edge_energy_j` joules from the user's device and costs at
-    most `usd` dollars. Where a budget limits the same figure, it is the tighter of both. A moment by which something is
-    due is a number: infinite where nothing is promised.
+    most `usd` dollars. Where the budget limits the joules of an image too, the tighter of both counts. A moment by
+    which something is due is a number: infinite where nothing is promised.
     """
 
     slo_s: float | None = None
@@ -267,7 +269,7 @@ class Share:
 class Deployment:
     """What is rented and how each class is served: nodes per pool, a mix of plans per class. Written as `plan.yaml`.
 
-    The shares of a class add up to 1; what is missing is turned away, so that the rest is served in time.
+    The shares of a class add up to at most 1; what is missing to 1 is turned away, so that the rest is served in time.
     """
 
     replicas: Mapping[str, int]

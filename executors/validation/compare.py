@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridsd_sim.errors import RunError
-from hybridsd_sim.simulation import SERVED, TOLERANCE_S, Records, column
+from hybridsd_sim.simulation import SERVED, Records, column, in_time
 
 Floats = npt.NDArray[np.float64]
 
@@ -165,7 +165,7 @@ def _request_times(parts: Sequence[Records], busiest: str) -> RequestTimes:
         latency_s=finish_s - arrival_s,
         wait_s=sum((_seconds(rows, side)[0] for side in SIDES), np.zeros(len(rows))),
         held_s=_seconds(rows, busiest)[1],
-        in_time=(finish_s <= column(rows, "deadline_s") + TOLERANCE_S).astype(float),
+        in_time=in_time(finish_s, column(rows, "deadline_s")).astype(float),
         span_s=span_s,
     )
 

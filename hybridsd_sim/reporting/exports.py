@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hybridsd_sim.reporting.labels import Data
-from hybridsd_sim.reporting.load_test import FORMAT
+from hybridsd_sim.reporting.load_test import ADMITTED, FORMAT
 from hybridsd_sim.scenario import ALL
 from hybridsd_sim.simulation import COLUMNS, INTEGER_COLUMNS, STATUS_NAMES, Records, column
 from hybridsd_sim.workload import ArrivalChunk, arrival_chunks, stream
@@ -351,6 +351,7 @@ def load_test_data(plan: CapacityPlan) -> Data:
         "count_from_s": round(from_s, 6),
         "bodies": {name: {key: getattr(spec, key) for key in BODY} for name, spec in scenario.requests.items()},
         "expected": expected,
+        **({"promised_to": ADMITTED} if scenario.search.minimise == "turned_away_per_s" else {}),
         "too_few": too_few,
         "requests": _requests(scenario, sent, origin_s),
     }

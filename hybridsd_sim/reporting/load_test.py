@@ -12,7 +12,9 @@ Latency counts from the arrival time, not from the sending, so that a late sende
 sender's own lateness (99th percentile) exceeds 5% of the smallest expected median, the run is void.
 
 - A promise holds where at least its percentile of the counted requests was answered within the SLO. Unserved requests
-  (refused, timed out, answered with an error) are not inside it.
+  (refused, timed out, answered with an error) are not inside it. Where the plan may turn requests away so that the
+  others are in time (`search.minimise: turned_away_per_s`), those answered with an error are left out, as in its
+  simulation.
 - The service agrees with the simulation where the measured p95 lies inside the simulated 95% interval, widened on each
   side by the measured p95's own 95% interval: from binomial ranks, as if requests were independent, so that chance
   alone breaks it somewhat more often than one time in twenty.
@@ -51,6 +53,12 @@ NORMAL_95 = 1.959964
 EVERYONE = "all"
 
 ROUNDING = 1e-12
+
+TOLERANCE_S = 1e-6
+"""Rounding of seconds that the simulation allows too."""
+
+ADMITTED = "admitted"
+"""Whom a plan promises its SLO that turns away as few requests as it can: those that it does not turn away."""
 
 HEAD = ("class", "requests", "p50 s", "p95 s", "p99 s", "mean s", "inside SLO", "per s", "promise", "agrees")
 
@@ -183,16 +191,20 @@ def quantile_interval(ordered: Sequence[float], share: float) -> tuple[float, fl
 def judge(load: Data, sent: Sequence[ReplayedRequest]) -> dict[str, Any]:
     """Expected and measured figures of every class and of all, with their verdicts.
 
-    `promise_holds` is None where nothing is promised or counted. `agrees` says whether the measured p95 lies in the
-    simulated interval widened by its own; it is None where either is unknown.
+    `promise_holds` is None where nothing is promised or counted. Where the plan turns requests away to keep its promise
+    to the others (`promised_to`), those that the service answers with an error are not counted for it. `agrees` says
+    whether the measured p95 lies in the simulated interval widened by its own; it is None where either is unknown.
     """
     slos = {name: row.get("slo_s") for name, row in load["expected"].items()}
     found = {}
     for name, expected in load["expected"].items():
         mine = [one for one in sent if one.counted and name in (EVERYONE, one.request_class)]
-        inside = sum(not one.reason and one.latency_s <= (slos[one.request_class] or math.inf) for one in mine)
+        due_s = {cls: math.inf if slo is None else slo + TOLERANCE_S for cls, slo in slos.items()}
+        inside = sum(not one.reason and one.latency_s <= due_s[one.request_class] for one in mine)
         measured = _measured(mine, inside, load["count_from_s"])
         slo_s, attained = expected.get("slo_s"), measured["slo_attainment"]
+        if load.get("promised_to") == ADMITTED and (left := sum(one.reason[:5] != "HTTP " for one in mine)):
+            attained = inside / left
         promised = None if slo_s is None or not mine else attained >= expected["slo_percentile"] / 100 - ROUNDING
         agrees, p95, simulated = None, measured["latency_p95_s"], expected["latency_p95_s"]
         if simulated["value"] is not None and not math.isnan(p95):

@@ -54,7 +54,7 @@ FEW = 12
 CHECK = (
     "To check the plan against a running service, give its address to the script beside this page: python load_test.py "
     "--url ADDRESS. It replays the scenario's own requests at their own times, and holds what it "
-    "measures against every promise and against this simulation."
+    "measures against every SLO and against this simulation."
 )
 
 NOWHERE = "a queue grows without end"

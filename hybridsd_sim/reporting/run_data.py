@@ -16,7 +16,7 @@ import numpy as np
 from hybridsd_sim.estimate import Kind, weakest
 from hybridsd_sim.reporting.labels import Data
 from hybridsd_sim.scenario import ALL
-from hybridsd_sim.simulation import IN_FLIGHT, SERVED, UNSERVED, column, pool_table, student, utilisation_series
+from hybridsd_sim.simulation import SERVED, UNSERVED, column, judged, pool_table, student, utilisation_series
 
 if TYPE_CHECKING:
     from hybridsd_sim.pricing import Candidate, Part, PlanCost
@@ -167,8 +167,7 @@ def _batches(result: SimResult, class_index: int) -> Iterator[tuple[np.ndarray, 
         which = np.flatnonzero(column(rows, "class_index") == class_index)
         arrival, status = column(rows, "arrival_s")[which], column(rows, "status")[which]
         latency = column(rows, "finish_s")[which] - arrival
-        late = (status == IN_FLIGHT) & (column(rows, "deadline_s")[which] <= end)
-        counted = (status == SERVED) | late | (status == UNSERVED)
+        counted = judged(status, column(rows, "deadline_s")[which], end)
         for first, last in pairwise(np.searchsorted(arrival, edges)):
             served = status[first:last] == SERVED
             yield latency[first:last][served], int(counted[first:last].sum())

@@ -318,7 +318,6 @@ class SwitchByQueue(Policy):
 
     name = "switch_by_queue"
     summary = "fewer steps in the cloud the longer its queue is"
-    settings = ("gain",)
 
     def __init__(self, gain: float = 3.0) -> None:
         self.gain = gain
@@ -375,7 +374,7 @@ class Budgeted(Policy):
 
     name = "budgeted"
     summary = "best pictures within a running budget of dollars"
-    settings = ("budget_usd_per_hour", "cap_usd", "usd_per_clip")
+    settings = ("budget_usd_per_hour",)
 
     CAP_S = 60.0
     """Seconds of the budget that may be spent ahead of time."""

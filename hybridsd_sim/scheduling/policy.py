@@ -265,7 +265,7 @@ class Policy(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()
-    """What `make_policy` may pass to the policy, by the name of the argument."""
+    """The arguments that a scenario or its plan sets (`policy_for`); others are for who makes a policy in Python."""
     discipline: ClassVar[str | None] = None
     """How every pool orders its queue under this policy, whatever the scenario says; None leaves it to the scenario."""
 

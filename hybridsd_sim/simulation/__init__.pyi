@@ -10,13 +10,14 @@ from .records import INTEGER_COLUMNS as INTEGER_COLUMNS
 from .records import SERVED as SERVED
 from .records import STATUS_NAMES as STATUS_NAMES
 from .records import TIME_COLUMNS as TIME_COLUMNS
-from .records import TOLERANCE_S as TOLERANCE_S
 from .records import UNSERVED as UNSERVED
 from .records import PlanFacts as PlanFacts
 from .records import Records as Records
 from .records import RunRecorder as RunRecorder
 from .records import check_laws as check_laws
 from .records import column as column
+from .records import in_time as in_time
+from .records import judged as judged
 from .result import Finding as Finding
 from .result import SimResult as SimResult
 from .result import Verdict as Verdict

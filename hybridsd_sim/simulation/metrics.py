@@ -20,7 +20,7 @@ from scipy.special import stdtrit
 
 from hybridsd_sim.estimate import Estimate
 from hybridsd_sim.scenario import ALL, Scenario
-from hybridsd_sim.simulation.records import IN_FLIGHT, SERVED, TOLERANCE_S, UNSERVED, Records, column
+from hybridsd_sim.simulation.records import IN_FLIGHT, SERVED, UNSERVED, Records, column, in_time, judged
 
 NAN = math.nan
 
@@ -222,7 +222,6 @@ def summarise(
     scenario: Scenario,
     policy: str,
     replications: Sequence[Records],
-    replicas: Mapping[str, int],  # noqa: ARG001
     usd_per_hour: float | None,
 ) -> pd.DataFrame:
     """A row per request class and one for "all", indexed by (policy, request_class).
@@ -232,7 +231,7 @@ def summarise(
     `slo_attainment` counts what was served in time among the served, the unserved, and those in flight past their
     deadline; a class without an SLO is in time whenever it is served. `rent_*` is the rent of all nodes, used or not,
     and stands in "all" alone. One served request whose quality, dollars or joules nobody knows makes that figure
-    unknown. `replicas` does not change any of this; `pool_table` is by pool.
+    unknown. `pool_table` is by pool.
     """
     cells = _Cells.of(scenario, len(replications))
     tally = _Tally.of(scenario, replications, cells)
@@ -320,8 +319,8 @@ def _weights(rows: np.ndarray, horizon_s: float) -> dict[str, np.ndarray]:
         "served": served,
         "unserved": unserved,
         "in_flight": in_flight,
-        "in_time": served & (finish <= deadline + TOLERANCE_S),
-        "judged": served | unserved | (in_flight & (deadline <= horizon_s)),
+        "in_time": served & in_time(finish, deadline),
+        "judged": judged(status, deadline, horizon_s),
         # Rounded to nanoseconds, so that latencies that differ by rounding alone are one value with no interval.
         "latency_s": np.where(served, np.round(finish - column(rows, "arrival_s"), 9), 0.0),
         "wait_s": np.where(served, _wait(rows, "cloud") + _wait(rows, "edge"), 0.0),

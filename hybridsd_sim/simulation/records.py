@@ -83,6 +83,19 @@ STATUS_NAMES = ("served", "unserved", "in flight")
 TOLERANCE_S = 1e-6
 """Rounding that sums of seconds may show."""
 
+
+def in_time(finish_s: np.ndarray, deadline_s: np.ndarray) -> np.ndarray:
+    """Whether each request has its image by its deadline, but for rounding; one without a finish (NaN) has not."""
+    kept: np.ndarray = finish_s <= deadline_s + TOLERANCE_S
+    return kept
+
+
+def judged(status: np.ndarray, deadline_s: np.ndarray, horizon_s: float) -> np.ndarray:
+    """Whether it is known of each request if it keeps its SLO: it has ended, or was due by the horizon."""
+    known: np.ndarray = (status != IN_FLIGHT) | (deadline_s <= horizon_s)
+    return known
+
+
 TOLERANCE_DEVICES = 1e-6
 """Rounding that sums of parts of a worker group may show."""
 

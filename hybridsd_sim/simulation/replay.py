@@ -205,16 +205,17 @@ def finished(
 def tally(begin: int, class_index: Ints, arrival_s: Floats, played: tuple[Floats, Ints], limits_s: Floats) -> Ints:
     """By class, of the requests from `begin` on: all, served, unserved, in flight, in time and judged.
 
-    `played` are finish and status; `limits_s` the SLO of every class, then the tolerance and the horizon.
+    The latter two by the rules of `records.in_time` and `records.judged`, in a form that can be compiled. `played` are
+    finish and status; `limits_s` the SLO of every class, then the tolerance and the horizon.
     """
     finish_s, status = played
     tolerance_s, horizon_s = limits_s[len(limits_s) - 2], limits_s[len(limits_s) - 1]
     counts = np.zeros((len(limits_s) - 2, 6), np.int64)
     for request in range(begin, len(arrival_s)):
         row, what = class_index[request], status[request]
-        late_s = arrival_s[request] + limits_s[row]
+        due_s = arrival_s[request] + limits_s[row]
         counts[row, 0] += 1
         counts[row, 1 + what] += 1
-        counts[row, 4] += what == SERVED and finish_s[request] <= late_s + tolerance_s
-        counts[row, 5] += what != IN_FLIGHT or late_s <= horizon_s
+        counts[row, 4] += what == SERVED and finish_s[request] <= due_s + tolerance_s
+        counts[row, 5] += what != IN_FLIGHT or due_s <= horizon_s
     return counts

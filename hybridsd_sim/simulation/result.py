@@ -42,8 +42,9 @@ CELLS_PER_THIRD = 5
 class SimResult:
     """One policy on one scenario, over all replications: records, summary and verdict, and what made them.
 
-    `used` are the candidates that served at least one request, by request class and plan label. `usd_per_hour` is the
-    rent of the nodes, None when a price is unknown. `timeouts` counts the events of requests, lost nodes apart.
+    `used` are the candidates that at least one request was sent to, served or not, by request class and plan label.
+    `usd_per_hour` is the rent of the nodes, None when a price is unknown. `timeouts` counts the events of requests,
+    lost nodes apart.
     """
 
     scenario: Scenario
@@ -65,7 +66,7 @@ class SimResult:
     @cached_property
     def summary(self) -> pd.DataFrame:
         """A row per request class and one for all, every figure with its 95% interval."""
-        return summarise(self.scenario, self.policy, self.replications, self.replicas, self.usd_per_hour)
+        return summarise(self.scenario, self.policy, self.replications, self.usd_per_hour)
 
     @cached_property
     def verdict(self) -> Verdict:

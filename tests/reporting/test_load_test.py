@@ -139,6 +139,18 @@ def answered(latencies, *, late_s=0.0):
     ]  # fmt: skip
 
 
+def test_a_plan_that_turns_away_promises_the_rest(plan):
+    """Errors of the service do not break such a plan's promise, what takes too long or cannot be reached does."""
+    sent = answered([1.0, 1.0, None, None])
+    refused = [replace(one, reason="HTTP 503" if one.reason else "") for one in sent]
+    own = load([0.0], slo_s=3.0) | {"promised_to": load_test.ADMITTED}
+    assert load_test.judge(own, refused)["a"]["promise_holds"]
+    assert not load_test.judge(own, sent)["a"]["promise_holds"]
+    assert not load_test.judge(load([0.0], slo_s=3.0), refused)["a"]["promise_holds"]
+    assert load_test.judge(own, refused)["a"]["measured"]["slo_attainment"] == 0.5
+    assert "promised_to" not in load_test_data(plan)
+
+
 @given(st.lists(st.one_of(st.none(), st.floats(0.001, 9.0)), min_size=1, max_size=60), st.floats(1.0, 99.0))
 def test_a_promise_holds_where_its_percentile_was_answered_in_time(latencies, percentile):
     """The share inside the SLO is over all counted requests, the unserved among those that missed."""

@@ -59,7 +59,7 @@ def world(requests=None, budget=None, **values):
 
 def summary_of(scenario, *replications, usd_per_hour=None):
     """The summary without its policy level."""
-    return summarise(scenario, "fixed", replications, {"a100": 2}, usd_per_hour).droplevel("policy")
+    return summarise(scenario, "fixed", replications, usd_per_hour).droplevel("policy")
 
 
 def interval(summary, name, request_class="all"):
@@ -116,7 +116,7 @@ def test_the_summary_is_by_policy_and_class():
     """A row per class in the scenario's order, then one for all, whose counts are the sums of the classes'."""
     scenario = world({"b": {"slo_s": 2.0}, "a": {}})
     records = served(np.arange(100.0), 1.0, classes=("b", "a"), class_index=np.arange(100) % 4 == 0)
-    frame = summarise(scenario, "fixed", [records], {"a100": 2}, None)
+    frame = summarise(scenario, "fixed", [records], None)
 
     assert frame.index.tolist() == [("fixed", "b"), ("fixed", "a"), ("fixed", "all")]
     assert frame.index.names == ["policy", "request_class"]
@@ -127,7 +127,7 @@ def test_every_number_has_a_unit():
     """Each numeric column of both tables has its unit beside it, and each figure its interval."""
     scenario = world()
     for frame in (
-        summarise(scenario, "fixed", [ten_rows()], {"a100": 2}, 1.0),
+        summarise(scenario, "fixed", [ten_rows()], 1.0),
         pool_table(scenario, "fixed", [ten_rows()], {"a100": 2}),
     ):
         numeric = list(frame.select_dtypes("number").columns)
@@ -511,7 +511,7 @@ def test_areas_are_sums_of_overlaps(spans, cells):
 
 def verdict(scenario, *replications, usd_per_hour=None, outside=None):
     """The verdict on records."""
-    summary = summarise(scenario, "fixed", replications, {"a100": 2}, usd_per_hour)
+    summary = summarise(scenario, "fixed", replications, usd_per_hour)
     return verdict_of(scenario, summary, replications, outside or {})
 
 
