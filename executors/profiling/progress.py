@@ -21,10 +21,10 @@ class Progress:
     def begin(self, total: float) -> None:
         """Work ahead: the sum of the targets' weights."""
 
-    def doing(self, target: ProfileTarget) -> None:
+    def start(self, target: ProfileTarget) -> None:
         """What is measured now."""
 
-    def done(self, target: ProfileTarget) -> None:
+    def finish(self, target: ProfileTarget) -> None:
         """What was measured: its rows are written, unless it failed."""
 
 
@@ -37,10 +37,10 @@ class Lines(Progress):
     def begin(self, total: float) -> None:
         self._total = total
 
-    def doing(self, target: ProfileTarget) -> None:
+    def start(self, target: ProfileTarget) -> None:
         sys.stderr.write(f"{self._done / self._total:4.0%} {target}\n")
 
-    def done(self, target: ProfileTarget) -> None:
+    def finish(self, target: ProfileTarget) -> None:
         self._done += target.weight
 
 
@@ -62,10 +62,10 @@ class Bar(Progress):
     def begin(self, total: float) -> None:
         self._bar.update(self._task, total=total)
 
-    def doing(self, target: ProfileTarget) -> None:
+    def start(self, target: ProfileTarget) -> None:
         self._bar.update(self._task, description=str(target))
 
-    def done(self, target: ProfileTarget) -> None:
+    def finish(self, target: ProfileTarget) -> None:
         self._bar.advance(self._task, target.weight)
 
 

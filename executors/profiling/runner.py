@@ -349,7 +349,7 @@ def _measure_all(
         if number and time_budget_s is not None and begun_s - started_s + expected_s > time_budget_s:
             outcome.left.append(target)
             continue
-        progress.doing(target)
+        progress.start(target)
         failed = False
         try:
             outcome.rows += bench.measure(target)
@@ -365,7 +365,7 @@ def _measure_all(
         else:
             done += target.weight
             measured_s += time.perf_counter() - begun_s
-        progress.done(target)
+        progress.finish(target)
 
 
 def _summary(bench: Bench, target: ProfileTarget) -> Iterator[dict[str, object]]:

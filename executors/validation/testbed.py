@@ -330,7 +330,7 @@ def _catalogue_rows(table: str) -> Iterator[dict[str, Any]]:
     elif table == "edge_devices":
         for name in (CLOUD, EDGE):
             yield {
-                "name": name, "label": "One thread of the machine that was calibrated", "device_class": "cpu",
+                "name": name, "label": "One thread of the machine under validation", "device_class": "cpu",
                 "usable_memory_fraction": 0.8, "power_source": "unknown: not metered", "default_runtime": "eager",
                 "default_precision": "fp32", **_SOURCE,
             }  # fmt: skip

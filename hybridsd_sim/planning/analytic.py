@@ -1,11 +1,11 @@
 """The analytic queueing model: waits, SLO attainment, dollars and quality of a deployment, in under a millisecond.
 
-The lowest of the three levels of fidelity (formula, compiled recursion, simulation). A pool that runs `c` gangs at a
-time is an M/G/c queue by Allen and Cunneen's approximation (A. O. Allen, Probability, Statistics, and Queueing Theory,
-2nd ed., 1990): Erlang C's probability of waiting, and beyond it an exponential wait whose mean carries the squared
-variation of arrivals and service. Exact for M/M/c and for the mean wait of M/G/1. Bursts wait more often than Erlang
-says: Hayward's approximation (Fredericks, Bell Syst. Tech. J. 59, 1980) takes traffic of peakedness z on c servers as
-Poisson traffic on c / z; jobs of one length have the peakedness of their arrivals' squared variation.
+The lowest of the three levels of fidelity (formula, compiled recursion, simulation). A pool that runs `c` worker groups
+at a time is an M/G/c queue by Allen and Cunneen's approximation (A. O. Allen, Probability, Statistics, and Queueing
+Theory, 2nd ed., 1990): Erlang C's probability of waiting, and beyond it an exponential wait whose mean carries the
+squared variation of arrivals and service. Exact for M/M/c and for the mean wait of M/G/1. Bursts wait more often than
+Erlang says: Hayward's approximation (Fredericks, Bell Syst. Tech. J. 59, 1980) takes traffic of peakedness z on c
+servers as Poisson traffic on c / z; jobs of one length have the peakedness of their arrivals' squared variation.
 
 The classes of a pool share its queue. A request is in time when wait, work and transfers stay inside its SLO; transfers
 vary with the access network, so an attainment is a mean over a fixed grid of link conditions. A batch is taken to be
@@ -52,7 +52,7 @@ EDGE_WAITS = (np.arange(10) + 0.5) / 10
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Jobs of one kind: `rate_per_s`, seconds of a gang of `degree` GPUs, and the variation (CV) of their arrivals."""
+    """Jobs of one kind: `rate_per_s`, seconds of a worker group of `degree` GPUs, and the CV of their arrivals."""
 
     rate_per_s: float
     hold_s: float
@@ -101,12 +101,12 @@ def erlang_c(servers: int, offered: float) -> float:
 
 
 def gang_servers(nodes: float, gpus_per_node: int, flows: Sequence[Flow]) -> float:
-    """Gangs that run at a time: whole gangs per node, averaged over the flows by the GPU-seconds they ask for."""
+    """Worker groups that run at a time: whole ones per node, averaged over the flows by the GPU-seconds asked for."""
     weights = [flow.rate_per_s * flow.hold_s for flow in flows]
     total = sum(weights)
     if total == 0.0:
         return float(nodes * gpus_per_node)
-    # A harmonic mean: each kind of gang takes 1/(gangs per node) of a node for its share of the time.
+    # A harmonic mean: each kind of worker group takes 1/(groups per node) of a node for its share of the time.
     node_share = sum(w / (gpus_per_node // flow.degree) for w, flow in zip(weights, flows, strict=True))
     return nodes * total / node_share
 

@@ -1,8 +1,8 @@
 """The capacity of a pool, precomputed: how much work so many nodes take before waits break a promise.
 
-A *state* of a pool is a number of nodes, a cap on their load, and what kind of jobs they see: gangs of at most so many
-GPUs whose residual work (E[S^2] / 2 E[S], what an arriving request still waits for) is at most so long. In a state the
-wait has a known tail: with c gangs at a time and utilisation u
+A *state* of a pool is a number of nodes, a cap on their load, and what kind of jobs they see: worker groups of at most
+so many GPUs whose residual work (E[S^2] / 2 E[S], what an arriving request still waits for) is at most so long. In a
+state the wait has a known tail: with c worker groups at a time and utilisation u
 
     P(wait > t) = C(c / z, u c / z) exp(-t / tau),    tau = residual / (c (1 - u)),
 
@@ -67,10 +67,10 @@ SCALES_S = np.geomspace(1e-5, 1e7, 400)
 class ServiceDemand:
     """A plan as its pool sees it.
 
-    `hold_s`: seconds that its gang holds its GPUs. `residual_s`: what of them an arriving request still waits for, in
-    the mean, times the squared variation of arrivals. `node_s`: seconds of a whole node that a request takes. `late`
-    tabulates, over `SCALES_S`, the share of waiting requests that are late; `late_without_wait` is the share late
-    without any wait, `allowed` the share that may be late.
+    `hold_s`: seconds that its worker group holds its GPUs. `residual_s`: what of them an arriving request still waits
+    for, in the mean, times the squared variation of arrivals. `node_s`: seconds of a whole node that a request takes.
+    `late` tabulates, over `SCALES_S`, the share of waiting requests that are late; `late_without_wait` is the share
+    late without any wait, `allowed` the share that may be late.
     """
 
     candidate: Candidate
@@ -166,8 +166,8 @@ def pool_states(spec: Pool | None, demands: Sequence[ServiceDemand], load_most: 
         counts = sorted({round(count) for count in np.geomspace(first, last, most)})
     peakedness, parts = _peakedness(demands), []
     for residual_s, degree, nodes in product(residuals, sorted({demand.degree for demand in demands}), counts):
-        gangs = nodes * spec.availability * (spec.gpus_per_node // degree)
-        breaks = _break_points(demands, gangs, residual_s, degree, peakedness)
+        groups = nodes * spec.availability * (spec.gpus_per_node // degree)
+        breaks = _break_points(demands, groups, residual_s, degree, peakedness)
         caps = _representatives(breaks[breaks > 0.0], FEWER_CAPS if few else CAPS)
         kinds = (np.full(len(caps), residual_s), np.full(len(caps), degree))
         load = caps * nodes * spec.availability
@@ -197,12 +197,12 @@ def _peakedness(demands: Sequence[ServiceDemand]) -> dict[str, float]:
 
 
 def _break_points(
-    demands: Sequence[ServiceDemand], gangs: float, residual_s: float, degree: int, peakedness: Mapping[str, float]
+    demands: Sequence[ServiceDemand], groups: float, residual_s: float, degree: int, peakedness: Mapping[str, float]
 ) -> Floats:
     """For each plan the highest utilisation at which it is still in time; 0 where there is none."""
-    seen = {name: _waiting(round(gangs, 9), z) for name, z in peakedness.items()}
+    seen = {name: _waiting(round(groups, 9), z) for name, z in peakedness.items()}
     waits = np.array([seen[demand.candidate.request_class] for demand in demands])
-    scale = residual_s / (gangs * (1.0 - LOADS))
+    scale = residual_s / (groups * (1.0 - LOADS))
     late = np.array([np.interp(np.log(scale), np.log(SCALES_S), demand.late) for demand in demands])
     late_without_wait, allowed = (
         np.array([getattr(demand, key) for demand in demands]) for key in ("late_without_wait", "allowed")
@@ -250,9 +250,9 @@ def edge_cap(option: Candidate, fleet: EdgeFleet, sizer: Sizer, within_s: float 
 
 
 @lru_cache(maxsize=4096)
-def _waiting(gangs: float, peakedness: float) -> Floats:
+def _waiting(groups: float, peakedness: float) -> Floats:
     """The share of requests that wait, over `LOADS`."""
-    return np.array([share_waiting(gangs, load * gangs, peakedness) for load in LOADS])
+    return np.array([share_waiting(groups, load * groups, peakedness) for load in LOADS])
 
 
 def _representatives(breaks: Floats, most: int) -> Floats:

@@ -144,7 +144,7 @@ def _edge_fault(best: Candidate, plan: CapacityPlan) -> str:
 
 
 def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityPlan) -> Iterator[str]:
-    """Why several GPUs: what one GPU would take; and why the other pools do not get the same gang."""
+    """Why several GPUs: what one GPU would take; and why the other pools do not get the same worker group."""
     if option.degree <= 1:
         return
     name, pools = option.request_class, list(plan.scenario.pools)
@@ -173,8 +173,8 @@ def _why_degree(option: Candidate, options: Sequence[Candidate], plan: CapacityP
             low, high = same.cost.latency_interval_s
             caution = f" Its steps were not timed there: {interval(low, high)} s at 90%."
             yield (
-                f"{name}: on {pools[index]} the same gang takes {number(same.latency_s)} s, of which {number(there)} s "
-                f"are exchange that nothing hides (here {number(here)} s); the fastest there takes "
+                f"{name}: on {pools[index]} the same worker group takes {number(same.latency_s)} s, of which "
+                f"{number(there)} s are exchange that nothing hides (here {number(here)} s); the fastest there takes "
                 f"{number(best.latency_s)} s."
                 f"{caution if same.cost.outside else ''}"
             )

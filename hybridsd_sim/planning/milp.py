@@ -1,8 +1,8 @@
 """The formulation: which mix of plans serves each class, on how many nodes of each pool, as a mixed-integer program.
 
 Symbols: classes i with `rate_i` requests a second; plans j of a class, `w_ij` node-seconds of their pool a request,
-`h_ij` seconds of its gang, `r_ij` residual demand, `egress_ij` dollars a request, `q_ij` CLIP score, `e_ij` seconds of
-an edge device; pools p of `rent_p` dollars an hour a node; states s of a pool with `n_s` nodes and `load_s`
+`h_ij` seconds of its worker group, `r_ij` residual demand, `egress_ij` dollars a request, `q_ij` CLIP score, `e_ij`
+seconds of an edge device; pools p of `rent_p` dollars an hour a node; states s of a pool with `n_s` nodes and `load_s`
 node-seconds a second, caps of an edge fleet on the time that its devices are busy (`capacity_states`); conditions b,
 one unless the plan must hold under several scenarios; `f` the goal's factor on all traffic and `c_p` the correction
 factor of a pool (`Sizer.correction_factors`).

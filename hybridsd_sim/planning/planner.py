@@ -188,11 +188,11 @@ def fit_traffic_factor(planner: Planner, condition: Condition, rent_usd_per_hour
         return 1.0
     formulation, most = Formulation([condition]), rent_usd_per_hour * (1.0 + 1e-6)
 
-    def too_careful(at: int) -> bool:
+    def rejects(at: int) -> bool:
         goal = budgeted_goal(planner, minimise="nothing", usd_per_hour=most, traffic_factor=TRAFFIC_FACTORS[at])
         return formulation.solve(goal) is None
 
-    first = bisect_left(range(len(TRAFFIC_FACTORS)), x=True, key=too_careful)
+    first = bisect_left(range(len(TRAFFIC_FACTORS)), x=True, key=rejects)
     return TRAFFIC_FACTORS[first - 1] if first else 1.0
 
 

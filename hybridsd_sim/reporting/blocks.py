@@ -15,7 +15,7 @@ from html import escape
 from typing import Any, Protocol
 
 from hybridsd_sim.estimate import DASH, Show, number
-from hybridsd_sim.reporting.labels import Data, beneath, reach
+from hybridsd_sim.reporting.labels import Data, interval_line, reach
 
 SIGNS = {True: "✓", False: "✗"}
 
@@ -60,7 +60,7 @@ def cell(figure: Mapping[str, Any] | None, show: Show = number, sub: str = "") -
         return Cell(DASH, sub)
     if figure["value"] is None:
         return Cell(DASH, figure.get("note", "") or "not known")
-    lines = "\n".join(filter(None, (beneath(figure, show), sub)))
+    lines = "\n".join(filter(None, (interval_line(figure, show), sub)))
     return Cell(show(figure["value"]), lines, mark=figure.get("kind", ""))
 
 

@@ -30,7 +30,7 @@ from hybridsd_sim.estimate import (
 )
 from hybridsd_sim.plan import Site
 from hybridsd_sim.reporting.blocks import MARKS, Block, Cell, Fold, Heading, Paragraph, Picture, Table, ranged
-from hybridsd_sim.reporting.labels import PARTS, Data, beneath, listed, reach
+from hybridsd_sim.reporting.labels import PARTS, Data, interval_line, listed, reach
 
 if TYPE_CHECKING:
     from hybridsd_sim.pricing import Part, PlanCost
@@ -319,7 +319,7 @@ def _line(
         dash, blank = Cell(DASH, figure["note"] or "not known"), Cell("")
         return name, Cell(where), dash, blank, blank, Cell("" if grounds else NO_SOURCE, "", sources=grounds)
     note = f"outside what was timed: {figure['note']}" if outside else figure["note"]
-    ends = Cell(beneath(figure, show) or show(figure["value"]), reach(figure))
+    ends = Cell(interval_line(figure, show) or show(figure["value"]), reach(figure))
     if figure["low"] is None and figure["high"] is None:
         ends = Cell("none given")
     return (

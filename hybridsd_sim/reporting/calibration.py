@@ -1,7 +1,7 @@
 """What the speed of each device rests on: fitted parameters, the rows behind them, and how far the fit misses these.
 
 For every (device, runtime, precision) of a report's plans and pools, and for the constants that all devices share:
-first as plain data (`fits_of`, `constants_of`), then as the section of a page that shows it (`calibrated`).
+first as plain data (`fits_of`, `constants_of`), then as the section of a page that shows it (`calibration_section`).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def constants_of(profiles: Profiles) -> list[Data]:
     return found
 
 
-def calibrated(data: Data, pictures: Sequence[Picture], sources: Sequence[str]) -> Iterator[Block]:
+def calibration_section(data: Data, pictures: Sequence[Picture], sources: Sequence[str]) -> Iterator[Block]:
     """Parameters with their intervals, and residuals, of every device, runtime and precision of plans and pools."""
     yield Heading("Calibration", "calibration")
     yield Paragraph(ABOUT, "note")

@@ -121,7 +121,7 @@ GLOSSARY = (
     ("Quality", "CLIP score, 0 to 1, from published tables; losses by hand-over and by parallel method add up."),
     ("Rent", "US$ an hour of all rented nodes, used or not."),
     ("Metered cost", "US$ an image for the GPU-seconds it held and the bytes sent to the edge; idle nodes left out."),
-    ("GPU-seconds", "GPUs held times seconds held: a gang of four for two seconds is eight."),
+    ("GPU-seconds", "GPUs held times seconds held: a worker group of four for two seconds is eight."),
     ("Edge energy", "Joules the user's device spends on one image: its power while generating times its busy seconds."),
     ("Utilisation", "Share of the rented GPUs' time in which a request held them."),
     ("Switch step", "Index of the first step done at the edge: 0 is all at the edge, the last is all in the cloud."),
@@ -144,7 +144,7 @@ GLOSSARY = (
 """Words of the report and their definitions."""
 
 
-def beneath(figure: Mapping[str, Any], show: Show) -> str:
+def interval_line(figure: Mapping[str, Any], show: Show) -> str:
     """The interval of a figure at the digits shown; nothing where it does not differ from the figure there."""
     low, high = figure.get("low"), figure.get("high")
     if low is None and high is None:

@@ -25,7 +25,7 @@ from hybridsd_sim.reporting.blocks import (
     cell,
 )
 from hybridsd_sim.reporting.breakdown import provenance_blocks, sources_of
-from hybridsd_sim.reporting.calibration import calibrated
+from hybridsd_sim.reporting.calibration import calibration_section
 from hybridsd_sim.reporting.figures import FIGURES
 from hybridsd_sim.reporting.labels import GLOSSARY, NAMES, Data, listed
 from hybridsd_sim.reporting.plan_sections import (
@@ -283,7 +283,7 @@ def _rest(data: Data, provenance: Data, pictures: Sequence[Picture]) -> Iterator
         turned_away = tuple(f"{number(n)} {name} requests unserved: {reason}" for name, reason, n in run["unserved"])
         yield Fold(f"Run {run['name']}", (table, Bullets(turned_away)) if turned_away else (table,))
     sources = sources_of(data)
-    yield from calibrated(data, pictures, sources)
+    yield from calibration_section(data, pictures, sources)
     yield Heading("Where the numbers come from", "provenance")
     if sources:
         yield Bullets(tuple(sources), numbered=True)

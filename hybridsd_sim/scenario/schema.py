@@ -60,7 +60,7 @@ class Pool(Written):
     gpu: Text
     """GPU of the catalogue (for example a100-sxm-80gb), or any other device that is rented as a node."""
     gpus_per_node: Annotated[int, Field(ge=1, le=64)] = 1
-    """GPUs in one node; a gang of parallel GPUs never leaves its node."""
+    """GPUs in one node; a worker group of parallel GPUs never leaves its node."""
     interconnect: Text | None = None
     """Link between the GPUs of a node (for example nvlink3-switch); null takes the GPU's default."""
     runtime: Text = "cudagraph"
@@ -231,7 +231,7 @@ class Search(Written):
     )
     """Values of each method's own options to try, as lists: `asyncdiff: {stride: [1, 2]}`."""
     batch_caps: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1)] = (1,)
-    """Most requests that one gang denoises together, to try; always waiting ones of the same class and plan."""
+    """Most requests that one worker group denoises together, to try; always waiting ones of the same class and plan."""
     vaes: Annotated[tuple[Text, ...], Field(min_length=1)] = ("autoencoder-kl",)
     """Image decoders to try: autoencoder-kl, taesd."""
     policies: Annotated[tuple[Text, ...], Field(min_length=1)] = (

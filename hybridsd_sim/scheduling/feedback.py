@@ -91,7 +91,7 @@ Event = StepDone | CloudDone | RequestDone | WorkerUp | WorkerDown
 
 
 class StepKind(NamedTuple):
-    """What steps share that differ from their prediction by the same factor: device, runtime, model, shape and gang.
+    """What steps share that differ from their prediction by the same factor: device, runtime, model, shape and group.
 
     `unet_batch` is the batch of one denoiser call: images, doubled by guidance.
     """
@@ -117,7 +117,7 @@ def steps_s(candidate: Candidate, stage: Stage, profiles: Profiles) -> list[floa
     """The seconds predicted for each step of one of a candidate's stages, in order.
 
     The mean over the stage would not do: steps of a parallel method's warm-up take longer, most steps take less than
-    the mean, and the median ratio to it would say that the gang is quicker than it is.
+    the mean, and the median ratio to it would say that the worker group is quicker than it is.
     """
     parts, request = iter(candidate.cost.denoise_parts), candidate.cost.request
     for one in candidate.plan.stages:

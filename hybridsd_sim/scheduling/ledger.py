@@ -1,10 +1,10 @@
-"""The scheduler's ledger: which workers there are, what each was given, and when a gang could start on it.
+"""The scheduler's ledger: which workers there are, what each was given, and when a worker group could start on it.
 
-A worker is one node, or one gang of GPUs, with a queue of its own in order of arrival: its head waits for its GPUs and
-everybody behind it waits too. Which jobs run and which wait follows from the events; when GPUs will be free is
-predicted. An overdue job is expected to take as long again as it is late: a worker that hangs looks busier and busier
-instead of free, and so does the queue behind it. A job overdue by far is taken for done and its event for lost, so that
-no worker is kept busy for ever.
+A ledger worker is one node, or one worker group of GPUs, with a queue of its own in order of arrival: its head waits
+for its GPUs and everybody behind it waits too. Which jobs run and which wait follows from the events; when GPUs will be
+free is predicted. An overdue job is expected to take as long again as it is late: a worker that hangs looks busier and
+busier instead of free, and so does the queue behind it. A job overdue by far is taken for done and its event for lost,
+so that no worker is kept busy for ever.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IDLE, NEVER = -np.inf, np.inf
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A gang of GPUs of a pool that takes requests of its own."""
+    """A worker group of GPUs of a pool that takes requests of its own."""
 
     name: str
     pool: str
@@ -210,7 +210,7 @@ class WorkerPool(AnyPool):
         return free_s - now if free_s > now else 0.0
 
     def best(self, degree: int, now: float) -> tuple[int, float]:
-        """The worker on which a gang of `degree` GPUs would start soonest, the first of equals, and in how long.
+        """The worker on which a group of `degree` GPUs would start soonest, the first of equals, and in how long.
 
         Infinite seconds where no worker has so many GPUs.
         """

@@ -235,7 +235,7 @@ class _Waits:
         self._known: dict[tuple[int, int], float] = {}
 
     def of(self, option: Candidate) -> float:
-        """Seconds until the option's gang starts; none at the edge."""
+        """Seconds until the option's worker group starts; none at the edge."""
         key = option.pool_index, option.degree
         wait_s = self._known.get(key)
         if wait_s is None:

@@ -141,7 +141,7 @@ class AnyPool(Protocol):
     declared_work: float
 
     def wait_s(self, degree: int, now: float) -> float:
-        """Predicted seconds until a gang of `degree` GPUs starts."""
+        """Predicted seconds until a worker group of `degree` GPUs starts."""
 
     def wait_before_s(self, degree: int, now: float, deadline_s: float, priority: int) -> float:
         """Predicted seconds until it starts if due by `deadline_s`: `wait_s`, unless the queue goes by deadline."""
@@ -172,7 +172,7 @@ class PoolView(AnyPool):
         self.declared_work = 0.0
 
     def wait_s(self, degree: int, now: float) -> float:
-        """Predicted seconds until a gang of `degree` GPUs starts: the outstanding GPU-seconds spread over the pool."""
+        """Predicted seconds until a worker group of `degree` GPUs starts: outstanding GPU-seconds per GPU there is."""
         if self.queued == 0 and self.largest_free >= degree:
             return 0.0
         left = self.backlog_gpu_s + self.busy_until_gpu_s - now * self.busy_gpus

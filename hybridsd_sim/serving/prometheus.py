@@ -101,7 +101,7 @@ class SchedulerMetrics:
             ERRORS,
         )
         self._switch = histogram("hybridsd_switch_step", "First step done at the edge, of what is run.", STEPS)
-        self._degree = histogram("hybridsd_parallel_degree", "GPUs of the gang, of what runs in a pool.", DEGREES)
+        self._degree = histogram("hybridsd_parallel_degree", "GPUs of the worker group in a pool.", DEGREES)
         self._plan = Info("hybridsd_plan", "The plan in use.", registry=self.registry)
         self._depth = Gauge(
             "hybridsd_queue_depth", "Requests given to the workers and not done.", ("pool",), registry=self.registry

@@ -48,7 +48,7 @@ from hybridsd_sim.scheduling import (
     WorkerDown,
     WorkerUp,
 )
-from hybridsd_sim.serving.requests import RequestOf, asked_in, completed
+from hybridsd_sim.serving.requests import RequestOf, complete_request, request_fields
 
 PATIENCE_S = 1.0
 """How long a replica with room may leave a call untaken before others are offered it."""
@@ -146,7 +146,7 @@ class PredictedCostRouter(RequestRouter):
         - `policy`: a registered name; by default the plan is followed.
         - `pool`: the pool that the replicas belong to; by default `record_replica_metadata()["pool"]` of the
           deployment's class, or else the scenario's only pool.
-        - `request_of`: `"module:function"` that reads a call, `RequestOf`; by default `asked_in`.
+        - `request_of`: `"module:function"` that reads a call, `RequestOf`; by default `request_fields`.
         - `decision_argument`: the keyword by which the replica's method is given `Decision.to_dict()`; by default it is
           not. HTTP and gRPC calls have no keywords and are given nothing.
         - `refuse`: whether a rejected call raises `TurnedAwayError` at the caller, which is the default; else it goes
@@ -172,7 +172,7 @@ class PredictedCostRouter(RequestRouter):
         refuse: bool = True,
     ) -> None:
         self._policy, self._pool, self._decision_argument, self._refuse = policy, pool, decision_argument, refuse
-        self._request_of: RequestOf = asked_in if request_of is None else resolve_name(request_of)
+        self._request_of: RequestOf = request_fields if request_of is None else resolve_name(request_of)
         self._plan = Path(plan)
         self._look: asyncio.Task[None] | None = None
         self._look_s, self._stamp = time.monotonic() + LOOK_S, _stamp(self._plan)
@@ -293,7 +293,7 @@ class PredictedCostRouter(RequestRouter):
         if scheduler is None:
             return None
         try:
-            request: Request = completed(self._request_of(pending.args, pending.kwargs), scheduler.requests)
+            request: Request = complete_request(self._request_of(pending.args, pending.kwargs), scheduler.requests)
         except Exception as error:  # noqa: BLE001 -- `request_of` is anybody's
             logger.warning("A call goes where Ray sends it: no request could be read (%s).", type(error).__name__)
             return None

@@ -264,7 +264,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def asked_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked:
+def request_fields(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked:
     """The request in the first argument of a call, or the fields found there and among the keywords.
 
     A keyword goes before a field of the first argument, whether that was given by position or by keyword.
@@ -273,7 +273,7 @@ def asked_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked:
     return first if isinstance(first, Request) else _fields_of(first) | _fields_of(kwargs)
 
 
-def completed(asked: Asked, own: Mapping[str, Request]) -> Request:
+def complete_request(asked: Asked, own: Mapping[str, Request]) -> Request:
     """The whole request; `own` is what each class asks for by itself.
 
     A request that names no class is of the only one. Raises `InputError` where there are several, and `ValueError` or

@@ -42,7 +42,7 @@ WHY = {
 
 
 class _Busy(AnyPool):
-    """A pool in which every gang waits equally long."""
+    """A pool in which every worker group waits equally long."""
 
     __slots__ = ("_seconds", "declared_work", "queued")
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hybridsd_sim.errors import InputError
 from hybridsd_sim.plan import Request
-from hybridsd_sim.serving.requests import asked_in, completed
+from hybridsd_sim.serving.requests import complete_request, request_fields
 
 if find_spec("ray") is None or find_spec("grpc") is None:
     pytest.skip("Ray Serve is not installed", allow_module_level=True)
@@ -51,30 +51,32 @@ def test_a_call_asks_for_the_same_however_it_says_so(fields):
     """A mapping, an object, keywords, a keyword with an object: one request; what they leave out is the class's."""
     own = {"picture": PICTURE}
     ways = [
-        asked_in([fields], {}),
-        asked_in([SimpleNamespace(**fields)], {}),
-        asked_in(["a lighthouse at dusk"], fields),
-        asked_in([], {"picture": SimpleNamespace(**fields)}),
+        request_fields([fields], {}),
+        request_fields([SimpleNamespace(**fields)], {}),
+        request_fields(["a lighthouse at dusk"], fields),
+        request_fields([], {"picture": SimpleNamespace(**fields)}),
     ]
-    asked = [completed(way, own) for way in ways]
+    asked = [complete_request(way, own) for way in ways]
     assert asked == [asked[0]] * len(ways)
     assert all(getattr(asked[0], name) == fields.get(name, getattr(PICTURE, name)) for name in ("slo_s", "width_px"))
-    assert completed(asked_in([asked[0]], {}), own) is asked[0]
+    assert complete_request(request_fields([asked[0]], {}), own) is asked[0]
 
 
 def test_the_names_of_diffusers_are_understood():
     """`height`, `width` and `num_images_per_prompt` are what its pipelines are called with; a keyword goes first."""
-    asked = asked_in([{"height": 512, "class": "picture"}], {"height": 768, "width": "768", "num_images_per_prompt": 2})
-    found = completed(asked, {"picture": PICTURE, "poster": POSTER})
+    asked = request_fields(
+        [{"height": 512, "class": "picture"}], {"height": 768, "width": "768", "num_images_per_prompt": 2}
+    )
+    found = complete_request(asked, {"picture": PICTURE, "poster": POSTER})
     assert (found.height_px, found.width_px, found.num_images, found.request_class) == (768, 768, 2, "picture")
 
 
 def test_a_call_that_names_no_class_is_of_the_only_one():
     """Where there are several it has to say; a class that nobody knows stays what it was called."""
-    assert completed({}, {"picture": PICTURE}) == PICTURE
+    assert complete_request({}, {"picture": PICTURE}) == PICTURE
     with pytest.raises(InputError, match="picture, poster"):
-        completed({}, {"picture": PICTURE, "poster": POSTER})
-    assert completed({"request_class": "film"}, {"picture": PICTURE}).request_class == "film"
+        complete_request({}, {"picture": PICTURE, "poster": POSTER})
+    assert complete_request({"request_class": "film"}, {"picture": PICTURE}).request_class == "film"
 
 
 def test_nothing_loads_ray_that_does_not_need_it():

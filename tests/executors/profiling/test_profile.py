@@ -104,7 +104,7 @@ def test_a_second_run_measures_nothing(folder, measure) -> None:
 class Interruption(Progress):
     """Ctrl-C when the first target is done."""
 
-    def done(self, target) -> None:
+    def finish(self, target) -> None:
         raise KeyboardInterrupt
 
 
@@ -148,7 +148,7 @@ class OutOfMemory(Progress):
 
         monkeypatch.setattr(models, "build_unet", refuse)
 
-    def doing(self, target) -> None:
+    def start(self, target) -> None:
         self.target = target
 
 
