@@ -2,10 +2,12 @@
 
 - *modules*: Python files of a package, `__init__` files counted.
 - *longest import chain*: modules on the longest path of imports that importing carries out. An import from a package's
-  public surface counts as one of the module that defines the name. Circles are looked for among all imports, those
+  public surface counts as one of the module that defines the name. The chain of `executors` goes on into
+  `hybridsd_sim`; its limit is on the executors' own modules. Circles are looked for among all imports, those
   inside functions and for type checkers too.
 - *used once*: private functions that a single place of their module uses, as a share of all functions.
 - *class names in two modules*: over both packages.
+- *past the door*: imports from inside another package, where its public surface (`__init__`) is the way in.
 - *modules that a cold price crosses*: those with a function that runs when one plan is priced with fresh profiles.
 """
 
@@ -45,16 +47,38 @@ def everything() -> dict[str, Path]:
     return {name: path for package in PACKAGES for name, path in sources(package).items()}
 
 
-def imports(module: str, known: dict[str, Path], *, inner: bool) -> Iterator[str]:
-    """The modules of ours that one imports from, public surfaces seen through; `inner` ones too."""
-    path = known[module]
+def imported(module: str, path: Path, *, inner: bool) -> Iterator[tuple[str, str]]:
+    """What a module imports by `from source import name`, as absolute (source, name); `inner` imports too."""
     for node in ast.walk(tree(path)) if inner else tree(path).body:
         if isinstance(node, ast.ImportFrom):
             here = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
             base = here[: len(here) - node.level + 1] if node.level else []
             source = ".".join([*base, *(node.module.split(".") if node.module else [])])
-            for alias in node.names:
-                yield from defining(source, alias.name, known)
+            yield from ((source, alias.name) for alias in node.names)
+
+
+def imports(module: str, known: dict[str, Path], *, inner: bool) -> Iterator[str]:
+    """The modules of ours that one imports from, public surfaces seen through; `inner` ones too."""
+    for source, name in imported(module, known[module], inner=inner):
+        yield from defining(source, name, known)
+
+
+def past_the_door() -> list[str]:
+    """Imports from inside another package of ours, as `module: from source import name`; those in functions too."""
+    known = everything()
+    surfaces = {name for name, path in known.items() if path.name == "__init__.py" and name not in PACKAGES}
+    found = []
+    for module, path in known.items():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Import):
+                found += [f"{module}: import {each.name}" for each in node.names if each.name.split(".")[0] in PACKAGES]
+        for source, name in imported(module, path, inner=True):
+            # a module may be the source of names, or itself the name
+            reached = f"{source}.{name}" if f"{source}.{name}" in known else source
+            package = reached.rpartition(".")[0]
+            if package in surfaces and not f"{module}.".startswith(f"{package}."):
+                found.append(f"{module}: from {source} import {name}")
+    return found
 
 
 def defining(source: str, name: str, known: dict[str, Path]) -> Iterator[str]:
@@ -155,6 +179,7 @@ def main() -> None:
     once, total = used_once()
     print(f"private functions used once: {len(once)} of {total} functions, {len(once) / total:.1%}")
     twice = twice_named()
+    print(f"imports past a package's door: {len(past_the_door())}")
     print(f"class names in two modules: {len(twice)}: {', '.join(sorted(twice))}")
     print(f"public docstrings of one line: {one_line_docstrings():.0%}")
     crossed = crossed_by_a_price()

@@ -15,7 +15,7 @@ def test_a_package_has_few_modules(package: str, most: int) -> None:
 
 @pytest.mark.parametrize("package", structure.PACKAGES)
 def test_chains_of_imports_are_short(package: str) -> None:
-    """At most sixteen modules of a package in a row."""
+    """At most sixteen modules of a package in a row; below the executors' own come those of `hybridsd_sim`."""
     chain = structure.longest_chain(package)
     assert len([module for module in chain if module.startswith(package)]) <= 16, " > ".join(chain)
 
@@ -23,6 +23,11 @@ def test_chains_of_imports_are_short(package: str) -> None:
 def test_no_imports_go_in_a_circle() -> None:
     """Not even those inside functions or for type checkers."""
     assert list(structure.order(inner=True))
+
+
+def test_packages_are_entered_by_their_doors() -> None:
+    """One way in to every name: other packages import from a package's public surface."""
+    assert structure.past_the_door() == []
 
 
 def test_few_private_functions_are_used_once() -> None:
